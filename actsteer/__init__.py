@@ -1,0 +1,75 @@
+"""actsteer: steer any torch model by editing its activations while it runs, phi_l(x) + c · v.
+
+model + data --collect--> Statistics --estimator--> SteeringVector --> VectorBank --> Steerer(model) --with--> forward
+"""
+
+from actsteer.collecting.collect import collect
+from actsteer.collecting.moments import Moments, Statistics
+from actsteer.collecting.record import record
+from actsteer.errors import (
+    ActsteerError,
+    AttachedError,
+    BatchError,
+    ConceptNotFoundError,
+    FileFormatError,
+    GateError,
+    OutputError,
+    ShapeError,
+    SiteNotFoundError,
+    StatisticsError,
+    SteeringNotApplied,
+    StrengthError,
+    UnsupportedModelError,
+    ZeroDirectionError,
+)
+from actsteer.estimators.estimator import Estimator
+from actsteer.estimators.fit import fit
+from actsteer.estimators.layer_mean import LayerMean
+from actsteer.estimators.mean_difference import MeanDifference
+from actsteer.estimators.optimize import optimize
+from actsteer.estimators.whitened_mean_difference import WhitenedMeanDifference
+from actsteer.sites.resolve import find_sites
+from actsteer.steering.gates import Gate, ProjectionAbove
+from actsteer.steering.interventions import Add, Intervention
+from actsteer.steering.steerer import Steerer
+from actsteer.tuning.sweep import sweep
+from actsteer.vectors.bank import VectorBank
+from actsteer.vectors.vector import SteeringVector
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ActsteerError",
+    "Add",
+    "AttachedError",
+    "BatchError",
+    "ConceptNotFoundError",
+    "Estimator",
+    "FileFormatError",
+    "Gate",
+    "GateError",
+    "Intervention",
+    "LayerMean",
+    "MeanDifference",
+    "Moments",
+    "OutputError",
+    "ProjectionAbove",
+    "ShapeError",
+    "SiteNotFoundError",
+    "Statistics",
+    "StatisticsError",
+    "Steerer",
+    "SteeringNotApplied",
+    "SteeringVector",
+    "StrengthError",
+    "UnsupportedModelError",
+    "VectorBank",
+    "WhitenedMeanDifference",
+    "ZeroDirectionError",
+    "collect",
+    "find_sites",
+    "fit",
+    "optimize",
+    "record",
+    "sweep",
+]

@@ -1,0 +1,71 @@
+"""Batches: what a user may give as data, turned into calls of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from actsteer.errors import BatchError
+
+Batches: TypeAlias = Tensor | Iterable[Any]
+"""One tensor, split by `batch_size`; or an iterable of model inputs: a tensor, a tuple of positional arguments, or a
+mapping of keyword arguments such as a tokenizer's output."""
+
+
+def iterate(batches: Batches, *, batch_size: int, progress: bool, label: str) -> Iterator[Any]:
+    """The batches one by one, behind a progress bar.
+
+    Raises:
+        BatchError: no batches, a batch size below 1, or one batch where several are expected.
+    """
+    if batch_size < 1:
+        raise BatchError(f"batch_size: expected 1 or more, got {batch_size}")
+    if isinstance(batches, Mapping):
+        raise BatchError("batches: expected an iterable of inputs, got one mapping; wrap it in a list: [batch]")
+    if isinstance(batches, str) or not isinstance(batches, Iterable):
+        raise BatchError(f"batches: expected a tensor or an iterable of inputs, got {type(batches).__name__}")
+    if isinstance(batches, Tensor):
+        batches = torch.split(batches, batch_size) if batches.ndim and len(batches) else ()
+    total = len(batches) if isinstance(batches, Sized) else None
+    empty = True
+    for batch in tqdm(batches, total=total, desc=label, unit="batch", disable=not progress, delay=2.0):
+        empty = False
+        yield batch
+    if empty:
+        raise BatchError("batches: there are none; is the generator used up, or the tensor empty?")
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """The model's output on one batch: a tensor, positional arguments in a tuple, or keyword arguments in a mapping."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple | list):
+        return model(*batch)
+    if isinstance(batch, Tensor):
+        return model(batch)
+    raise BatchError(
+        f"expected a tensor, a tuple of positional or a mapping of keyword arguments, got {type(batch).__name__}"
+    )
+
+
+@contextmanager
+def undisturbed(model: nn.Module, *, frozen: bool = False) -> Iterator[None]:
+    """The model in evaluation mode, if `frozen` without gradients to its parameters; left as it was found."""
+    training = [(module, module.training) for module in model.modules()]
+    trainable = [parameter for parameter in model.parameters() if frozen and parameter.requires_grad]
+    try:
+        for module, _ in training:
+            module.training = False
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, was_training in training:
+            module.training = was_training
+        for parameter in trainable:
+            parameter.requires_grad_(True)

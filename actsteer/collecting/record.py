@@ -1,0 +1,40 @@
+"""record: the raw activations themselves, for small data and for plots."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from actsteer.collecting.batches import Batches
+from actsteer.collecting.collect import observe
+from actsteer.sites.resolve import Sites, find_sites
+
+
+def record(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    sites: Sites,
+    batch_size: int = 256,
+    progress: bool = True,
+) -> dict[str, Float[Tensor, "n d"]]:
+    """The activations at each site, site -> (n, d), in the order of the data; every position counts as a row.
+
+    Takes the memory of all of them: for means and covariances use `collect`, which keeps sums.
+
+    Raises:
+        SiteNotFoundError, BatchError, StatisticsError: as `collect`.
+
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+    >>> record(model, torch.zeros(5, 2), sites="*")["1"].shape
+    torch.Size([5, 3])
+    """
+    names = find_sites(model, sites)
+    kept: dict[str, list[Tensor]] = {site: [] for site in names}
+
+    def keep(site: str, rows: Tensor) -> None:
+        kept[site].append(rows.clone())  # a later module may edit its input in place
+
+    observe(model, batches, names, keep, batch_size=batch_size, progress=progress, label="record")
+    return {site: torch.cat(rows) for site, rows in kept.items()}

@@ -1,0 +1,65 @@
+"""What an estimator is: Statistics of two sides in, a SteeringVector out, and nothing kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from actsteer.collecting.moments import Moments, Statistics
+from actsteer.errors import ShapeError, SiteNotFoundError
+from actsteer.vectors.vector import SteeringVector
+
+
+@runtime_checkable
+class Estimator(Protocol):
+    """Turns the statistics of a positive and a negative side into a vector that points from negative to positive."""
+
+    @property
+    def needs_covariance(self) -> bool:
+        """Whether the statistics must be collected with `covariance=True`."""
+        ...
+
+    def __call__(self, *, positive: Statistics, negative: Statistics) -> SteeringVector:
+        """The vector, in torch's default dtype."""
+        ...
+
+
+def estimate(
+    estimator: Estimator,
+    direction: Callable[[Moments, Moments], Tensor],
+    *,
+    positive: Statistics,
+    negative: Statistics,
+) -> SteeringVector:
+    """Apply `direction(positive, negative)` at every site, and describe in the metadata where the vector comes from.
+
+    Raises:
+        SiteNotFoundError, ShapeError: the sides were collected at different sites, or have different sizes there.
+    """
+    if set(positive) != set(negative):
+        raise SiteNotFoundError(
+            f"positive has the sites {positive.sites}, negative {negative.sites}; collect both at the same sites"
+        )
+    directions: dict[str, Tensor] = {}
+    for site in positive:
+        toward, away = positive[site], negative[site]
+        if toward.mean.shape != away.mean.shape:
+            raise ShapeError(
+                f"site {site!r}: positive has {len(toward.mean)} features, negative {len(away.mean)}; were they "
+                "collected at sites of the same size?"
+            )
+        directions[site] = direction(toward, away).to(torch.get_default_dtype())
+    shared = dict(positive.metadata.items() & negative.metadata.items())
+    first = positive.sites[0]
+    return SteeringVector(
+        directions,
+        metadata=shared
+        | {
+            "estimator": type(estimator).__name__,
+            "positive count": str(positive[first].count),
+            "negative count": str(negative[first].count),
+        },
+    )

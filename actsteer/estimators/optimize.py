@@ -1,0 +1,137 @@
+"""optimize: train one direction per site by gradient, the model frozen."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import trange
+
+from actsteer.collecting.batches import Batches, call, iterate, undisturbed
+from actsteer.collecting.collect import observe
+from actsteer.errors import BatchError
+from actsteer.sites.resolve import Sites, find_sites, fingerprint
+from actsteer.steering.gates import Gate
+from actsteer.steering.steerer import Steerer
+from actsteer.vectors.vector import SteeringVector
+
+Loss = Callable[..., Tensor]
+
+
+def optimize(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    sites: Sites,
+    loss: Loss,
+    steps: int = 1000,
+    targets: Tensor | Iterable[Any] | None = None,
+    lr: float = 0.02,
+    batch_size: int = 256,
+    start: SteeringVector | None = None,
+    gate: Gate | None = None,
+    concept: str | None = None,
+    generator: torch.Generator | None = None,
+    progress: bool = True,
+) -> SteeringVector:
+    """The vector v that minimises loss(model(x)) while every site adds v_l, trained by Adam; the weights stay.
+
+    Starts from zero, or from `start`; the learning rate falls linearly to zero. The model runs in evaluation mode and
+    is left untouched. Inside a `with Steerer(...)` block the vector is trained on top of that steering.
+
+    Args:
+        batches: as for `collect`; one tensor is shuffled anew in every epoch, an iterable is repeated in its order.
+        sites: names, globs or a predicate; one direction is trained at each.
+        loss: `loss(output)`, or `loss(output, target)`; 0-dim. The target comes from `targets`; without them it is
+            the batch itself.
+        steps: gradient steps, one batch each.
+        targets: what `loss` compares with, one for each row of a tensor or for each batch of an iterable.
+        lr: Adam's learning rate, in the activation's own units per step.
+        start: a vector to start from, at some or all of the sites.
+        gate: train with the steering gated, as it will be used.
+        concept: what the vector stands for.
+        generator: makes the shuffling, and so the result, reproducible.
+
+    Raises:
+        SiteNotFoundError, BatchError, ValueError: no such site; batches or loss that cannot be used.
+        SteeringNotApplied: a site never ran.
+
+    Source: steering vectors by gradient, Subramani et al. 2022; bias-only tuning, BitFit, Ben Zaken et al. 2022.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
+    >>> v = optimize(model, torch.zeros(4, 2), sites="1", loss=lambda output: output.square().mean(), steps=200)
+    >>> with Steerer(model, v):
+    ...     bool(model(torch.zeros(4, 2)).square().mean() < 1e-2)
+    True
+    """
+    if steps < 1 or lr <= 0:
+        raise ValueError(f"expected steps >= 1 and lr > 0, got steps={steps}, lr={lr}")
+    names = find_sites(model, sites)
+    stream = _endless(batches, targets, batch_size=batch_size, generator=generator)
+    batch, target = next(stream)
+    vector = _start(model, batch, names, start)
+    steerer = Steerer(model, vector, gate=gate)
+    trained = {site: vector[site].requires_grad_() for site in names}
+    for site, edit in steerer.edits.items():
+        edit.directions = trained[site][None]
+    optimizer = torch.optim.Adam(trained.values(), lr=lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    compares = targets is not None or _takes_target(loss)
+    with undisturbed(model, frozen=True), torch.enable_grad(), steerer:
+        for step in trange(steps, desc="optimize", unit="step", disable=not progress, delay=2.0):
+            if step:
+                batch, target = next(stream)
+            steerer.c = 1.0  # sums the directions anew, into this step's graph
+            output = call(model, batch)
+            value = loss(output, target) if compares else loss(output)
+            if value.ndim or not value.requires_grad:
+                raise ValueError(
+                    f"loss: expected a 0-dim tensor that depends on the output, got shape {tuple(value.shape)}, "
+                    f"requires_grad={value.requires_grad}"
+                )
+            gradients = torch.autograd.grad(value, list(trained.values()), allow_unused=True)
+            for direction, gradient in zip(trained.values(), gradients, strict=True):
+                direction.grad = gradient
+            optimizer.step()
+            schedule.step()
+    described = {"estimator": "optimize", "model": fingerprint(model), "steps": str(steps)}
+    return SteeringVector(trained, concept=concept, metadata=described)
+
+
+def _start(model: nn.Module, batch: Any, names: tuple[str, ...], start: SteeringVector | None) -> SteeringVector:
+    """Zero at every site, in the activation's dtype and device, with `start` written over it."""
+    zeros: dict[str, Tensor] = {}
+
+    def keep(site: str, rows: Tensor) -> None:
+        zeros[site] = rows.new_zeros(rows.shape[1])
+
+    observe(model, [batch], names, keep, batch_size=1, progress=False, label="")
+    vector = SteeringVector({site: zeros[site] for site in names})
+    return vector if start is None else (vector + start).select(*names)
+
+
+def _endless(
+    batches: Batches, targets: Tensor | Iterable[Any] | None, *, batch_size: int, generator: torch.Generator | None
+) -> Iterator[tuple[Any, Any]]:
+    """Pairs (batch, target) without end."""
+    if isinstance(batches, Tensor) != isinstance(targets, Tensor) and targets is not None:
+        raise BatchError("targets: expected a tensor for batches in one tensor, and an iterable for an iterable")
+    if isinstance(batches, Tensor) and isinstance(targets, Tensor) and len(batches) != len(targets):
+        raise BatchError(f"targets: expected one for each of the {len(batches)} rows, got {len(targets)}")
+    while True:
+        if isinstance(batches, Tensor):
+            order = torch.randperm(len(batches), generator=generator)
+            for rows in iterate(order, batch_size=batch_size, progress=False, label=""):
+                batch = batches[rows.to(batches.device)]
+                yield batch, targets[rows.to(targets.device)] if isinstance(targets, Tensor) else batch
+        else:
+            whole = iterate(batches, batch_size=1, progress=False, label="")
+            yield from ((batch, batch) for batch in whole) if targets is None else zip(whole, targets, strict=True)
+
+
+def _takes_target(loss: Loss) -> bool:
+    parameters = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss).parameters.values()
+    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty for p in parameters) > 1

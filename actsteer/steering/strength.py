@@ -1,0 +1,59 @@
+"""Strength: what the user gives as `c`, checked and spread over the concepts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from actsteer.errors import ConceptNotFoundError, StrengthError, close_names
+
+Strength: TypeAlias = float | Tensor
+"""One number, or a tensor with one number per row of the batch."""
+Strengths: TypeAlias = Strength | Mapping[str, float] | Mapping[str, Tensor] | Mapping[str, Strength]
+"""One strength for every concept, or concept -> strength; a concept that is not named counts as zero."""
+
+
+def strengths_of(c: Strengths, concepts: Sequence[str]) -> list[Float[Tensor, "*rows"]]:
+    """One strength per concept, each a tensor of shape () or (B,).
+
+    Raises:
+        ConceptNotFoundError: a concept that is not in the bank.
+        StrengthError: not a number, not finite, of another shape, or rows that disagree in number.
+    """
+    if isinstance(c, Mapping):
+        for concept in c:
+            if concept not in concepts:
+                near = close_names(concept, concepts)
+                raise ConceptNotFoundError(f"c names no concept of the bank: {concept!r}. {near}")
+        parsed = [_checked(c.get(concept, 0.0), f"c[{concept!r}]") for concept in concepts]
+    else:
+        parsed = [_checked(c, "c")] * len(concepts)
+    rows = {len(strength) for strength in parsed if strength.ndim}
+    if len(rows) > 1:
+        raise StrengthError(f"c has {sorted(rows)} rows for different concepts; give each one strength per row")
+    return parsed
+
+
+def _checked(strength: object, where: str) -> Tensor:
+    if isinstance(strength, Real):
+        if not math.isfinite(strength):
+            raise StrengthError(f"{where}: expected a finite number, got {strength}")
+        return torch.tensor(float(strength), dtype=torch.float64)
+    if not isinstance(strength, Tensor):
+        raise StrengthError(f"{where}: expected a number or a tensor of shape () or (B,), got {strength!r}")
+    if strength.ndim > 1 or strength.is_complex() or strength.dtype is torch.bool:
+        raise StrengthError(
+            f"{where}: expected a tensor of shape () or (B,), one strength per row, got {strength.dtype} of shape "
+            f"{tuple(strength.shape)}"
+        )
+    if strength.requires_grad:
+        raise StrengthError(f"{where}: gradients do not reach c; detach it, or train a vector with optimize")
+    if strength.device.type == "cpu" and not bool(torch.isfinite(strength).all()):
+        raise StrengthError(f"{where}: expected finite numbers, got {strength}")
+    return strength.clone()

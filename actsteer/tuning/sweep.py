@@ -1,0 +1,58 @@
+"""sweep: one row of metrics per strength."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from actsteer.sites.resolve import Sites
+from actsteer.steering.interventions import Intervention
+from actsteer.steering.steerer import Gates, Steerer
+from actsteer.steering.strength import Strengths
+from actsteer.vectors.bank import VectorBank
+from actsteer.vectors.vector import SteeringVector
+
+
+def sweep(
+    model: nn.Module,
+    vectors: SteeringVector | VectorBank,
+    *,
+    c: Iterable[Strengths],
+    evaluate: Callable[[nn.Module], Mapping[str, Any]],
+    intervention: Intervention | None = None,
+    gate: Gates | None = None,
+    sites: Sites | None = None,
+    strict: bool = True,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Evaluate the steered model at each strength: rows `{"c": c, **evaluate(model)}`, in the order of `c`.
+
+    The Steerer is attached once, and only its strength changes between the rows.
+
+    Args:
+        c: the strengths, each as for `Steerer`.
+        evaluate: metrics of the model that it is given; a metric is not called "c".
+
+    Raises:
+        as `Steerer`; ValueError if `evaluate` returns a metric called "c".
+
+    >>> import torch
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    >>> v = SteeringVector({"1": torch.tensor([1.0, 0.0])})
+    >>> evaluate = lambda model: {"sum": float((model(torch.zeros(1, 2)) - model[0](torch.zeros(1, 2)).relu()).sum())}
+    >>> sweep(model, v, c=[0, 2], evaluate=evaluate)
+    [{'c': 0, 'sum': 0.0}, {'c': 2, 'sum': 2.0}]
+    """
+    rows: list[dict[str, Any]] = []
+    strengths = list(c)
+    with Steerer(model, vectors, intervention=intervention, gate=gate, sites=sites, strict=strict) as steerer:
+        for strength in tqdm(strengths, desc="sweep", disable=not progress, delay=2.0):
+            steerer.c = strength
+            metrics = evaluate(model)
+            if "c" in metrics:
+                raise ValueError("evaluate: 'c' is the strength's own column; give the metric another name")
+            rows.append({"c": strength, **metrics})
+    return rows

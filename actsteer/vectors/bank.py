@@ -1,0 +1,193 @@
+"""VectorBank: a library of steering vectors, an ordered map concept -> SteeringVector."""
+
+from __future__ import annotations
+
+from collections.abc import ItemsView, Iterator, Mapping
+from os import PathLike
+from typing import final
+
+import torch
+from einops import einsum
+from jaxtyping import Float
+from torch import Tensor
+
+from actsteer.errors import (
+    ConceptNotFoundError,
+    ShapeError,
+    SiteNotFoundError,
+    ZeroDirectionError,
+    close_names,
+)
+from actsteer.files import native
+from actsteer.vectors.vector import SteeringVector
+
+
+@final
+class VectorBank:
+    """An immutable, ordered map concept -> SteeringVector.
+
+    Args:
+        vectors: concept -> vector. Two vectors that share a site agree on its size and device there.
+
+    Raises:
+        ShapeError: two concepts disagree on a site.
+
+    >>> bank = VectorBank({
+    ...     "eight": SteeringVector({"2": torch.tensor([1.0, 0.0])}),
+    ...     "nine": SteeringVector({"2": torch.tensor([1.0, 1.0])}),
+    ... })
+    >>> bank.combine({"eight": -1.0, "nine": 2.0})["2"]
+    tensor([1., 2.])
+    >>> bank.gram()
+    tensor([[1., 1.],
+            [1., 2.]])
+    """
+
+    __slots__ = ("_vectors",)
+
+    def __init__(self, vectors: Mapping[str, SteeringVector]) -> None:
+        self._vectors = dict(vectors)
+        seen: dict[str, tuple[str, Tensor]] = {}
+        for concept, vector in self._vectors.items():
+            if not (isinstance(concept, str) and isinstance(vector, SteeringVector)):
+                raise TypeError(f"a bank maps str to SteeringVector, got {concept!r}: {type(vector).__name__}")
+            for site in vector.sites:
+                direction = vector[site]
+                first, other = seen.setdefault(site, (concept, direction))
+                if other.shape != direction.shape or other.device != direction.device:
+                    raise ShapeError(
+                        f"site {site!r}: {first!r} has {len(other)} features on {other.device}, {concept!r} "
+                        f"{len(direction)} on {direction.device}; a bank holds vectors of one model, on one device"
+                    )
+
+    # --- reading -------------------------------------------------------------------------------------------------
+    @property
+    def concepts(self) -> tuple[str, ...]:
+        """The concepts, in the order given."""
+        return tuple(self._vectors)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Every site of every vector, in order of first appearance."""
+        return tuple(dict.fromkeys(site for vector in self._vectors.values() for site in vector.sites))
+
+    def __getitem__(self, concept: str) -> SteeringVector:
+        if concept not in self._vectors:
+            raise ConceptNotFoundError(f"no concept {concept!r} in the bank. {close_names(concept, self._vectors)}")
+        return self._vectors[concept]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._vectors)
+
+    def __len__(self) -> int:
+        return len(self._vectors)
+
+    def __contains__(self, concept: object) -> bool:
+        return concept in self._vectors
+
+    def items(self) -> ItemsView[str, SteeringVector]:
+        """The pairs (concept, vector)."""
+        return self._vectors.items()
+
+    def __repr__(self) -> str:
+        return f"VectorBank(concepts={self.concepts}, sites={self.sites})"
+
+    def __or__(self, other: object) -> VectorBank:
+        """Both banks in one; where both have a concept, the right one's vector stands, as in a dict."""
+        if not isinstance(other, VectorBank):
+            return NotImplemented
+        return VectorBank(self._vectors | other._vectors)
+
+    def select(self, *concepts: str) -> VectorBank:
+        """The bank of these concepts alone, in this order."""
+        return VectorBank({concept: self[concept] for concept in concepts})
+
+    # --- algebra -------------------------------------------------------------------------------------------------
+    def combine(self, strengths: Mapping[str, float]) -> SteeringVector:
+        """The linear combination sum_k c_k v_k, one product per site; a concept that is not named counts as zero.
+
+        Raises:
+            ConceptNotFoundError: a concept that the bank lacks.
+        """
+        chosen = self.select(*strengths)
+        combined: dict[str, Tensor] = {}
+        for site in chosen.sites:
+            directions = chosen.directions(site)
+            c = directions.new_tensor([float(strength) for strength in strengths.values()])
+            combined[site] = einsum(c, directions, "k, k d -> d")
+        return SteeringVector(combined)
+
+    def directions(self, site: str) -> Float[Tensor, "k d"]:
+        """The directions of all concepts at one site, stacked in bank order; zero where a vector lacks the site."""
+        found = {concept: vector[site] for concept, vector in self._vectors.items() if site in vector}
+        if not found:
+            raise SiteNotFoundError(f"no concept has a direction at {site!r}. {close_names(site, self.sites)}")
+        zero = torch.zeros_like(next(iter(found.values())))
+        return torch.stack([found.get(concept, zero) for concept in self._vectors])
+
+    def gram(self) -> Float[Tensor, "k k"]:
+        """The inner products G_ij = v_i @ v_j: positive semi-definite, and how far the concepts interfere."""
+        rows = self._rows()
+        return einsum(rows, rows, "i d, j d -> i j")
+
+    def cosines(self) -> Float[Tensor, "k k"]:
+        """The cosines of the angles between the concepts, in [-1, 1]; ZeroDirectionError if a vector is zero."""
+        rows = self._rows()
+        largest = rows.abs().amax(dim=1, keepdim=True)
+        for concept, size in zip(self._vectors, largest.flatten().tolist(), strict=True):
+            if size == 0.0:
+                raise ZeroDirectionError(f"concept {concept!r} is zero, and a zero vector has no angle; leave it out")
+        unit = torch.nn.functional.normalize((rows / largest).double(), dim=1)
+        return einsum(unit, unit, "i d, j d -> i j").clamp(-1.0, 1.0).to(rows.dtype)
+
+    def orthogonalize(self) -> VectorBank:
+        """Gram-Schmidt in bank order: u_k = v_k less its components along the earlier vectors; the same span.
+
+        The lengths are not normalised. Computed as the QR factorisation, u_k = r_kk q_k, in float64.
+
+        Raises:
+            ZeroDirectionError: a vector that is zero, or that lies in the span of the earlier ones.
+        """
+        rows = self._rows()
+        q, r = torch.linalg.qr(rows.double().T)
+        tolerance = 10 * torch.finfo(rows.dtype).eps * rows.double().norm(dim=1)
+        for index, concept in enumerate(self._vectors):
+            if index >= len(r) or bool(r[index, index].abs() <= tolerance[index]):
+                raise ZeroDirectionError(
+                    f"concept {concept!r} is zero or lies in the span of the concepts before it; leave it out"
+                )
+        residuals = (q * r.diagonal()).T.to(rows.dtype)
+        sizes = {site: self.directions(site).shape[1] for site in self.sites}
+        return VectorBank(
+            {
+                concept: SteeringVector(
+                    dict(zip(sizes, residual.split(list(sizes.values())), strict=True)), metadata=vector.metadata
+                )
+                for residual, (concept, vector) in zip(residuals, self._vectors.items(), strict=True)
+            }
+        )
+
+    def _rows(self) -> Float[Tensor, "k total"]:
+        """Each vector as one row, all its sites side by side."""
+        if not self.sites:
+            return torch.zeros(len(self), 0)
+        return torch.cat([self.directions(site) for site in self.sites], dim=1)
+
+    # --- files ---------------------------------------------------------------------------------------------------
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the bank, bit for bit and with its metadata, to a `.safetensors` file; atomic.
+
+        Raises:
+            FileFormatError: the suffix names a format that cannot be written.
+        """
+        native.write_bank(path, {concept: ({s: v[s] for s in v}, v.metadata) for concept, v in self.items()})
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> VectorBank:
+        """Read what `save` wrote. Nothing in the file is executed; a file with any altered bit is refused.
+
+        Raises:
+            FileFormatError: the file is corrupt, foreign, or of a newer version.
+        """
+        vectors = native.read_bank(path).items()
+        return cls({concept: SteeringVector(directions, metadata=meta) for concept, (directions, meta) in vectors})

@@ -1,0 +1,278 @@
+"""SteeringVector: what is added to the activations, an element of a direct sum of vector spaces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from numbers import Real
+from os import PathLike
+from typing import Any, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from actsteer.errors import ShapeError, SiteNotFoundError, ZeroDirectionError, close_names
+from actsteer.files import native
+
+
+@final
+class SteeringVector:
+    """An immutable map site -> direction, with the algebra of a vector space.
+
+    A direction is a 1-D floating tensor of length d, the size of the activation's feature axis at that site.
+    A site that one side of an operation lacks counts as zero there, so vectors of one model form the direct sum
+    of its sites' activation spaces. The value owns its tensors: it copies what comes in and what goes out.
+
+    Args:
+        directions: site -> tensor of shape (d,).
+        concept: the name of what the vector stands for; kept as `metadata["concept"]`.
+        metadata: str -> str, kept by scaling, `select`, `to`, and by saving; a sum keeps what both sides share.
+
+    Raises:
+        ShapeError: a direction that is not 1-D, floating and finite.
+
+    Source: activation addition, Turner et al. 2023; the vector arithmetic of concepts, Ilharco et al. 2023.
+
+    >>> v = SteeringVector({"2": torch.tensor([3.0, 4.0])}, concept="nine")
+    >>> w = SteeringVector({"5": torch.tensor([1.0])})
+    >>> (2 * v + w).sites
+    ('2', '5')
+    >>> v.norm(), v @ w
+    (tensor(5.), tensor(0.))
+    """
+
+    __slots__ = ("_directions", "_metadata")
+    __array_ufunc__ = None  # numpy scalars leave `scalar * vector` to us
+
+    def __init__(
+        self,
+        directions: Mapping[str, Float[Tensor, " d"]],
+        *,
+        concept: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self._directions = {site: _owned(site, direction) for site, direction in directions.items()}
+        self._metadata = dict(metadata or {}) | ({} if concept is None else {"concept": concept})
+        for key, value in self._metadata.items():
+            if not (isinstance(key, str) and isinstance(value, str)):
+                raise TypeError(f"metadata maps str to str, got {key!r}: {value!r}; convert the value with str()")
+
+    # --- reading -------------------------------------------------------------------------------------------------
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The names of the sites, in the order given."""
+        return tuple(self._directions)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """A copy of the metadata: concept, estimator, model, counts."""
+        return dict(self._metadata)
+
+    @property
+    def concept(self) -> str | None:
+        """What the vector stands for, if it was named."""
+        return self._metadata.get("concept")
+
+    def __getitem__(self, site: str) -> Float[Tensor, " d"]:
+        """A copy of the direction at `site`."""
+        return self._direction(site).clone()
+
+    def _direction(self, site: str) -> Tensor:
+        if site not in self._directions:
+            raise SiteNotFoundError(f"no direction at site {site!r}. {close_names(site, self._directions)}")
+        return self._directions[site]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._directions)
+
+    def __len__(self) -> int:
+        return len(self._directions)
+
+    def __contains__(self, site: object) -> bool:
+        return site in self._directions
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{site!r}: {len(direction)}" for site, direction in self._directions.items())
+        return f"SteeringVector({{{sizes}}}, concept={self.concept!r}, norm={float(self.norm()):.4g})"
+
+    # --- the vector space ----------------------------------------------------------------------------------------
+    def __add__(self, other: object) -> SteeringVector:
+        if not isinstance(other, SteeringVector):
+            return NotImplemented
+        return self._zip(other, torch.add)
+
+    def __sub__(self, other: object) -> SteeringVector:
+        if not isinstance(other, SteeringVector):
+            return NotImplemented
+        return self._zip(other, torch.sub)
+
+    def __mul__(self, scalar: object) -> SteeringVector:
+        if isinstance(scalar, Tensor) and scalar.ndim == 0:
+            scalar = float(scalar)
+        if not isinstance(scalar, Real):
+            return NotImplemented
+        factor = float(scalar)
+        return self._map(lambda direction: direction * factor)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, scalar: object) -> SteeringVector:
+        if isinstance(scalar, Tensor) and scalar.ndim == 0:
+            scalar = float(scalar)
+        if not isinstance(scalar, Real):
+            return NotImplemented
+        divisor = float(scalar)
+        if divisor == 0.0:
+            raise ZeroDivisionError(f"{self!r} divided by zero")
+        return self._map(lambda direction: direction / divisor)
+
+    def __neg__(self) -> SteeringVector:
+        return self._map(torch.neg)
+
+    def __matmul__(self, other: object) -> Float[Tensor, ""]:
+        """The inner product over all sites, a 0-dim tensor."""
+        if not isinstance(other, SteeringVector):
+            return NotImplemented
+        self._check_fits(other)
+        like = [*self._directions.values(), *other._directions.values()]
+        total = torch.zeros((), dtype=_common_dtype(like), device=like[0].device if like else None)
+        for site in self._directions.keys() & other._directions.keys():
+            total = total + (self._directions[site].to(total.dtype) @ other._directions[site].to(total.dtype))
+        return total
+
+    def norm(self) -> Float[Tensor, ""]:
+        """The Euclidean norm over all sites, sqrt(v @ v)."""
+        return (self @ self).sqrt()
+
+    def unit(self) -> SteeringVector:
+        """Each site scaled to norm 1.
+
+        Raises:
+            ZeroDirectionError: a site's direction is zero.
+        """
+        return SteeringVector(
+            {site: _unit(direction, f"site {site!r}") for site, direction in self._directions.items()},
+            metadata=self._metadata,
+        )
+
+    def cosine(self, other: SteeringVector) -> Float[Tensor, ""]:
+        """The cosine of the angle over all sites, in [-1, 1]; ZeroDirectionError if either vector is zero."""
+        dtype = _common_dtype([*self._directions.values(), *other._directions.values()])
+        return (self._normalized() @ other._normalized()).clamp(-1.0, 1.0).to(dtype)
+
+    def project(self, onto: SteeringVector) -> SteeringVector:
+        """The component along `onto`, (v @ w) / (w @ w) * w; ZeroDirectionError if `onto` is zero."""
+        unit = onto._normalized()
+        along = unit * (self.to(dtype=torch.float64) @ unit)
+        dtype = _common_dtype([*self._directions.values(), *onto._directions.values()])
+        return SteeringVector(along.to(dtype=dtype)._directions, metadata=self._metadata)
+
+    def reject(self, onto: SteeringVector) -> SteeringVector:
+        """What `project` leaves, v - v.project(onto)."""
+        return SteeringVector((self - self.project(onto))._directions, metadata=self._metadata)
+
+    # --- choosing and comparing ----------------------------------------------------------------------------------
+    def select(self, *sites: str) -> SteeringVector:
+        """The same vector at these sites alone."""
+        return SteeringVector({site: self._direction(site) for site in sites}, metadata=self._metadata)
+
+    def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> SteeringVector:
+        """The same vector in another dtype or on another device."""
+        return self._map(lambda direction: direction.to(dtype=dtype, device=device))
+
+    def equal(self, other: SteeringVector) -> bool:
+        """The same dtypes and numbers at every site; a site that one side lacks counts as zero."""
+        return self._compare(other, lambda a, b: a.dtype == b.dtype and torch.equal(a, b))
+
+    def allclose(self, other: SteeringVector, *, rtol: float = 1e-5, atol: float = 1e-8) -> bool:
+        """Equal up to |a - b| <= atol + rtol * |b| at every site, whatever the dtypes."""
+        return self._compare(other, lambda a, b: torch.allclose(a.double(), b.double(), rtol=rtol, atol=atol))
+
+    # --- files ---------------------------------------------------------------------------------------------------
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write a bank of this one vector, under its concept's name (or "vector"); see `VectorBank.save`."""
+        native.write_bank(path, {self.concept or "vector": (self._directions, self._metadata)})
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> SteeringVector:
+        """Read a file that holds exactly one vector; see `VectorBank.load`."""
+        bank = native.read_bank(path)
+        if len(bank) != 1:
+            raise ValueError(f"{path}: expected one vector, got {list(bank)}; open it with VectorBank.load")
+        directions, metadata = next(iter(bank.values()))
+        return cls(directions, metadata=metadata)
+
+    # --- inside --------------------------------------------------------------------------------------------------
+    def _map(self, function: Callable[[Tensor], Tensor]) -> SteeringVector:
+        return SteeringVector({s: function(d) for s, d in self._directions.items()}, metadata=self._metadata)
+
+    def _zip(self, other: SteeringVector, function: Callable[[Tensor, Tensor], Tensor]) -> SteeringVector:
+        shared = dict(self._metadata.items() & other._metadata.items())
+        return SteeringVector({s: function(a, b) for s, a, b in self._pairs(other)}, metadata=shared)
+
+    def _compare(self, other: SteeringVector, same: Callable[[Tensor, Tensor], bool]) -> bool:
+        sizes = all(len(d) == len(other._directions.get(s, d)) for s, d in self._directions.items())
+        return sizes and all(same(a, b) for _, a, b in self._pairs(other))
+
+    def _pairs(self, other: SteeringVector) -> Iterator[tuple[str, Tensor, Tensor]]:
+        self._check_fits(other)
+        for site in dict.fromkeys((*self._directions, *other._directions)):
+            a, b = self._directions.get(site), other._directions.get(site)
+            if a is None:
+                assert b is not None
+                a = torch.zeros_like(b)
+            yield site, a, torch.zeros_like(a) if b is None else b
+
+    def _check_fits(self, other: SteeringVector) -> None:
+        for site in self._directions.keys() & other._directions.keys():
+            a, b = self._directions[site], other._directions[site]
+            if a.shape != b.shape:
+                raise ShapeError(f"site {site!r}: {len(a)} features against {len(b)}; were they fitted on one model?")
+            if a.device != b.device:
+                raise ShapeError(f"site {site!r}: {a.device} against {b.device}; move one with .to(device=...)")
+
+    def _normalized(self) -> SteeringVector:
+        """The whole vector at norm 1 in float64, by way of its largest entry so that nothing overflows."""
+        largest = max((float(d.abs().max()) for d in self._directions.values() if len(d)), default=0.0)
+        if largest == 0.0:
+            raise ZeroDirectionError(f"{self!r} is zero, and a zero vector has no direction")
+        scaled = self.to(dtype=torch.float64) / largest
+        return scaled / scaled.norm()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self._directions, self._metadata)
+
+
+def _rebuild(directions: dict[str, Tensor], metadata: dict[str, str]) -> SteeringVector:
+    return SteeringVector(directions, metadata=metadata)
+
+
+def _owned(site: str, direction: Tensor) -> Tensor:
+    if not isinstance(site, str):
+        raise TypeError(f"a site is a module's name, a str; got {site!r}")
+    if not isinstance(direction, Tensor):
+        raise TypeError(f"site {site!r}: expected a tensor of shape (d,), got {type(direction).__name__}")
+    if direction.ndim != 1 or not direction.is_floating_point():
+        raise ShapeError(
+            f"site {site!r}: expected a 1-D floating tensor of shape (d,), got {direction.dtype} of shape "
+            f"{tuple(direction.shape)}; a direction has one number per feature"
+        )
+    if not bool(torch.isfinite(direction).all()):
+        raise ShapeError(f"site {site!r}: the direction is not finite; did a loss diverge, or a count reach zero?")
+    return direction.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _unit(direction: Tensor, where: str) -> Tensor:
+    largest = direction.abs().max() if len(direction) else torch.zeros(())
+    if float(largest) == 0.0:
+        raise ZeroDirectionError(f"{where}: the direction is zero, and zero cannot be scaled to norm 1")
+    scaled = (direction / largest).double()
+    unit: Tensor = (scaled / scaled.norm()).to(direction.dtype)
+    return unit
+
+
+def _common_dtype(tensors: list[Tensor]) -> torch.dtype:
+    dtype = tensors[0].dtype if tensors else torch.get_default_dtype()
+    for tensor in tensors[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
