@@ -40,10 +40,8 @@ def sweep(
         as `Steerer`; ValueError if `evaluate` returns a metric called "c".
 
     >>> import torch
-    >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-    >>> v = SteeringVector({"1": torch.tensor([1.0, 0.0])})
-    >>> evaluate = lambda model: {"sum": float((model(torch.zeros(1, 2)) - model[0](torch.zeros(1, 2)).relu()).sum())}
-    >>> sweep(model, v, c=[0, 2], evaluate=evaluate)
+    >>> v = SteeringVector({"0": torch.tensor([1.0, 0.0])})
+    >>> sweep(nn.Sequential(nn.ReLU()), v, c=[0, 2], evaluate=lambda m: {"sum": m(torch.zeros(1, 2)).sum().item()})
     [{'c': 0, 'sum': 0.0}, {'c': 2, 'sum': 2.0}]
     """
     rows: list[dict[str, Any]] = []
