@@ -77,13 +77,14 @@ class SiteEdit:
         self._strengths: Sequence[Tensor] = ()
         self._constant: Tensor | None = None  # (d,), or (B, d): everything that no gate decides
         self._gated_directions = directions
-        self._shift: Tensor | None = None  # `_constant` as it is added: dtype, device and rank of the last output
-        self._shift_axis = -1
+        self._shift: Tensor | None = None  # `_constant` as it is added to outputs of this shape and dtype
+        self._shape: torch.Size | None = None
+        self._dtype: torch.dtype | None = None
 
     def set_strengths(self, strengths: Sequence[Float[Tensor, "*rows"]]) -> None:
         """New strengths, one of shape () or (B,) per direction, from the next forward pass on."""
         self._strengths = strengths
-        self._shift = None
+        self._shape = None
         if isinstance(self._intervention, Add):
             ungated = [index for index, gate in enumerate(self._gates) if gate is None]
             self._constant = _sum(self.directions[ungated], [strengths[i] for i in ungated]) if ungated else None
@@ -93,16 +94,11 @@ class SiteEdit:
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         """The edited output: one add where the last call's shift still fits, else the whole way round."""
         self.fired = True
-        shift = self._shift
-        if (
-            shift is not None
-            and output.__class__ is Tensor
-            and output.dtype is shift.dtype
-            and output.device == shift.device
-            and output.dim() == shift.dim()
-            and output.size(self._shift_axis) == shift.size(self._shift_axis)
-        ):
-            return output + shift
+        if output.__class__ is Tensor and output.shape == self._shape and output.dtype is self._dtype:
+            try:
+                return output + self._shift
+            except RuntimeError:  # the model has moved to another device
+                self._shape = None
         activation = read_activation(output, site=self.site)
         axis = positive_axis(activation, axis=self._axis, size=self.directions.shape[1], site=self.site)
         edit = self._add if isinstance(self._intervention, Add) else self._intervene
@@ -121,7 +117,7 @@ class SiteEdit:
         assert delta is not None
         shift = self._spread(delta, activation, axis).to(dtype=activation.dtype, device=activation.device)
         if not decided and delta.ndim == 1 and not delta.requires_grad:
-            self._shift, self._shift_axis = shift, axis
+            self._shift, self._shape, self._dtype = shift, activation.shape, activation.dtype
         return activation + shift
 
     def _intervene(self, activation: Tensor, axis: int) -> Tensor:
