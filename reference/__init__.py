@@ -1,0 +1,1 @@
+"""Worked references: what actsteer does on a problem that anyone can rerun."""

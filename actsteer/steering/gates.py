@@ -59,6 +59,11 @@ class ProjectionAbove:
         self.threshold = float(threshold)
         self._direction = vector.unit()[self.site]
 
+    @property
+    def direction(self) -> Float[Tensor, " d"]:
+        """A copy of the unit direction that the gate projects on."""
+        return self._direction.clone()
+
     def projection(self, rows: Float[Tensor, "rows d"]) -> Float[Tensor, " rows"]:
         """The scalar projection of each row, h · v / ‖v‖, in the activation's own units."""
         if rows.shape[-1] != len(self._direction):

@@ -36,7 +36,7 @@ def main(
         typer.echo("the bundled sample is reproduced" if same else "the bundled sample differs")
         raise typer.Exit(code=0 if same else 1)
     SAMPLE.parent.mkdir(exist_ok=True)
-    np.savez_compressed(SAMPLE, **arrays)
+    np.savez_compressed(SAMPLE, allow_pickle=False, **arrays)
     typer.echo(f"{SAMPLE}: {SAMPLE.stat().st_size:,} bytes")
 
 

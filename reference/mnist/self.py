@@ -1,0 +1,81 @@
+"""Experiment 2, self steering: a model trained on 0-8 is steered with its own activations to recognise 9.
+
+Published: v = mean activations on 9 minus those on 0-8, one number per layer, added at all four layers; 61.8 to 65 %
+of all ten digits. Here, with one number per unit too, and with directions that are trained rather than averaged.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from actsteer import Estimator, LayerMean, MeanDifference, SteeringVector, fit
+from reference.mnist.data import Mnist, Split
+from reference.mnist.model import SITES, train_classifier
+from reference.mnist.portrait import portrait
+from reference.mnist.study import STRENGTHS, Budget, Edit, Study
+
+NEW = 9
+OLD = tuple(range(9))
+FIXED: dict[str, Estimator] = {"layer_mean": LayerMean(), "mean_difference": MeanDifference()}
+
+
+def run(data: Mnist, *, seed: int, budget: Budget, sigma: float = 0.0) -> dict[str, Any]:
+    """All methods on one seed; `sigma` is the noise on the training images of the model."""
+    model = train_classifier(data.train.of(*OLD), seed=seed, epochs=budget.epochs, sigma=sigma)
+    study = Study(model, data, (NEW,), seed, budget)
+    nines, others = data.train.of(NEW), data.train.of(*OLD)
+    edits: dict[str, list[Edit]] = {}
+    curves: dict[str, Any] = {}
+    for name, estimator in FIXED.items():
+        v = fit(model, positive=nines.x, negative=others.x, sites=SITES, estimator=estimator, progress=False)
+        edit, curves[name] = study.strongest(v, STRENGTHS)
+        edits[name] = [edit]
+    v_mean = edits["mean_difference"][0].vectors
+    constant = Edit(study.trained(data.train, concept="nine"))
+    _, curves["gradient"] = study.strongest(constant.vectors, [step / 10 for step in range(-10, 31)])
+    edits["gradient"] = [constant]
+    edits["gated"] = [gated(study, NEW)]
+    edits["few_shot"] = [Edit(study.trained(few(data.train, seed=seed), steps=budget.stage_steps))]
+    edits["gated_gradient"] = study.cascade(data.train, on=[constant], stages=budget.stages)
+    informed = train_classifier(data.train, seed=seed, epochs=budget.epochs, sigma=sigma)
+    return {
+        "unsteered": study.report(),
+        "ceiling": study.test(informed),
+        "methods": {name: study.report(*chosen) for name, chosen in edits.items()},
+        "curves": curves,
+        "portrait": portrait(study, edits["gated_gradient"]) | {"logits of v": _logits_of(model, v_mean)},
+    }
+
+
+def gated(study: Study, digit: int) -> Edit:
+    """A vector trained at the last site on the new digit alone, added where an LDA gate at that site fires."""
+    own, old = study.data.train.of(digit), study.data.train.of(*study.old)
+    vector = study.trained(own, sites=SITES[-1:], steps=study.budget.stage_steps, concept=str(digit))
+    gate = study.discriminant(own.x, old.x, SITES[-1])
+    return study.best_threshold(Edit(vector, gate=gate))
+
+
+def few(train: Split, *, seed: int, shots: int = 64, each_old: int = 64) -> Split:
+    """64 images of the new digit, and 64 of each old one."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.cat(
+        [
+            (train.y == digit).nonzero()[:, 0][
+                torch.randperm(int((train.y == digit).sum()), generator=generator)[:count]
+            ]
+            for digit, count in {**dict.fromkeys(OLD, each_old), NEW: shots}.items()
+        ]
+    )
+    return Split(train.x[rows], train.y[rows])
+
+
+def _logits_of(model: nn.Module, vector: Any) -> list[float]:
+    """What the readout makes of the direction at the last site: W v, one number per digit."""
+    assert isinstance(vector, SteeringVector)
+    head = model.get_submodule("12")
+    assert isinstance(head, nn.Linear)
+    logits: list[float] = (head.weight @ vector[SITES[-1]]).tolist()
+    return logits
