@@ -17,6 +17,8 @@ from reference.mnist.suite import EXPERIMENTS, Task, gather, run_tasks, tasks_fo
 
 Experiment = Literal["cross", "self", "multi", "noise", "all"]
 console = Console()
+if not console.is_terminal:
+    console.width = 120
 
 
 def main(

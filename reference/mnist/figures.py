@@ -168,6 +168,8 @@ def _radar(means: Mapping[str, Sequence[float]]) -> Figure:
         axes.fill([*angles, angles[0]], [*values, values[0]], color=color, alpha=0.15)
     axes.set_xticks(angles, [f"layer {index + 1}" for index in range(len(SITES))])
     axes.tick_params(axis="x", pad=10)
+    axes.set_rlabel_position(45)
+    axes.locator_params(axis="y", nbins=4)
     axes.set_ylim(bottom=min(0.0, *(v for values in means.values() for v in values)))
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
     return figure

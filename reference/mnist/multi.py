@@ -41,7 +41,7 @@ def run(data: Mnist, *, seed: int, budget: Budget) -> dict[str, Any]:
                 for concept, digit in NEW.items()
             }
         )
-        edits[name] = [study.strongest(bank, _pairs([float(c) for c in range(-150, 151, 15)]))[0]]
+        edits[name] = [study.strongest(bank, _pairs([float(c) for c in range(-150, 151, 25)]))[0]]
     alone = VectorBank(
         {concept: study.trained(_with(data.train, digit), concept=concept) for concept, digit in NEW.items()}
     )

@@ -46,12 +46,13 @@ class Judge:
 
 
 def balance(scores: Mapping[str, Any]) -> float:
-    """The harmonic mean of retained and of acquired on the digit that fares worst: high only if all are high.
+    """The harmonic mean of retained and of acquired on each new digit: high only if all are high.
 
     What the strength of a fixed direction is chosen by; overall accuracy would choose not to steer at all.
     """
     parts = [min(scores["retained"], 1.0), *scores["acquired_by_digit"].values()]
-    return statistics.harmonic_mean(parts)
+    mean: float = statistics.harmonic_mean(parts)
+    return mean
 
 
 def summarize(runs: Sequence[Scores]) -> dict[str, Any]:

@@ -40,10 +40,10 @@ class Budget:
     stages: int = 5
 
 
-STRENGTHS = sorted({sign * 0.25 * 1.1**power for sign in (-1, 0, 1) for power in range(75)})
-"""From 0.25 to 289 in steps of a tenth, either sign, and zero: estimators differ in how large their directions are."""
+STRENGTHS = sorted({sign * 0.25 * 1.15**power for sign in (-1, 0, 1) for power in range(51)})
+"""From 0.25 to 271 in steps of 15 %, either sign, and zero: estimators differ in how large their directions are."""
 
-BUDGETS = {"full": Budget(), "bundled": Budget(steps=1200, stage_steps=300, stages=3)}
+BUDGETS = {"full": Budget(), "bundled": Budget(steps=800, stage_steps=200, stages=4)}
 
 
 @dataclass(frozen=True)

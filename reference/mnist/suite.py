@@ -102,7 +102,7 @@ def _one_thread() -> None:
 def _summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "unsteered": summarize([run["unsteered"] for run in runs]),
-        **({"ceiling": summarize([run["ceiling"] for run in runs])} if "ceiling" in runs[0] else {}),
+        **({"ceiling": summarize([run["ceiling"] for run in runs])} if runs[0].get("ceiling") else {}),
         "methods": {name: summarize([run["methods"][name] for run in runs]) for name in runs[0]["methods"]},
     }
 
