@@ -10,6 +10,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.projections.polar import PolarAxes
 
 from reference.mnist.model import SITES
 from reference.mnist.suite import Results, Task
@@ -168,6 +169,7 @@ def _radar(means: Mapping[str, Sequence[float]]) -> Figure:
         axes.fill([*angles, angles[0]], [*values, values[0]], color=color, alpha=0.15)
     axes.set_xticks(angles, [f"layer {index + 1}" for index in range(len(SITES))])
     axes.tick_params(axis="x", pad=10)
+    assert isinstance(axes, PolarAxes)
     axes.set_rlabel_position(45)
     axes.locator_params(axis="y", nbins=4)
     axes.set_ylim(bottom=min(0.0, *(v for values in means.values() for v in values)))
