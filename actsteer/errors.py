@@ -1,4 +1,5 @@
-"""Every error that actsteer raises on purpose. Catch `ActsteerError`, or the built-in kind that an error resembles.
+"""The errors of steering. Catch `ActsteerError`, or the built-in kind that an error resembles; an argument of a wrong
+type or range is a plain TypeError or ValueError.
 
 ActsteerError
 ├── SiteNotFoundError        (LookupError)   no module, or no direction, has this name
@@ -7,6 +8,7 @@ ActsteerError
 ├── ZeroDirectionError       (ValueError)    a direction of norm zero where one is needed
 ├── StrengthError            (ValueError)    a strength c that cannot be applied
 ├── BatchError               (ValueError)    batches that cannot be fed to the model
+├── LossError                (ValueError)    a loss that cannot be minimised
 ├── StatisticsError          (ValueError)    statistics that lack what is asked of them
 ├── FileFormatError          (ValueError)    a file that is corrupt, foreign or of a newer version
 ├── OutputError              (TypeError)     a module's output in which no activation can be found
@@ -48,6 +50,10 @@ class StrengthError(ActsteerError, ValueError):
 
 class BatchError(ActsteerError, ValueError):
     """Batches that cannot be fed to the model."""
+
+
+class LossError(ActsteerError, ValueError):
+    """A loss that cannot be minimised."""
 
 
 class StatisticsError(ActsteerError, ValueError):

@@ -51,10 +51,14 @@ def collect(
     moments: dict[str, Moments] = {}
 
     def keep(site: str, rows: Tensor) -> None:
+        if len(rows) == 0:
+            return
         seen = Moments.of(rows, covariance=covariance)
         moments[site] = moments[site].merge(seen) if site in moments else seen
 
     observe(model, batches, names, keep, batch_size=batch_size, progress=progress, label="collect")
+    if empty := [site for site in names if site not in moments]:
+        raise StatisticsError(f"sites {empty} saw no rows; is every batch empty?")
     for site, seen in moments.items():
         if not bool(torch.isfinite(seen.mean).all()):
             raise StatisticsError(f"site {site!r}: the activations are not finite; look for inf or nan in the data")
@@ -83,7 +87,7 @@ def observe(
 
     with undisturbed(model), _listening(model, modules, keep_and_note):
         for batch in iterate(batches, batch_size=batch_size, progress=progress, label=label):
-            with torch.inference_mode():
+            with torch.no_grad():  # not inference mode: what the model caches meanwhile must work in autograd later
                 call(model, batch)
     silent = [site for site in names if site not in ran]
     if silent:

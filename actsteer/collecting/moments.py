@@ -29,8 +29,8 @@ class Moments:
 
     def __init__(self, count: int, mean: Float[Tensor, " d"], scatter: Float[Tensor, "d d"] | None) -> None:
         self.count = count
-        self._mean = mean
-        self._scatter = scatter
+        self._mean = mean.clone()
+        self._scatter = None if scatter is None else scatter.clone()
 
     @classmethod
     def of(cls, rows: Float[Tensor, "n d"], *, covariance: bool = False) -> Moments:

@@ -43,6 +43,8 @@ def estimate(
         raise SiteNotFoundError(
             f"positive has the sites {positive.sites}, negative {negative.sites}; collect both at the same sites"
         )
+    if not len(positive):
+        raise SiteNotFoundError("the statistics have no sites; collect them at one or more")
     directions: dict[str, Tensor] = {}
     for site in positive:
         toward, away = positive[site], negative[site]

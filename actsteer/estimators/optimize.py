@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from tqdm.auto import trange
 
 from actsteer.collecting.batches import Batches, call, iterate, undisturbed
 from actsteer.collecting.collect import observe
-from actsteer.errors import BatchError
+from actsteer.errors import BatchError, LossError
 from actsteer.sites.resolve import Sites, find_sites, fingerprint
 from actsteer.steering.gates import Gate
 from actsteer.steering.steerer import Steerer
@@ -21,6 +22,7 @@ from actsteer.vectors.vector import SteeringVector
 Loss = Callable[..., Tensor]
 
 
+@torch.inference_mode(mode=False)
 def optimize(
     model: nn.Module,
     batches: Batches,
@@ -56,15 +58,16 @@ def optimize(
         generator: makes the shuffling, and so the result, reproducible.
 
     Raises:
-        SiteNotFoundError, BatchError, ValueError: no such site; batches or loss that cannot be used.
-        SteeringNotApplied: a site never ran.
+        SiteNotFoundError, BatchError, LossError: no such site; batches or a loss that cannot be used.
+        StatisticsError: a site never ran.
+        ShapeError: the directions are not finite; the loss diverged.
 
     Source: steering vectors by gradient, Subramani et al. 2022; bias-only tuning, BitFit, Ben Zaken et al. 2022.
 
-    >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
-    >>> v = optimize(model, torch.zeros(4, 2), sites="1", loss=lambda output: output.square().mean(), steps=200)
-    >>> with Steerer(model, v):
-    ...     bool(model(torch.zeros(4, 2)).square().mean() < 1e-2)
+    >>> model = nn.Sequential(nn.Identity(), nn.ReLU())
+    >>> v = optimize(model, torch.zeros(4, 2), sites="0", loss=lambda output: (output - 1).square().mean(), lr=0.1,
+    ...              start=SteeringVector({"0": torch.full((2,), 0.5)}), steps=100)
+    >>> bool((v["0"] - 1).abs().max() < 1e-2)
     True
     """
     if steps < 1 or lr <= 0:
@@ -75,8 +78,9 @@ def optimize(
     vector = _start(model, batch, names, start)
     steerer = Steerer(model, vector, gate=gate)
     trained = {site: vector[site].requires_grad_() for site in names}
-    for site, edit in steerer.edits.items():
-        edit.directions = trained[site][None]
+    with torch.enable_grad():
+        for site, edit in steerer.edits.items():
+            edit.directions = trained[site][None]
     optimizer = torch.optim.Adam(trained.values(), lr=lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     compares = targets is not None or _takes_target(loss)
@@ -87,11 +91,7 @@ def optimize(
             steerer.c = 1.0  # sums the directions anew, into this step's graph
             output = call(model, batch)
             value = loss(output, target) if compares else loss(output)
-            if value.ndim or not value.requires_grad:
-                raise ValueError(
-                    f"loss: expected a 0-dim tensor that depends on the output, got shape {tuple(value.shape)}, "
-                    f"requires_grad={value.requires_grad}"
-                )
+            _check(value)
             gradients = torch.autograd.grad(value, list(trained.values()), allow_unused=True)
             for direction, gradient in zip(trained.values(), gradients, strict=True):
                 direction.grad = gradient
@@ -129,9 +129,30 @@ def _endless(
                 yield batch, targets[rows.to(targets.device)] if isinstance(targets, Tensor) else batch
         else:
             whole = iterate(batches, batch_size=1, progress=False, label="")
-            yield from ((batch, batch) for batch in whole) if targets is None else zip(whole, targets, strict=True)
+            if targets is None:
+                yield from ((batch, batch) for batch in whole)
+                continue
+            missing: Any = object()
+            for batch, target in zip_longest(whole, targets, fillvalue=missing):
+                if batch is missing or target is missing:
+                    raise BatchError("targets: expected one for each batch in every epoch; pass lists, not generators")
+                yield batch, target
+
+
+def _check(value: Any) -> None:
+    if not isinstance(value, Tensor):
+        got = type(value).__name__
+    elif value.ndim or not value.requires_grad:
+        got = f"shape {tuple(value.shape)}, requires_grad={value.requires_grad}"
+    else:
+        return
+    raise LossError(f"loss: expected a 0-dim tensor that depends on the output, got {got}")
 
 
 def _takes_target(loss: Loss) -> bool:
-    parameters = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss).parameters.values()
+    try:
+        signature = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
+    except ValueError:  # a builtin such as torch.mean
+        return False
+    parameters = signature.parameters.values()
     return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty for p in parameters) > 1

@@ -54,7 +54,8 @@ class WhitenedMeanDifference:
         rho = _oracle_approximating(pooled, degrees) if self.shrinkage is None else self.shrinkage
         shrunk = (1 - rho) * pooled + rho * (pooled.trace() / d) * torch.eye(d).to(pooled)
         factor, info = torch.linalg.cholesky_ex(shrunk)
-        if int(info):
+        rounding = d * torch.finfo(shrunk.dtype).eps * shrunk.diagonal().max()
+        if int(info) or bool(factor.diagonal().min() ** 2 <= rounding):
             raise StatisticsError(
                 f"the covariance of {d} features from {degrees + 2} rows is singular; shrink more, or collect more rows"
             )

@@ -46,20 +46,37 @@ def read_bank(path: str | os.PathLike[str]) -> dict[str, PlainVector]:
     """Read what `write_bank` wrote: concept -> (directions, metadata)."""
     tensors, document = read(path, kind="bank")
     try:
+        _refuse_other_meanings(path, document)
         bank: dict[str, PlainVector] = {
             concept: (
-                {site: tensors.pop(_key(concept, site)) for site in entry["sites"]},
+                {site: _direction(tensors.pop(_key(concept, site))) for site in dict(entry["sites"])},
                 {str(key): str(value) for key, value in entry["metadata"].items()},
             )
             for concept, entry in document["concepts"].items()
         }
-    except (KeyError, AttributeError, TypeError) as error:
+    except FileFormatError:
+        raise
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise FileFormatError(
             f"{path}: the document does not describe the tensors ({error!r}); write it again"
         ) from None
+    sizes: dict[str, int] = {}
+    for directions, _ in bank.values():
+        for site, direction in directions.items():
+            if len(direction) != sizes.setdefault(site, len(direction)):
+                raise FileFormatError(f"{path}: site {site!r} has directions of two sizes; write it again")
     if tensors:
         raise FileFormatError(f"{path}: tensors {sorted(tensors)} are not in the document; write it again")
     return bank
+
+
+def _refuse_other_meanings(path: str | os.PathLike[str], document: Mapping[str, Any]) -> None:
+    for concept, entry in document["concepts"].items():
+        meant = {entry.get("intervention", "add"), *(site.get("side", "output") for site in entry["sites"].values())}
+        if meant - {"add", "output"}:
+            raise FileFormatError(
+                f"{path}: concept {concept!r} means {meant}, not an addition to outputs; upgrade actsteer"
+            )
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
@@ -89,7 +106,7 @@ def read(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[str, Tensor],
         with safe_open(source, framework="pt") as file:
             header: dict[str, str] = file.metadata() or {}
             tensors: dict[str, Tensor] = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, MemoryError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, KeyError, MemoryError) as error:
         raise FileFormatError(f"{path}: not a readable safetensors file ({error}); is it truncated?") from None
     if "actsteer" not in header or "sha256" not in header:
         raise FileFormatError(f"{path}: a safetensors file that actsteer did not write; it has no actsteer header")
@@ -103,7 +120,7 @@ def read(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[str, Tensor],
         )
     if header["sha256"] != _digest(header["actsteer"], tensors):
         raise FileFormatError(f"{path}: the SHA-256 does not match; the file was altered after it was written")
-    if not isinstance(document, dict) or document.get("kind") != kind:
+    if not isinstance(document, dict) or document.get("kind") != kind or document.get("format") != VERSION:
         raise FileFormatError(f"{path}: expected a file of kind {kind!r}; it holds something else")
     return tensors, document
 
@@ -116,7 +133,18 @@ def _native_path(path: str | os.PathLike[str]) -> Path:
 
 
 def _key(concept: str, site: str) -> str:
-    return f"{concept.replace('%', '%25').replace('/', '%2F')}/{site}"
+    return f"{_escaped(concept).replace('/', '%2F')}/{_escaped(site)}"
+
+
+def _escaped(name: str) -> str:
+    """Without control characters, of which JSON has two spellings, \\u001f and \\u001F, a single bit apart."""
+    return "".join(f"%{ord(c):02X}" if c < " " or c == "%" else c for c in name)
+
+
+def _direction(tensor: Tensor) -> Tensor:
+    if tensor.ndim != 1 or not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+        raise ValueError(f"expected directions of shape (d,), floating and finite, got {tensor.dtype}, {tensor.shape}")
+    return tensor
 
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:

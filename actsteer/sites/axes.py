@@ -11,7 +11,7 @@ from actsteer.sites.resolve import hook_points
 _SPATIAL = {"1d": -2, "2d": -3, "3d": -4}
 _CHANNEL_SECOND = (nn.GroupNorm, nn.BatchNorm1d, nn.SyncBatchNorm, nn.Upsample, nn.LocalResponseNorm)
 _FEATURES_LAST = (nn.Linear, nn.Bilinear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.RNNBase, nn.MultiheadAttention)
-_ENDS_LAYOUT = (nn.Flatten, nn.Unflatten)
+_KEEPS_LAYOUT = ("activation", "dropout")  # the modules of torch.nn whose outputs lie as their inputs do
 
 
 def feature_axis(model: nn.Module, site: str, module: nn.Module) -> int | None:
@@ -28,14 +28,13 @@ def feature_axis(model: nn.Module, site: str, module: nn.Module) -> int | None:
 
 def row_axis(model: nn.Module, site: str, module: nn.Module) -> int:
     """The axis of the batch: 0, or 1 where the module or one around it says `batch_first=False`."""
-    around = [model]
+    path = [model]
     for part in site.split("."):
-        child = around[-1]._modules.get(part)
+        child = path[-1]._modules.get(part)
         if child is None:
             break
-        around.append(child)
-    sequence_first = any(getattr(outer, "batch_first", None) is False for outer in [*around, module])
-    return 1 if sequence_first else 0
+        path.append(child)
+    return 1 if any(_sequence_first(outer) for outer in (*path, module)) else 0
 
 
 def known_size(module: nn.Module) -> int | None:
@@ -56,12 +55,17 @@ def known_size(module: nn.Module) -> int | None:
 def _axis_after(modules: Iterable[nn.Module]) -> int | None:
     """The feature axis that the last-run of these modules leaves, nearest first."""
     for module in modules:
-        if isinstance(module, _ENDS_LAYOUT):
-            return None
         axis = _own_axis(module)
-        if axis is not None:
+        if axis is not None or not _keeps_layout(module):
             return axis
     return None
+
+
+def _keeps_layout(module: nn.Module) -> bool:
+    if isinstance(module, nn.Sequential):
+        return all(map(_keeps_layout, module))
+    home = type(module).__module__
+    return isinstance(module, nn.Identity) or home in {f"torch.nn.modules.{part}" for part in _KEEPS_LAYOUT}
 
 
 def _own_axis(module: nn.Module) -> int | None:
@@ -77,11 +81,21 @@ def _own_axis(module: nn.Module) -> int | None:
     return None
 
 
+def _sequence_first(module: nn.Module) -> bool:
+    """Whether it says so itself or, as torch's transformers do, by the attention inside its first layer."""
+    layer = module.layers[0] if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder) else module
+    return getattr(getattr(layer, "self_attn", layer), "batch_first", None) is False
+
+
 def _earlier_siblings(model: nn.Module, site: str) -> list[nn.Module]:
-    """What runs before a member of an `nn.Sequential`, nearest first."""
-    parent_name, _, own = site.rpartition(".")
-    parent = dict(model.named_modules(remove_duplicate=False)).get(parent_name)
-    if not isinstance(parent, nn.Sequential) or own not in parent._modules:
-        return []
-    names = list(parent._modules)
-    return list(parent)[: names.index(own)][::-1]
+    """What runs before a member of an `nn.Sequential`, and of those around it, nearest first."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    earlier: list[nn.Module] = []
+    while site:
+        parent_name, _, own = site.rpartition(".")
+        parent = modules.get(parent_name)
+        if not isinstance(parent, nn.Sequential) or own not in parent._modules:
+            break
+        earlier += list(parent)[: list(parent._modules).index(own)][::-1]
+        site = parent_name
+    return earlier

@@ -18,8 +18,13 @@ def read_activation(output: Any, *, site: str) -> Tensor:
     activation = output[0] if isinstance(output, tuple | list) and output else output
     if not isinstance(activation, Tensor):
         raise OutputError(
-            f"site {site!r}: expected a tensor, or a tuple that begins with one, got {_kind(output)}; "
+            f"site {site!r}: expected a tensor, or a tuple that begins with one, got {_described(output)}; "
             "choose a module inside it that returns a tensor"
+        )
+    if activation.is_nested:
+        raise OutputError(
+            f"site {site!r}: the activation is a nested tensor, which has no shape; set use_nested_tensor=False "
+            "on the torch.nn.TransformerEncoder, or choose a module before it"
         )
     if not activation.is_floating_point():
         raise OutputError(f"site {site!r}: expected floating activations, got {activation.dtype}")
@@ -33,6 +38,13 @@ def write_activation(output: Any, activation: Tensor) -> Any:
     if hasattr(output, "_fields"):  # a named tuple, torch's PackedSequence among them
         return output._replace(**{output._fields[0]: activation})
     return type(output)([activation, *output[1:]])
+
+
+def _described(output: Any) -> str:
+    """What kind of output it is and, of a tuple or list, what it begins with."""
+    if isinstance(output, tuple | list):
+        return f"a {type(output).__name__} of {', '.join(type(part).__name__ for part in output) or 'nothing'}"
+    return f"a {type(output).__name__}"
 
 
 def positive_axis(activation: Tensor, *, axis: int | None, size: int | None, site: str) -> int:

@@ -42,7 +42,11 @@ def find_sites(model: nn.Module, sites: Sites) -> tuple[str, ...]:
 def select(modules: Mapping[str, nn.Module], sites: Sites, *, owner: str) -> tuple[str, ...]:
     """The names among `modules` that `sites` selects, in their order; `owner` is who has them, for the errors."""
     first = {id(module): name for name, module in reversed(list(modules.items())) if name}
-    candidates = [name for name, module in modules.items() if first.get(id(module)) == name]
+    candidates = [
+        name
+        for name, module in modules.items()
+        if first.get(id(module)) == name and not isinstance(module, nn.ModuleList | nn.ModuleDict)  # never called
+    ]
     if callable(sites):
         found = {name for name in candidates if sites(name, modules[name])}
         if not found:

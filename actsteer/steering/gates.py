@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from actsteer.collecting.moments import Statistics
-from actsteer.errors import ShapeError, StatisticsError
+from actsteer.errors import ShapeError, SiteNotFoundError, StatisticsError, close_names
 from actsteer.vectors.vector import SteeringVector
 
 Evidence: TypeAlias = Statistics | Mapping[str, Tensor] | Tensor
@@ -82,7 +82,7 @@ class ProjectionAbove:
         """The gate whose threshold best separates the positive rows, which are to be steered, from the negative ones.
 
         From statistics: t = (μ₊σ₋ + μ₋σ₊) / (σ₊ + σ₋), where both classes err equally often if they are Gaussian; the
-        midpoint of the means where no covariance was collected. From activations or projections: the midpoint
+        midpoint of the means where either spread is unknown or zero. From activations or projections: the midpoint
         between the two neighbouring projections at which the balanced accuracy is largest.
 
         Raises:
@@ -97,8 +97,9 @@ class ProjectionAbove:
                     f"gate at site {gate.site!r}: the positive mean projects to {high:.4g}, the negative to {low:.4g}; "
                     "is the vector's sign reversed?"
                 )
-            both = spread_high + spread_low
-            return cls(vector, (high * spread_low + low * spread_high) / both if both else (high + low) / 2)
+            if not (spread_high and spread_low):
+                return cls(vector, (high + low) / 2)
+            return cls(vector, (high * spread_low + low * spread_high) / (spread_high + spread_low))
         return cls(vector, _best_split(gate._projections(positive), gate._projections(negative)))
 
     def _mean_and_spread(self, statistics: Statistics) -> tuple[float, float]:
@@ -114,6 +115,8 @@ class ProjectionAbove:
         if isinstance(evidence, Statistics):
             raise StatisticsError("expected both sides as statistics, or neither; got one of each")
         if isinstance(evidence, Mapping):
+            if self.site not in evidence:
+                raise SiteNotFoundError(f"nothing recorded at site {self.site!r}. {close_names(self.site, evidence)}")
             evidence = self.projection(evidence[self.site])
         if evidence.ndim != 1 or len(evidence) == 0:
             raise StatisticsError(f"expected projections of shape (n,) with n >= 1, got shape {tuple(evidence.shape)}")

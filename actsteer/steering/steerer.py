@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from types import TracebackType
+from itertools import combinations
+from types import MappingProxyType, TracebackType
 from typing import Any, final
 
 from torch import nn
@@ -15,6 +16,7 @@ from actsteer.errors import (
     ShapeError,
     SiteNotFoundError,
     SteeringNotApplied,
+    UnsupportedModelError,
     close_names,
 )
 from actsteer.sites.axes import feature_axis, known_size, row_axis
@@ -86,13 +88,21 @@ class Steerer:
         if not vectors.sites:
             raise SiteNotFoundError("the vectors have no sites, so there is nothing to add")
         modules = resolve(model, vectors.sites)
+        for one, other in combinations(modules, 2):
+            if modules[one] is modules[other]:
+                raise UnsupportedModelError(
+                    f"sites {one!r} and {other!r} are one module, and an edit at either is an edit at both; select one"
+                )
         if sites is not None:
             modules = resolve(model, select(modules, sites, owner="the vectors"))
         readers = _readers(model, vectors, gate)
-        self._readers = {id(reader): reader for reader in readers if reader is not None}.values()
+        self._readers = tuple({id(reader): reader for reader in readers if reader is not None}.values())
         self.edits: dict[str, SiteEdit] = {}  # site -> its hook
+        self._concepts: dict[str, list[int]] = {}  # site -> the places in the bank of the concepts that steer there
         for site, module in modules.items():
-            directions = vectors.directions(site)
+            own = [index for index, concept in enumerate(vectors) if site in vectors[concept]]
+            directions = vectors.directions(site)[own]
+            self._concepts[site] = own
             size = known_size(module)
             if size not in (None, directions.shape[1]):
                 raise ShapeError(
@@ -103,7 +113,7 @@ class Steerer:
                 site,
                 directions,
                 intervention=intervention or Add(),
-                gates=readers,
+                gates=[readers[index] for index in own],
                 axis=feature_axis(model, site, module),
                 row_axis=row_axis(model, site, module),
             )
@@ -111,15 +121,15 @@ class Steerer:
 
     @property
     def c(self) -> Strengths:
-        """The strength; setting it takes effect at the next forward pass, attached or not."""
+        """The strength, read-only if it is a mapping; setting it takes effect at the next forward pass."""
         return self._c
 
     @c.setter
     def c(self, c: Strengths) -> None:
         strengths = strengths_of(c, self.bank.concepts)
-        for edit in self.edits.values():
-            edit.set_strengths(strengths)
-        self._c = c
+        for site, edit in self.edits.items():
+            edit.set_strengths([strengths[index] for index in self._concepts[site]])
+        self._c = MappingProxyType(dict(c)) if isinstance(c, Mapping) else c
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -146,6 +156,7 @@ class Steerer:
             handles.callback(self._finished.remove)
             if self._readers:
                 handles.callback(self.model.register_forward_pre_hook(self._forget).remove)
+                handles.callback(self.model.register_forward_hook(self._forget).remove)
             for reader in self._readers:
                 handles.callback(modules[reader.gate.site].register_forward_hook(reader).remove)
             for site, edit in self.edits.items():
@@ -208,6 +219,9 @@ def _readers(model: nn.Module, bank: VectorBank, gate: Gates | None) -> list[Gat
     for concept in gates:
         if concept not in bank:
             raise ConceptNotFoundError(f"gate names no concept of the bank: {concept!r}. {close_names(concept, bank)}")
+    for chosen in gates.values():
+        if not isinstance(chosen, Gate):
+            raise TypeError(f"gate: expected a gate with a site, such as ProjectionAbove, got {type(chosen).__name__}")
     modules = resolve(model, [gate.site for gate in gates.values()])
     made = {
         id(gate): GateReader(

@@ -8,7 +8,6 @@ from numbers import Real
 from typing import TypeAlias
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from actsteer.errors import ConceptNotFoundError, StrengthError, close_names
@@ -19,7 +18,7 @@ Strengths: TypeAlias = Strength | Mapping[str, float] | Mapping[str, Tensor] | M
 """One strength for every concept, or concept -> strength; a concept that is not named counts as zero."""
 
 
-def strengths_of(c: Strengths, concepts: Sequence[str]) -> list[Float[Tensor, "*rows"]]:
+def strengths_of(c: Strengths, concepts: Sequence[str]) -> list[Tensor]:
     """One strength per concept, each a tensor of shape () or (B,).
 
     Raises:

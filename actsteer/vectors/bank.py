@@ -133,7 +133,7 @@ class VectorBank:
     def cosines(self) -> Float[Tensor, "k k"]:
         """The cosines of the angles between the concepts, in [-1, 1]; ZeroDirectionError if a vector is zero."""
         rows = self._rows()
-        largest = rows.abs().amax(dim=1, keepdim=True)
+        largest = torch.nn.functional.pad(rows, (0, 1)).abs().amax(dim=1, keepdim=True)  # a bank may have no sites
         for concept, size in zip(self._vectors, largest.flatten().tolist(), strict=True):
             if size == 0.0:
                 raise ZeroDirectionError(f"concept {concept!r} is zero, and a zero vector has no angle; leave it out")

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from actsteer.errors import ShapeError, SiteNotFoundError, ZeroDirectionError, close_names
+from actsteer.errors import FileFormatError, ShapeError, SiteNotFoundError, ZeroDirectionError, close_names
 from actsteer.files import native
 
 
@@ -142,7 +142,8 @@ class SteeringVector:
 
     def norm(self) -> Float[Tensor, ""]:
         """The Euclidean norm over all sites, sqrt(v @ v)."""
-        return (self @ self).sqrt()
+        wide = self.to(dtype=torch.float64)  # a square overflows long before its root does
+        return (wide @ wide).sqrt().to(_common_dtype(list(self._directions.values())))
 
     def unit(self) -> SteeringVector:
         """Each site scaled to norm 1.
@@ -198,7 +199,7 @@ class SteeringVector:
         """Read a file that holds exactly one vector; see `VectorBank.load`."""
         bank = native.read_bank(path)
         if len(bank) != 1:
-            raise ValueError(f"{path}: expected one vector, got {list(bank)}; open it with VectorBank.load")
+            raise FileFormatError(f"{path}: expected one vector, got {list(bank)}; open it with VectorBank.load")
         directions, metadata = next(iter(bank.values()))
         return cls(directions, metadata=metadata)
 

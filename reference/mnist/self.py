@@ -52,7 +52,7 @@ def run(data: Mnist, *, seed: int, budget: Budget, sigma: float = 0.0) -> dict[s
 def gated(study: Study, digit: int) -> Edit:
     """A vector trained at the last site on the new digit alone, added where an LDA gate at that site fires."""
     own, old = study.data.train.of(digit), study.data.train.of(*study.old)
-    vector = study.trained(own, sites=SITES[-1:], steps=600, concept=str(digit))
+    vector = study.trained(own, sites=SITES[-1:], steps=study.budget.last_site_steps, concept=str(digit))
     gate = study.discriminant(own.x, old.x, SITES[-1])
     return study.best_threshold(Edit(vector, gate=gate))
 

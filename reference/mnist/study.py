@@ -32,10 +32,11 @@ Curve = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Budget:
-    """How long things train."""
+    """How long things train: the model, constant vectors at all sites, one at the last site, and a cascade's stages."""
 
     epochs: int = 10
     steps: int = 4000
+    last_site_steps: int = 600
     stage_steps: int = 600
     stages: int = 5
 

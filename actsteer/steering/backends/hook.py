@@ -37,7 +37,13 @@ class GateReader:
                 "rows; give the model a batch"
             )
         rows = activation.movedim((row_axis, axis), (0, -1))
-        self.weights = self.gate(reduce(rows, "rows ... d -> rows d", "mean"))
+        weights = self.gate(reduce(rows, "rows ... d -> rows d", "mean"))
+        if weights.shape != rows.shape[:1]:
+            raise GateError(
+                f"gate at site {self.gate.site!r}: expected one weight for each of {len(rows)} rows, got shape "
+                f"{tuple(weights.shape)}; return a tensor of shape (rows,)"
+            )
+        self.weights = weights
 
     def weights_for(self, site: str) -> Tensor:
         """The decision per row; GateError if the gate's site has not run yet in this forward pass."""
@@ -77,11 +83,11 @@ class SiteEdit:
         self._strengths: Sequence[Tensor] = ()
         self._constant: Tensor | None = None  # (d,), or (B, d): everything that no gate decides
         self._gated_directions = directions
-        self._shift: Tensor | None = None  # `_constant` as it is added to outputs of this shape and dtype
+        self._shift = directions  # `_constant` as it is added to outputs of this shape and dtype
         self._shape: torch.Size | None = None
         self._dtype: torch.dtype | None = None
 
-    def set_strengths(self, strengths: Sequence[Float[Tensor, "*rows"]]) -> None:
+    def set_strengths(self, strengths: Sequence[Tensor]) -> None:
         """New strengths, one of shape () or (B,) per direction, from the next forward pass on."""
         self._strengths = strengths
         self._shape = None
@@ -94,11 +100,11 @@ class SiteEdit:
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         """The edited output: one add where the last call's shift still fits, else the whole way round."""
         self.fired = True
-        if output.__class__ is Tensor and output.shape == self._shape and output.dtype is self._dtype:
-            try:
+        try:
+            if output.__class__ is Tensor and output.shape == self._shape and output.dtype is self._dtype:
                 return output + self._shift
-            except RuntimeError:  # the model has moved to another device
-                self._shape = None
+        except RuntimeError:  # the model has moved to another device, or the output is nested and has no shape
+            self._shape = None
         activation = read_activation(output, site=self.site)
         axis = positive_axis(activation, axis=self._axis, size=self.directions.shape[1], site=self.site)
         edit = self._add if isinstance(self._intervention, Add) else self._intervene
@@ -106,9 +112,9 @@ class SiteEdit:
 
     def _add(self, activation: Tensor, axis: int) -> Tensor:
         decided = [
-            weights * strength.to(weights.device)
+            self._decided(strength, gate)
             for strength, gate in zip(self._strengths, self._gates, strict=True)
-            if gate is not None and (weights := gate.weights_for(self.site)) is not None
+            if gate is not None
         ]
         delta = self._constant
         if decided:
@@ -123,10 +129,19 @@ class SiteEdit:
     def _intervene(self, activation: Tensor, axis: int) -> Tensor:
         last = activation.movedim(axis, -1)
         for direction, strength, gate in zip(self.directions, self._strengths, self._gates, strict=True):
-            c = strength.to(activation) if gate is None else strength.to(activation) * gate.weights_for(self.site)
+            c = (strength if gate is None else self._decided(strength, gate)).to(activation)
             c = self._spread(c[..., None], activation, axis).movedim(axis, -1) if c.ndim else c
             last = self._intervention(last, direction.to(activation), c)
         return last.movedim(-1, axis)
+
+    def _decided(self, strength: Tensor, gate: GateReader) -> Tensor:
+        weights = gate.weights_for(self.site)
+        if strength.ndim and len(strength) != len(weights):
+            raise StrengthError(
+                f"site {self.site!r}: {len(strength)} rows of strength, and a gate that decides for {len(weights)}; "
+                "give one strength per row"
+            )
+        return weights * strength.to(weights.device)
 
     def _spread(self, delta: Tensor, activation: Tensor, axis: int) -> Tensor:
         """(d,) or (B, d) -> the rank of the activation, with the features and rows on their own axes."""
@@ -147,6 +162,9 @@ class SiteEdit:
 
 def _sum(directions: Float[Tensor, "k d"], strengths: Sequence[Tensor]) -> Float[Tensor, "*rows d"]:
     """Σ c_k v_k, (d,) or (B, d); minus zero where every c is 0, because h + (-0.0) is h bit for bit."""
+    directions = directions.to(
+        torch.promote_types(directions.dtype, torch.float32)
+    )  # c · v is rounded once, at the end
     c = torch.stack(torch.broadcast_tensors(*(strength.to(directions) for strength in strengths)))
     total = einsum(c, directions, "k ..., k d -> ... d")
     return torch.where((c == 0).all(dim=0)[..., None], -0.0, total)

@@ -1,0 +1,1 @@
+"""What steering costs: `python -m benchmarks.overhead`; method and results are in the README beside this file."""

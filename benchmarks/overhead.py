@@ -1,0 +1,114 @@
+"""How much slower a steered forward is: `python -m benchmarks.overhead [--out FILE.json] [--repeats N] [--quick]`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import actsteer
+from benchmarks.models import BY_HAND, MANY, ONE, check_equal, settings, variants
+from benchmarks.timing import Ratio, Timing, compare
+
+THREADS = (1, 2)
+
+
+def main(
+    out: Annotated[Path | None, typer.Option(help="Write the results to this JSON file too.")] = None,
+    repeats: Annotated[int, typer.Option(min=2, help="Rounds; a slow model gets a fifth of them.")] = 50,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny models and runs: a check that it works.")] = False,
+) -> None:
+    """Time unhooked, hooked, steered and folded models, and compare the Steerer with a hand-written hook."""
+    console = Console(width=174)
+    timings: list[Timing] = []
+    for setting in settings(quick=quick):
+        ways = variants(setting)
+        check_equal(setting, ways)
+        for threads in THREADS:
+            console.print(f"timing {setting.name}, {threads} thread(s) ...", style="dim")
+            timings.append(compare(setting, ways, threads=threads, rounds=repeats, seconds=0.001 if quick else 0.01))
+    console.print(table(timings))
+    conclusion = verdict(timings)
+    console.print(conclusion)
+    if out is not None:
+        command = f"python -m benchmarks.overhead --repeats {repeats}" + (" --quick" if quick else "")
+        out.write_text(json.dumps(described(command) | results(timings) | {"conclusion": conclusion}, indent=2) + "\n")
+
+
+def within_noise(timing: Timing, name: str) -> bool:
+    """Whether this variant's median exceeds the hand-written hook's by at most half its interquartile range."""
+    hook = timing.ratios[BY_HAND]
+    return timing.ratios[name].median - hook.median <= (hook.upper - hook.lower) / 2
+
+
+def verdict(timings: list[Timing]) -> str:
+    """One line, computed: does the Steerer cost no more than the hand-written hook within noise, and where does it?"""
+    slower = [
+        f"{name} on {timing.setting} with {timing.threads} thread(s): {timing.ratios[name].median:.3f} against "
+        f"{shown(timing.ratios[BY_HAND])}"
+        for timing in timings
+        for name in (ONE, MANY)
+        if not within_noise(timing, name)
+    ]
+    if not slower:
+        return f"Steerer <= hand-written hook within noise: yes, in all {2 * len(timings)} comparisons."
+    return (
+        f"Steerer <= hand-written hook within noise: no, in {len(slower)} of {2 * len(timings)}: {'; '.join(slower)}."
+    )
+
+
+def shown(ratio: Ratio) -> str:
+    """The median, with the quartiles."""
+    return f"{ratio.median:.3f} ({ratio.lower:.3f}-{ratio.upper:.3f})"
+
+
+def table(timings: list[Timing]) -> Table:
+    """One row per variant, one column per model and number of threads."""
+    made = Table(title="time / time of the unhooked run beside it: median (quartiles)")
+    made.add_column("")
+    for timing in timings:
+        made.add_column(f"{timing.setting}, {timing.threads} thread(s)", justify="right")
+    made.add_row("unhooked, µs", *(f"{timing.unhooked_microseconds:.1f}" for timing in timings), end_section=True)
+    for name in timings[0].ratios:
+        made.add_row(name, *(shown(timing.ratios[name]) for timing in timings))
+    return made
+
+
+def results(timings: list[Timing]) -> dict[str, Any]:
+    """The numbers, as plain values for JSON."""
+    return {
+        "timings": [
+            dataclasses.asdict(timing) | {"within_noise": {name: within_noise(timing, name) for name in (ONE, MANY)}}
+            for timing in timings
+        ]
+    }
+
+
+def described(command: str) -> dict[str, Any]:
+    """What ran where: the command, the versions, the processor."""
+    packages = {"actsteer": actsteer.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return {
+        "command": command,
+        "versions": {"python": platform.python_version()} | packages,
+        "cpu": {"name": processor(), "threads": list(THREADS), "default_threads": torch.get_num_threads()},
+    }
+
+
+def processor() -> str:
+    """The processor's name, from the system where it tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    typer.run(main)

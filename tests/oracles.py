@@ -1,0 +1,88 @@
+"""Slow truth in float64 to compare with, each written independently of what it checks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from torch import Tensor, nn
+
+from actsteer import SteeringVector
+
+Array = NDArray[np.float64]
+
+
+def moments(rows: Tensor) -> tuple[Array, Array]:
+    """Mean and scatter in two passes over the rows, one row at a time."""
+    array = rows.double().numpy()
+    mean = sum(row for row in array) / len(array)
+    return mean, sum(np.outer(row - mean, row - mean) for row in array)
+
+
+def pooled_covariance(positive: Tensor, negative: Tensor) -> Array:
+    """The unbiased within-class covariance (S₊ + S₋) / (n₊ + n₋ - 2)."""
+    return (moments(positive)[1] + moments(negative)[1]) / (len(positive) + len(negative) - 2)
+
+
+def discriminant(positive: Tensor, negative: Tensor, shrinkage: float) -> Array:
+    """scikit-learn's LDA coefficients, brought from its biased covariance S (n - 2) / n to the unbiased one."""
+    n = len(positive) + len(negative)
+    rows = torch.cat([positive, negative]).double().numpy()
+    labels = np.r_[np.ones(len(positive)), np.zeros(len(negative))]
+    fitted = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage).fit(rows, labels)
+    return np.asarray(fitted.coef_[0] * (n - 2) / n)
+
+
+def oracle_approximating(covariance: Array, n: int) -> float:
+    """Chen, Wiesel, Eldar & Hero 2010, equation 23, in eigenvalues: tr(S²) = Σλ², tr(S) = Σλ."""
+    eigenvalues = np.linalg.eigvalsh(covariance)
+    d, square, squared_trace = len(eigenvalues), (eigenvalues**2).sum(), eigenvalues.sum() ** 2
+    spread = square - squared_trace / d  # zero for a multiple of the identity, which needs no shrinking but bears it
+    return min(1.0, ((1 - 2 / d) * square + squared_trace) / ((n + 1 - 2 / d) * max(spread, 1e-300)))
+
+
+def gram_schmidt(rows: Array) -> Array:
+    """Modified Gram-Schmidt without normalising, twice over for accuracy."""
+    done: list[Array] = []
+    for row in rows:
+        rest = row.copy()
+        for earlier in done + done:
+            rest -= (rest @ earlier) / (earlier @ earlier) * earlier
+        done.append(rest)
+    return np.array(done)
+
+
+def flat(vector: SteeringVector, sizes: dict[str, int]) -> Array:
+    """All sites side by side in float64, zero where the vector lacks one."""
+    parts = [vector[site].double().numpy() if site in vector else np.zeros(size) for site, size in sizes.items()]
+    return np.concatenate(parts)
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    """Everything that must be left as it was found, as plain values: flags, hooks, attributes and numbers."""
+    return {
+        name: {
+            "training": module.training,
+            "hooks": [list(module._forward_hooks), list(module._forward_pre_hooks), list(module._backward_hooks)],
+            "attributes": sorted(vars(module)),
+            "parameters": [
+                (k, p.requires_grad, p.grad, p.tolist()) for k, p in module._parameters.items() if p is not None
+            ],
+            "buffers": [(k, b.tolist()) for k, b in module._buffers.items() if b is not None],
+        }
+        for name, module in model.named_modules()
+    }
+
+
+class Lazy(nn.Module):
+    """Makes a table at its first call, as rotary embeddings do."""
+
+    table: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table is None:
+            self.table = torch.ones(x.shape[-1])
+        return x * self.table

@@ -1,0 +1,80 @@
+"""The benchmark runs, and its conclusion follows from its numbers; how long anything takes is not tested."""
+
+import json
+from itertools import product
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from benchmarks.models import BY_HAND, MANY, NOISE_FLOOR, ONE, check_equal, settings, variants
+from benchmarks.overhead import main, verdict, within_noise
+from benchmarks.timing import Ratio, Timing
+
+APP = typer.Typer()
+APP.command()(main)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    out = tmp_path_factory.mktemp("benchmarks") / "overhead.json"
+    threads = torch.get_num_threads()
+    result = CliRunner().invoke(APP, ["--quick", "--repeats", "2", "--out", str(out)], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert torch.get_num_threads() == threads
+    return result.output, json.loads(out.read_text())
+
+
+def test_the_file_says_what_ran_where(quick):
+    _, found = quick
+    assert list(found) == ["command", "versions", "cpu", "timings", "conclusion"]
+    assert found["command"] == "python -m benchmarks.overhead --repeats 2 --quick"
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["cpu"]["name"]
+
+
+def test_every_variant_is_timed_on_every_model_with_every_number_of_threads(quick):
+    output, found = quick
+    names = [setting.name for setting in settings(quick=True)]
+    assert [(t["setting"], t["threads"]) for t in found["timings"]] == list(product(names, (1, 2)))
+    for timing in found["timings"]:
+        assert list(timing["ratios"]) == [NOISE_FLOOR, "no-op hook", BY_HAND, ONE, MANY, "folded into a bias"]
+        assert all(0 < r["lower"] <= r["median"] <= r["upper"] for r in timing["ratios"].values())
+        assert list(timing["within_noise"]) == [ONE, MANY]
+    assert "hand-written hook within noise" in output
+
+
+def timing(*, by_hand, one, many):
+    ratios = {BY_HAND: by_hand, ONE: one, MANY: many}
+    return Timing(
+        "toy", 1, 1.0, 1, 2, {name: Ratio(median, median - 0.1, median + 0.1) for name, median in ratios.items()}
+    )
+
+
+def test_the_conclusion_is_computed():
+    fast, slow = timing(by_hand=1.2, one=1.25, many=1.1), timing(by_hand=1.2, one=1.35, many=1.1)
+    assert within_noise(fast, ONE)
+    assert not within_noise(slow, ONE)
+    assert verdict([fast]) == "Steerer <= hand-written hook within noise: yes, in all 2 comparisons."
+    assert "no, in 1 of 4: Steerer, 1 concept on toy" in verdict([fast, slow])
+
+
+def test_a_ratio_is_the_median_with_its_quartiles():
+    assert Ratio.of([5.0, 1.0, 2.0, 4.0, 3.0]) == Ratio(3.0, 2.0, 4.0)
+
+
+@pytest.mark.parametrize("broken", [ONE, "folded into a bias"])
+def test_a_variant_that_gives_another_output_is_not_timed(broken):
+    setting = settings(quick=True)[0]
+    ways = variants(setting)
+    check_equal(setting, ways)
+    with pytest.raises(AssertionError, match=f"{broken} gives another output"):
+        check_equal(setting, ways | {broken: ways[NOISE_FLOOR]})
+
+
+def test_steering_that_changes_nothing_is_not_timed():
+    setting = settings(quick=True)[0]
+    ways = variants(setting)
+    with pytest.raises(AssertionError, match="nothing to time"):
+        check_equal(setting, dict.fromkeys(ways, ways[NOISE_FLOOR]))

@@ -1,0 +1,161 @@
+"""The house: floors, sizes, names, and the tools that keep it clean."""
+
+import ast
+import builtins
+import dis
+import importlib
+import statistics
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import actsteer
+
+ROOT = Path(actsteer.__file__).parent.parent
+FILES = sorted((ROOT / "actsteer").rglob("*.py"))
+FLOORS = {
+    "errors": 0,
+    "files": 1,
+    "sites": 1,
+    "vectors": 2,
+    "collecting": 2,
+    "steering": 3,
+    "estimators": 4,
+    "tuning": 5,
+    "integrations": 6,
+    "cli": 6,
+    "__init__": 7,
+}
+every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def folder(module: str) -> str:
+    """The step of the pipeline to which a dotted module name belongs."""
+    return [*module.split("."), "__init__"][1]
+
+
+def name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(path: Path) -> list[str]:
+    """The modules of this library that a file imports, wherever in it."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    whole = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    parts = [
+        f"{node.module}.{alias.name}" if (ROOT / node.module.replace(".", "/")).is_dir() else node.module
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level
+        for alias in node.names
+    ]
+    return [module for module in (*whole, *parts) if module.split(".")[0] == "actsteer"]
+
+
+def run(*command: str) -> None:
+    """Run a tool in the repository; its output is the message if it fails."""
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# --- floors ------------------------------------------------------------------------------------------------------
+@every_file
+def test_a_file_imports_only_from_lower_floors_and_its_own_folder(path):
+    own = folder(name(path))
+    for module in imported(path):
+        other = folder(module)
+        assert other == own or FLOORS[other] < FLOORS[own], f"{name(path)} (floor {FLOORS[own]}) imports {module}"
+
+
+@every_file
+def test_imports_are_absolute_and_every_folder_has_a_floor(path):
+    relative = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom) and n.level]
+    assert relative == []
+    assert folder(name(path)) in FLOORS
+
+
+def test_the_files_import_one_another():
+    assert "actsteer.vectors.vector" in imported(ROOT / "actsteer/vectors/bank.py")
+    assert "actsteer.files.native" in imported(ROOT / "actsteer/vectors/bank.py")
+
+
+# --- sizes and names ---------------------------------------------------------------------------------------------
+def test_files_are_short():
+    lines = {name(path): len(path.read_text().splitlines()) for path in FILES if path.name != "__init__.py"}
+    assert {module: count for module, count in lines.items() if count > 400} == {}
+    assert statistics.median(lines.values()) < 150
+
+
+def test_no_file_or_folder_has_a_name_without_meaning():
+    parts = {part for path in FILES for part in path.relative_to(ROOT).with_suffix("").parts}
+    assert parts & {"utils", "util", "base", "common", "core", "helpers", "misc"} == set()
+
+
+@pytest.mark.parametrize("public", actsteer.__all__)
+def test_every_public_name_exists_and_is_documented(public):
+    found = getattr(actsteer, public)
+    assert found.__doc__
+    assert not found.__doc__.startswith(f"{public}(")  # what dataclass writes when nobody does
+
+
+def test_the_public_names_are_sorted_and_complete():
+    public = {
+        n for n, value in vars(actsteer).items() if not n.startswith("_") and not isinstance(value, types.ModuleType)
+    }
+    assert set(actsteer.__all__) == public
+    assert len(set(actsteer.__all__)) == len(actsteer.__all__)
+
+
+@every_file
+def test_every_module_with_code_says_what_it_is(path):
+    if path.read_text():
+        assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+def globals_read(code: types.CodeType) -> set[str]:
+    """The global names that a code object, or one inside it, looks up when it runs."""
+    read = {i.argval for i in dis.get_instructions(code) if i.opname in {"LOAD_GLOBAL", "LOAD_NAME"}}
+    return read.union(*(globals_read(inner) for inner in code.co_consts if isinstance(inner, types.CodeType)))
+
+
+@every_file
+def test_every_global_name_is_defined(path):
+    """For shapes in annotations, ruff and mypy had to be told not to look for undefined names."""
+    module = importlib.import_module(name(path))
+    classes = {attribute for value in vars(module).values() if isinstance(value, type) for attribute in dir(value)}
+    known = vars(module).keys() | vars(builtins).keys() | classes | {"__module__", "__qualname__"}
+    assert globals_read(compile(path.read_text(), str(path), "exec")) - known == set()
+
+
+# --- in a fresh interpreter --------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "extra", ["transformers", "torchvision", "matplotlib", "transformer_lens", "sklearn", "pandas"]
+)
+def test_importing_does_not_import_the_extras(extra, modules_after_import):
+    assert extra not in modules_after_import
+
+
+@pytest.fixture(scope="module")
+def modules_after_import():
+    """The top-level modules that `import actsteer` loads."""
+    command = "import sys, actsteer; print(*{name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "torch" in done.stdout.split()
+    return done.stdout.split()
+
+
+def test_mypy_is_content():
+    run("-m", "mypy", "-p", "actsteer")
+
+
+def test_ruff_is_content():
+    run("-m", "ruff", "check", ".")
+    run("-m", "ruff", "format", "--check", ".")
+
+
+def test_the_examples_run_with_every_annotation_checked():
+    checks = "--jaxtyping-packages=actsteer,tests.typechecker.typechecked"
+    run("-m", "pytest", "actsteer", "-q", "-p", "tests.typechecker", checks)

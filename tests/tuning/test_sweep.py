@@ -1,0 +1,119 @@
+"""sweep: one row of metrics per strength, each as if it had been steered alone."""
+
+import pytest
+import torch
+
+from actsteer import (
+    ConceptNotFoundError,
+    ProjectionAbove,
+    SiteNotFoundError,
+    Steerer,
+    SteeringNotApplied,
+    SteeringVector,
+    StrengthError,
+    VectorBank,
+    sweep,
+)
+from tests.oracles import state
+from tests.zoo import exact, normal
+
+X = normal(5, 4)
+V = SteeringVector({"1": torch.tensor([1.0, -2.0, 0.5, 4.0]), "3": torch.ones(4)}, concept="nine")
+BANK = VectorBank({"nine": V, "eight": SteeringVector({"1": torch.ones(4)})})
+ROWS = torch.arange(5.0)
+
+
+def metrics(model):
+    return {"sum": model(X).sum().item(), "largest": model(X).max().item()}
+
+
+@pytest.mark.parametrize(
+    ("vectors", "strengths"),
+    [(V, [0, 1.0, -2, 0.5]), (BANK, [{"nine": 1.0}, {"eight": -1.0, "nine": 2.0}, 3]), (V, [ROWS, 1.0]), (V, [])],
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"sites": "3"},
+        {"intervention": lambda h, v, c: h * (1 + c * v)},
+        {"gate": ProjectionAbove(SteeringVector({"0": torch.ones(4)}), 0.0)},
+    ],
+    ids=["plain", "sites", "intervention", "gate"],
+)
+def test_each_row_is_the_model_steered_with_that_strength_alone(vectors, strengths, options):
+    model, rows = exact(), []
+    for c in strengths:
+        with Steerer(model, vectors, c=c, **options):
+            rows.append({"c": c, **metrics(model)})
+    before = state(model)
+    assert sweep(model, vectors, c=iter(strengths), evaluate=metrics, progress=False, **options) == rows
+    assert state(model) == before
+
+
+def test_a_row_has_the_strength_first_as_it_was_given():
+    c = {"nine": 1.0}
+    (row,) = sweep(exact(), V, c=[c], evaluate=metrics, progress=False)
+    assert list(row) == ["c", "sum", "largest"]
+    assert row["c"] is c
+
+
+def test_evaluate_gets_the_model_that_is_steered():
+    model, given = exact(), []
+    sweep(model, V, c=[1, 2], evaluate=lambda m: given.append(m) or {"ran": m(X) is not None}, progress=False)
+    assert given == [model, model]
+
+
+def fails(model):
+    raise ZeroDivisionError("failed")
+
+
+def skips_a_site(model):
+    model.forward = lambda x: model[:2](x)
+    try:
+        return metrics(model)
+    finally:
+        del model.forward
+
+
+@pytest.mark.parametrize(
+    ("c", "evaluate", "error", "message"),
+    [
+        (
+            [1],
+            lambda model: {"c": 1},
+            ValueError,
+            "evaluate: 'c' is the strength's own column; give the metric another name",
+        ),
+        ([1], fails, ZeroDivisionError, "failed"),
+        ([1, "2"], metrics, StrengthError, "c: expected a number or a tensor"),
+        ([{"ten": 1}], metrics, ConceptNotFoundError, "c names no concept of the bank: 'ten'"),
+        ([1], skips_a_site, SteeringNotApplied, "these sites did not: {'3': 'ReLU'}"),
+    ],
+)
+def test_whatever_fails_leaves_the_model_as_it_was(c, evaluate, error, message):
+    model = exact()
+    before = state(model)
+    with pytest.raises(error, match=message):
+        sweep(model, V, c=c, evaluate=evaluate, progress=False)
+    assert state(model) == before
+
+
+def test_strict_can_be_switched_off():
+    (row,) = sweep(exact(), V, c=[1], evaluate=skips_a_site, strict=False, progress=False)
+    assert row["c"] == 1
+
+
+def test_the_sites_are_checked_before_anything_is_evaluated():
+    with pytest.raises(SiteNotFoundError, match="no site '7'"):
+        sweep(exact(), V, c=[1], evaluate=fails, sites="7", progress=False)
+
+
+@pytest.mark.parametrize(("progress", "shown"), [(True, True), (False, False)])
+def test_the_bar_can_be_switched_off(progress, shown, monkeypatch):
+    disabled = []
+    from actsteer.tuning import sweep as module
+
+    monkeypatch.setattr(module, "tqdm", lambda rows, *, disable, **_: disabled.append(disable) or rows)
+    sweep(exact(), V, c=[1], evaluate=metrics, progress=progress)
+    assert disabled == [not shown]
