@@ -162,9 +162,8 @@ class SiteEdit:
 
 def _sum(directions: Float[Tensor, "k d"], strengths: Sequence[Tensor]) -> Float[Tensor, "*rows d"]:
     """Σ c_k v_k, (d,) or (B, d); minus zero where every c is 0, because h + (-0.0) is h bit for bit."""
-    directions = directions.to(
-        torch.promote_types(directions.dtype, torch.float32)
-    )  # c · v is rounded once, at the end
+    # in float32 at least, so that c · v is rounded once, to the output's dtype
+    directions = directions.to(torch.promote_types(directions.dtype, torch.float32))
     c = torch.stack(torch.broadcast_tensors(*(strength.to(directions) for strength in strengths)))
     total = einsum(c, directions, "k ..., k d -> ... d")
     return torch.where((c == 0).all(dim=0)[..., None], -0.0, total)
