@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.projections.polar import PolarAxes
+from matplotlib.ticker import MaxNLocator
 
 from reference.mnist.model import SITES
 from reference.mnist.suite import Results, Task
@@ -171,7 +172,7 @@ def _radar(means: Mapping[str, Sequence[float]]) -> Figure:
     axes.tick_params(axis="x", pad=10)
     assert isinstance(axes, PolarAxes)
     axes.set_rlabel_position(45)
-    axes.locator_params(axis="y", nbins=4)
+    axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.set_ylim(bottom=min(0.0, *(v for values in means.values() for v in values)))
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
     return figure
