@@ -160,8 +160,8 @@ class Steerer:
             for reader in self._readers:
                 handles.callback(modules[reader.gate.site].register_forward_hook(reader).remove)
             for site, edit in self.edits.items():
-                edit.fired = False
-                handles.callback(modules[site].register_forward_hook(edit).remove)
+                edit.expect()
+                handles.callback(modules[site].register_forward_hook(edit.hook).remove)
             self._handles = handles.pop_all()
         return self
 

@@ -57,11 +57,27 @@ class GateReader:
 
 @final
 class SiteEdit:
-    """A forward hook that edits one site: `directions` (k, d), each with its own strength and perhaps a gate.
+    """The forward hook of one site, `edit.hook`: `directions` (k, d), each with its strength and perhaps a gate.
 
     For `Add`, all that is constant is summed once, when the strengths change, into one tensor in the output's dtype
     and device; a forward pass then costs one add, whatever the number of concepts.
     """
+
+    __slots__ = (
+        "_axis",
+        "_constant",
+        "_dtype",
+        "_gated_directions",
+        "_gates",
+        "_intervention",
+        "_row_axis",
+        "_shape",
+        "_shift",
+        "_strengths",
+        "directions",
+        "fired",
+        "site",
+    )
 
     def __init__(
         self,
@@ -97,14 +113,19 @@ class SiteEdit:
             gated = [index for index, gate in enumerate(self._gates) if gate is not None]
             self._gated_directions = self.directions[gated]
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def expect(self) -> None:
+        """Forget that it ever fired."""
+        self.fired = False
+        self._shape = None  # so that the next call goes the whole way round, where `fired` is set
+
+    def hook(self, module: nn.Module, args: Any, output: Any) -> Any:
         """The edited output: one add where the last call's shift still fits, else the whole way round."""
-        self.fired = True
         try:
             if output.__class__ is Tensor and output.shape == self._shape and output.dtype is self._dtype:
                 return output + self._shift
         except RuntimeError:  # the model has moved to another device, or the output is nested and has no shape
             self._shape = None
+        self.fired = True
         activation = read_activation(output, site=self.site)
         axis = positive_axis(activation, axis=self._axis, size=self.directions.shape[1], site=self.site)
         edit = self._add if isinstance(self._intervention, Add) else self._intervene
