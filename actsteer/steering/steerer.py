@@ -88,13 +88,13 @@ class Steerer:
         if not vectors.sites:
             raise SiteNotFoundError("the vectors have no sites, so there is nothing to add")
         modules = resolve(model, vectors.sites)
+        if sites is not None:
+            modules = resolve(model, select(modules, sites, owner="the vectors"))
         for one, other in combinations(modules, 2):
             if modules[one] is modules[other]:
                 raise UnsupportedModelError(
                     f"sites {one!r} and {other!r} are one module, and an edit at either is an edit at both; select one"
                 )
-        if sites is not None:
-            modules = resolve(model, select(modules, sites, owner="the vectors"))
         readers = _readers(model, vectors, gate)
         self._readers = tuple({id(reader): reader for reader in readers if reader is not None}.values())
         self.edits: dict[str, SiteEdit] = {}  # site -> its hook

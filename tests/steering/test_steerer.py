@@ -388,5 +388,6 @@ def test_one_module_under_two_names_is_refused():
     with pytest.raises(UnsupportedModelError, match="sites '1' and '3' are one module"):
         Steerer(model, v)
     x, plain = torch.zeros(1, 2), nn.functional.relu
-    with Steerer(model, v.select("3")):
-        assert torch.equal(model(x), plain(model[2](plain(model[0](x)) + 1)) + 1)  # called twice, steered twice
+    for steerer in (Steerer(model, v.select("3")), Steerer(model, v, sites="3")):
+        with steerer:
+            assert torch.equal(model(x), plain(model[2](plain(model[0](x)) + 1)) + 1)  # called twice, steered twice
