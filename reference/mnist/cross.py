@@ -94,7 +94,7 @@ def mapped_gate(study: Study, expert: nn.Module, nines: Tensor, others: Tensor) 
     """The expert's own direction for nines, read off A's activations through a map fitted on 0-8 alone.
 
     With b ≈ a W + const, the expert's projection b · w is a · (W w): the gate is carried over by the map itself. What
-    is added where it fires is trained on those rows, all of them called nine; no label of a nine is used.
+    is added where it fires is trained on those rows, all called nine: labels choose the threshold, no more.
     """
     lda = WhitenedMeanDifference(shrinkage=1e-3)
     w = fit(expert, positive=nines, negative=others, sites=LAST, estimator=lda, progress=False)[LAST]
@@ -124,7 +124,10 @@ def recognised(autoencoder: nn.Module, own: Tensor, x: Tensor) -> Tensor:
 
 
 def taught(study: Study, is_nine: Tensor, *, stages: bool) -> list[Edit]:
-    """Trained without labels: what B takes for a nine is one, and of the rest A's own unsteered verdict stands."""
+    """Trained without labels: what B takes for a nine is one, and of the rest A's own unsteered verdict stands.
+
+    As everywhere, labels of held-out images decide which stages of the cascade stay.
+    """
     x = study.data.train.x
     lesson = Split(x, torch.where(is_nine, NEW, predict(study.model, x)))
     constant = Edit(study.trained(lesson, concept="nine"))

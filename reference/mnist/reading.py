@@ -19,9 +19,9 @@ Where no strength yields a nine at all, the choice falls on not steering. Carrie
 basis, the mean acquires {mapped_mean_difference.acquired}: a mean in the right place is still a mean, and the readout
 of 9 has never learned to answer to it. What does cross over is a decision. A gate carried over by a map fitted on 0-8
 alone reaches {mapped_gate.overall} overall, and vectors trained on the verdicts of a model that can tell nines, with
-no label seen, {expert_teacher.overall}, {expert_teacher.acquired} of the nines acquired and {expert_teacher.retained}
-retained. The published B, an autoencoder of nines, makes a poor teacher ({autoencoder_teacher.overall} overall): it
-reproduces other digits too well to tell them from nines."""
+no label in their training, {expert_teacher.overall}, {expert_teacher.acquired} of the nines acquired and
+{expert_teacher.retained} retained. The published B, an autoencoder of nines, makes a poor teacher
+({autoencoder_teacher.overall} overall): it reproduces other digits too well to tell them from nines."""
 
 SELF = """One number per layer, as the published notebooks compute it, acquires {layer_mean.acquired} and retains
 {layer_mean.retained}; the spread over seeds shows how far that is luck. One number per unit, as their text says,
@@ -42,8 +42,8 @@ unit; {layer_mean.digits} for one per layer, which retains {layer_mean.retained}
 NOISE = """The published claim is a rise from 0.62 to 0.89 overall by noise of sigma 0.2, from a single run each. Here
 is the largest gain of each method at any sigma over no noise at all, and the spread over seeds of that difference:
 {gains}. Training with noise at this learning rate ends unevenly: the worst model of any seed and sigma scores
-{worst:.3f} overall before it is steered. Where retained exceeds 1, steering has given back what such a model had lost of
-the old digits, and a mean over seeds should be read with that in mind."""
+{worst:.3f} overall before it is steered. Where retained exceeds 1, steering has given back what such a model had lost
+of the old digits, and a mean over seeds should be read with that in mind."""
 
 
 def readings(results: Results) -> dict[str, str]:

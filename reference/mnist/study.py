@@ -136,13 +136,13 @@ class Study:
         direction = WhitenedMeanDifference(shrinkage=1e-3)(positive=toward, negative=away)
         return ProjectionAbove.between(direction, positive=toward, negative=away)
 
-    def best_threshold(self, edit: Edit, *, on: Sequence[Edit] = (), width: float = 1.0) -> Edit:
+    def best_threshold(self, edit: Edit, *, width: float = 1.0) -> Edit:
         """The same gated edit with the threshold, within `width` of where it is, that scores best overall held-out."""
         gate: ProjectionAbove = edit.gate
         direction = SteeringVector({gate.site: gate.direction})
         thresholds = [gate.threshold + width * step / 10 for step in range(-10, 11)]
         edits = [Edit(edit.vectors, edit.c, ProjectionAbove(direction, threshold)) for threshold in thresholds]
-        return max(edits, key=lambda candidate: self.judged(*on, candidate)["overall"])
+        return max(edits, key=lambda candidate: self.judged(candidate)["overall"])
 
     def cascade(self, data: Split, *, on: Sequence[Edit], stages: int, sites: Sequence[str] = ("5", "8")) -> list[Edit]:
         """Gated edits on top of `on`, each between a new digit and the one that it is most often confused with.
