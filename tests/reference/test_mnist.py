@@ -105,7 +105,7 @@ def test_data_that_cannot_be_downloaded_are_a_clear_error(tmp_path, monkeypatch)
         raise RuntimeError("no network")
 
     monkeypatch.setattr("torchvision.datasets.MNIST", offline)
-    with pytest.raises(DataMissingError, match=r"no MNIST in .* no network.* --data bundled"):
+    with pytest.raises(DataMissingError, match=r"no MNIST in .*\(no network\); .* --data bundled"):
         load("full", tmp_path)
 
 
