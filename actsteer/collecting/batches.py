@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sized
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -41,16 +42,32 @@ def iterate(batches: Batches, *, batch_size: int, progress: bool, label: str) ->
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """The model's output on one batch: a tensor, positional arguments in a tuple, or keyword arguments in a mapping."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, tuple | list):
-        return model(*batch)
-    if isinstance(batch, Tensor):
-        return model(batch)
-    raise BatchError(
-        f"expected a tensor, a tuple of positional or a mapping of keyword arguments, got {type(batch).__name__}"
-    )
+    """The model's output on one batch: a tensor, positional arguments in a tuple, or keyword arguments in a mapping.
+
+    Raises:
+        BatchError: the batch is none of these, or does not fit what the model's forward takes.
+    """
+    if not isinstance(batch, Tensor | tuple | list | Mapping):
+        raise BatchError(
+            f"expected a tensor, a tuple of positional or a mapping of keyword arguments, got {type(batch).__name__}"
+        )
+    positional = () if isinstance(batch, Mapping) else (batch,) if isinstance(batch, Tensor) else batch
+    keywords = batch if isinstance(batch, Mapping) else {}
+    try:
+        return model(*positional, **keywords)
+    except TypeError:
+        _check_fits(model, positional, keywords)
+        raise
+
+
+def _check_fits(model: nn.Module, positional: Sequence[Any], keywords: Mapping[str, Any]) -> None:
+    try:
+        inspect.signature(model.forward).bind(*positional, **keywords)
+    except TypeError as error:
+        raise BatchError(
+            f"a batch of {len(positional)} positional and {sorted(keywords)} keyword arguments does not fit "
+            f"{type(model).__name__}.forward: {error}; feed the inputs alone, and give labels as targets= to optimize"
+        ) from error
 
 
 @contextmanager

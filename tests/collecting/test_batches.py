@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from actsteer import BatchError
+from actsteer import BatchError, collect
 from actsteer.collecting.batches import call, iterate, undisturbed
 from tests.oracles import state
 
@@ -138,3 +138,24 @@ def test_what_is_no_iterable_of_inputs_is_named(batches, kind):
 def test_what_is_no_batch_is_named(batch, kind):
     with pytest.raises(BatchError, match=f"a tuple of positional or a mapping of keyword arguments, got {kind}"):
         call(Sum(), batch)
+
+
+@pytest.mark.parametrize("batch", [(torch.zeros(1, 2), torch.zeros(1)), [torch.zeros(1, 2)] * 2, {"x": torch.zeros(1)}])
+def test_a_batch_that_does_not_fit_the_forward_is_refused(batch):
+    model = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(BatchError, match=r"does not fit Sequential.forward: .*; feed the inputs alone"):
+        collect(model, [batch], sites="0")
+    assert not model[0]._forward_hooks
+
+
+def test_a_type_error_inside_the_model_is_the_model_s_own():
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Identity()
+
+        def forward(self, x):
+            return self.inner(x) + "text"
+
+    with pytest.raises(TypeError, match="unsupported operand"):
+        collect(Broken(), torch.zeros(1, 2), sites="inner")
