@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import reference.mnist
 from reference.mnist import __main__ as command
-from reference.mnist import cross, suite
+from reference.mnist import cross, data, suite
 from reference.mnist.data import DataMissingError, Split, load
 from reference.mnist.model import mlp, train_classifier
 from reference.mnist.sample import SIZES, stratified
@@ -107,6 +107,12 @@ def test_data_that_cannot_be_downloaded_are_a_clear_error(tmp_path, monkeypatch)
     monkeypatch.setattr("torchvision.datasets.MNIST", offline)
     with pytest.raises(DataMissingError, match=r"no MNIST in .*\(no network\); .* --data bundled"):
         load("full", tmp_path)
+
+
+def test_a_missing_sample_says_how_to_make_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SAMPLE", tmp_path / "none.npz")
+    with pytest.raises(DataMissingError, match=r"none.npz is missing; make it with `python -m reference.mnist.sample"):
+        data.load.__wrapped__("bundled")
 
 
 def test_a_task_runs_once_even_if_two_experiments_need_it():
