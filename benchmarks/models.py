@@ -1,8 +1,9 @@
-"""The models that are timed, where they are steered, and the seven ways to run each of them."""
+"""The models that are timed, where they are steered, and the ways to run each of them."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,23 +16,22 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from actsteer import Steerer, SteeringVector, VectorBank
 
 CONCEPTS = 16
-NOISE_FLOOR, BY_HAND = "unhooked again", "hand-written hook"
+NOISE_FLOOR, NO_OP, BY_HAND, INLINE = "unhooked again", "no-op hook", "hand-written hook", "added in the model's code"
 ONE, MANY = "Steerer, 1 concept", f"Steerer, {CONCEPTS} concepts"
+PATCH, BUFFER, FOLD = "Steerer, patch", "Steerer, buffer", "Steerer, fold"
 
-Fold = Callable[[nn.Module, SteeringVector], None]
 Variant = Callable[[], AbstractContextManager[nn.Module]]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A model with an input, the sites that are steered, and how to write a vector into its biases."""
+    """A model with an input, and the sites that are steered."""
 
     name: str
     model: nn.Module
     x: Tensor
     sites: tuple[str, ...]
     d: int
-    fold: Fold
 
     def run(self, model: nn.Module) -> Tensor:
         """The output on the setting's input, as a tensor."""
@@ -48,7 +48,7 @@ def settings(*, quick: bool) -> list[Setting]:
         [nn.Linear(784 if i == 0 else width, width, bias=False), nn.LayerNorm(width), nn.ReLU()] for i in range(4)
     ]
     mlp = nn.Sequential(*[module for block in blocks for module in block], nn.Linear(width, 10)).eval()
-    relus = ("2", "5", "8", "11")
+    linears = ("0", "3", "6", "9")
     layers, d, length, batch = (2, 16, 8, 2) if quick else (6, 512, 64, 4)
     config = GPT2Config(
         n_layer=layers, n_embd=d, n_head=8, n_positions=length, vocab_size=1000, bos_token_id=0, eos_token_id=0
@@ -56,54 +56,93 @@ def settings(*, quick: bool) -> list[Setting]:
     config.use_cache = False
     gpt2: nn.Module = GPT2LMHeadModel(config)
     gpt2.eval()
-    outputs = tuple(f"transformer.h.{layer}.mlp" for layer in range(layers))
+    projections = tuple(f"transformer.h.{layer}.mlp.c_proj" for layer in range(layers))
     tokens = torch.randint(0, 1000, (batch, length))
     return [
         *(
-            Setting(f"MLP 784-{width}x4-10, batch {rows}", mlp, torch.randn(rows, 784), relus, width, _fold_after_relus)
+            Setting(f"MLP 784-{width}x4-10, batch {rows}", mlp, torch.randn(rows, 784), linears, width)
             for rows in (1, 32 if quick else 1024)
         ),
-        Setting(f"GPT-2 {layers}x{d}, length {length}, batch {batch}", gpt2, tokens, outputs, d, _fold_into_gpt2),
+        Setting(f"GPT-2 {layers}x{d}, length {length}, batch {batch}", gpt2, tokens, projections, d),
     ]
 
 
 def variants(setting: Setting) -> dict[str, Variant]:
-    """Name -> a block that gives the model to run; all but the first three add the same shifts."""
-    generator = torch.Generator().manual_seed(1)
-    strengths = {str(k): (k + 1) / 8 for k in range(CONCEPTS)}
-    bank = VectorBank(
-        {
-            concept: SteeringVector({site: torch.randn(setting.d, generator=generator) / 8 for site in setting.sites})
-            for concept in strengths
-        }
-    )
+    """Name -> a block that gives the model to run; all but the first two add the same shifts."""
+    bank, strengths = _bank(setting)
     v = bank.combine(strengths)
-    folded = copy.deepcopy(setting.model, {id(p): p for p in setting.model.parameters()})  # the weights are shared
-    setting.fold(folded, v)
     model = setting.model
     return {
         NOISE_FLOOR: lambda: _plain(model),
-        "no-op hook": lambda: _hooked(model, dict.fromkeys(v, _nothing)),
+        NO_OP: lambda: _hooked(model, dict.fromkeys(v, _nothing)),
         BY_HAND: lambda: _hooked(model, {site: _adding(v[site]) for site in v}),
         ONE: lambda: _steered(Steerer(model, v / 2, c=2.0)),
         MANY: lambda: _steered(Steerer(model, bank, c=strengths)),
-        "folded into a bias": lambda: _plain(folded),
+        PATCH: lambda: _steered(Steerer(model, v / 2, c=2.0, backend="patch")),
+        BUFFER: lambda: _steered(Steerer(model, v / 2, c=2.0, backend="buffer")),
+        FOLD: lambda: _steered(Steerer(model, v / 2, c=2.0, backend="fold")),
+    }
+
+
+def compiled(setting: Setting, *, compiler: str) -> Setting:
+    """The same setting, compiled; beside this the variants of `compiled_variants` are timed."""
+    model: nn.Module = torch.compile(_twin(setting.model), backend=compiler)  # type: ignore[assignment]
+    return dataclasses.replace(setting, name=f"{setting.name}, compiled", model=model)
+
+
+def compiled_variants(setting: Setting, eager: nn.Module, *, compiler: str) -> dict[str, Variant]:
+    """Name -> a block, as for `variants`; each model is compiled by itself and shares the weights of the eager one."""
+    bank, strengths = _bank(setting)
+    v = bank.combine(strengths)
+    again, inline, patched, buffered, folded = (_twin(eager) for _ in range(5))  # compiled code ignores hooks
+    for site in v:
+        parent, _, name = site.rpartition(".")
+        setattr(inline.get_submodule(parent), name, nn.Sequential(inline.get_submodule(site), _Plus(v[site])))
+    buffer = Steerer(buffered, v / 2, c=2.0, backend="buffer").install()
+    run: dict[int, Any] = {
+        id(model): torch.compile(model, backend=compiler) for model in (again, inline, patched, buffered, folded)
+    }
+    with torch.inference_mode():
+        for model in run.values():
+            setting.run(model)  # compiled before anything is attached, but for the buffer
+    return {
+        NOISE_FLOOR: lambda: _plain(run[id(again)]),
+        INLINE: lambda: _plain(run[id(inline)]),
+        ONE: lambda: _steered(Steerer(patched, v / 2, c=2.0), run[id(patched)]),
+        MANY: lambda: _steered(Steerer(patched, bank, c=strengths), run[id(patched)]),
+        BUFFER: lambda: _steered(buffer, run[id(buffered)]),
+        FOLD: lambda: _steered(Steerer(folded, v / 2, c=2.0, backend="fold"), run[id(folded)]),
     }
 
 
 def check_equal(setting: Setting, ways: dict[str, Variant]) -> None:
-    """Every variant that steers gives the output of the hand-written hook, and that is another one than unsteered."""
+    """Every variant that steers gives the output of one that is written by hand, and that is not the unsteered one."""
     outputs: dict[str, Tensor] = {}
     for name, way in ways.items():
         with way() as model, torch.inference_mode():
             outputs[name] = setting.run(model)
-    unsteered = list(outputs)[:2]
+    by_hand = outputs[BY_HAND if BY_HAND in outputs else INLINE]
     for name, output in outputs.items():
-        same_as = outputs[NOISE_FLOOR if name in unsteered else BY_HAND]
+        same_as = outputs[NOISE_FLOOR] if name in (NOISE_FLOOR, NO_OP) else by_hand
         if not torch.allclose(output, same_as, rtol=1e-3, atol=1e-4):
             raise AssertionError(f"{setting.name}: {name} gives another output, so its time would mean nothing")
-    if torch.allclose(outputs[BY_HAND], outputs[NOISE_FLOOR], rtol=1e-2):
+    if torch.allclose(by_hand, outputs[NOISE_FLOOR], rtol=1e-2):
         raise AssertionError("the steering changes nothing, so there is nothing to time")
+
+
+def _bank(setting: Setting) -> tuple[VectorBank, dict[str, float]]:
+    generator = torch.Generator().manual_seed(1)
+    strengths = {str(k): (k + 1) / 8 for k in range(CONCEPTS)}
+    vectors = {
+        concept: SteeringVector({site: torch.randn(setting.d, generator=generator) / 8 for site in setting.sites})
+        for concept in strengths
+    }
+    return VectorBank(vectors), strengths
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """A copy that shares the weights."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 @contextmanager
@@ -112,9 +151,9 @@ def _plain(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def _steered(steerer: Steerer) -> Iterator[nn.Module]:
+def _steered(steerer: Steerer, model: nn.Module | None = None) -> Iterator[nn.Module]:
     with steerer:
-        yield steerer.model
+        yield steerer.model if model is None else model
 
 
 @contextmanager
@@ -123,6 +162,18 @@ def _hooked(model: nn.Module, hooks: dict[str, Callable[..., Any]]) -> Iterator[
         for site, hook in hooks.items():
             handles.callback(model.get_submodule(site).register_forward_hook(hook).remove)
         yield model
+
+
+class _Plus(nn.Module):
+    """Adds a constant."""
+
+    def __init__(self, delta: Tensor) -> None:
+        super().__init__()
+        self.delta = delta
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x + delta."""
+        return x + self.delta
 
 
 def _nothing(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -134,20 +185,3 @@ def _adding(delta: Tensor) -> Callable[..., Tensor]:
         return output + delta
 
     return hook
-
-
-def _fold_after_relus(model: nn.Module, v: SteeringVector) -> None:
-    """Each shift goes into the bias of the linear map that follows, as W v."""
-    for site in v:
-        following = model.get_submodule(str(int(site) + 1))
-        assert isinstance(following, nn.Linear)
-        bias = following.weight.new_zeros(following.out_features) if following.bias is None else following.bias
-        following.bias = nn.Parameter(bias.detach() + following.weight.detach() @ v[site])
-
-
-def _fold_into_gpt2(model: nn.Module, v: SteeringVector) -> None:
-    """Each shift goes into the bias of the projection that the block's MLP ends with."""
-    for site in v:
-        projection = model.get_submodule(f"{site}.c_proj")
-        assert isinstance(projection.bias, Tensor)
-        projection.bias = nn.Parameter(projection.bias.detach() + v[site])

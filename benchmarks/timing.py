@@ -49,7 +49,7 @@ def compare(setting: Setting, ways: dict[str, Variant], *, threads: int, rounds:
 
     A run is as many forward passes as take `seconds`; a model of which one pass takes longer gets fewer rounds.
     """
-    with _threads(threads), torch.inference_mode(), _no_collection():
+    with set_threads(threads), torch.inference_mode(), _no_collection():
         clock = time.thread_time if threads == 1 else time.perf_counter  # other processes do not count in the first
         forwards = _forwards_in(setting, seconds)
         rounds = rounds if forwards > 1 else max(2, rounds // SLOW)
@@ -87,7 +87,7 @@ def _forwards_in(setting: Setting, seconds: float) -> int:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def set_threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -72,7 +73,7 @@ def _check_fits(model: nn.Module, positional: Sequence[Any], keywords: Mapping[s
 
 @contextmanager
 def undisturbed(model: nn.Module, *, frozen: bool = False) -> Iterator[None]:
-    """The model in evaluation mode, if `frozen` without gradients to its parameters; left as it was found."""
+    """The model in evaluation mode and eager, if `frozen` without gradients to its parameters; left as it was found."""
     training = [(module, module.training) for module in model.modules()]
     trainable = [parameter for parameter in model.parameters() if frozen and parameter.requires_grad]
     try:
@@ -80,9 +81,18 @@ def undisturbed(model: nn.Module, *, frozen: bool = False) -> Iterator[None]:
             module.training = False
         for parameter in trainable:
             parameter.requires_grad_(False)
-        yield
+        with _eager():
+            yield
     finally:
         for module, was_training in training:
             module.training = was_training
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+def _eager() -> AbstractContextManager[Any]:
+    """Compiled code stands aside: it would ignore the hooks."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled
+        return nullcontext()
+    eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return eager

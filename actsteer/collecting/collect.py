@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, final
 
 import torch
 from einops import rearrange
@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from actsteer.collecting.batches import Batches, call, iterate, undisturbed
 from actsteer.collecting.moments import Moments, Statistics
 from actsteer.errors import StatisticsError
-from actsteer.sites.axes import feature_axis
-from actsteer.sites.outputs import positive_axis, read_activation
+from actsteer.sites.axes import Axes, Layout, layouts
+from actsteer.sites.listen import likely_cause, listen
+from actsteer.sites.outputs import Arguments, get, locate, members
+from actsteer.sites.place import Place
 from actsteer.sites.resolve import Sites, find_sites, fingerprint, resolve
+from actsteer.sites.shards import full
 
 
 def collect(
@@ -24,6 +27,7 @@ def collect(
     *,
     sites: Sites,
     covariance: bool = False,
+    axis: Axes | None = None,
     batch_size: int = 256,
     progress: bool = True,
 ) -> Statistics:
@@ -35,6 +39,7 @@ def collect(
     Args:
         batches: an iterable of model inputs, or one tensor that is split by `batch_size`.
         sites: names, globs or a predicate, as for `find_sites`.
+        axis: the feature axis, of every site or site -> axis, where it is not the one that the module's class tells.
         covariance: also keep the (d, d) scatter: O(d^2) memory instead of O(d).
         progress: show a bar when the work takes over two seconds.
 
@@ -47,7 +52,6 @@ def collect(
     >>> stats["1"].count, stats["1"].mean.shape
     (5, torch.Size([2]))
     """
-    names = find_sites(model, sites)
     moments: dict[str, Moments] = {}
 
     def keep(site: str, rows: Tensor) -> None:
@@ -56,14 +60,14 @@ def collect(
         seen = Moments.of(rows, covariance=covariance)
         moments[site] = moments[site].merge(seen) if site in moments else seen
 
-    observe(model, batches, names, keep, batch_size=batch_size, progress=progress, label="collect")
+    names = find_sites(model, sites)
+    axes = observe(model, batches, names, keep, axis=axis, batch_size=batch_size, progress=progress, label="collect")
     if empty := [site for site in names if site not in moments]:
         raise StatisticsError(f"sites {empty} saw no rows; is every batch empty?")
     for site, seen in moments.items():
         if not bool(torch.isfinite(seen.mean).all()):
             raise StatisticsError(f"site {site!r}: the activations are not finite; look for inf or nan in the data")
-    axes = {s: feature_axis(model, s, module) for s, module in resolve(model, names).items()}
-    described = {f"axis {site}": str(axis) for site, axis in axes.items() if axis not in (None, -1)}
+    described = {f"axis {site}": str(at) for site, at in axes.items() if at != -1}
     return Statistics({site: moments[site] for site in names}, metadata={"model": fingerprint(model)} | described)
 
 
@@ -73,41 +77,45 @@ def observe(
     names: tuple[str, ...],
     keep: Callable[[str, Tensor], None],
     *,
+    axis: Axes | None,
     batch_size: int,
     progress: bool,
     label: str,
-) -> None:
-    """Run every batch once, and give `keep` each site's activations as rows of shape (n, d)."""
-    modules = resolve(model, names)
-    ran: set[str] = set()
-
-    def keep_and_note(site: str, rows: Tensor) -> None:
-        ran.add(site)
-        keep(site, rows)
-
-    with undisturbed(model), _listening(model, modules, keep_and_note):
+) -> dict[str, int]:
+    """Run every batch once, and give `keep` each site's activations as rows (n, d); returns the feature axes."""
+    places = resolve(model, names)
+    lies = layouts(model, places, axis=axis)
+    axes: dict[str, int] = {}
+    with undisturbed(model), ExitStack() as handles:
+        for site, place in places.items():
+            handles.callback(listen(place, _Listener(place, lies[site], keep, axes)))
         for batch in iterate(batches, batch_size=batch_size, progress=progress, label=label):
             with torch.no_grad():  # not inference mode: what the model caches meanwhile must work in autograd later
                 call(model, batch)
-    silent = [site for site in names if site not in ran]
+    silent = [f"{site!r} ({likely_cause(model, places[site])})" for site in names if site not in axes]
     if silent:
-        raise StatisticsError(f"sites {silent} never ran; does the model call these modules?")
+        raise StatisticsError(f"these sites never ran: {'; '.join(silent)}")
+    return axes
 
 
-@contextmanager
-def _listening(model: nn.Module, modules: dict[str, nn.Module], keep: Callable[[str, Tensor], None]) -> Iterator[None]:
-    with ExitStack() as handles:
-        for site, module in modules.items():
-            hook = _listener(site, feature_axis(model, site, module), keep)
-            handles.callback(module.register_forward_hook(hook).remove)
-        yield
+@final
+class _Listener:
+    """A hook that hands the activations of a site on, as rows."""
 
+    def __init__(self, place: Place, layout: Layout, keep: Callable[[str, Tensor], None], axes: dict[str, int]) -> None:
+        self._place, self._layout, self._keep, self._axes = place, layout, keep, axes
 
-def _listener(site: str, axis: int | None, keep: Callable[[str, Tensor], None]) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        activation = read_activation(output, site=site)
-        positive = positive_axis(activation, axis=axis, size=None, site=site)
-        with torch.inference_mode(mode=False):  # what is kept must work in autograd later
-            keep(site, rearrange(activation.movedim(positive, -1), "... d -> (...) d"))
-
-    return hook
+    def __call__(self, module: nn.Module, args: Any, last: Any) -> None:
+        """`last` is the output or, at an input, the keyword arguments."""
+        place = self._place
+        value = Arguments(args, last) if place.side == "in" else last
+        activation = get(value, locate(place, value))
+        for part in members(activation):
+            whole = full(part, module)
+            if (conversion := getattr(module, "hook_conversion", None)) is not None:
+                whole = conversion.convert(whole)
+            axis = self._layout.feature_axis(tuple(whole.shape), size=None, site=place.site)
+            last_one = axis == whole.ndim - 1 and self._layout.axis is None
+            self._axes[place.site] = -1 if last_one else axis if self._layout.axis is None else self._layout.axis
+            with torch.inference_mode(mode=False):  # what is kept must work in autograd later
+                self._keep(place.site, rearrange(whole.movedim(axis, -1), "... d -> (...) d"))

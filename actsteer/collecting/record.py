@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from actsteer.collecting.batches import Batches
 from actsteer.collecting.collect import observe
+from actsteer.sites.axes import Axes
 from actsteer.sites.resolve import Sites, find_sites
 
 
@@ -16,6 +17,7 @@ def record(
     batches: Batches,
     *,
     sites: Sites,
+    axis: Axes | None = None,
     batch_size: int = 256,
     progress: bool = True,
 ) -> dict[str, Float[Tensor, "n d"]]:
@@ -36,5 +38,5 @@ def record(
     def keep(site: str, rows: Tensor) -> None:
         kept[site].append(rows.clone())  # a later module may edit its input in place
 
-    observe(model, batches, names, keep, batch_size=batch_size, progress=progress, label="record")
+    observe(model, batches, names, keep, axis=axis, batch_size=batch_size, progress=progress, label="record")
     return {site: torch.cat(rows) for site, rows in kept.items()}

@@ -8,6 +8,7 @@ from actsteer.collecting.batches import Batches
 from actsteer.collecting.collect import collect
 from actsteer.estimators.estimator import Estimator
 from actsteer.estimators.mean_difference import MeanDifference
+from actsteer.sites.axes import Axes
 from actsteer.sites.resolve import Sites
 from actsteer.vectors.vector import SteeringVector
 
@@ -20,6 +21,7 @@ def fit(
     sites: Sites,
     estimator: Estimator | None = None,
     concept: str | None = None,
+    axis: Axes | None = None,
     batch_size: int = 256,
     progress: bool = True,
 ) -> SteeringVector:
@@ -30,6 +32,7 @@ def fit(
         sites: names, globs or a predicate, as for `find_sites`.
         estimator: `MeanDifference()` unless another is given.
         concept: what the vector stands for.
+        axis: the feature axis, as for `collect`; the vector remembers it.
 
     Raises:
         SiteNotFoundError, BatchError, StatisticsError: as `collect` and the estimator.
@@ -45,6 +48,7 @@ def fit(
             model,
             batches,
             sites=sites,
+            axis=axis,
             covariance=estimator.needs_covariance,
             batch_size=batch_size,
             progress=progress,

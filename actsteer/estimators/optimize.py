@@ -14,6 +14,7 @@ from tqdm.auto import trange
 from actsteer.collecting.batches import Batches, call, iterate, undisturbed
 from actsteer.collecting.collect import observe
 from actsteer.errors import BatchError, LossError
+from actsteer.sites.axes import Axes
 from actsteer.sites.resolve import Sites, find_sites, fingerprint
 from actsteer.steering.gates import Gate
 from actsteer.steering.steerer import Steerer
@@ -35,6 +36,7 @@ def optimize(
     batch_size: int = 256,
     start: SteeringVector | None = None,
     gate: Gate | None = None,
+    axis: Axes | None = None,
     concept: str | None = None,
     generator: torch.Generator | None = None,
     progress: bool = True,
@@ -54,6 +56,7 @@ def optimize(
         lr: Adam's learning rate, in the activation's own units per step.
         start: a vector to start from, at some or all of the sites.
         gate: train with the steering gated, as it will be used.
+        axis: the feature axis, as for `collect`; the vector remembers it.
         concept: what the vector stands for.
         generator: makes the shuffling, and so the result, reproducible.
 
@@ -75,12 +78,9 @@ def optimize(
     names = find_sites(model, sites)
     stream = _endless(batches, targets, batch_size=batch_size, generator=generator)
     batch, target = next(stream)
-    vector = _start(model, batch, names, start)
-    steerer = Steerer(model, vector, gate=gate)
-    trained = {site: vector[site].requires_grad_() for site in names}
-    with torch.enable_grad():
-        for site, edit in steerer.edits.items():
-            edit.directions = trained[site][None]
+    vector = _start(model, batch, names, start, axis)
+    steerer = Steerer(model, vector, gate=gate, axis=axis)
+    trained = steerer.requires_grad_()  # one row each
     optimizer = torch.optim.Adam(trained.values(), lr=lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     compares = targets is not None or _takes_target(loss)
@@ -88,7 +88,6 @@ def optimize(
         for step in trange(steps, desc="optimize", unit="step", disable=not progress, delay=2.0):
             if step:
                 batch, target = next(stream)
-            steerer.c = 1.0  # sums the directions anew, into this step's graph
             output = call(model, batch)
             value = loss(output, target) if compares else loss(output)
             _check(value)
@@ -98,19 +97,24 @@ def optimize(
             optimizer.step()
             schedule.step()
     described = {"estimator": "optimize", "model": fingerprint(model), "steps": str(steps)}
-    return SteeringVector(trained, concept=concept, metadata=described)
+    directions = {site: rows[0] for site, rows in trained.items()}
+    return SteeringVector(directions, concept=concept, metadata=described | vector.metadata)
 
 
-def _start(model: nn.Module, batch: Any, names: tuple[str, ...], start: SteeringVector | None) -> SteeringVector:
+def _start(
+    model: nn.Module, batch: Any, names: tuple[str, ...], start: SteeringVector | None, axis: Axes | None
+) -> SteeringVector:
     """Zero at every site, in the activation's dtype and device, with `start` written over it."""
     zeros: dict[str, Tensor] = {}
 
     def keep(site: str, rows: Tensor) -> None:
         zeros[site] = rows.new_zeros(rows.shape[1])
 
-    observe(model, [batch], names, keep, batch_size=1, progress=False, label="")
+    axes = observe(model, [batch], names, keep, axis=axis, batch_size=1, progress=False, label="")
+    described = {f"axis {site}": str(at) for site, at in axes.items() if at != -1}
     vector = SteeringVector({site: zeros[site] for site in names})
-    return vector if start is None else (vector + start).select(*names)
+    vector = vector if start is None else (vector + start).select(*names)
+    return SteeringVector({site: vector[site] for site in vector}, metadata=described)
 
 
 def _endless(

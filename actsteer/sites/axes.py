@@ -2,54 +2,162 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
 
 from torch import nn
 
-from actsteer.sites.resolve import hook_points
+from actsteer.errors import ShapeError, SiteNotFoundError, close_names
+from actsteer.sites.place import Place
+from actsteer.sites.resolve import hook_points, named_sites, path_to
+from actsteer.sites.wrappers import unwrapped
+
+Axes: TypeAlias = int | Mapping[str, int]
+"""The feature axis of every site, or site -> axis; a site that is not named has its own."""
 
 _SPATIAL = {"1d": -2, "2d": -3, "3d": -4}
 _CHANNEL_SECOND = (nn.GroupNorm, nn.BatchNorm1d, nn.SyncBatchNorm, nn.Upsample, nn.LocalResponseNorm)
-_FEATURES_LAST = (nn.Linear, nn.Bilinear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.RNNBase, nn.MultiheadAttention)
+_FEATURES_LAST = (
+    *(nn.Linear, nn.Bilinear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.RNNBase, nn.RNNCellBase),
+    *(nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer),
+)
 _KEEPS_LAYOUT = ("activation", "dropout")  # the modules of torch.nn whose outputs lie as their inputs do
 
 
-def feature_axis(model: nn.Module, site: str, module: nn.Module) -> int | None:
-    """The axis of the features at `site`, or None if the module's class leaves it open.
+@dataclass(frozen=True)
+class Layout:
+    """How the activations at a site lie.
+
+    Args:
+        axis: the feature axis; None where the module's class leaves it open.
+        evidence: for an open one, (axis, size) of the modules in it, or of those around it, that have an axis.
+        row_axis: the axis of the batch.
+    """
+
+    axis: int | None
+    evidence: tuple[tuple[int, int], ...] = ()
+    row_axis: int = 0
+
+    def feature_axis(self, shape: tuple[int, ...], *, size: int | None, site: str) -> int:
+        """The feature axis counted from the front, once it is certain that there are `size` features on it.
+
+        An open axis is the one where a module inside, or around, has as many features, if no other axis has; failing
+        that the last, if there are at most three axes.
+
+        Raises:
+            ShapeError: another size there, or an axis that nobody can know.
+        """
+        axis = self._inferred(shape, site) if self.axis is None else self.axis
+        if not -len(shape) <= axis < len(shape):
+            raise ShapeError(f"site {site!r}: expected an activation with a feature axis {axis}, got shape {shape}")
+        if size not in (None, shape[axis]):
+            raise ShapeError(
+                f"site {site!r}: the activation has {shape[axis]} features (axis {axis} of shape {shape}), the vector "
+                f"{size}; was it fitted on another model?"
+            )
+        return axis % len(shape)
+
+    def _inferred(self, shape: tuple[int, ...], site: str) -> int:
+        if len(shape) < 3:
+            return -1
+        fitting = []
+        for axis, size in self.evidence:
+            ranks_fit = axis in (-1, 1) or len(shape) == -axis + 1
+            positive = axis % len(shape) if ranks_fit else 0
+            if ranks_fit and shape[positive] == size and positive not in fitting:
+                fitting.append(positive)
+                if positive != len(shape) - 1 and shape[-1] == size and len(shape) - 1 not in fitting:
+                    fitting.append(len(shape) - 1)  # channels could as well lie last: equal by accident
+        if len(fitting) == 1:
+            return fitting[0]
+        if fitting or len(shape) > 3:
+            which = (
+                f"axes {fitting} would all do" if fitting else "its module does not tell which axis holds the features"
+            )
+            raise ShapeError(
+                f"site {site!r}: the activation has shape {shape}, and {which}; pass axis={{{site!r}: 1}} or another "
+                "one, or choose a convolution, norm or linear module beside it"
+            )
+        return -1
+
+
+def layout(model: nn.Module, place: Place, *, axis: int | None = None) -> Layout:
+    """The layout of the activations at a place; `axis`, if given, is the feature axis.
 
     Convolutions, pools, paddings and 1d-3d norms keep the channels before the spatial axes (counted from the end, so
     that unbatched inputs work too); linear maps, layer norms, embeddings and recurrent cells have them last, and so
     do TransformerLens hook points. A pointwise module inside an `nn.Sequential` takes the axis of what runs before it.
     """
-    if site in hook_points(model):
-        return -1
-    return _axis_after([module, *_earlier_siblings(model, site)])
+    rows = _row_axis(model, place)
+    if axis is not None or place.name in hook_points(model):
+        return Layout(-1 if axis is None else axis, row_axis=rows)
+    module, earlier = unwrapped(place.module), _earlier_siblings(model, place.name)
+    while place.side == "in" and isinstance(module, nn.Sequential) and len(module):
+        module = module[0]
+    known = _axis_after([module, *earlier])
+    if known is None and place.side == "in":
+        known = _axis_after(earlier)
+    return Layout(known, () if known is not None else _evidence(model, place), rows)
 
 
-def row_axis(model: nn.Module, site: str, module: nn.Module) -> int:
-    """The axis of the batch: 0, or 1 where the module or one around it says `batch_first=False`."""
-    path = [model]
-    for part in site.split("."):
-        child = path[-1]._modules.get(part)
-        if child is None:
-            break
-        path.append(child)
-    return 1 if any(_sequence_first(outer) for outer in (*path, module)) else 0
+def layouts(model: nn.Module, places: Mapping[str, Place], *, axis: Axes | None) -> dict[str, Layout]:
+    """The layout at every place; `axis` names a feature axis for all of them, or site -> axis for some.
+
+    Raises:
+        SiteNotFoundError: `axis` names another site.
+    """
+    if isinstance(axis, int) and not isinstance(axis, bool):
+        axis = dict.fromkeys(places, axis)
+    if axis is not None and not isinstance(axis, Mapping):
+        raise TypeError(f"axis: expected an int or a mapping site -> int, got {axis!r}")
+    axis = axis or {}
+    for site, chosen in axis.items():
+        if site not in places:
+            raise SiteNotFoundError(f"axis names no site in use: {site!r}. {close_names(site, places)}")
+        if not isinstance(chosen, int) or isinstance(chosen, bool):
+            raise TypeError(f"axis: expected an int for site {site!r}, got {chosen!r}")
+    return {site: layout(model, place, axis=axis.get(site)) for site, place in places.items()}
 
 
-def known_size(module: nn.Module) -> int | None:
-    """The number of features that the module puts out, where its class tells before it has run."""
+def known_size(place: Place) -> int | None:
+    """The number of features at a place, where the module's class tells before it has run."""
+    if len(place.path) > 1 or place.path not in ((), ("0",)):
+        return None
+    sizes = _sizes(unwrapped(place.module))
+    return None if sizes is None else sizes[place.side == "out"]
+
+
+def _sizes(module: nn.Module) -> tuple[int, int] | None:
+    """How many features a module takes and gives."""
     match module:
         case nn.Linear():
-            return module.out_features
-        case nn.LayerNorm():
-            return module.normalized_shape[-1]
+            return module.in_features, module.out_features
+        case nn.LayerNorm() | nn.RMSNorm():
+            return module.normalized_shape[-1], module.normalized_shape[-1]
+        case nn.modules.batchnorm._NormBase():
+            return module.num_features, module.num_features
+        case nn.GroupNorm():
+            return module.num_channels, module.num_channels
         case nn.Embedding():
-            return module.embedding_dim
+            return module.embedding_dim, module.embedding_dim
         case nn.modules.conv._ConvNd():
-            return module.out_channels
+            return module.in_channels, module.out_channels
         case _:
             return None
+
+
+def _evidence(model: nn.Module, place: Place) -> tuple[tuple[int, int], ...]:
+    """(axis, size) of the modules inside; of the nearest module around that has some, if there are none inside."""
+    for outer in (place.module, *reversed(path_to(model, place.name)[:-1])):
+        found: dict[tuple[int, int], None] = {}
+        for module in outer.modules():
+            axis, sizes = _own_axis(module), _sizes(module)
+            if axis is not None and sizes is not None:
+                found |= dict.fromkeys((axis, size) for size in sizes)
+        if found:
+            return tuple(found)
+    return ()
 
 
 def _axis_after(modules: Iterable[nn.Module]) -> int | None:
@@ -69,16 +177,20 @@ def _keeps_layout(module: nn.Module) -> bool:
 
 
 def _own_axis(module: nn.Module) -> int | None:
-    if isinstance(module, _FEATURES_LAST):
-        return -1
-    if isinstance(module, _CHANNEL_SECOND):
-        return 1
     if isinstance(module, nn.Sequential):
         return _axis_after(reversed(list(module)))
-    for kind in type(module).__mro__:
-        if kind.__module__.startswith("torch.nn.") and kind.__name__[-2:] in _SPATIAL:
+    if isinstance(module, _CHANNEL_SECOND):
+        return 1
+    last = isinstance(module, _FEATURES_LAST)
+    for kind in type(module).__mro__:  # a LayerNorm2d is a layer norm over channels, whoever wrote it
+        if kind.__name__[-2:] in _SPATIAL and (last or kind.__module__.startswith("torch.nn.")):
             return _SPATIAL[kind.__name__[-2:]]
-    return None
+    return -1 if last else None
+
+
+def _row_axis(model: nn.Module, place: Place) -> int:
+    """The axis of the batch: 0, or 1 where the module or one around it says `batch_first=False`."""
+    return 1 if any(_sequence_first(outer) for outer in (*path_to(model, place.name), place.module)) else 0
 
 
 def _sequence_first(module: nn.Module) -> bool:
@@ -89,13 +201,14 @@ def _sequence_first(module: nn.Module) -> bool:
 
 def _earlier_siblings(model: nn.Module, site: str) -> list[nn.Module]:
     """What runs before a member of an `nn.Sequential`, and of those around it, nearest first."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = named_sites(model)
     earlier: list[nn.Module] = []
     while site:
         parent_name, _, own = site.rpartition(".")
         parent = modules.get(parent_name)
+        parent = None if parent is None else unwrapped(parent)
         if not isinstance(parent, nn.Sequential) or own not in parent._modules:
             break
-        earlier += list(parent)[: list(parent._modules).index(own)][::-1]
+        earlier += [unwrapped(module) for module in parent][: list(parent._modules).index(own)][::-1]
         site = parent_name
     return earlier

@@ -1,70 +1,182 @@
-"""Read the activation inside a module's output, and put an edited one back in its place."""
+"""Read the activation inside what a module takes or gives, and put an edited one back in its place."""
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+import dataclasses
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
-from actsteer.errors import OutputError, ShapeError
+from actsteer.errors import OutputError
+from actsteer.sites.place import Place
 
 
-def read_activation(output: Any, *, site: str) -> Tensor:
-    """The activation in an output: the tensor itself, or the first member of a tuple or list.
+class Arguments(NamedTuple):
+    """What a module is called with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def locate(place: Place, value: Any) -> tuple[Any, ...]:
+    """The keys that lead to the activation inside a module's output or its `Arguments`.
+
+    Without keys in the site's name: the tensor itself, the only floating tensor among the members, or the first
+    member, where no other one has the same rank. A 0-dim tensor, such as a loss, is no activation.
 
     Raises:
-        OutputError: another kind of output, or an activation that is not floating.
+        OutputError: no floating tensor there, or several that could be meant.
     """
-    activation = output[0] if isinstance(output, tuple | list) and output else output
-    if not isinstance(activation, Tensor):
-        raise OutputError(
-            f"site {site!r}: expected a tensor, or a tuple that begins with one, got {_described(output)}; "
-            "choose a module inside it that returns a tensor"
-        )
-    if activation.is_nested:
-        raise OutputError(
-            f"site {site!r}: the activation is a nested tensor, which has no shape; set use_nested_tensor=False "
-            "on the torch.nn.TransformerEncoder, or choose a module before it"
-        )
-    if not activation.is_floating_point():
-        raise OutputError(f"site {site!r}: expected floating activations, got {activation.dtype}")
-    return activation
+    keys: list[Any] = []
+    for asked in place.path:
+        key = _key(place, value, asked)
+        keys.append(key)
+        value = _member(value, key)
+    while not isinstance(value, Tensor):
+        key = _only_key(place, value)
+        keys.append(key)
+        value = _member(value, key)
+    if not value.is_floating_point():
+        raise OutputError(f"site {place.site!r}: expected floating activations, got {value.dtype}")
+    return tuple(keys)
 
 
-def write_activation(output: Any, activation: Tensor) -> Any:
-    """An output of the same type with the activation replaced; what came in is not changed."""
-    if isinstance(output, Tensor):
+def get(value: Any, keys: tuple[Any, ...]) -> Any:
+    """The member of a (nested) value to which the keys lead."""
+    for key in keys:
+        value = _member(value, key)
+    return value
+
+
+def put(value: Any, keys: tuple[Any, ...], activation: Tensor) -> Any:
+    """A value of the same type with the member replaced; what came in is not changed."""
+    if not keys:
         return activation
-    if hasattr(output, "_fields"):  # a named tuple, torch's PackedSequence among them
-        return output._replace(**{output._fields[0]: activation})
-    return type(output)([activation, *output[1:]])
+    key, rest = keys[0], keys[1:]
+    member = put(_member(value, key), rest, activation)
+    if isinstance(value, Arguments):
+        if isinstance(key, str):
+            return Arguments(value.args, {**value.kwargs, key: member})
+        return Arguments((*value.args[:key], member, *value.args[key + 1 :]), value.kwargs)
+    if (names := _field_names(value)) is not None:  # a named tuple, PackedSequence among them
+        return value._replace(**{names[key]: member})
+    if isinstance(value, tuple | list):
+        return type(value)([*value[:key], member, *value[key + 1 :]])
+    changed = copy.copy(value)
+    if isinstance(value, Mapping):
+        changed[key] = member
+    else:
+        object.__setattr__(changed, key, member)  # a frozen dataclass is as good as another: the copy is ours
+    return changed
 
 
-def _described(output: Any) -> str:
-    """What kind of output it is and, of a tuple or list, what it begins with."""
-    if isinstance(output, tuple | list):
-        return f"a {type(output).__name__} of {', '.join(type(part).__name__ for part in output) or 'nothing'}"
-    return f"a {type(output).__name__}"
+def members(activation: Tensor) -> list[Tensor]:
+    """The activation as tensors that have a shape: itself, or each member of a nested one as a batch of one."""
+    return [member[None] for member in activation.unbind()] if activation.is_nested else [activation]
 
 
-def positive_axis(activation: Tensor, *, axis: int | None, size: int | None, site: str) -> int:
-    """The feature axis counted from the front, once it is certain that the activation has `size` features there.
+def padded(activation: Tensor) -> Tensor:
+    """A nested activation as an ordinary one, filled up with zeros; any other as it is."""
+    return torch.nested.to_padded_tensor(activation, 0.0) if activation.is_nested else activation
 
-    Raises:
-        ShapeError: another size there, or an axis that nobody can know.
-    """
-    shape = tuple(activation.shape)
-    if axis is None and activation.ndim > 3:
-        raise ShapeError(
-            f"site {site!r}: the activation has shape {shape}, and its module does not tell which axis holds the "
-            "features; choose a convolution, norm or linear module beside it"
+
+def unpadded(activation: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `padded`, in the layout of the nested tensor that it was made from."""
+    if not like.is_nested:
+        return activation
+    parts = [row[tuple(map(slice, member.shape))] for row, member in zip(activation, like.unbind(), strict=True)]
+    if like.layout is torch.jagged:
+        offsets: Tensor = like.offsets()  # type: ignore[attr-defined]
+        return torch.nested.nested_tensor_from_jagged(torch.cat(parts), offsets)
+    return torch.nested.as_nested_tensor(parts)
+
+
+def _member(value: Any, key: Any) -> Any:
+    if isinstance(value, Arguments):
+        return value.kwargs[key] if isinstance(key, str) else value.args[key]
+    return value[key] if isinstance(value, tuple | list | Mapping) else getattr(value, key)
+
+
+def _members(value: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(value, Arguments):
+        yield from enumerate(value.args)
+        yield from value.kwargs.items()
+    elif isinstance(value, PackedSequence):
+        yield 0, value.data
+    elif isinstance(value, tuple | list):
+        yield from enumerate(value)
+    elif isinstance(value, Mapping):
+        yield from value.items()
+    elif dataclasses.is_dataclass(value):
+        yield from ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+
+
+def _key(place: Place, value: Any, asked: str) -> Any:
+    """The key of the member that the site's name asks for."""
+    members = dict(_members(value))
+    if isinstance(value, Arguments):
+        key = int(asked) if asked.isdigit() else asked
+        key = key if key in members else _other_name(place.module, value, key)
+        if key is not None:
+            return key
+    if asked in (names := _field_names(value) or ()):
+        return names.index(asked)
+    if asked in members:
+        return asked
+    if asked.isdigit() and int(asked) in members:
+        return int(asked)
+    raise OutputError(f"site {place.site!r}: {_described(value)} has no part {asked!r}; there are {_parts(value)}")
+
+
+def _field_names(value: Any) -> tuple[str, ...] | None:
+    """The names of a named tuple's members; None for anything else."""
+    return getattr(value, "_fields", None) if isinstance(value, tuple) else None
+
+
+def _other_name(module: nn.Module, value: Arguments, key: Any) -> Any:
+    """The keyword of an argument asked for by its position, or its position when asked for by name."""
+    names = list(inspect.signature(type(module).forward).parameters)[1:]  # of the class: forward may be patched
+    if isinstance(key, int):
+        return names[key] if key < len(names) and names[key] in value.kwargs else None
+    return names.index(key) if key in names[: len(value.args)] else None
+
+
+def _only_key(place: Place, value: Any) -> Any:
+    """The key of the one member that can only be meant."""
+    floating = {
+        key: member
+        for key, member in _members(value)
+        if isinstance(member, PackedSequence)
+        or (isinstance(member, Tensor) and member.is_floating_point() and (member.is_nested or member.ndim > 0))
+    }
+    if not floating:
+        wanted = "a floating tensor, or something that holds one"
+        raise OutputError(
+            f"site {place.site!r}: expected {wanted}, got {_described(value)}; choose a module inside it that "
+            f"returns a tensor, or name the part, one of {_parts(value)}"
         )
-    chosen = -1 if axis is None else axis
-    if not -len(shape) <= chosen < len(shape):
-        raise ShapeError(f"site {site!r}: expected an activation with a feature axis {chosen}, got shape {shape}")
-    if size not in (None, shape[chosen]):
-        raise ShapeError(
-            f"site {site!r}: the activation has {shape[chosen]} features (axis {chosen} of shape {shape}), the vector "
-            f"{size}; was it fitted on another model?"
+    key = next(iter(floating))
+    ranks = [member.ndim if isinstance(member, Tensor) else 0 for member in floating.values()]
+    if ranks.count(ranks[0]) > 1 or (len(floating) > 1 and key != next(iter(_members(value)))[0]):
+        side = f"{place.name}:{place.side}"
+        raise OutputError(
+            f"site {place.site!r}: {_described(value)} holds several activations; name the one that is meant, one of "
+            f"{[f'{side}.{other}' for other in floating]}"
         )
-    return chosen % len(shape)
+    return key
+
+
+def _parts(value: Any) -> list[str]:
+    return [str(key) for key, member in _members(value) if isinstance(member, Tensor | tuple | list | Mapping)]
+
+
+def _described(value: Any) -> str:
+    """What kind of value it is and what its members are."""
+    members = ", ".join(f"{key}: {type(member).__name__}" for key, member in _members(value))
+    name = "the input" if isinstance(value, Arguments) else f"a {type(value).__name__}"
+    return f"{name} ({members})" if members else name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import TypeAlias
@@ -11,109 +12,188 @@ import torch
 from torch import nn
 
 from actsteer.errors import SiteNotFoundError, UnsupportedModelError, close_names
+from actsteer.sites.place import Place, split_site
+from actsteer.sites.wrappers import class_name, named_modules, slot, unwrapped, without_prefixes
 
 Predicate: TypeAlias = Callable[[str, nn.Module], bool]
-Sites: TypeAlias = str | Iterable[str] | Predicate
-"""One exact name or glob, several of them, or a predicate on (name, module)."""
+Sites: TypeAlias = str | nn.Module | Predicate | Iterable[str | nn.Module | Predicate]
+"""An exact name, a glob, a regular expression, a module, a predicate on (name, module), or several of them."""
+
+_FIRST_RESULT = (nn.RNNBase, nn.MultiheadAttention)  # of a tuple whose first member is, by torch's word, the output
 
 
 def find_sites(model: nn.Module, sites: Sites) -> tuple[str, ...]:
-    """The exact names of the modules that `sites` selects, in module order.
+    """The exact names of the sites that `sites` selects, in module order.
+
+    A name is the module's dotted one; prefixes that wrappers add (`_orig_mod.`, DDP's `module.`, FSDP's, checkpoint's)
+    do not belong to it. Without a suffix, or with `:out`, it stands for the module's output, with `:in` for its input.
+    Where these hold several tensors, keys lead to one: "h.0.attn:out.0", ":out.last_hidden_state",
+    "layers.0.self_attn:in.hidden_states".
 
     Args:
         model: any module; a TransformerLens model by its hook names too.
-        sites: an exact dotted name; a glob, whose `*` crosses dots ("*.relu"); an iterable of either; or a
-            predicate `(name, module) -> bool`. A module that has several names is found once by a glob or a
-            predicate, and under every name when named exactly.
+        sites: an exact name; a glob, whose `*` crosses dots ("*.relu"); a regular expression that matches the whole
+            name ("re:layers\\\\.[0-3]\\\\.mlp"), each with a suffix or without; a module of the model; a predicate
+            `(name, module) -> bool`; or several of these. A module that has several names is found once by a pattern
+            or a predicate, and under every name when named exactly.
 
     Raises:
-        SiteNotFoundError: a name or a glob that selects nothing; the message has the close names.
+        SiteNotFoundError: something that selects nothing; the message has the close names.
 
     >>> from torch import nn
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> find_sites(model, lambda name, module: isinstance(module, nn.Linear))
     ('0', '2')
-    >>> find_sites(model, "[12]")
-    ('1', '2')
+    >>> find_sites(model, "[12]"), find_sites(model, "re:0|2:in"), find_sites(model, model[1])
+    (('1', '2'), ('0:in', '2:in'), ('1',))
     """
-    return select(named_sites(model), sites, owner=_name(model))
+    modules = named_sites(model)
+    order = list(modules)
+    found: dict[str, int] = {}
+    for item in _items(sites):
+        pattern, suffix = item, ""
+        if isinstance(item, str) and item not in modules:
+            pattern = split_site(item)[0]
+            suffix = item[len(pattern) :]
+        for name in _matched(modules, pattern, owner=class_name(model)):
+            found[name + suffix] = order.index(name)
+    return tuple(sorted(found, key=found.__getitem__))
 
 
 def select(modules: Mapping[str, nn.Module], sites: Sites, *, owner: str) -> tuple[str, ...]:
     """The names among `modules` that `sites` selects, in their order; `owner` is who has them, for the errors."""
-    first = {id(module): name for name, module in reversed(list(modules.items())) if name}
-    candidates = [
-        name
-        for name, module in modules.items()
-        if first.get(id(module)) == name and not isinstance(module, nn.ModuleList | nn.ModuleDict)  # never called
-    ]
-    if callable(sites):
-        found = {name for name in candidates if sites(name, modules[name])}
-        if not found:
-            raise SiteNotFoundError(f"the predicate selects none of the {len(candidates)} sites of {owner}")
-    else:
-        found = set()
-        for pattern in [sites] if isinstance(sites, str) else sites:
-            if not isinstance(pattern, str):
-                raise TypeError(f"a site is a module's name, a str; got {pattern!r}")
-            matched = {pattern} & modules.keys() or {name for name in candidates if fnmatchcase(name, pattern)}
-            if not matched:
-                raise SiteNotFoundError(f"{owner} has no site {pattern!r}. {close_names(pattern, candidates)}")
-            found |= matched
-        if not found:
-            raise SiteNotFoundError(f"no sites were named; {owner} has {len(candidates)}")
+    found = {name for item in _items(sites) for name in _matched(modules, item, owner=owner)}
     return tuple(name for name in modules if name in found)
 
 
-def resolve(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
-    """Exact names -> modules, all or nothing.
+def resolve(model: nn.Module, sites: Iterable[str]) -> dict[str, Place]:
+    """Exact names -> places, all or nothing.
 
     Raises:
         SiteNotFoundError: a name that the model lacks, or a container that is never called.
-        UnsupportedModelError: a scripted or compiled model, in which a hook would be silently ignored.
+        UnsupportedModelError: a scripted module, or one that an exported graph never calls.
     """
     modules = named_sites(model)
-    resolved: dict[str, nn.Module] = {}
-    for name in names:
-        if name not in modules:
-            raise SiteNotFoundError(f"{_name(model)} has no site {name!r}. {close_names(name, modules)}")
-        module = modules[name]
-        if isinstance(module, nn.ModuleList | nn.ModuleDict):
-            raise SiteNotFoundError(
-                f"site {name!r}: a {_name(module)} is never called; name its members, "
-                f"{close_names(name, (f'{name}.{child}' for child, _ in module.named_children()))}"
-            )
-        resolved[name] = module
-    return resolved
+    return {site: _place(model, modules, site) for site in sites}
 
 
 def named_sites(model: nn.Module) -> dict[str, nn.Module]:
     """Every name by which a module of the model can be a site, a TransformerLens model's hook names among them."""
     if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    for module in model.modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise UnsupportedModelError(f"{_name(module)} is scripted and ignores hooks; steer the eager model")
-        if _name(module) == "OptimizedModule" or module._compiled_call_impl is not None:
-            raise UnsupportedModelError(
-                f"{_name(module)} is compiled, and compiled code ignores hooks that come later; "
-                "steer the eager model (the compiled one's _orig_mod)"
-            )
-    return dict(model.named_modules(remove_duplicate=False)) | hook_points(model)
+        raise UnsupportedModelError(
+            f"expected a torch.nn.Module, got {type(model).__name__}; steer the module that it was made from"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UnsupportedModelError(f"{class_name(model)} is scripted and ignores hooks; steer the eager model")
+    modules: dict[str, nn.Module] = {}
+    for name, module in named_modules(model):
+        modules.setdefault(name, module)  # a wrapper before what it wraps
+    return modules | hook_points(model)
 
 
 def hook_points(model: nn.Module) -> dict[str, nn.Module]:
     """A TransformerLens model's own names for its HookPoints; empty for any other model."""
-    points: dict[str, nn.Module] = getattr(model, "hook_dict", {})
+    points: dict[str, nn.Module] = getattr(unwrapped(model), "hook_dict", {})
     return dict(points)
+
+
+def path_to(model: nn.Module, name: str) -> list[nn.Module]:
+    """The modules from the model down to the one of this name, wrappers included; as far as the name leads."""
+    path = [model]
+    keys = name.split(".") if name else []
+    while True:
+        inner = slot(path[-1])
+        key = inner if inner is not None else keys.pop(0) if keys else None
+        child = path[-1]._modules.get(key) if key is not None else None
+        if child is None:
+            return path
+        path.append(child)
 
 
 def fingerprint(model: nn.Module) -> str:
     """The model's class, parameter count, and a hash of its parameters' names and shapes; its numbers do not count."""
-    shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
-    count = sum(parameter.numel() for parameter in model.parameters())
-    return f"{_name(model)}:{count}:{hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]}"
+    parameters = list(unwrapped(model).named_parameters())
+    shapes = [(without_prefixes(name), tuple(parameter.shape)) for name, parameter in parameters]
+    count = sum(parameter.numel() for _, parameter in parameters)
+    return f"{class_name(model)}:{count}:{hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]}"
 
 
-def _name(model: nn.Module) -> str:
-    return type(model).__name__
+def _items(sites: Sites) -> list[str | nn.Module | Predicate]:
+    if isinstance(sites, str | nn.Module) or callable(sites):
+        return [sites]
+    if items := list(sites):
+        return items
+    raise SiteNotFoundError("no sites were named; name one, or give a pattern or a predicate")
+
+
+def _matched(modules: Mapping[str, nn.Module], item: str | nn.Module | Predicate, *, owner: str) -> list[str]:
+    """The names that one item selects, at least one."""
+    first = {id(module): name for name, module in reversed(list(modules.items())) if name}
+    candidates = {
+        name: module
+        for name, module in modules.items()
+        if first.get(id(module)) == name and not isinstance(module, nn.ModuleList | nn.ModuleDict)  # never called
+    }
+    match item:
+        case str() if item in modules:
+            return [item]
+        case str() if item.startswith("re:"):
+            expression = _compiled(item)
+            found = [name for name in candidates if expression.fullmatch(name)]
+        case str() if without_prefixes(item) in modules:
+            return [without_prefixes(item)]
+        case str():
+            found = [name for name in candidates if fnmatchcase(name, item)]
+        case nn.Module():
+            found = [name for name, module in modules.items() if module is item or unwrapped(module) is item][:1]
+            if not found:
+                raise SiteNotFoundError(f"the {type(item).__name__} given as a site is not a module of {owner}")
+        case _ if callable(item):
+            found = [name for name, module in candidates.items() if item(name, module)]
+            if not found:
+                raise SiteNotFoundError(f"the predicate selects none of the {len(candidates)} sites of {owner}")
+        case _:
+            raise TypeError(f"a site is a module's name, a str, a module, or a predicate; got {item!r}")
+    if not found:
+        raise SiteNotFoundError(f"{owner} has no site {item!r}. {close_names(str(item), candidates)}")
+    return found
+
+
+def _compiled(item: str) -> re.Pattern[str]:
+    try:
+        return re.compile(item.removeprefix("re:"))
+    except re.error as error:
+        raise SiteNotFoundError(f"site {item!r} is not a regular expression: {error}") from error
+
+
+def _place(model: nn.Module, modules: Mapping[str, nn.Module], site: str) -> Place:
+    name, side, path = (site, "out", ()) if site in modules else split_site(site)
+    if name not in modules:
+        name = without_prefixes(name)
+    if name not in modules:
+        owner, several = class_name(model), [other for other in modules if other and fnmatchcase(other, name)]
+        if several:
+            raise SiteNotFoundError(f"site {site!r} is a pattern for {several[:8]}, and one is needed; see find_sites")
+        raise SiteNotFoundError(f"{owner} has no site {site!r}. {close_names(name, modules)}")
+    module = modules[name]
+    if isinstance(unwrapped(module), nn.ModuleList | nn.ModuleDict):
+        members = (f"{name}.{child}" for child, _ in module.named_children())
+        raise SiteNotFoundError(
+            f"site {site!r}: a {type(module).__name__} is never called; name its members, {close_names(name, members)}"
+        )
+    for outer in (*path_to(model, name), module):
+        if isinstance(outer, torch.jit.ScriptModule):
+            raise UnsupportedModelError(
+                f"site {site!r}: {class_name(outer)} is scripted and ignores hooks; steer the eager model"
+            )
+    graph = unwrapped(model)
+    if name and isinstance(graph, torch.fx.GraphModule):
+        called = [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
+        if not any(name == target or name.startswith(f"{target}.") for target in called):
+            raise UnsupportedModelError(
+                f"site {site!r}: the graph of {class_name(model)} never calls this module, so it would ignore the "
+                "edit; steer the model that it was exported from"
+            )
+    if not path and side == "out" and isinstance(module, _FIRST_RESULT):
+        path = ("0",)
+    return Place(site=site, name=name, module=module, side=side, path=path)

@@ -57,7 +57,8 @@ class ProjectionAbove:
             raise ShapeError(f"a gate reads one site, the vector has {vector.sites}; choose one with vector.select")
         self.site = vector.sites[0]
         self.threshold = float(threshold)
-        self._direction = vector.unit()[self.site]
+        with torch.inference_mode(mode=False):  # so that it works in autograd later
+            self._direction = vector.unit()[self.site].clone()
 
     @property
     def direction(self) -> Float[Tensor, " d"]:

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from contextlib import ExitStack
-from itertools import combinations
 from types import MappingProxyType, TracebackType
 from typing import Any, final
 
-from torch import nn
+from torch import Tensor, nn
 
-from actsteer.errors import (
-    AttachedError,
-    ConceptNotFoundError,
-    ShapeError,
-    SiteNotFoundError,
-    SteeringNotApplied,
-    UnsupportedModelError,
-    close_names,
-)
-from actsteer.sites.axes import feature_axis, known_size, row_axis
-from actsteer.sites.resolve import Sites, resolve, select
-from actsteer.steering.backends.hook import GateReader, SiteEdit
-from actsteer.steering.gates import Gate
-from actsteer.steering.interventions import Add, Intervention
+from actsteer.errors import AttachedError, SteeringNotApplied, UnsupportedModelError
+from actsteer.sites.axes import Axes
+from actsteer.sites.listen import likely_cause
+from actsteer.sites.resolve import Sites
+from actsteer.steering.attach import attach_all, choices
+from actsteer.steering.backends.choose import Backend, Choice, Scope, check
+from actsteer.steering.checkpointing import Checkpointing
+from actsteer.steering.edit import SiteEdit
+from actsteer.steering.explain import explain
+from actsteer.steering.interventions import Intervention
+from actsteer.steering.plan import Gates, make_plan
 from actsteer.steering.strength import Strengths, strengths_of
+from actsteer.steering.watch import Watch
 from actsteer.vectors.bank import VectorBank
 from actsteer.vectors.vector import SteeringVector
-
-Gates = Gate | Mapping[str, Gate]
 
 
 @final
@@ -37,21 +33,30 @@ class Steerer:
 
     After the block the model is bit for bit what it was. `c = 0` is bit for bit the unsteered model. Steerers nest:
     the one entered last edits last, and for `Add` the edits sum. Everything is checked before anything is attached.
-    Hooks belong to the module, not to a thread: every thread that runs the model is steered.
+    A copy of a steered model, or one unpickled, is the plain model; a copy of a Steerer is not attached.
 
     Args:
-        model: any `nn.Module`.
-        vectors: one vector, or a bank whose concepts are added together.
+        model: any `nn.Module`, wrapped (compiled, DDP, FSDP) or not.
+        vectors: one vector, or a bank whose concepts are added together; they are copied (see `requires_grad_`).
         c: the strength, in multiples of the vectors: one number; concept -> number (what is not named is 0); or a
             tensor of shape (B,), one strength per row of the batch. A vector without a name is the concept "vector".
         intervention: how a direction edits the activation.
         gate: which rows are steered; one gate for every concept, or concept -> gate (what is not named has none).
-        sites: steer only these of the vectors' sites: names, globs, or a predicate on (name, module).
+        sites: steer only these of the vectors' sites: names, globs, modules, or a predicate on (name, module).
+        axis: the feature axis, of every site or site -> axis, where it is not the one that the module's class tells.
+        backend: "auto" takes a hook, or under code that is compiled already, which ignores hooks, a patch of the
+            module's `forward`. "buffer" keeps the strengths in tensors that compiled code reads (see `install`).
+            "fold" writes c · v into the module's bias: no cost at all, and it works in scripted, exported and frozen
+            code; but `state_dict` shows it, a copy made inside the block keeps it, and nobody can prove that it ran.
+        scope: "process": every thread that runs the model is steered. "thread": the attaching thread alone; eager only.
         strict: on leaving, raise if the model ran and a site did not.
 
     Raises:
         SiteNotFoundError, ShapeError, ConceptNotFoundError, StrengthError, UnsupportedModelError: before attaching.
         SteeringNotApplied: on leaving the block, with `strict`.
+
+    Warns:
+        UserWarning: on leaving the block before the backward pass of a forward pass under gradient checkpointing.
 
     Source: Turner et al. 2023 (activation addition); Rimsky et al. 2023 (contrastive activation addition).
 
@@ -74,50 +79,35 @@ class Steerer:
         intervention: Intervention | None = None,
         gate: Gates | None = None,
         sites: Sites | None = None,
+        axis: Axes | None = None,
+        backend: Backend = "auto",
+        scope: Scope = "process",
         strict: bool = True,
     ) -> None:
         if isinstance(vectors, SteeringVector):
             vectors = VectorBank({vectors.concept or "vector": vectors})
         if not isinstance(vectors, VectorBank):
             raise TypeError(f"expected a SteeringVector or a VectorBank, got {type(vectors).__name__}")
+        check(backend, scope)
         self.model = model
         self.bank = vectors
-        self._strict = strict
+        self._intervention, self._gate = intervention, gate
+        self._backend, self._scope, self._strict = backend, scope, strict
         self._handles: ExitStack | None = None
-        self._ran = False
-        if not vectors.sites:
-            raise SiteNotFoundError("the vectors have no sites, so there is nothing to add")
-        modules = resolve(model, vectors.sites)
-        if sites is not None:
-            modules = resolve(model, select(modules, sites, owner="the vectors"))
-        for one, other in combinations(modules, 2):
-            if modules[one] is modules[other]:
-                raise UnsupportedModelError(
-                    f"sites {one!r} and {other!r} are one module, and an edit at either is an edit at both; select one"
-                )
-        readers = _readers(model, vectors, gate)
-        self._readers = tuple({id(reader): reader for reader in readers if reader is not None}.values())
-        self.edits: dict[str, SiteEdit] = {}  # site -> its hook
-        self._concepts: dict[str, list[int]] = {}  # site -> the places in the bank of the concepts that steer there
-        for site, module in modules.items():
-            own = [index for index, concept in enumerate(vectors) if site in vectors[concept]]
-            directions = vectors.directions(site)[own]
-            self._concepts[site] = own
-            size = known_size(module)
-            if size not in (None, directions.shape[1]):
-                raise ShapeError(
-                    f"site {site!r}: the activation has {size} features, the vector {directions.shape[1]}; was it "
-                    "fitted on another model?"
-                )
-            self.edits[site] = SiteEdit(
-                site,
-                directions,
-                intervention=intervention or Add(),
-                gates=[readers[index] for index in own],
-                axis=feature_axis(model, site, module),
-                row_axis=row_axis(model, site, module),
-            )
+        self._installed: ExitStack | None = None
+        self._checkpointing = Checkpointing(one_thread=scope == "thread")
+        self._plan = make_plan(
+            model,
+            vectors,
+            intervention=intervention,
+            gate=gate,
+            sites=sites,
+            axis=axis,
+            checkpointing=self._checkpointing,
+        )
+        self._watch = Watch(self._plan.readers)
         self.c = c
+        self.choices()  # a backend that cannot serve a site raises here
 
     @property
     def c(self) -> Strengths:
@@ -127,8 +117,9 @@ class Steerer:
     @c.setter
     def c(self, c: Strengths) -> None:
         strengths = strengths_of(c, self.bank.concepts)
-        for site, edit in self.edits.items():
-            edit.set_strengths([strengths[index] for index in self._concepts[site]])
+        if self._installed is None or self._handles is not None:  # what is installed and not attached stays at 0
+            self._plan.set_strengths(strengths)
+        self._strengths = strengths
         self._c = MappingProxyType(dict(c)) if isinstance(c, Mapping) else c
 
     @property
@@ -141,6 +132,45 @@ class Steerer:
         """Whether the model is being steered now."""
         return self._handles is not None
 
+    @property
+    def edits(self) -> Mapping[str, SiteEdit]:
+        """Site -> its edit."""
+        return self._plan.edits
+
+    def choices(self) -> dict[str, Choice]:
+        """Site -> the backend that would serve it now, and why.
+
+        Raises:
+            UnsupportedModelError: one was asked for that would not be honoured there.
+        """
+        return choices(self._plan, backend=self._backend, scope=self._scope)
+
+    def explain(self) -> str:
+        """Print, and return, what would be edited where: by which backend, along which axis, with which strength."""
+        text = explain(self.model, self.bank, self.edits, self.choices(), self._strengths)
+        print(text)
+        return text
+
+    def requires_grad_(self) -> dict[str, Tensor]:
+        """Ask for gradients to the directions: site -> (k, d), a leaf with a row for each concept that steers there.
+
+        >>> import torch
+        >>> model, v = nn.Sequential(nn.Identity()), SteeringVector({"0": torch.zeros(2)})
+        >>> with Steerer(model, v, c=3) as steerer:
+        ...     directions = steerer.requires_grad_()
+        ...     model(torch.ones(1, 2)).sum().backward()
+        >>> directions["0"].grad
+        tensor([[3., 3.]])
+        """
+        if any(choice.mechanism == "fold" for choice in self.choices().values()):
+            raise UnsupportedModelError("gradients do not reach directions that are folded; use another backend")
+        return {site: edit.train_directions() for site, edit in self.edits.items()}
+
+    @property
+    def vectors(self) -> VectorBank:
+        """The vectors as they are now, after training perhaps; otherwise those that were given."""
+        return self._plan.vectors()
+
     def attach(self) -> Steerer:
         """Start steering, until `detach`; all sites or, if anything fails, none.
 
@@ -149,19 +179,16 @@ class Steerer:
         """
         if self._handles is not None:
             raise AttachedError(f"{self!r} is attached already; detach it, or make a second Steerer")
-        modules = resolve(self.model, [*self.edits, *(reader.gate.site for reader in self._readers)])
-        self._ran = False
         with ExitStack() as handles:
-            self._finished = self.model.register_forward_hook(self._finish)
-            handles.callback(self._finished.remove)
-            if self._readers:
-                handles.callback(self.model.register_forward_pre_hook(self._forget).remove)
-                handles.callback(self.model.register_forward_hook(self._forget).remove)
-            for reader in self._readers:
-                handles.callback(modules[reader.gate.site].register_forward_hook(reader).remove)
-            for site, edit in self.edits.items():
+            if self._installed is None:
+                handles.enter_context(self._install())
+            if self._backend == "buffer":
+                handles.callback(self._plan.silence)
+                self._plan.set_strengths(self._strengths)
+            for edit in self.edits.values():
                 edit.expect()
-                handles.callback(modules[site].register_forward_hook(edit.hook).remove)
+            self._checkpointing.forget()
+            self._watch.ran = False
             self._handles = handles.pop_all()
         return self
 
@@ -171,8 +198,29 @@ class Steerer:
         Raises:
             SteeringNotApplied: with `strict`, if the model ran and a site did not.
         """
-        if self._remove() and self._strict and self._ran:
-            self._check_applied()
+        if self._remove():
+            self._checkpointing.leave()
+            if self._strict and self._watch.ran:
+                self._check_applied()
+
+    def install(self) -> Steerer:
+        """For the buffer backend: put the edits in place with strength 0, so that the model can be compiled with them.
+
+        From then on `attach`, `c` and `detach` write into tensors that the compiled code reads, and nothing is
+        compiled again; until `uninstall`.
+        """
+        if self._backend != "buffer" or self._installed is not None or self._handles is not None:
+            raise AttachedError(f"{self!r}: install is for a buffer backend that is neither installed nor attached")
+        self._installed = self._install()
+        self._plan.silence()
+        return self
+
+    def uninstall(self) -> None:
+        """Take out what `install` put in place. Nothing happens if it is not installed."""
+        self._remove()
+        installed, self._installed = self._installed, None
+        if installed is not None:
+            installed.close()
 
     def __enter__(self) -> Steerer:
         return self.attach()
@@ -188,47 +236,38 @@ class Steerer:
     def __repr__(self) -> str:
         return f"Steerer({type(self.model).__name__}, concepts={self.bank.concepts}, sites={self.sites}, c={self._c})"
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Steerer:
+        return _rebuilt(*copy.deepcopy(self._arguments(), memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuilt, self._arguments()
+
+    def _arguments(self) -> tuple[nn.Module, VectorBank, dict[str, Any]]:
+        c = dict(self._c) if isinstance(self._c, Mapping) else self._c
+        options: dict[str, Any] = {"c": c, "intervention": self._intervention, "gate": self._gate, "sites": self.sites}
+        options |= {"axis": self._plan.axis, "backend": self._backend, "scope": self._scope, "strict": self._strict}
+        trained = any(edit.directions.requires_grad for edit in self.edits.values())
+        return self.model, self.vectors if trained else self.bank, options
+
+    def _install(self) -> ExitStack:
+        return attach_all(self._plan, self._watch, backend=self._backend, scope=self._scope)
+
     def _remove(self) -> bool:
         handles, self._handles = self._handles, None
         if handles is not None:
             handles.close()
-        self._forget()
+        self._watch.forget()
         return handles is not None
 
-    def _finish(self, *_: Any) -> None:
-        self._ran = True
-        self._finished.remove()  # one completed forward pass is proof enough; the others need not pay for it
-
-    def _forget(self, *_: Any) -> None:
-        for reader in self._readers:
-            reader.weights = None
-
     def _check_applied(self) -> None:
-        silent = [site for site, edit in self.edits.items() if not edit.fired]
+        silent = [edit.place for edit in self.edits.values() if edit.fired is False]
         if silent:
-            kinds = {site: type(module).__name__ for site, module in resolve(self.model, silent).items()}
-            raise SteeringNotApplied(
-                f"the model ran, but these sites did not: {kinds}. Is the module unused on this path, called by its "
-                "forward() alone, or bypassed by a fused or compiled one? Choose another site, or pass strict=False"
-            )
+            kinds = {place.site: type(place.module).__name__ for place in silent}
+            causes = {place.site: likely_cause(self.model, place) for place in silent}
+            why = "; ".join(f"{site!r}: {cause}" for site, cause in causes.items())
+            raise SteeringNotApplied(f"the model ran, but these sites did not: {kinds}. {why}. Or pass strict=False")
 
 
-def _readers(model: nn.Module, bank: VectorBank, gate: Gates | None) -> list[GateReader | None]:
-    """One reader per concept, in bank order; concepts that share a gate share its reader."""
-    gates = gate if isinstance(gate, Mapping) else dict.fromkeys(bank.concepts, gate) if gate is not None else {}
-    for concept in gates:
-        if concept not in bank:
-            raise ConceptNotFoundError(f"gate names no concept of the bank: {concept!r}. {close_names(concept, bank)}")
-    for chosen in gates.values():
-        if not isinstance(chosen, Gate):
-            raise TypeError(f"gate: expected a gate with a site, such as ProjectionAbove, got {type(chosen).__name__}")
-    modules = resolve(model, [gate.site for gate in gates.values()])
-    made = {
-        id(gate): GateReader(
-            gate,
-            axis=feature_axis(model, gate.site, modules[gate.site]),
-            row_axis=row_axis(model, gate.site, modules[gate.site]),
-        )
-        for gate in gates.values()
-    }
-    return [made[id(gates[concept])] if concept in gates else None for concept in bank.concepts]
+def _rebuilt(model: nn.Module, bank: VectorBank, options: dict[str, Any]) -> Steerer:
+    """A Steerer of the same kind, not attached."""
+    return Steerer(model, bank, **options)

@@ -8,9 +8,12 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
+from actsteer.sites.axes import Axes
 from actsteer.sites.resolve import Sites
+from actsteer.steering.backends.choose import Backend
 from actsteer.steering.interventions import Intervention
-from actsteer.steering.steerer import Gates, Steerer
+from actsteer.steering.plan import Gates
+from actsteer.steering.steerer import Steerer
 from actsteer.steering.strength import Strengths
 from actsteer.vectors.bank import VectorBank
 from actsteer.vectors.vector import SteeringVector
@@ -25,6 +28,8 @@ def sweep(
     intervention: Intervention | None = None,
     gate: Gates | None = None,
     sites: Sites | None = None,
+    axis: Axes | None = None,
+    backend: Backend = "auto",
     strict: bool = True,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
@@ -46,7 +51,17 @@ def sweep(
     """
     rows: list[dict[str, Any]] = []
     strengths = list(c)
-    with Steerer(model, vectors, intervention=intervention, gate=gate, sites=sites, strict=strict) as steerer:
+    steerer = Steerer(
+        model,
+        vectors,
+        intervention=intervention,
+        gate=gate,
+        sites=sites,
+        axis=axis,
+        backend=backend,
+        strict=strict,
+    )
+    with steerer:
         for strength in tqdm(strengths, desc="sweep", disable=not progress, delay=2.0):
             steerer.c = strength
             metrics = evaluate(model)

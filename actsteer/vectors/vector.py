@@ -260,7 +260,8 @@ def _owned(site: str, direction: Tensor) -> Tensor:
         )
     if not bool(torch.isfinite(direction).all()):
         raise ShapeError(f"site {site!r}: the direction is not finite; did a loss diverge, or a count reach zero?")
-    return direction.detach().clone(memory_format=torch.contiguous_format)
+    with torch.inference_mode(mode=False):  # so that it works in autograd later
+        return direction.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _unit(direction: Tensor, where: str) -> Tensor:

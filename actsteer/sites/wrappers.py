@@ -1,0 +1,60 @@
+"""Wrappers: modules that hold another one and add a prefix to all of its names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from torch import nn
+
+_SLOTS = {  # by the class's name, so that none of them need be imported
+    "OptimizedModule": "_orig_mod",
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "AveragedModel": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "ActivationWrapper": "_checkpoint_wrapped_module",
+}
+_PREFIX = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)|^module(?=\.)")
+
+
+def slot(module: nn.Module) -> str | None:
+    """The name under which a wrapper holds what it wraps; None for any other module."""
+    return next((_SLOTS[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in _SLOTS), None)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside all wrappers."""
+    while (name := slot(module)) is not None:
+        inner = module._modules[name]
+        assert inner is not None
+        module = inner
+    return module
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every (name, module), a shared one under each of its names; a wrapper and what it wraps have the same name."""
+    yield "", model
+    for key, child in model._modules.items():
+        if child is None:
+            continue
+        outer = "" if key == slot(model) else key
+        for name, module in named_modules(child):
+            yield ".".join(part for part in (outer, name) if part), module
+
+
+def without_prefixes(name: str) -> str:
+    """A name as it would be without the prefixes that wrappers add.
+
+    >>> without_prefixes("module._orig_mod.layers.0._checkpoint_wrapped_module.mlp")
+    'layers.0.mlp'
+    """
+    while (shorter := _PREFIX.sub("", name).removeprefix(".")) != name:
+        name = shorter
+    return name
+
+
+def class_name(module: nn.Module) -> str:
+    """The name of the module's class, and of its own one where FSDP has put a subclass in its place."""
+    kinds = type(unwrapped(module)).__mro__
+    return next(kind.__name__ for kind in kinds if "FSDPModule" not in {base.__name__ for base in kind.__mro__})

@@ -1,0 +1,70 @@
+"""attach_all: put a plan's edits on the model, each by its backend; all of them or, if anything fails, none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+from torch import nn
+
+from actsteer.errors import UnsupportedModelError
+from actsteer.sites.place import Place
+from actsteer.sites.resolve import path_to
+from actsteer.steering.backends import buffer, fold, hook, patch
+from actsteer.steering.backends.choose import Backend, Choice, Mechanism, Scope, choose
+from actsteer.steering.backends.order import check_order
+from actsteer.steering.plan import Plan
+from actsteer.steering.watch import Forget, InThread, Watch
+
+
+def choices(plan: Plan, *, backend: Backend, scope: Scope) -> dict[str, Choice]:
+    """Site -> the backend that would serve it now, and why.
+
+    Raises:
+        UnsupportedModelError: one was asked for that would not be honoured there.
+    """
+    chosen = {site: choose(plan.model, edit.place, backend=backend, scope=scope) for site, edit in plan.edits.items()}
+    for site, choice in chosen.items():
+        if choice.mechanism == "fold" and (reason := fold.obstacle(plan.edits[site], plan.model)) is not None:
+            raise UnsupportedModelError(f"site {site!r} cannot be folded: {reason}; use another backend")
+    return chosen
+
+
+def attach_all(plan: Plan, watch: Watch, *, backend: Backend, scope: Scope) -> ExitStack:
+    """Attach the edits, the gates before them, and the watch at the model itself; returns what removes them again."""
+    plan.find_again()
+    chosen = choices(plan, backend=backend, scope=scope)
+    listens: Backend = backend if backend in ("patch", "buffer") else "auto"
+    with ExitStack() as handles:
+
+        def add(place: Place, callback: Callable[..., Any], mechanism: Mechanism) -> Callable[[], None]:
+            remove = _attach(plan.model, place, InThread(callback) if scope == "thread" else callback, mechanism)
+            handles.callback(remove)
+            return remove
+
+        root = Place("", "", plan.model)
+        watches: Backend = "buffer" if backend == "buffer" else "auto"
+        mechanism = choose(plan.model, root, backend=watches, scope=scope).mechanism
+        leave = add(root, watch, mechanism)
+        watch.leave = leave if mechanism == "hook" and not plan.readers else None
+        if plan.readers:
+            add(Place("", "", plan.model, "in"), Forget(watch), mechanism)
+        for reader in plan.readers:
+            add(reader.place, reader, choose(plan.model, reader.place, backend=listens, scope=scope).mechanism)
+        for site, edit in plan.edits.items():
+            check_order(edit, chosen[site].mechanism)
+            if backend == "buffer":
+                handles.callback(buffer.hold(edit))
+            if chosen[site].mechanism == "fold":
+                handles.callback(fold.attach(edit, plan.model))
+            else:
+                add(edit.place, edit.on_input if edit.place.side == "in" else edit.on_output, chosen[site].mechanism)
+        return handles.pop_all()
+    raise AssertionError  # for the type checker, to whom an ExitStack might swallow an exception
+
+
+def _attach(model: nn.Module, place: Place, callback: Callable[..., Any], mechanism: Mechanism) -> Callable[[], None]:
+    if mechanism == "patch":
+        return patch.attach(place, callback, around=path_to(model, place.name)[:-1])
+    return hook.attach(place, callback)

@@ -1,0 +1,81 @@
+"""Checkpointing: notices activations that autograd will compute again, and whether it did so while steered."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from types import FrameType
+from typing import final
+
+import torch.utils.checkpoint
+from torch import Tensor
+
+from actsteer.errors import UnsupportedModelError
+
+_FILE = torch.utils.checkpoint.__file__
+_RECOMPUTES = {"unpack_hook", "recompute_fn"}
+
+
+@final
+class Checkpointing:
+    """Counts the checkpointed forward passes whose backward pass has not come yet.
+
+    Gradient checkpointing (Chen et al. 2016) runs a part of the model again during the backward pass. If the steering
+    is gone by then, the gradients are those of another function, and nothing fails.
+    """
+
+    def __init__(self, *, one_thread: bool) -> None:
+        self._one_thread = one_thread
+        self._waiting: list[object] = []
+
+    def notice(self, edited: Tensor) -> bool:
+        """Whether this edit runs inside a checkpoint; if so, its backward pass is waited for.
+
+        Raises:
+            UnsupportedModelError: only one thread is steered, and another may run the backward pass.
+        """
+        frame = _checkpoint_frame()
+        if frame is None:
+            return False
+        if self._one_thread:
+            raise UnsupportedModelError(
+                "gradient checkpointing may recompute in a thread of autograd's own, which scope='thread' would not "
+                "steer; use scope='process'"
+            )
+        caller = frame.f_code.co_name
+        if caller == "backward" or (caller in _RECOMPUTES and not edited.requires_grad):
+            self._waiting = self._waiting[:-1]  # computed again, and steered
+        elif caller == "forward" and frame.f_locals["ctx"].next_functions:  # reentrant, and somebody wants gradients
+            self._waiting.append(object())
+        elif caller not in _RECOMPUTES and caller != "forward" and torch.is_grad_enabled():
+            waiting = object()
+            self._waiting.append(waiting)
+            if edited.requires_grad:  # the recomputation may stop before it comes here; the gradient passes
+                edited.register_hook(lambda _: self._done(waiting))
+        return True
+
+    def leave(self) -> None:
+        """Warn if a checkpointed forward pass was steered and its backward pass is still to come."""
+        if self._waiting:
+            warnings.warn(
+                "a steered forward pass was checkpointed, and its backward pass has not run yet: it would recompute "
+                "the activations without the steering, and give wrong gradients; call backward() inside the block",
+                UserWarning,
+                stacklevel=4,
+            )
+        self.forget()
+
+    def forget(self) -> None:
+        """Wait for nothing."""
+        self._waiting = []
+
+    def _done(self, waiting: object) -> None:
+        self._waiting = [other for other in self._waiting if other is not waiting]
+
+
+def _checkpoint_frame() -> FrameType | None:
+    """The innermost running function of torch.utils.checkpoint; None outside of a checkpoint."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_filename != _FILE:
+        frame = frame.f_back
+    return frame

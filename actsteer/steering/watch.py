@@ -1,0 +1,61 @@
+"""Watch: whether the model ran at all, and which sites ought to have run with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from threading import local
+from typing import Any, final
+
+import torch
+from torch import nn
+
+from actsteer.steering.copies import Uncopied
+from actsteer.steering.reader import GateReader
+
+
+@final
+class Watch(Uncopied):
+    """A hook at the model itself: notes that it ran, and has the gates forget what they decided in that pass."""
+
+    def __init__(self, readers: Iterable[GateReader]) -> None:
+        self.ran = False
+        self.leave: Callable[[], None] | None = None  # one completed pass is proof enough; the others need not pay
+        self._readers = tuple(readers)
+
+    def __call__(self, module: nn.Module, args: Any, last: Any) -> None:
+        """After the model's forward pass."""
+        self.ran = True
+        self.forget()
+        if self.leave is not None and not torch.compiler.is_compiling():
+            self.leave()
+
+    def forget(self, *_: Any) -> None:
+        """Have the gates decide anew."""
+        for reader in self._readers:
+            reader.weights = None
+
+
+@final
+class Forget(Uncopied):
+    """A hook before the model's forward pass, which may follow one that failed halfway."""
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Have the gates decide anew."""
+        self._watch.forget()
+
+
+@final
+class InThread(Uncopied):
+    """A callback for the thread that attached it alone."""
+
+    def __init__(self, callback: Callable[..., Any]) -> None:
+        self._callback = callback
+        self._mine = local()
+        self._mine.here = True
+
+    def __call__(self, module: nn.Module, *rest: Any) -> Any:
+        """What the callback says, or None in another thread."""
+        return self._callback(module, *rest) if hasattr(self._mine, "here") else None
