@@ -13,7 +13,7 @@ from torch import nn
 
 from actsteer.errors import SiteNotFoundError, UnsupportedModelError, close_names
 from actsteer.sites.place import Place, split_site
-from actsteer.sites.wrappers import class_name, named_modules, slot, unwrapped, without_prefixes
+from actsteer.sites.wrappers import class_name, named_modules, slot, uncompiled, unwrapped, without_prefixes
 
 Predicate: TypeAlias = Callable[[str, nn.Module], bool]
 Sites: TypeAlias = str | nn.Module | Predicate | Iterable[str | nn.Module | Predicate]
@@ -194,6 +194,6 @@ def _place(model: nn.Module, modules: Mapping[str, nn.Module], site: str) -> Pla
                 f"site {site!r}: the graph of {class_name(model)} never calls this module, so it would ignore the "
                 "edit; steer the model that it was exported from"
             )
-    if not path and side == "out" and isinstance(module, _FIRST_RESULT):
+    if not path and side == "out" and isinstance(unwrapped(module), _FIRST_RESULT):
         path = ("0",)
-    return Place(site=site, name=name, module=module, side=side, path=path)
+    return Place(site=site, name=name, module=uncompiled(module), side=side, path=path)

@@ -32,6 +32,15 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
+def uncompiled(module: nn.Module) -> nn.Module:
+    """What torch.compile has wrapped, which runs whether it is called compiled or not; any other module itself."""
+    while type(module).__name__ == "OptimizedModule":
+        inner = module._modules["_orig_mod"]
+        assert inner is not None
+        module = inner
+    return module
+
+
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every (name, module), a shared one under each of its names; a wrapper and what it wraps have the same name."""
     yield "", model

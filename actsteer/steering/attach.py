@@ -11,6 +11,7 @@ from torch import nn
 from actsteer.errors import UnsupportedModelError
 from actsteer.sites.place import Place
 from actsteer.sites.resolve import path_to
+from actsteer.sites.wrappers import uncompiled
 from actsteer.steering.backends import buffer, fold, hook, patch
 from actsteer.steering.backends.choose import Backend, Choice, Mechanism, Scope, choose
 from actsteer.steering.backends.order import check_order
@@ -43,13 +44,14 @@ def attach_all(plan: Plan, watch: Watch, *, backend: Backend, scope: Scope) -> E
             handles.callback(remove)
             return remove
 
-        root = Place("", "", plan.model)
+        model = uncompiled(plan.model)
+        root = Place("", "", model)
         watches: Backend = "buffer" if backend == "buffer" else "auto"
         mechanism = choose(plan.model, root, backend=watches, scope=scope).mechanism
         leave = add(root, watch, mechanism)
         watch.leave = leave if mechanism == "hook" and not plan.readers else None
         if plan.readers:
-            add(Place("", "", plan.model, "in"), Forget(watch), mechanism)
+            add(Place("", "", model, "in"), Forget(watch), mechanism)
         for reader in plan.readers:
             add(reader.place, reader, choose(plan.model, reader.place, backend=listens, scope=scope).mechanism)
         for site, edit in plan.edits.items():

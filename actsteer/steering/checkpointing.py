@@ -8,7 +8,7 @@ from types import FrameType
 from typing import final
 
 import torch.utils.checkpoint
-from torch import Tensor
+from torch import Tensor, nn
 
 from actsteer.errors import UnsupportedModelError
 
@@ -24,7 +24,8 @@ class Checkpointing:
     is gone by then, the gradients are those of another function, and nothing fails.
     """
 
-    def __init__(self, *, one_thread: bool) -> None:
+    def __init__(self, model: nn.Module, *, one_thread: bool) -> None:
+        self._model = model
         self._one_thread = one_thread
         self._waiting: list[object] = []
 
@@ -47,7 +48,7 @@ class Checkpointing:
             self._waiting = self._waiting[:-1]  # computed again, and steered
         elif caller == "forward" and frame.f_locals["ctx"].next_functions:  # reentrant, and somebody wants gradients
             self._waiting.append(object())
-        elif caller not in _RECOMPUTES and caller != "forward" and torch.is_grad_enabled():
+        elif caller not in _RECOMPUTES and caller != "forward" and torch.is_grad_enabled() and self._trains(edited):
             waiting = object()
             self._waiting.append(waiting)
             if edited.requires_grad:  # the recomputation may stop before it comes here; the gradient passes
@@ -68,6 +69,10 @@ class Checkpointing:
     def forget(self) -> None:
         """Wait for nothing."""
         self._waiting = []
+
+    def _trains(self, edited: Tensor) -> bool:
+        """Whether a gradient can be asked for: of what comes before the edit, or of the model's parameters after it."""
+        return edited.requires_grad or any(parameter.requires_grad for parameter in self._model.parameters())
 
     def _done(self, waiting: object) -> None:
         self._waiting = [other for other in self._waiting if other is not waiting]

@@ -6,6 +6,8 @@ from typing import Any, final
 
 from torch import nn
 
+from actsteer.steering.backends.mark import has_own_forward
+
 
 @final
 class Inert:
@@ -26,6 +28,8 @@ class Inert:
                 del hooks[key]
                 module._forward_hooks_with_kwargs.pop(key, None)
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
+        if has_own_forward(module):  # the copy of a mark
+            del module.__dict__["forward"]
 
     on_output = on_input = __call__
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, final
 
 import torch
@@ -81,7 +82,8 @@ class SiteEdit(Uncopied):
 
     def train_directions(self) -> Tensor:
         """The directions as a leaf tensor (k, d) that asks for gradients, from the next forward pass on."""
-        self.directions = self.directions.detach().clone().requires_grad_()
+        if not self._trained:
+            self.directions = self.directions.detach().clone().requires_grad_()
         self._trained = True
         self._shape = self._traced_shift = None
         return self.directions
@@ -239,6 +241,7 @@ def _sum(directions: Float[Tensor, "k d"], strengths: Sequence[Tensor]) -> Float
     # in float32 at least, so that c · v is rounded once, to the output's dtype
     directions = directions.to(torch.promote_types(directions.dtype, torch.float32))
     c = torch.stack(torch.broadcast_tensors(*(strength.to(directions) for strength in strengths)))
-    with torch.autocast(directions.device.type, enabled=False):
+    kind = directions.device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
         total = einsum(c, directions, "k ..., k d -> ... d")
     return torch.where((c == 0).all(dim=0)[..., None], -0.0, total)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from threading import local
 from typing import Any, final
 
 import torch
@@ -25,7 +26,8 @@ class GateReader(Uncopied):
     def __init__(self, gate: Gate, place: Place, layout: Layout) -> None:
         self.gate = gate
         self.place = place
-        self.weights: Tensor | None = None
+        self._weights: Tensor | None = None  # in compiled code, which one thread at a time may run
+        self._by_thread = local()
         self._layout = layout
 
     def __call__(self, module: nn.Module, args: Any, last: Any) -> None:
@@ -41,16 +43,28 @@ class GateReader(Uncopied):
                 f"gate at site {self.gate.site!r}: expected one weight for each of {len(rows)} rows, got shape "
                 f"{tuple(weights.shape)}; return a tensor of shape (rows,)"
             )
-        self.weights = weights
+        if torch.compiler.is_compiling():
+            self._weights = weights
+        else:
+            self._by_thread.weights = weights
 
     def weights_for(self, site: str) -> Tensor:
         """The decision per row; GateError if the gate's site has not run yet in this forward pass."""
-        if self.weights is None:
+        weights = self._weights
+        if not torch.compiler.is_compiling():
+            weights = getattr(self._by_thread, "weights", None)
+        if weights is None:
             raise GateError(
                 f"site {site!r} runs before site {self.gate.site!r}, where its gate reads; fit the gate at the steered "
                 "site or at an earlier one, and in the same part of the model if that is checkpointed"
             )
-        return self.weights
+        return weights
+
+    def forget(self) -> None:
+        """Decide anew in the next forward pass."""
+        self._weights = None
+        if not torch.compiler.is_compiling():
+            self._by_thread.weights = None
 
     def _means(self, module: nn.Module, part: Tensor) -> Tensor:
         activation = full(part, module)

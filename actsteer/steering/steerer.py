@@ -95,7 +95,7 @@ class Steerer:
         self._backend, self._scope, self._strict = backend, scope, strict
         self._handles: ExitStack | None = None
         self._installed: ExitStack | None = None
-        self._checkpointing = Checkpointing(one_thread=scope == "thread")
+        self._checkpointing = Checkpointing(model, one_thread=scope == "thread")
         self._plan = make_plan(
             model,
             vectors,

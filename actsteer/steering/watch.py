@@ -32,7 +32,7 @@ class Watch(Uncopied):
     def forget(self, *_: Any) -> None:
         """Have the gates decide anew."""
         for reader in self._readers:
-            reader.weights = None
+            reader.forget()
 
 
 @final
@@ -52,10 +52,10 @@ class InThread(Uncopied):
     """A callback for the thread that attached it alone."""
 
     def __init__(self, callback: Callable[..., Any]) -> None:
-        self._callback = callback
+        self.callback = callback
         self._mine = local()
         self._mine.here = True
 
     def __call__(self, module: nn.Module, *rest: Any) -> Any:
         """What the callback says, or None in another thread."""
-        return self._callback(module, *rest) if hasattr(self._mine, "here") else None
+        return self.callback(module, *rest) if hasattr(self._mine, "here") else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from torch import nn
 
@@ -42,12 +42,16 @@ def choose(model: nn.Module, place: Place, *, backend: Backend, scope: Scope = "
     Raises:
         UnsupportedModelError: one was asked for that compiled code would ignore.
     """
-    leaf = type(place.module).__name__ == "OptimizedModule" and place.side == "out"
-    compiled = None if leaf else _compiled(model, place)
+    compiled = _compiled(model, place)
     sharded = is_sharded(place.module)
     if compiled is not None and scope == "thread":
         raise UnsupportedModelError(
             f"site {place.site!r}: {compiled}, and compiled code knows no threads; use scope='process'"
+        )
+    if compiled is not None and backend != "fold" and _stance().skip_guard_eval_unsafe:
+        raise UnsupportedModelError(
+            f"site {place.site!r}: {compiled}, and under skip_guard_eval_unsafe compiled code sees no edit; "
+            "attach outside of that stance, or use backend='fold'"
         )
     if backend == "hook" and compiled is not None:
         raise UnsupportedModelError(
@@ -62,9 +66,7 @@ def choose(model: nn.Module, place: Place, *, backend: Backend, scope: Scope = "
     if backend in ("fold", "hook", "patch"):
         return Choice(backend, backend, "as asked for")
     mechanism: Literal["hook", "patch"] = "hook"
-    if leaf:
-        reason = "the compiled module itself is called from eager code"
-    elif sharded:
+    if sharded:
         reason = "its parameters are sharded, and hooks of their own must run first"
     elif compiled is not None:
         mechanism, reason = "patch", compiled
@@ -78,7 +80,7 @@ def choose(model: nn.Module, place: Place, *, backend: Backend, scope: Scope = "
 def _compiled(model: nn.Module, place: Place) -> str | None:
     """Why this place may sit in code that is compiled already; None if it cannot."""
     dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is None or dynamo.eval_frame._stance.stance == "force_eager":
+    if dynamo is None or _stance().stance == "force_eager":
         return None
     for module in (*path_to(model, place.name), place.module):
         if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
@@ -86,3 +88,8 @@ def _compiled(model: nn.Module, place: Place) -> str | None:
     if dynamo.convert_frame.FRAME_COUNTER:
         return "code has been compiled in this process"
     return None
+
+
+def _stance() -> Any:
+    """What `torch.compiler.set_stance` has set."""
+    return sys.modules["torch._dynamo"].eval_frame._stance

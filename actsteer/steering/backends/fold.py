@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, final
 from weakref import WeakValueDictionary
@@ -39,6 +40,13 @@ def attach(edit: SiteEdit, model: nn.Module) -> Callable[[], None]:
     def remove() -> None:
         edit.changed = None
         fold.remove(edit)
+        if _has_frozen():
+            warnings.warn(
+                f"code was compiled with frozen weights while site {edit.place.site!r} was folded into them, and stays "
+                "steered; call torch.compiler.reset()",
+                UserWarning,
+                stacklevel=5,
+            )
 
     return remove
 
@@ -54,6 +62,8 @@ def obstacle(edit: SiteEdit, model: nn.Module) -> str | None:
         return "only an ungated Add with one strength for all rows is the same for every input"
     if place.side == "in" or place.path:
         return "it is not the whole output of its module"
+    if bias is not None and bias.shape != edit.directions.shape[1:]:
+        return f"its bias has shape {tuple(bias.shape)}, the vector {edit.directions.shape[1]} features"
     if "bias" not in module._parameters or not _adds_its_bias(module):
         return f"a {type(module).__name__} does not add a bias to its output"
     if bias is not None and sum(other is bias for m in model.modules() for other in m._parameters.values()) > 1:
@@ -62,7 +72,7 @@ def obstacle(edit: SiteEdit, model: nn.Module) -> str | None:
         return "its parameters are sharded, or not on this device"
     if module.training and bias is not None and bias.requires_grad:
         return "its bias is being trained; call model.eval() first"
-    if "torch._inductor.freezing" in sys.modules:
+    if _has_frozen():
         return "code in this process was compiled with frozen weights, which would not see it"
     return None
 
@@ -106,6 +116,11 @@ class _Fold:
             assert edit.constant is not None
             total = (total + edit.constant.to(total.device)).to(bias.dtype)
         bias.copy_(total)
+
+
+def _has_frozen() -> bool:
+    """Whether inductor has written weights into code in this process."""
+    return "torch._inductor.freezing" in sys.modules
 
 
 def _adds_its_bias(module: nn.Module) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MethodType
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
 
 from actsteer.sites.place import Place
 from actsteer.sites.shards import is_sharded
+from actsteer.steering.backends.mark import mark
 
 
 def attach(place: Place, callback: Callable[..., Any]) -> Callable[[], None]:
@@ -23,31 +24,10 @@ def attach(place: Place, callback: Callable[..., Any]) -> Callable[[], None]:
         handle = module.register_forward_pre_hook(callback, with_kwargs=True)
     else:
         handle = module.register_forward_hook(callback, prepend=_captures(module) and not is_sharded(module))
-    unmark = _mark(module)
-
-    def remove() -> None:
-        handle.remove()
-        unmark()
-
-    return remove
-
-
-def _mark(module: nn.Module) -> Callable[[], None]:
-    """Put the module's own forward on the instance, which changes nothing but what compiled code guards on.
-
-    Compiled code takes no notice of hooks: what was compiled for another model of this class, without hooks, would
-    serve this one too, if that one was first.
-    """
-    if "forward" in module.__dict__:
-        return lambda: None
-    mark = MethodType(type(module).forward, module)
-    module.__dict__["forward"] = mark
-
-    def unmark() -> None:
-        if module.__dict__.get("forward") is mark:
-            del module.__dict__["forward"]
-
-    return unmark
+    handles = ExitStack()
+    handles.callback(handle.remove)
+    handles.callback(mark(module))
+    return handles.close  # which may be called twice
 
 
 def _captures(module: nn.Module) -> bool:

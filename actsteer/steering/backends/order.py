@@ -20,8 +20,8 @@ def check_order(edit: SiteEdit, mechanism: Mechanism) -> None:
     holder = getattr(module.__dict__.get("forward"), "__self__", None)
     patched = holder.callbacks[side] if isinstance(holder, Patch) else []
     earlier = {"hook": patched if side == "in" else [], "patch": list(hooks.values()) if side == "out" else []}
-    outer = [getattr(callback, "__self__", None) for callback in earlier.get(mechanism, [*hooks.values(), *patched])]
-    for other in outer:
+    for callback in earlier.get(mechanism, [*hooks.values(), *patched]):
+        other = getattr(getattr(callback, "callback", callback), "__self__", None)  # of one thread, perhaps
         if isinstance(other, SiteEdit) and not (
             isinstance(edit.intervention, Add) and isinstance(other.intervention, Add)
         ):

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from actsteer.sites.place import Place, Side
+from actsteer.steering.backends.mark import is_marked, remark
 from actsteer.steering.copies import Uncopied
 
 _FUSED = (nn.TransformerEncoderLayer, nn.MultiheadAttention)  # run a fused kernel unless a module in them has a hook
@@ -61,7 +62,10 @@ class Patch:
         holder = getattr(present, "__self__", None)
         if isinstance(holder, Patch):
             return holder
-        patch = cls(module, module.forward, owned=present is not None)
+        previous = module.forward
+        if is_marked(module):
+            del module.__dict__["forward"]
+        patch = cls(module, previous, owned="forward" in module.__dict__)
         module.__dict__["forward"] = patch._method(Patch.forward)
         return patch
 
@@ -134,6 +138,7 @@ class Patch:
             self.module.__dict__["forward"] = self.previous
         else:
             del self.module.__dict__["forward"]
+            remark(self.module)
         return True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Patch:
