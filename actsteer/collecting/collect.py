@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, final
 
@@ -67,8 +67,14 @@ def collect(
     for site, seen in moments.items():
         if not bool(torch.isfinite(seen.mean).all()):
             raise StatisticsError(f"site {site!r}: the activations are not finite; look for inf or nan in the data")
-    described = {f"axis {site}": str(at) for site, at in axes.items() if at != -1}
+    described = described_axes(axes, axis)
     return Statistics({site: moments[site] for site in names}, metadata={"model": fingerprint(model)} | described)
+
+
+def described_axes(axes: Mapping[str, int], given: Axes | None) -> dict[str, str]:
+    """Metadata for vectors: the axes that are not the last one, and those that were given."""
+    asked = set(axes) if isinstance(given, int) else set(given or {})
+    return {f"axis {site}": str(axis) for site, axis in axes.items() if axis != -1 or site in asked}
 
 
 def observe(
@@ -111,7 +117,7 @@ class _Listener:
         value = Arguments(args, last) if place.side == "in" else last
         activation = get(value, locate(place, value))
         for part in members(activation):
-            whole = full(part, module)
+            whole = full(part, module, site=place.site)
             if (conversion := getattr(module, "hook_conversion", None)) is not None:
                 whole = conversion.convert(whole)
             axis = self._layout.feature_axis(tuple(whole.shape), size=None, site=place.site)

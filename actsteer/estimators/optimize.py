@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import trange
 
 from actsteer.collecting.batches import Batches, call, iterate, undisturbed
-from actsteer.collecting.collect import observe
+from actsteer.collecting.collect import described_axes, observe
 from actsteer.errors import BatchError, LossError
 from actsteer.sites.axes import Axes
 from actsteer.sites.resolve import Sites, find_sites, fingerprint
@@ -111,7 +111,7 @@ def _start(
         zeros[site] = rows.new_zeros(rows.shape[1])
 
     axes = observe(model, [batch], names, keep, axis=axis, batch_size=1, progress=False, label="")
-    described = {f"axis {site}": str(at) for site, at in axes.items() if at != -1}
+    described = described_axes(axes, axis)
     vector = SteeringVector({site: zeros[site] for site in names})
     vector = vector if start is None else (vector + start).select(*names)
     return SteeringVector({site: vector[site] for site in vector}, metadata=described)

@@ -10,7 +10,7 @@ from torch import nn
 
 from actsteer.errors import ShapeError, SiteNotFoundError, close_names
 from actsteer.sites.place import Place
-from actsteer.sites.resolve import hook_points, named_sites, path_to
+from actsteer.sites.resolve import hook_points, named_sites, path_to, runs_torch_code
 from actsteer.sites.wrappers import unwrapped
 
 Axes: TypeAlias = int | Mapping[str, int]
@@ -32,11 +32,13 @@ class Layout:
     Args:
         axis: the feature axis; None where the module's class leaves it open.
         evidence: for an open one, (axis, size) of the modules in it, or of those around it, that have an axis.
+        inside: whether the evidence is of modules in it.
         row_axis: the axis of the batch.
     """
 
     axis: int | None
     evidence: tuple[tuple[int, int], ...] = ()
+    inside: bool = True
     row_axis: int = 0
 
     def feature_axis(self, shape: tuple[int, ...], *, size: int | None, site: str) -> int:
@@ -48,7 +50,7 @@ class Layout:
         Raises:
             ShapeError: another size there, or an axis that nobody can know.
         """
-        axis = self._inferred(shape, site) if self.axis is None else self.axis
+        axis = self._inferred(shape, size, site) if self.axis is None else self.axis
         if not -len(shape) <= axis < len(shape):
             raise ShapeError(f"site {site!r}: expected an activation with a feature axis {axis}, got shape {shape}")
         if size not in (None, shape[axis]):
@@ -58,28 +60,38 @@ class Layout:
             )
         return axis % len(shape)
 
-    def _inferred(self, shape: tuple[int, ...], site: str) -> int:
-        if len(shape) < 3:
+    def _inferred(self, shape: tuple[int, ...], size: int | None, site: str) -> int:
+        last = len(shape) - 1
+        fitting = sorted({axis for own, number in self.evidence for axis in self._fitting(own, number, shape)})
+        if size is not None:
+            fitting = [axis for axis in fitting if shape[axis] == size] or fitting
+        if self.inside and (-1, shape[-1]) in self.evidence:  # then the first axis is the rows, however many there are
+            fitting = [axis for axis in fitting if axis]
+        if fitting in ([], [last]) and len(shape) <= 3:
             return -1
-        fitting = []
-        for axis, size in self.evidence:
-            ranks_fit = axis in (-1, 1) or len(shape) == -axis + 1
-            positive = axis % len(shape) if ranks_fit else 0
-            if ranks_fit and shape[positive] == size and positive not in fitting:
-                fitting.append(positive)
-                if positive != len(shape) - 1 and shape[-1] == size and len(shape) - 1 not in fitting:
-                    fitting.append(len(shape) - 1)  # channels could as well lie last: equal by accident
         if len(fitting) == 1:
             return fitting[0]
-        if fitting or len(shape) > 3:
-            which = (
-                f"axes {fitting} would all do" if fitting else "its module does not tell which axis holds the features"
-            )
-            raise ShapeError(
-                f"site {site!r}: the activation has shape {shape}, and {which}; pass axis={{{site!r}: 1}} or another "
-                "one, or choose a convolution, norm or linear module beside it"
-            )
-        return -1
+        which = f"axes {fitting} would all do" if fitting else "its module does not tell which axis holds the features"
+        raise ShapeError(
+            f"site {site!r}: the activation has shape {shape}, and {which}; pass axis={{{site!r}: 1}} or another one, "
+            "or choose a convolution, norm or linear module beside it"
+        )
+
+    def _fitting(self, axis: int, size: int, shape: tuple[int, ...]) -> list[int]:
+        """The axes that a module's own axis and size speak for; more than one where the sizes are equal by accident."""
+        rank = len(shape)
+        if axis == -1:
+            return [rank - 1] if shape[-1] == size and (self.inside or rank <= 3) else []
+        if axis == 1:  # of any rank
+            found = [1] if rank > 1 and shape[1] == size else []
+        elif rank == -axis + 1:
+            found = [1] if shape[1] == size else []
+        elif rank == -axis and shape[0] == size:  # channels of one image alone, or the rows of something else
+            return [0, rank - 1]
+        else:
+            found = []
+        also_last = found and rank > 2 and shape[-1] == size  # they could as well lie last
+        return [*found, rank - 1] if also_last else found
 
 
 def layout(model: nn.Module, place: Place, *, axis: int | None = None) -> Layout:
@@ -88,17 +100,26 @@ def layout(model: nn.Module, place: Place, *, axis: int | None = None) -> Layout
     Convolutions, pools, paddings and 1d-3d norms keep the channels before the spatial axes (counted from the end, so
     that unbatched inputs work too); linear maps, layer norms, embeddings and recurrent cells have them last, and so
     do TransformerLens hook points. A pointwise module inside an `nn.Sequential` takes the axis of what runs before it.
+    A class with a forward of its own leaves the axis open.
     """
     rows = _row_axis(model, place)
     if axis is not None or place.name in hook_points(model):
         return Layout(-1 if axis is None else axis, row_axis=rows)
-    module, earlier = unwrapped(place.module), _earlier_siblings(model, place.name)
-    while place.side == "in" and isinstance(module, nn.Sequential) and len(module):
-        module = module[0]
+    modules = named_sites(model)
+    names = [name for name, module in modules.items() if unwrapped(module) is unwrapped(place.module)] or [place.name]
+    known = {_known_axis(modules, name, place) for name in names}  # one module may stand at several places
+    if len(known) == 1 and None not in known:
+        return Layout(known.pop(), row_axis=rows)
+    evidence, inside = _evidence(model, place)
+    return Layout(None, evidence, inside, rows)
+
+
+def _known_axis(modules: Mapping[str, nn.Module], name: str, place: Place) -> int | None:
+    module, earlier = unwrapped(place.module), _earlier_siblings(modules, name)
+    while place.side == "in" and _is_chain(module) and len(list(module.children())):
+        module = unwrapped(next(module.children()))
     known = _axis_after([module, *earlier])
-    if known is None and place.side == "in":
-        known = _axis_after(earlier)
-    return Layout(known, () if known is not None else _evidence(model, place), rows)
+    return _axis_after(earlier) if known is None and place.side == "in" else known
 
 
 def layouts(model: nn.Module, places: Mapping[str, Place], *, axis: Axes | None) -> dict[str, Layout]:
@@ -133,7 +154,7 @@ def _sizes(module: nn.Module) -> tuple[int, int] | None:
     match module:
         case nn.Linear():
             return module.in_features, module.out_features
-        case nn.LayerNorm() | nn.RMSNorm():
+        case nn.LayerNorm() | nn.RMSNorm() if len(module.normalized_shape) == 1:
             return module.normalized_shape[-1], module.normalized_shape[-1]
         case nn.modules.batchnorm._NormBase():
             return module.num_features, module.num_features
@@ -147,17 +168,17 @@ def _sizes(module: nn.Module) -> tuple[int, int] | None:
             return None
 
 
-def _evidence(model: nn.Module, place: Place) -> tuple[tuple[int, int], ...]:
+def _evidence(model: nn.Module, place: Place) -> tuple[tuple[tuple[int, int], ...], bool]:
     """(axis, size) of the modules inside; of the nearest module around that has some, if there are none inside."""
     for outer in (place.module, *reversed(path_to(model, place.name)[:-1])):
         found: dict[tuple[int, int], None] = {}
         for module in outer.modules():
-            axis, sizes = _own_axis(module), _sizes(module)
+            axis, sizes = _class_axis(module), _sizes(module)
             if axis is not None and sizes is not None:
                 found |= dict.fromkeys((axis, size) for size in sizes)
         if found:
-            return tuple(found)
-    return ()
+            return tuple(found), outer is place.module
+    return (), True
 
 
 def _axis_after(modules: Iterable[nn.Module]) -> int | None:
@@ -169,21 +190,40 @@ def _axis_after(modules: Iterable[nn.Module]) -> int | None:
     return None
 
 
+def _is_chain(module: nn.Module) -> bool:
+    """Whether it is an `nn.Sequential`, and runs as one."""
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
 def _keeps_layout(module: nn.Module) -> bool:
-    if isinstance(module, nn.Sequential):
-        return all(map(_keeps_layout, module))
+    module = unwrapped(module)
+    if _is_chain(module):
+        return all(map(_keeps_layout, module.children()))
     home = type(module).__module__
-    return isinstance(module, nn.Identity) or home in {f"torch.nn.modules.{part}" for part in _KEEPS_LAYOUT}
+    pointwise = isinstance(module, nn.Identity) or home in {f"torch.nn.modules.{part}" for part in _KEEPS_LAYOUT}
+    return pointwise or type(module) in (nn.LayerNorm, nn.RMSNorm)
 
 
 def _own_axis(module: nn.Module) -> int | None:
-    if isinstance(module, nn.Sequential):
-        return _axis_after(reversed(list(module)))
+    """The feature axis of what a module gives, whatever it takes; None where its class leaves that open."""
+    module = unwrapped(module)
+    if _is_chain(module):
+        return _axis_after(reversed(list(module.children())))
+    known = _class_axis(module)
+    spatial_norm = known not in (None, -1) and isinstance(module, nn.LayerNorm | nn.RMSNorm)
+    return known if runs_torch_code(module) or spatial_norm else None
+
+
+def _class_axis(module: nn.Module) -> int | None:
+    """The feature axis that the classes of torch.nn promise among which a module's class is."""
     if isinstance(module, _CHANNEL_SECOND):
         return 1
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(module.normalized_shape) > 1:
+        return None  # over channels and space together
     last = isinstance(module, _FEATURES_LAST)
     for kind in type(module).__mro__:  # a LayerNorm2d is a layer norm over channels, whoever wrote it
-        if kind.__name__[-2:] in _SPATIAL and (last or kind.__module__.startswith("torch.nn.")):
+        norm = issubclass(kind, nn.LayerNorm | nn.RMSNorm)
+        if kind.__name__[-2:] in _SPATIAL and (norm or kind.__module__.startswith("torch.nn.")):
             return _SPATIAL[kind.__name__[-2:]]
     return -1 if last else None
 
@@ -199,16 +239,14 @@ def _sequence_first(module: nn.Module) -> bool:
     return getattr(getattr(layer, "self_attn", layer), "batch_first", None) is False
 
 
-def _earlier_siblings(model: nn.Module, site: str) -> list[nn.Module]:
+def _earlier_siblings(modules: Mapping[str, nn.Module], site: str) -> list[nn.Module]:
     """What runs before a member of an `nn.Sequential`, and of those around it, nearest first."""
-    modules = named_sites(model)
     earlier: list[nn.Module] = []
     while site:
         parent_name, _, own = site.rpartition(".")
-        parent = modules.get(parent_name)
-        parent = None if parent is None else unwrapped(parent)
-        if not isinstance(parent, nn.Sequential) or own not in parent._modules:
+        parent = unwrapped(modules[parent_name]) if parent_name in modules else None
+        if parent is None or not _is_chain(parent) or own not in parent._modules:
             break
-        earlier += [unwrapped(module) for module in parent][: list(parent._modules).index(own)][::-1]
+        earlier += list(parent.children())[: list(parent._modules).index(own)][::-1]
         site = parent_name
     return earlier

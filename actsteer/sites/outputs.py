@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from actsteer.errors import OutputError
 from actsteer.sites.place import Place
+from actsteer.sites.wrappers import unwrapped
 
 
 class Arguments(NamedTuple):
@@ -38,7 +40,7 @@ def locate(place: Place, value: Any) -> tuple[Any, ...]:
         keys.append(key)
         value = _member(value, key)
     while not isinstance(value, Tensor):
-        key = _only_key(place, value)
+        key = _only_key(place, value, keys)
         keys.append(key)
         value = _member(value, key)
     if not value.is_floating_point():
@@ -67,6 +69,8 @@ def put(value: Any, keys: tuple[Any, ...], activation: Tensor) -> Any:
         return value._replace(**{names[key]: member})
     if isinstance(value, tuple | list):
         return type(value)([*value[:key], member, *value[key + 1 :]])
+    if isinstance(value, MappingProxyType):
+        return MappingProxyType({**value, key: member})
     changed = copy.copy(value)
     if isinstance(value, Mapping):
         changed[key] = member
@@ -80,8 +84,19 @@ def members(activation: Tensor) -> list[Tensor]:
     return [member[None] for member in activation.unbind()] if activation.is_nested else [activation]
 
 
-def padded(activation: Tensor) -> Tensor:
-    """A nested activation as an ordinary one, filled up with zeros; any other as it is."""
+def padded(activation: Tensor, *, site: str = "") -> Tensor:
+    """A nested activation as an ordinary one, filled up with zeros; any other as it is.
+
+    Raises:
+        OutputError: a jagged one with holes, or whose ragged axis is not the second.
+    """
+    if activation.is_nested and activation.layout is torch.jagged:
+        jagged: Any = activation
+        if jagged._ragged_idx != 1 or jagged.lengths() is not None:
+            raise OutputError(
+                f"site {site!r}: expected a nested tensor of shape (rows, ragged, ...) without holes; choose a module "
+                "before it was transposed or narrowed"
+            )
     return torch.nested.to_padded_tensor(activation, 0.0) if activation.is_nested else activation
 
 
@@ -124,12 +139,15 @@ def _key(place: Place, value: Any, asked: str) -> Any:
         key = key if key in members else _other_name(place.module, value, key)
         if key is not None:
             return key
-    if asked in (names := _field_names(value) or ()):
+    names = getattr(type(value), "__match_args__", ()) if isinstance(value, tuple) else ()  # torch.return_types too
+    if asked in names:
         return names.index(asked)
     if asked in members:
         return asked
     if asked.isdigit() and int(asked) in members:
         return int(asked)
+    if asked.isdigit() and int(asked) < len(members) and dataclasses.is_dataclass(value) and isinstance(value, Mapping):
+        return list(members)[int(asked)]  # of transformers, which numbers its outputs too
     raise OutputError(f"site {place.site!r}: {_described(value)} has no part {asked!r}; there are {_parts(value)}")
 
 
@@ -140,13 +158,15 @@ def _field_names(value: Any) -> tuple[str, ...] | None:
 
 def _other_name(module: nn.Module, value: Arguments, key: Any) -> Any:
     """The keyword of an argument asked for by its position, or its position when asked for by name."""
-    names = list(inspect.signature(type(module).forward).parameters)[1:]  # of the class: forward may be patched
+    parameters = inspect.signature(type(unwrapped(module)).forward).parameters  # of the class: forward may be patched
     if isinstance(key, int):
+        names = list(parameters)[1:]
         return names[key] if key < len(names) and names[key] in value.kwargs else None
+    names = [name for name, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][1:]
     return names.index(key) if key in names[: len(value.args)] else None
 
 
-def _only_key(place: Place, value: Any) -> Any:
+def _only_key(place: Place, value: Any, before: list[Any]) -> Any:
     """The key of the one member that can only be meant."""
     floating = {
         key: member
@@ -163,7 +183,7 @@ def _only_key(place: Place, value: Any) -> Any:
     key = next(iter(floating))
     ranks = [member.ndim if isinstance(member, Tensor) else 0 for member in floating.values()]
     if ranks.count(ranks[0]) > 1 or (len(floating) > 1 and key != next(iter(_members(value)))[0]):
-        side = f"{place.name}:{place.side}"
+        side = ".".join((f"{place.name}:{place.side}", *map(str, before)))
         raise OutputError(
             f"site {place.site!r}: {_described(value)} holds several activations; name the one that is meant, one of "
             f"{[f'{side}.{other}' for other in floating]}"

@@ -62,7 +62,7 @@ def find_sites(model: nn.Module, sites: Sites) -> tuple[str, ...]:
 
 def select(modules: Mapping[str, nn.Module], sites: Sites, *, owner: str) -> tuple[str, ...]:
     """The names among `modules` that `sites` selects, in their order; `owner` is who has them, for the errors."""
-    found = {name for item in _items(sites) for name in _matched(modules, item, owner=owner)}
+    found = {name for item in _items(sites) for name in _matched(modules, item, owner=owner, every=True)}
     return tuple(name for name in modules if name in found)
 
 
@@ -104,17 +104,28 @@ def path_to(model: nn.Module, name: str) -> list[nn.Module]:
     while True:
         inner = slot(path[-1])
         key = inner if inner is not None else keys.pop(0) if keys else None
-        child = path[-1]._modules.get(key) if key is not None else None
+        child = dict(path[-1]._modules.items()).get(key) if key is not None else None
         if child is None:
             return path
         path.append(child)
 
 
+def runs_torch_code(module: nn.Module) -> bool:
+    """Whether the module's class has its forward from torch, and not from somebody who made another of it."""
+    home = getattr(getattr(type(module), "forward", None), "__module__", None)
+    return isinstance(home, str) and home.startswith("torch.")
+
+
 def fingerprint(model: nn.Module) -> str:
     """The model's class, parameter count, and a hash of its parameters' names and shapes; its numbers do not count."""
-    parameters = list(unwrapped(model).named_parameters())
-    shapes = [(without_prefixes(name), tuple(parameter.shape)) for name, parameter in parameters]
-    count = sum(parameter.numel() for _, parameter in parameters)
+    shapes: list[tuple[str, tuple[int, ...]]] = []
+    count, seen = 0, set()
+    for name, module in named_modules(unwrapped(model)):
+        for key, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:  # a shared one counts once
+                seen.add(id(parameter))
+                shapes.append((f"{name}.{key}" if name else key, tuple(parameter.shape)))
+                count += parameter.numel()
     return f"{class_name(model)}:{count}:{hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]}"
 
 
@@ -126,13 +137,14 @@ def _items(sites: Sites) -> list[str | nn.Module | Predicate]:
     raise SiteNotFoundError("no sites were named; name one, or give a pattern or a predicate")
 
 
-def _matched(modules: Mapping[str, nn.Module], item: str | nn.Module | Predicate, *, owner: str) -> list[str]:
-    """The names that one item selects, at least one."""
-    first = {id(module): name for name, module in reversed(list(modules.items())) if name}
+def _matched(
+    modules: Mapping[str, nn.Module], item: str | nn.Module | Predicate, *, owner: str, every: bool = False
+) -> list[str]:
+    """The names that one item selects, at least one; of a module with several names the first, or every one."""
     candidates = {
         name: module
         for name, module in modules.items()
-        if first.get(id(module)) == name and not isinstance(module, nn.ModuleList | nn.ModuleDict)  # never called
+        if (name or every) and not isinstance(module, nn.ModuleList | nn.ModuleDict)  # which are never called
     }
     match item:
         case str() if item in modules:
@@ -140,12 +152,13 @@ def _matched(modules: Mapping[str, nn.Module], item: str | nn.Module | Predicate
         case str() if item.startswith("re:"):
             expression = _compiled(item)
             found = [name for name in candidates if expression.fullmatch(name)]
-        case str() if without_prefixes(item) in modules:
-            return [without_prefixes(item)]
+        case str() if (name := without_prefixes(item, modules)) in modules:
+            return [name]
         case str():
-            found = [name for name in candidates if fnmatchcase(name, item)]
+            patterns = (item, without_prefixes(item))
+            found = [name for name in candidates if any(fnmatchcase(name, pattern) for pattern in patterns)]
         case nn.Module():
-            found = [name for name, module in modules.items() if module is item or unwrapped(module) is item][:1]
+            found = [name for name, module in modules.items() if module is item or unwrapped(module) is item]
             if not found:
                 raise SiteNotFoundError(f"the {type(item).__name__} given as a site is not a module of {owner}")
         case _ if callable(item):
@@ -156,7 +169,12 @@ def _matched(modules: Mapping[str, nn.Module], item: str | nn.Module | Predicate
             raise TypeError(f"a site is a module's name, a str, a module, or a predicate; got {item!r}")
     if not found:
         raise SiteNotFoundError(f"{owner} has no site {item!r}. {close_names(str(item), candidates)}")
-    return found
+    if every:
+        return found
+    seen: dict[int, str] = {}
+    for name in found:
+        seen.setdefault(id(modules[name]), name)  # by the first of its names that matches
+    return list(seen.values())
 
 
 def _compiled(item: str) -> re.Pattern[str]:
@@ -168,8 +186,7 @@ def _compiled(item: str) -> re.Pattern[str]:
 
 def _place(model: nn.Module, modules: Mapping[str, nn.Module], site: str) -> Place:
     name, side, path = (site, "out", ()) if site in modules else split_site(site)
-    if name not in modules:
-        name = without_prefixes(name)
+    name = without_prefixes(name, modules)
     if name not in modules:
         owner, several = class_name(model), [other for other in modules if other and fnmatchcase(other, name)]
         if several:
@@ -186,14 +203,23 @@ def _place(model: nn.Module, modules: Mapping[str, nn.Module], site: str) -> Pla
             raise UnsupportedModelError(
                 f"site {site!r}: {class_name(outer)} is scripted and ignores hooks; steer the eager model"
             )
-    graph = unwrapped(model)
-    if name and isinstance(graph, torch.fx.GraphModule):
-        called = [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
-        if not any(name == target or name.startswith(f"{target}.") for target in called):
-            raise UnsupportedModelError(
-                f"site {site!r}: the graph of {class_name(model)} never calls this module, so it would ignore the "
-                "edit; steer the model that it was exported from"
-            )
+    for outer_name, graph in modules.items():
+        if (
+            isinstance(unwrapped(graph), torch.fx.GraphModule)
+            and name.startswith(f"{outer_name}." if outer_name else "")
+            and name
+        ):
+            _check_called(unwrapped(graph), name[len(outer_name) :].removeprefix("."), site)
     if not path and side == "out" and isinstance(unwrapped(module), _FIRST_RESULT):
-        path = ("0",)
+        path = ("0",) if runs_torch_code(unwrapped(module)) else ()
     return Place(site=site, name=name, module=uncompiled(module), side=side, path=path)
+
+
+def _check_called(graph: nn.Module, name: str, site: str) -> None:
+    assert isinstance(graph, torch.fx.GraphModule)
+    called = [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
+    if not any(name == target or name.startswith(f"{target}.") for target in called):
+        raise UnsupportedModelError(
+            f"site {site!r}: the graph of {class_name(graph)} never calls this module, so it would ignore the edit; "
+            "steer the model that it was exported from"
+        )

@@ -5,7 +5,10 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from actsteer.errors import OutputError
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -14,39 +17,63 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def full_shape(activation: Tensor, module: nn.Module) -> tuple[int, ...]:
-    """The shape of the whole activation, of which this process may hold a part."""
+    """The shape of the whole activation, of which this process may hold some features."""
     if _columns(activation, module) is not None:
-        assert isinstance(module, nn.Linear)
-        return (*activation.shape[:-1], module.out_features)
+        return (*activation.shape[:-1], _features(module)[1])
     return tuple(activation.shape)
 
 
-def full(activation: Tensor, module: nn.Module) -> Tensor:
-    """The whole activation, gathered from all processes where each holds a part."""
+def full(activation: Tensor, module: nn.Module, *, site: str) -> Tensor:
+    """The whole activation, gathered from all processes where each holds a part.
+
+    Raises:
+        OutputError: on every process, if they hold different plain tensors, of which nobody can tell how they belong
+            together; an ordinary module between two parallel ones cannot be told apart from one of its own.
+    """
     if (placed := _columns(activation, module)) is not None:
         from torch.distributed.tensor import DTensor
 
         mesh, placements = placed
         activation = DTensor.from_local(activation, mesh, placements, run_check=False)
     if not _is_dtensor(activation):
+        _check_same_everywhere(activation, module, site)
         return activation
     gathered: Tensor = activation.full_tensor()  # type: ignore[attr-defined]
     return gathered
 
 
+def whole_rows(activation: Tensor, module: nn.Module) -> Tensor:
+    """All features of the rows that this process holds."""
+    if _columns(activation, module) is None and not _is_dtensor(activation):
+        return activation
+    return full(activation, module, site="")
+
+
 def share(shift: Tensor, activation: Tensor, module: nn.Module) -> Tensor:
     """What this process adds to its part of the activation, from what is added to the whole; both of one rank."""
-    placed = _columns(activation, module)
-    if placed is None and not _is_dtensor(activation):
-        return shift
+    return _placed(shift, activation, module, None)
+
+
+def own_part(edited: Tensor, activation: Tensor, module: nn.Module) -> Tensor:
+    """The part of an edited activation that lies here, as `activation` does of the unedited one."""
+    placements: Any = getattr(activation, "placements", None)
+    if placements is not None and any(placement.is_partial() for placement in placements):
+        placements = None  # it was summed for the edit, and is the same everywhere now
+    return _placed(edited, activation, module, placements)
+
+
+def _placed(tensor: Tensor, activation: Tensor, module: nn.Module, placements: Any) -> Tensor:
+    columns = _columns(activation, module)
+    if columns is None and not _is_dtensor(activation):
+        return tensor
     from torch.distributed.tensor import DTensor, Replicate
 
-    mesh: Any = getattr(activation, "device_mesh", None) if placed is None else placed[0]
-    everywhere = DTensor.from_local(shift, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    if placed is None:
-        return everywhere
-    own: Tensor = everywhere.redistribute(placements=placed[1]).to_local()
-    return own
+    mesh: Any = getattr(activation, "device_mesh", None) if columns is None else columns[0]
+    placed = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    if columns is not None:
+        own: Tensor = placed.redistribute(placements=columns[1]).to_local()
+        return own
+    return placed if placements is None else placed.redistribute(placements=placements)
 
 
 def _is_dtensor(tensor: Tensor | None) -> bool:
@@ -56,15 +83,41 @@ def _is_dtensor(tensor: Tensor | None) -> bool:
     return distributed is not None and isinstance(tensor, distributed.DTensor)
 
 
+def _features(module: nn.Module) -> tuple[int, int]:
+    """The axis of the weight along which the features lie that the module gives, and their number."""
+    if isinstance(module, nn.Embedding):
+        return 1, module.embedding_dim
+    assert isinstance(module, nn.Linear)
+    return 0, module.out_features
+
+
 def _columns(activation: Tensor, module: nn.Module) -> tuple[Any, list[Any]] | None:
-    """(mesh, placements) of the plain output of a column-parallel linear module, which holds some of the features."""
+    """(mesh, placements) of the plain output of a column-parallel module, which holds some of the features."""
     weight: Any = getattr(module, "weight", None)
-    if _is_dtensor(activation) or not (isinstance(module, nn.Linear) and _is_dtensor(weight)):
+    if not isinstance(module, nn.Linear | nn.Embedding) or not _is_dtensor(weight) or _is_dtensor(activation):
         return None
-    if activation.shape[-1] >= module.out_features:
+    dim, size = _features(module)
+    if activation.shape[-1] >= size or not any(placement.is_shard(dim) for placement in weight.placements):
         return None
     from torch.distributed.tensor import Replicate, Shard
 
     features = activation.ndim - 1
-    placements = [Shard(features) if placement.is_shard(0) else Replicate() for placement in weight.placements]
+    placements = [Shard(features) if placement.is_shard(dim) else Replicate() for placement in weight.placements]
     return weight.device_mesh, placements
+
+
+def _check_same_everywhere(activation: Tensor, module: nn.Module, site: str) -> None:
+    weight: Any = next((parameter for parameter in module._parameters.values() if _is_dtensor(parameter)), None)
+    if weight is None or any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+        return  # not parallel; or FSDP, whose processes have data of their own
+    from torch.distributed.tensor import DTensor, Shard
+
+    mesh = weight.device_mesh
+    with torch.no_grad():
+        own = activation.double().sum().reshape(1)
+        sums = DTensor.from_local(own, mesh, [Shard(0)] * mesh.ndim, run_check=False).full_tensor()
+    if not bool(((sums == sums[0]) | sums.isnan()).all()):
+        raise OutputError(
+            f"site {site!r}: each process holds another part of the activation of {type(module).__name__}, as a plain "
+            "tensor; choose another site, or give its parallel style use_local_output=False"
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from torch import nn
 
@@ -52,13 +52,15 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield ".".join(part for part in (outer, name) if part), module
 
 
-def without_prefixes(name: str) -> str:
-    """A name as it would be without the prefixes that wrappers add.
+def without_prefixes(name: str, known: Container[str] = ()) -> str:
+    """A name without the prefixes that wrappers add: one after the other is taken away, until the name is a known one.
 
     >>> without_prefixes("module._orig_mod.layers.0._checkpoint_wrapped_module.mlp")
     'layers.0.mlp'
+    >>> without_prefixes("module.module.mlp", {"module.mlp"})
+    'module.mlp'
     """
-    while (shorter := _PREFIX.sub("", name).removeprefix(".")) != name:
+    while name not in known and (shorter := _PREFIX.sub("", name, count=1).removeprefix(".")) != name:
         name = shorter
     return name
 

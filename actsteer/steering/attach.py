@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 from actsteer.errors import UnsupportedModelError
 from actsteer.sites.place import Place
 from actsteer.sites.resolve import path_to
+from actsteer.sites.shards import is_sharded
 from actsteer.sites.wrappers import uncompiled
 from actsteer.steering.backends import buffer, fold, hook, patch
 from actsteer.steering.backends.choose import Backend, Choice, Mechanism, Scope, choose
@@ -32,11 +33,11 @@ def choices(plan: Plan, *, backend: Backend, scope: Scope) -> dict[str, Choice]:
     return chosen
 
 
-def attach_all(plan: Plan, watch: Watch, *, backend: Backend, scope: Scope) -> ExitStack:
+def attach_all(plan: Plan, watch: Watch, chosen: Mapping[str, Choice], *, backend: Backend, scope: Scope) -> ExitStack:
     """Attach the edits, the gates before them, and the watch at the model itself; returns what removes them again."""
-    plan.find_again()
-    chosen = choices(plan, backend=backend, scope=scope)
     listens: Backend = backend if backend in ("patch", "buffer") else "auto"
+    model = uncompiled(plan.model)
+    root, before = Place("", "", model), Place("", "", model, "in")
     with ExitStack() as handles:
 
         def add(place: Place, callback: Callable[..., Any], mechanism: Mechanism) -> Callable[[], None]:
@@ -44,14 +45,9 @@ def attach_all(plan: Plan, watch: Watch, *, backend: Backend, scope: Scope) -> E
             handles.callback(remove)
             return remove
 
-        model = uncompiled(plan.model)
-        root = Place("", "", model)
-        watches: Backend = "buffer" if backend == "buffer" else "auto"
-        mechanism = choose(plan.model, root, backend=watches, scope=scope).mechanism
-        leave = add(root, watch, mechanism)
-        watch.leave = leave if mechanism == "hook" and not plan.readers else None
+        outermost = choose(plan.model, root, backend=listens, scope=scope).mechanism
         if plan.readers:
-            add(Place("", "", model, "in"), Forget(watch), mechanism)
+            add(before, Forget(plan.readers), outermost)
         for reader in plan.readers:
             add(reader.place, reader, choose(plan.model, reader.place, backend=listens, scope=scope).mechanism)
         for site, edit in plan.edits.items():
@@ -62,6 +58,12 @@ def attach_all(plan: Plan, watch: Watch, *, backend: Backend, scope: Scope) -> E
                 handles.callback(fold.attach(edit, plan.model))
             else:
                 add(edit.place, edit.on_input if edit.place.side == "in" else edit.on_output, chosen[site].mechanism)
+        if plan.readers:  # after an edit of the model's own output, which a gate may decide
+            add(root, Forget(plan.readers), outermost)
+        # a patch sees a call of `forward` alone, and compiled code sees it; a hook sees a forward that covers it
+        by: list[Mechanism] = ["hook"] if is_sharded(model) else ["patch"] if backend == "buffer" else ["hook", "patch"]
+        leaves = [add(root, watch, mechanism) for mechanism in by]
+        watch.leaves = leaves if outermost == "hook" else []
         return handles.pop_all()
     raise AssertionError  # for the type checker, to whom an ExitStack might swallow an exception
 

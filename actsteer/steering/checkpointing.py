@@ -6,6 +6,7 @@ import sys
 import warnings
 from types import FrameType
 from typing import final
+from weakref import WeakSet
 
 import torch.utils.checkpoint
 from torch import Tensor, nn
@@ -27,7 +28,10 @@ class Checkpointing:
     def __init__(self, model: nn.Module, *, one_thread: bool) -> None:
         self._model = model
         self._one_thread = one_thread
-        self._waiting: list[object] = []
+        self._waiting: list[_Pass] = []
+        self._graphs: WeakSet[_Pass] = (
+            WeakSet()
+        )  # those whose backward pass may never come, for the graph may be dropped
 
     def notice(self, edited: Tensor) -> bool:
         """Whether this edit runs inside a checkpoint; if so, its backward pass is waited for.
@@ -47,17 +51,19 @@ class Checkpointing:
         if caller == "backward" or (caller in _RECOMPUTES and not edited.requires_grad):
             self._waiting = self._waiting[:-1]  # computed again, and steered
         elif caller == "forward" and frame.f_locals["ctx"].next_functions:  # reentrant, and somebody wants gradients
-            self._waiting.append(object())
+            self._waiting.append(_Pass())
         elif caller not in _RECOMPUTES and caller != "forward" and torch.is_grad_enabled() and self._trains(edited):
-            waiting = object()
-            self._waiting.append(waiting)
+            waiting = _Pass()
             if edited.requires_grad:  # the recomputation may stop before it comes here; the gradient passes
-                edited.register_hook(lambda _: self._done(waiting))
+                self._graphs.add(waiting)
+                edited.register_hook(lambda _: self._graphs.discard(waiting))
+            else:
+                self._waiting.append(waiting)
         return True
 
     def leave(self) -> None:
         """Warn if a checkpointed forward pass was steered and its backward pass is still to come."""
-        if self._waiting:
+        if self._waiting or self._graphs:
             warnings.warn(
                 "a steered forward pass was checkpointed, and its backward pass has not run yet: it would recompute "
                 "the activations without the steering, and give wrong gradients; call backward() inside the block",
@@ -69,13 +75,15 @@ class Checkpointing:
     def forget(self) -> None:
         """Wait for nothing."""
         self._waiting = []
+        self._graphs = WeakSet()
 
     def _trains(self, edited: Tensor) -> bool:
         """Whether a gradient can be asked for: of what comes before the edit, or of the model's parameters after it."""
         return edited.requires_grad or any(parameter.requires_grad for parameter in self._model.parameters())
 
-    def _done(self, waiting: object) -> None:
-        self._waiting = [other for other in self._waiting if other is not waiting]
+
+class _Pass:
+    """One checkpointed forward pass through an edit."""
 
 
 def _checkpoint_frame() -> FrameType | None:

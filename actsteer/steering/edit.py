@@ -16,7 +16,7 @@ from actsteer.errors import StrengthError
 from actsteer.sites.axes import Layout
 from actsteer.sites.outputs import Arguments, get, locate, padded, put, unpadded
 from actsteer.sites.place import Place
-from actsteer.sites.shards import full_shape, share
+from actsteer.sites.shards import full_shape, own_part, share, whole_rows
 from actsteer.steering.checkpointing import Checkpointing
 from actsteer.steering.copies import Uncopied
 from actsteer.steering.interventions import Add, Intervention
@@ -158,7 +158,7 @@ class SiteEdit(Uncopied):
         keys = locate(self.place, value)
         raw = get(value, keys)
         conversion = getattr(module, "hook_conversion", None)  # TransformerLens: how its users see the activation
-        activation = padded(raw if conversion is None else conversion.convert(raw))
+        activation = padded(raw if conversion is None else conversion.convert(raw), site=self.place.site)
         shape, size = full_shape(activation, module), self.directions.shape[1]
         axis = self.layout.feature_axis(shape, size=size, site=self.place.site)
         packed = isinstance(get(value, keys[:-1]), PackedSequence) if keys else False
@@ -167,7 +167,7 @@ class SiteEdit(Uncopied):
         )
         if not torch.compiler.is_compiling():
             cacheable = not keys and edited.__class__ is Tensor and conversion is None and not raw.is_nested
-            if not cacheable or self._checkpointing.notice(edited):
+            if self._checkpointing.notice(edited) or not cacheable:
                 self._shape = None
         edited = unpadded(edited, raw)
         return put(value, keys, edited if conversion is None else conversion.revert(edited))
@@ -190,12 +190,13 @@ class SiteEdit(Uncopied):
         return activation + shift
 
     def _intervene(self, module: nn.Module, activation: Tensor, axis: int, *, row_axis: int | None) -> Tensor:
-        last = activation.movedim(axis, -1)
+        whole = whole_rows(activation, module)
+        last = whole.movedim(axis, -1)
         for index, direction in enumerate(self.directions):
-            c = (self._strengths[index] if self.gates[index] is None else self._decided(index)).to(activation)
-            c = self._spread(c[..., None], activation, axis, row_axis).movedim(axis, -1) if c.ndim else c
-            last = self.intervention(last, direction.to(activation), c)
-        return last.movedim(-1, axis).to(activation.dtype)
+            c = (self._strengths[index] if self.gates[index] is None else self._decided(index)).to(whole)
+            c = self._spread(c[..., None], whole, axis, row_axis).movedim(axis, -1) if c.ndim else c
+            last = self.intervention(last, direction.to(whole), c)
+        return own_part(last.movedim(-1, axis).to(activation.dtype), activation, module)
 
     def _traceable(self) -> Tensor | None:
         """What may be added to a plain output in compiled code without a look at anything else; it costs few guards."""

@@ -19,7 +19,7 @@ from actsteer.steering.gates import Gate
 from actsteer.steering.interventions import Add, Intervention
 from actsteer.steering.reader import GateReader
 from actsteer.vectors.bank import VectorBank
-from actsteer.vectors.vector import SteeringVector
+from actsteer.vectors.vector import SteeringVector, axes_of
 
 Gates = Gate | Mapping[str, Gate]
 
@@ -98,7 +98,7 @@ def make_plan(
     for site, place in places.items():
         with torch.inference_mode(mode=False):  # so that they work in autograd later
             directions = bank.directions(site)[concepts[site]].clone()
-        size = known_size(place)
+        size = known_size(place) if axes.get(site) in (None, layout(model, place).axis) else None
         if size not in (None, directions.shape[1]):
             raise ShapeError(
                 f"site {site!r}: the activation has {size} features, the vector {directions.shape[1]}; was it "
@@ -136,15 +136,10 @@ def _places(model: nn.Module, bank: VectorBank, sites: Sites | None) -> dict[str
 
 def _axes(bank: VectorBank, places: Mapping[str, Place], axis: Axes | None) -> Mapping[str, int]:
     """Site -> feature axis: what was asked for now or, failing that, when the vectors were collected."""
-    if isinstance(axis, int):
-        return dict.fromkeys(places, axis)
-    collected = {
-        site: int(vector.metadata[f"axis {site}"])
-        for vector in (bank[concept] for concept in bank)
-        for site in vector
-        if site in places and f"axis {site}" in vector.metadata
-    }
-    return collected | dict(axis or {})
+    given = dict.fromkeys(places, axis) if isinstance(axis, int) else dict(axis or {})
+    rest = [site for site in places if site not in given]
+    collected = axes_of(bank[concept].select(*(site for site in bank[concept] if site in rest)) for concept in bank)
+    return {site: int(collected[f"axis {site}"]) for site in rest if f"axis {site}" in collected} | given
 
 
 def _readers(model: nn.Module, bank: VectorBank, gate: Gates | None) -> list[GateReader | None]:

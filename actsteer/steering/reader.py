@@ -67,7 +67,7 @@ class GateReader(Uncopied):
             self._by_thread.weights = None
 
     def _means(self, module: nn.Module, part: Tensor) -> Tensor:
-        activation = full(part, module)
+        activation = full(part, module, site=self.gate.site)
         if (conversion := getattr(module, "hook_conversion", None)) is not None:
             activation = conversion.convert(activation)
         axis = self._layout.feature_axis(tuple(activation.shape), size=None, site=self.gate.site)

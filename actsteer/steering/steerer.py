@@ -105,7 +105,8 @@ class Steerer:
             axis=axis,
             checkpointing=self._checkpointing,
         )
-        self._watch = Watch(self._plan.readers)
+        self._watch = Watch()
+        self._chosen: Mapping[str, Choice] = {}  # what was attached
         self.c = c
         self.choices()  # a backend that cannot serve a site raises here
 
@@ -147,7 +148,9 @@ class Steerer:
 
     def explain(self) -> str:
         """Print, and return, what would be edited where: by which backend, along which axis, with which strength."""
-        text = explain(self.model, self.bank, self.edits, self.choices(), self._strengths)
+        present = self._handles is not None or self._installed is not None
+        chosen = self._chosen if present else self.choices()
+        text = explain(self.model, self.bank, self.edits, chosen, self._strengths)
         print(text)
         return text
 
@@ -217,10 +220,12 @@ class Steerer:
 
     def uninstall(self) -> None:
         """Take out what `install` put in place. Nothing happens if it is not installed."""
-        self._remove()
-        installed, self._installed = self._installed, None
-        if installed is not None:
-            installed.close()
+        try:
+            self.detach()
+        finally:
+            installed, self._installed = self._installed, None
+            if installed is not None:
+                installed.close()
 
     def __enter__(self) -> Steerer:
         return self.attach()
@@ -250,13 +255,16 @@ class Steerer:
         return self.model, self.vectors if trained else self.bank, options
 
     def _install(self) -> ExitStack:
-        return attach_all(self._plan, self._watch, backend=self._backend, scope=self._scope)
+        self._plan.find_again()
+        self._chosen = self.choices()
+        return attach_all(self._plan, self._watch, self._chosen, backend=self._backend, scope=self._scope)
 
     def _remove(self) -> bool:
         handles, self._handles = self._handles, None
         if handles is not None:
             handles.close()
-        self._watch.forget()
+        for reader in self._plan.readers:
+            reader.forget()
         return handles is not None
 
     def _check_applied(self) -> None:

@@ -1,4 +1,4 @@
-"""Watch: whether the model ran at all, and which sites ought to have run with it."""
+"""What is attached to the model itself: it notes that the model ran, and keeps the passes apart."""
 
 from __future__ import annotations
 
@@ -15,36 +15,31 @@ from actsteer.steering.reader import GateReader
 
 @final
 class Watch(Uncopied):
-    """A hook at the model itself: notes that it ran, and has the gates forget what they decided in that pass."""
+    """A hook at the model itself, which notes that it ran."""
 
-    def __init__(self, readers: Iterable[GateReader]) -> None:
+    def __init__(self) -> None:
         self.ran = False
-        self.leave: Callable[[], None] | None = None  # one completed pass is proof enough; the others need not pay
-        self._readers = tuple(readers)
+        self.leaves: list[Callable[[], None]] = []  # one completed pass is proof enough; the others need not pay
 
     def __call__(self, module: nn.Module, args: Any, last: Any) -> None:
         """After the model's forward pass."""
         self.ran = True
-        self.forget()
-        if self.leave is not None and not torch.compiler.is_compiling():
-            self.leave()
-
-    def forget(self, *_: Any) -> None:
-        """Have the gates decide anew."""
-        for reader in self._readers:
-            reader.forget()
+        if not torch.compiler.is_compiling():
+            for leave in self.leaves:
+                leave()
 
 
 @final
 class Forget(Uncopied):
-    """A hook before the model's forward pass, which may follow one that failed halfway."""
+    """A hook before the model's forward pass, which may follow one that failed halfway, and after it."""
 
-    def __init__(self, watch: Watch) -> None:
-        self._watch = watch
+    def __init__(self, readers: Iterable[GateReader]) -> None:
+        self._readers = tuple(readers)
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def __call__(self, *_: Any) -> None:
         """Have the gates decide anew."""
-        self._watch.forget()
+        for reader in self._readers:
+            reader.forget()
 
 
 @final

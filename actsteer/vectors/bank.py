@@ -19,7 +19,7 @@ from actsteer.errors import (
     close_names,
 )
 from actsteer.files import native
-from actsteer.vectors.vector import SteeringVector
+from actsteer.vectors.vector import SteeringVector, axes_of
 
 
 @final
@@ -115,7 +115,7 @@ class VectorBank:
             directions = chosen.directions(site)
             c = directions.new_tensor([float(strength) for strength in strengths.values()])
             combined[site] = einsum(c, directions, "k, k d -> d")
-        return SteeringVector(combined)
+        return SteeringVector(combined, metadata=axes_of(chosen._vectors.values()))
 
     def directions(self, site: str) -> Float[Tensor, "k d"]:
         """The directions of all concepts at one site, stacked in bank order; zero where a vector lacks the site."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Real
 from os import PathLike
 from typing import Any, final
@@ -209,7 +209,8 @@ class SteeringVector:
 
     def _zip(self, other: SteeringVector, function: Callable[[Tensor, Tensor], Tensor]) -> SteeringVector:
         shared = dict(self._metadata.items() & other._metadata.items())
-        return SteeringVector({s: function(a, b) for s, a, b in self._pairs(other)}, metadata=shared)
+        described = shared | axes_of([self, other])
+        return SteeringVector({s: function(a, b) for s, a, b in self._pairs(other)}, metadata=described)
 
     def _compare(self, other: SteeringVector, same: Callable[[Tensor, Tensor], bool]) -> bool:
         sizes = all(len(d) == len(other._directions.get(s, d)) for s, d in self._directions.items())
@@ -246,6 +247,24 @@ class SteeringVector:
 
 def _rebuild(directions: dict[str, Tensor], metadata: dict[str, str]) -> SteeringVector:
     return SteeringVector(directions, metadata=metadata)
+
+
+def axes_of(vectors: Iterable[SteeringVector]) -> dict[str, str]:
+    """The metadata "axis SITE" of all these vectors: the feature axis at a site, where it was collected or given.
+
+    Raises:
+        ShapeError: two of them have different axes at one site.
+    """
+    axes: dict[str, str] = {}
+    for vector in vectors:
+        for site in vector:
+            axis = vector.metadata.get(f"axis {site}")
+            if axis is not None and axes.setdefault(f"axis {site}", axis) != axis:
+                raise ShapeError(
+                    f"site {site!r}: the vectors were collected along different axes, {axes[f'axis {site}']} and "
+                    f"{axis}; collect them along one"
+                )
+    return axes
 
 
 def _owned(site: str, direction: Tensor) -> Tensor:

@@ -1,11 +1,14 @@
 """record: the activations themselves, in the order of the data."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from actsteer import BatchError, SiteNotFoundError, StatisticsError, Steerer, SteeringVector, collect, record
 from tests.oracles import state
@@ -87,5 +90,121 @@ def test_the_errors_are_those_of_collect():
     model = nn.Module()
     model.add_module("unused", nn.ReLU())
     model.forward = lambda x: x
-    with pytest.raises(StatisticsError, match=r"sites \['unused'\] never ran"):
+    with pytest.raises(StatisticsError, match=r"these sites never ran: 'unused' \(the module is unused"):
         record(model, X, sites="unused")
+
+
+# --- whatever people have --------------------------------------------------------------------------------------------
+class Named(nn.Module):
+    """Calls its part by name alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.part, self.head = Part(), nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.head(self.part(hidden=x)["hidden"])
+
+
+class Part(nn.Module):
+    """Takes its input by name, and gives a dict."""
+
+    def forward(self, *, hidden, mask=None):
+        return {"loss": hidden.mean(), "hidden": 2 * hidden, "cache": (hidden, None)}
+
+
+SIDES = {
+    "part:in": 1,
+    "part:in.hidden": 1,
+    "part": 2,
+    "part:out.hidden": 2,
+    "part:out.cache": 1,
+    "head:in": 2,
+    ":in": 1,
+}
+
+
+@pytest.mark.parametrize(("site", "times"), SIDES.items())
+@pytest.mark.case(20, 23)
+def test_every_side_and_part_is_recorded(site, times):
+    assert torch.equal(record(Named(), X, sites=site)[site], times * X)
+    assert torch.equal(collect(Named(), X, sites=site)[site].mean, times * X.double().mean(dim=0))
+
+
+def test_a_list_may_mix_names_patterns_modules_and_predicates():
+    found = record(MODEL, X, sites=[MODEL[0], "1:in", "re:[12]", lambda name, _: name == "2"])
+    assert list(found) == ["0", "1:in", "1", "2"]
+    assert torch.equal(found["1:in"], found["0"])
+
+
+@pytest.mark.parametrize("site", ["1", "1:in", "part:in"])
+@pytest.mark.parametrize("backend", ["hook", "patch"])
+def test_inside_a_steerer_the_steered_activation_is_recorded_on_either_side(site, backend):
+    model = Named() if site.startswith("part") else nn.Sequential(nn.Identity(), nn.Identity())
+    with Steerer(model, SteeringVector({site: torch.ones(2)}), c=2, backend=backend):
+        assert torch.equal(record(model, X, sites=site)[site], X + 2)
+    assert torch.equal(record(model, X, sites=site)[site], X)
+
+
+@pytest.mark.parametrize("backend", ["hook", "patch"])
+@pytest.mark.parametrize("other", ["hook", "patch"])
+@pytest.mark.parametrize("site", ["0", "0:in"])
+def test_inside_two_steerers_the_sum_is_recorded(site, backend, other):
+    v = SteeringVector({site: torch.ones(2)})
+    with Steerer(IDENTITY, v, backend=backend), Steerer(IDENTITY, v, c=4, backend=other):
+        assert torch.equal(record(IDENTITY, X, sites=site)[site], X + 5)
+
+
+# --- compiled --------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def compiler():
+    """Counts what is compiled; the process has compiled nothing before or after."""
+    torch._dynamo.reset()
+    yield CompileCounter()
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place", "a part"])
+@pytest.mark.case(1, 9)
+def test_a_compiled_model_gives_the_activations_of_the_eager_one_and_stays_compiled(compiler, how):
+    model = copy.deepcopy(MODEL)
+    run = torch.compile(model, backend=compiler) if how == "wrapped" else model
+    if how == "in place":
+        model.compile(backend=compiler)
+    elif how == "a part":
+        model[1] = torch.compile(model[1], backend=compiler)
+    expected = record(MODEL, X, sites=["*", "2:in", "0:in"])
+    with torch.no_grad():
+        plain = run(X)
+        for _ in range(3):
+            found = record(run, X, sites=["*", "2:in", "0:in"])
+            assert list(found) == list(expected)
+            assert all(torch.equal(found[site], expected[site]) for site in found)
+            assert torch.equal(run(X), plain)
+    assert compiler.frame_count == 1
+
+
+@pytest.mark.case(1)
+def test_inside_a_steerer_a_compiled_model_gives_the_steered_activations(compiler):
+    model = copy.deepcopy(MODEL)
+    run = torch.compile(model, backend=compiler)
+    with torch.no_grad():
+        plain = run(X)
+        v = SteeringVector({"1": torch.ones(3), "2:in": torch.ones(3)})
+        with Steerer(run, v, c=2):
+            steered = run(X)
+            found = record(run, X, sites=["1", "2:in"])
+            assert torch.equal(run(X), steered)
+        assert torch.equal(run(X), plain)
+    assert torch.equal(found["1"], MODEL[1](MODEL[0](X)) + 2)
+    assert torch.equal(found["2:in"], found["1"] + 2)
+
+
+def test_a_model_that_was_recorded_before_it_was_compiled_is_compiled_once(compiler):
+    model = copy.deepcopy(MODEL)
+    record(model, X, sites="*")
+    run = torch.compile(model, backend=compiler)
+    assert torch.equal(run(X), model(X))
+    record(run, X, sites="*")
+    run(X)
+    assert compiler.frame_count == 1

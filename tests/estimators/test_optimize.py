@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional
 
 from actsteer import (
@@ -320,3 +322,97 @@ def test_a_site_that_never_runs_is_named(model):
     with pytest.raises((StatisticsError, SteeringNotApplied), match=r"'2'.* did not|'2'.* never ran") as caught:
         train(model)
     assert isinstance(caught.value, ActsteerError)
+
+
+# --- whatever people have --------------------------------------------------------------------------------------------
+SHIFT = torch.tensor([1.0, -2.0, 0.5])
+
+
+class Opaque(nn.Module):
+    """Its class tells nothing of its axes; it is called by name and gives a dict."""
+
+    def forward(self, *, hidden):
+        return {"loss": hidden.mean(), "hidden": hidden}
+
+
+class Calls(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.part = Opaque()
+
+    def forward(self, x):
+        return self.part(hidden=x)["hidden"]
+
+
+@pytest.mark.parametrize("site", ["part", "part:in", "part:in.hidden", "part:out.hidden", ":in"])
+@pytest.mark.parametrize("axis", [1, 2, -1, {"site": -2}])
+@pytest.mark.case(20, 23)
+def test_a_direction_is_trained_along_a_given_axis_on_every_side_and_part(site, axis):
+    if isinstance(axis, dict):
+        axis = {site: axis["site"]}
+    model, x = Calls(), torch.zeros(2, 3, 3)
+    at = axis if isinstance(axis, int) else axis[site]
+    spread = [1, 1, 1]
+    spread[at] = 3
+    goal = SHIFT.reshape(spread)
+
+    def loss(output):
+        return (output - goal).square().mean()
+
+    v = train(model, x, sites=site, axis=axis, loss=loss, steps=300, lr=0.1)
+    torch.testing.assert_close(v[site], SHIFT, atol=0.02, rtol=0)
+    with Steerer(model, v):  # the vector remembers the axis
+        torch.testing.assert_close(model(x), goal.expand(2, 3, 3), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_a_given_axis_of_a_convolution_is_trained_and_remembered(axis):
+    model = nn.Sequential(nn.Conv1d(3, 3, 1)).requires_grad_(False)
+    nn.init.zeros_(model[0].weight)
+    nn.init.zeros_(model[0].bias)
+    spread = [1, 1, 1]
+    spread[axis] = 3
+    goal = SHIFT.reshape(spread)
+    x = torch.zeros(2, 3, 3)
+    v = train(model, x, sites="0", axis=axis, loss=lambda out: (out - goal).square().mean(), steps=300, lr=0.1)
+    with Steerer(model, v):
+        torch.testing.assert_close(model(x), goal.expand(2, 3, 3), atol=0.02, rtol=0)
+
+
+@pytest.fixture
+def compiler():
+    """Counts what is compiled; the process has compiled nothing before or after."""
+    torch._dynamo.reset()
+    yield CompileCounter()
+    torch._dynamo.reset()
+
+
+@pytest.mark.case(1, 9)
+def test_a_compiled_model_trains_as_the_eager_one_and_stays_compiled(model, compiler):
+    model.eval()
+    expected = train(model, sites=["2", "4:in"])
+    run = torch.compile(model, backend=compiler)
+    with torch.no_grad():
+        plain = run(X)
+        for _ in range(2):
+            assert train(run, sites=["2", "4:in"]).equal(expected)
+            assert torch.equal(run(X), plain)
+    assert compiler.frame_count == 1
+
+
+def test_a_wrapped_model_trains_as_the_bare_one(model):
+    assert train(nn.DataParallel(model)).equal(train(model))
+    assert train(checkpoint_wrapper(model), sites="2").equal(train(model))
+
+
+@pytest.mark.case(1)
+def test_inside_a_steerer_on_compiled_code_it_trains_on_top_of_that_steering(model, compiler):
+    run = torch.compile(model.eval(), backend=compiler)
+    run(X)
+    v = SteeringVector({"2": torch.ones(4)})
+    with Steerer(run, v):
+        on_top = train(run)
+    torch._dynamo.reset()
+    with Steerer(model, v):
+        assert train(model).equal(on_top)
+    assert not train(model).equal(on_top)

@@ -1,115 +1,408 @@
-"""Outputs: the activation is found, replaced in its place, and its feature axis is certain or refused."""
+"""Outputs: the activation is found and replaced in its place, in any container, or the part is asked for."""
 
-from collections import namedtuple
+import collections
+import copy
+import dataclasses
+from collections import OrderedDict, defaultdict, namedtuple
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
-from torch.nn.utils.rnn import pack_sequence
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from actsteer import OutputError, ShapeError
-from actsteer.sites.outputs import positive_axis, read_activation, write_activation
+from actsteer import OutputError
+from actsteer.sites.outputs import Arguments, get, locate, members, padded, put, unpadded
+from actsteer.sites.place import Place
 
 Named = namedtuple("Named", ["hidden", "cache"])
 OLD, NEW, REST = torch.zeros(2), torch.ones(2), torch.full((2,), 7.0)
+IMAGE = torch.zeros(1, 2, 3)
+
+
+@dataclasses.dataclass
+class Output:
+    hidden: Any
+    cache: Any = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Frozen:
+    hidden: Any
+    cache: Any = None
+
+
+class MyList(list):
+    """A user's own list."""
+
+
+class MyDict(dict):
+    """A user's own dict."""
+
+
+def place(suffix="", *, side="out", module=None):
+    path = tuple(filter(None, suffix.split(".")))
+    site = ".".join([f"2:{side}", *path]) if path or side == "in" else "2"
+    return Place(site, "2", module or nn.Identity(), side, path)
+
+
+def model_output(**fields):
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    return BaseModelOutputWithPast(**fields)
+
+
 OUTPUTS = {
-    "tensor": OLD,
-    "tuple": (OLD, REST),
-    "tuple of one": (OLD,),
-    "list": [OLD, REST, None],
-    "named tuple": Named(OLD, REST),
-    "torch's named tuple": torch.return_types.max([OLD, REST]),
-    "packed sequence": pack_sequence([torch.zeros(2, 3)]),
+    "tensor": (OLD, ()),
+    "tuple": ((OLD, IMAGE), (0,)),
+    "tuple of one": ((OLD,), (0,)),
+    "list": ([OLD, IMAGE, None], (0,)),
+    "list of a subclass": (MyList([OLD, None]), (0,)),
+    "named tuple": (Named(OLD, IMAGE), (0,)),
+    "named tuple with None": (Named(None, OLD), (1,)),
+    "torch's named tuple": (torch.return_types.max([OLD, torch.zeros(2, dtype=torch.int64)]), (0,)),
+    "packed sequence": (pack_sequence([torch.zeros(2, 3)]), (0,)),
+    "dict": ({"hidden": OLD, "cache": None}, ("hidden",)),
+    "dict of a subclass": (MyDict(hidden=OLD), ("hidden",)),
+    "ordered dict": (OrderedDict(hidden=OLD, cache=IMAGE), ("hidden",)),
+    "default dict": (defaultdict(list, hidden=OLD), ("hidden",)),
+    "user dict": (collections.UserDict(hidden=OLD), ("hidden",)),
+    "keys that are no words": ({0: OLD}, (0,)),
+    "dataclass": (Output(OLD, [1]), ("hidden",)),
+    "frozen dataclass": (Frozen(OLD, [1]), ("hidden",)),
+    "model output": (model_output(last_hidden_state=OLD), ("last_hidden_state",)),
+    "after None": ((None, OLD), (1,)),
+    "after a loss": ((torch.tensor(0.5), OLD), (1,)),
+    "a loss among the fields": ({"loss": torch.tensor(0.5), "logits": OLD}, ("logits",)),
+    "after indices": ((torch.zeros(2, dtype=torch.int64), OLD), (1,)),
 }
-by_kind = pytest.mark.parametrize("output", OUTPUTS.values(), ids=OUTPUTS.keys())
+by_kind = pytest.mark.parametrize(("output", "keys"), OUTPUTS.values(), ids=OUTPUTS.keys())
+
+
+def parts(value):
+    """Every (key, member) but the tensors' own."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, dict):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return dict(value.items()) if hasattr(value, "items") else dict(enumerate(value))
 
 
 @by_kind
-def test_what_is_written_is_read_and_the_rest_stays(output):
-    written = write_activation(output, NEW)
+@pytest.mark.case(18, 20)
+def test_what_is_written_is_read_and_the_rest_stays(output, keys):
+    found = locate(place(), output)
+    assert found == keys
+    assert get(output, found) is (OLD if not isinstance(output, PackedSequence) else output.data)
+    written = put(output, found, NEW)
     assert type(written) is type(output)
-    assert read_activation(written, site="2") is NEW
-    if not isinstance(output, torch.Tensor):
-        assert len(written) == len(output)
-        assert all(now is before for now, before in zip(written[1:], output[1:], strict=True))
+    assert get(written, found) is NEW
+    if keys:
+        before, after = parts(output), parts(written)
+        assert list(before) == list(after)
+        assert all(after[key] is before[key] for key in before if key not in (keys[0], "data"))
 
 
 @by_kind
-def test_writing_what_was_read_changes_nothing_and_never_what_came_in(output):
-    activation = read_activation(output, site="2")
-    write_activation(output, NEW)
-    assert read_activation(output, site="2") is activation
-    assert read_activation(write_activation(output, activation), site="2") is activation
+@pytest.mark.case(20)
+def test_what_came_in_is_never_changed(output, keys):
+    activation = get(output, keys)
+    put(output, keys, NEW)
+    assert get(output, keys) is activation
+    assert locate(place(), put(output, keys, NEW)) == keys
 
 
+@pytest.mark.parametrize(
+    ("output", "suffix", "keys"),
+    [
+        (Named(OLD, REST), "cache", (1,)),
+        (Named(OLD, REST), "1", (1,)),
+        ((OLD, (REST, NEW)), "1.0", (1, 0)),
+        ({"a": [OLD, {"b": REST}]}, "a.1.b", ("a", 1, "b")),
+        ({"a": [None, REST]}, "a", ("a", 1)),
+        ({"0": OLD, "1": REST}, "1", ("1",)),
+        (Output(OLD, Frozen(REST)), "cache.hidden", ("cache", "hidden")),
+        (Output(OLD, Frozen(REST)), "cache", ("cache", "hidden")),
+        (pack_sequence([torch.zeros(2, 3)]), "data", (0,)),
+        ((OLD, pack_sequence([torch.zeros(2, 3)])), "1", (1, 0)),
+        (model_output(last_hidden_state=OLD, hidden_states=(OLD, REST)), "hidden_states.1", ("hidden_states", 1)),
+        (torch.zeros(1, 3).sort(), "values", (0,)),
+    ],
+    ids=str,
+)
+@pytest.mark.case(18, 20)
+def test_the_keys_of_a_part_lead_to_it(output, suffix, keys):
+    found = locate(place(suffix), output)
+    assert found == keys
+    written = put(output, found, NEW)
+    assert get(written, found) is NEW
+    assert type(written) is type(output)
+
+
+AMBIGUOUS = {
+    "tuple": ((OLD, REST), ["2:out.0", "2:out.1"]),
+    "dict": ({"a": OLD, "b": REST}, ["2:out.a", "2:out.b"]),
+    "not the first": ((None, OLD, IMAGE), ["2:out.1", "2:out.2"]),
+    "dataclass": (Output(OLD, REST), ["2:out.hidden", "2:out.cache"]),
+    "named tuple": (Named(OLD, REST), ["2:out.0", "2:out.1"]),
+    "logits and states": (
+        model_output(last_hidden_state=OLD) | {"x": REST},
+        ["2:out.last_hidden_state", "2:out.x"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("output", "named"), AMBIGUOUS.values(), ids=AMBIGUOUS.keys())
+@pytest.mark.case(18, 20)
+def test_several_that_could_be_meant_are_asked_about_and_each_answer_works(output, named):
+    with pytest.raises(OutputError, match=r"site '2': .* holds several activations; name the one") as caught:
+        locate(place(), output)
+    assert str(named) in str(caught.value)
+    for site in named:
+        keys = locate(place(site.removeprefix("2:out.")), output)
+        assert get(put(output, keys, NEW), keys) is NEW
+
+
+def test_an_ambiguity_further_in_is_asked_about_with_the_whole_way():
+    output = (IMAGE, (OLD, REST))
+    with pytest.raises(OutputError, match=r"one of \['2:out\.1\.0', '2:out\.1\.1'\]"):
+        locate(place("1"), output)
+    assert locate(place("1.0"), output) == (1, 0)
+
+
+@pytest.mark.case(19)
 def test_the_outputs_of_torch_s_own_modules_can_be_read():
-    assert read_activation(nn.LSTM(2, 3)(torch.zeros(4, 1, 2)), site="2").shape == (4, 1, 3)
-    assert read_activation(nn.MaxPool1d(1, return_indices=True)(torch.zeros(1, 2, 3)), site="2").shape == (1, 2, 3)
+    pool = nn.MaxPool1d(1, return_indices=True)(torch.zeros(1, 2, 3))
+    assert locate(place(), pool) == (0,)
     x = torch.zeros(4, 1, 2)
-    assert read_activation(nn.MultiheadAttention(2, 1)(x, x, x), site="2").shape == (4, 1, 2)
+    assert locate(place(), nn.MultiheadAttention(2, 1, batch_first=True)(x, x, x, need_weights=False)) == (0,)
+    out, (hidden, cell) = nn.LSTM(2, 3)(x)
+    assert locate(place(), (out, (hidden, cell))) == (0,)
+    assert locate(place("1.1"), (out, (hidden, cell))) == (1, 1)
 
 
 @pytest.mark.parametrize(
     ("output", "kind"),
     [
         (None, "NoneType"),
-        ({"hidden": OLD}, "dict"),
         ((), "tuple"),
         ([], "list"),
-        ((None, OLD), "tuple"),
-        (((OLD,),), ""),
+        ({}, "dict"),
+        (((OLD,),), r"tuple \(0: tuple\)"),
+        ({"a": {"b": OLD}}, r"dict \(a: dict\)"),
+        (torch.tensor([1, 2]), "int64"),
+        ((torch.tensor(1.0),), r"tuple \(0: Tensor\)"),
+        (Output(None), r"Output \(hidden: NoneType, cache: NoneType\)"),
+        ("text", "str"),
     ],
+    ids=str,
 )
 def test_an_output_without_an_activation_is_refused(output, kind):
-    match = rf"site '2': expected a tensor, or a tuple that begins with one, got .*{kind}.*; choose a module inside it"
-    with pytest.raises(OutputError, match=match):
-        read_activation(output, site="2")
+    with pytest.raises(OutputError, match=rf"site '2': expected .*floating .*, got .*{kind}"):
+        locate(place(), output)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
 def test_an_activation_that_is_not_floating_is_refused(dtype):
-    with pytest.raises(OutputError, match=rf"site '2': expected floating activations, got {dtype}"):
-        read_activation((OLD.to(dtype), OLD), site="2")
+    for output, path in ((OLD.to(dtype), ""), ((OLD.to(dtype), OLD), "0")):
+        with pytest.raises(OutputError, match=rf"expected floating activations, got {dtype}"):
+            locate(place(path), output)
 
 
-# --- the axis ----------------------------------------------------------------------------------------------------
-shapes = st.lists(st.integers(1, 4), min_size=1, max_size=5)
+@pytest.mark.parametrize(
+    ("output", "suffix", "there"),
+    [((OLD, REST), "2", r"\['0', '1'\]"), ({"a": OLD}, "b", r"\['a'\]"), (Output(OLD), "x", r"\['hidden'\]")],
+)
+def test_a_part_that_is_missing_is_named_with_those_that_are_there(output, suffix, there):
+    with pytest.raises(OutputError, match=rf"site '2:out.{suffix}': .* has no part '{suffix}'; there are {there}"):
+        locate(place(suffix), output)
 
 
-@given(shapes, st.data())
-def test_a_known_axis_is_counted_from_the_front(shape, data):
-    axis = data.draw(st.integers(-len(shape), len(shape) - 1))
-    positive = positive_axis(torch.zeros(shape), axis=axis, size=shape[axis], site="2")
-    assert positive == list(range(len(shape)))[axis]
-    assert positive_axis(torch.zeros(shape), axis=axis, size=None, site="2") == positive
+# --- a property of every container -----------------------------------------------------------------------------------
+keys_ = st.text("abc_", min_size=1, max_size=3)
+leaves = st.sampled_from([None, 3, "text"]) | st.integers(1, 3).map(lambda n: torch.arange(float(n)))
 
 
-@given(shapes.filter(lambda shape: len(shape) <= 3))
-def test_an_open_axis_is_the_last_one_of_rows_and_sequences(shape):
-    assert positive_axis(torch.zeros(shape), axis=None, size=shape[-1], site="2") == len(shape) - 1
-
-
-@given(shapes, st.data())
-def test_another_size_is_refused(shape, data):
-    axis = data.draw(st.integers(-len(shape), len(shape) - 1))
-    match = (
-        rf"site '2': the activation has {shape[axis]} features \(axis {axis} of shape .*\), the vector 9; was it fitted"
+def containers(inner):
+    return st.one_of(
+        st.lists(inner, max_size=3).map(tuple),
+        st.lists(inner, max_size=3),
+        st.lists(inner, max_size=3).map(MyList),
+        st.tuples(inner, inner).map(lambda pair: Named(*pair)),
+        st.dictionaries(keys_, inner, max_size=3),
+        st.dictionaries(keys_, inner, max_size=3).map(OrderedDict),
+        st.tuples(inner, inner).map(lambda pair: Output(*pair)),
+        st.tuples(inner, inner).map(lambda pair: Frozen(*pair)),
     )
-    with pytest.raises(ShapeError, match=match):
-        positive_axis(torch.zeros(shape), axis=axis, size=9, site="2")
 
 
-def test_an_open_axis_of_an_image_is_refused():
-    match = (
-        r"site '2': the activation has shape \(1, 2, 3, 4\), and its module does not tell which axis holds the features"
-    )
-    with pytest.raises(ShapeError, match=match):
-        positive_axis(torch.zeros(1, 2, 3, 4), axis=None, size=4, site="2")
+def paths(value, path=()):
+    """Every path to a floating tensor, found independently of the code under test."""
+    if isinstance(value, Tensor):
+        yield path
+    elif isinstance(value, list | tuple):
+        for index, member in enumerate(value):
+            yield from paths(member, (*path, index))
+    elif isinstance(value, dict):
+        for key, member in value.items():
+            yield from paths(member, (*path, key))
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from paths(getattr(value, field.name), (*path, field.name))
 
 
-@pytest.mark.parametrize(("shape", "axis"), [((2,), 1), ((2, 3), -3), ((), None), ((), -1)])
-def test_an_axis_that_the_activation_lacks_is_refused(shape, axis):
-    with pytest.raises(ShapeError, match=r"site '2': expected an activation with a feature axis -?\d, got shape"):
-        positive_axis(torch.zeros(shape), axis=axis, size=None, site="2")
+def flat(value):
+    """The value with every tensor replaced by its identity, and every container by its type and members."""
+    if isinstance(value, Tensor):
+        return id(value)
+    if isinstance(value, list | tuple):
+        return type(value), tuple(map(flat, value))
+    if isinstance(value, dict):
+        return type(value), tuple((key, flat(member)) for key, member in value.items())
+    if dataclasses.is_dataclass(value):
+        return type(value), tuple(flat(getattr(value, field.name)) for field in dataclasses.fields(value))
+    return value
+
+
+nested = st.recursive(leaves, containers, max_leaves=8)
+
+
+@given(nested.filter(lambda value: any(True for _ in paths(value))), st.data())
+@pytest.mark.case(20)
+def test_reading_what_was_written_gives_it_back_in_every_nested_container(value, data):
+    path = data.draw(st.sampled_from(list(paths(value))))
+    before = flat(value)
+    written = put(value, path, NEW)
+    assert get(written, path) is NEW
+    assert flat(value) == before  # what came in
+    assert flat(put(written, path, get(value, path))) == before  # types, order, and all other members
+    found = locate(place(".".join(map(str, path))), value)
+    assert get(value, found) is get(value, path)
+
+
+@given(nested)
+def test_without_keys_an_activation_is_found_only_where_there_is_one_or_the_first_differs(value):
+    try:
+        keys = locate(place(), value)
+    except OutputError:
+        return
+    assert keys in list(paths(value))
+    outer = get(value, keys[:-1]) if keys else None
+    if outer is not None:
+        rivals = [path for path in paths(outer) if len(path) == 1]
+        assert len(rivals) == 1  # all the tensors drawn have one rank
+
+
+# --- inputs ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("args", "kwargs", "suffix", "keys"),
+    [
+        ((OLD,), {}, "", (0,)),
+        ((), {"input": OLD}, "", ("input",)),
+        ((OLD, IMAGE), {"mask": torch.zeros(1, 1, 1, 1)}, "", (0,)),
+        ((OLD, 3), {"flag": True}, "", (0,)),
+        ((OLD, REST), {}, "1", (1,)),
+        ((OLD,), {"other": {"a": REST}}, "other.a", ("other", "a")),
+        (((OLD, None),), {}, "0", (0, 0)),
+    ],
+)
+@pytest.mark.case(23)
+def test_arguments_are_read_and_rebuilt(args, kwargs, suffix, keys):
+    value = Arguments(args, kwargs)
+    assert locate(place(suffix, side="in"), value) == keys
+    written = put(value, keys, NEW)
+    assert isinstance(written, Arguments)
+    assert get(written, keys) is NEW
+    assert get(value, keys) is not NEW
+    assert (len(written.args), list(written.kwargs)) == (len(args), list(kwargs))
+
+
+def test_arguments_that_could_both_be_meant_are_asked_about_by_side():
+    with pytest.raises(OutputError, match=r"the input \(.*\) holds several .* one of \['2:in.0', '2:in.1'\]"):
+        locate(place(side="in"), Arguments((OLD, REST), {}))
+
+
+def test_a_subclass_of_a_tensor_is_an_activation():
+    parameter = nn.Parameter(torch.zeros(2))
+    assert locate(place(), parameter) == ()
+    assert locate(place(), (parameter,)) == (0,)
+
+
+# --- nested tensors --------------------------------------------------------------------------------------------------
+LENGTHS = (3, 1, 2)
+
+
+def nested_tensor(layout):
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(1, 9, (length, 4), generator=generator).float() for length in LENGTHS]
+    return rows, torch.nested.nested_tensor(rows, layout=layout)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=["strided", "jagged"])
+@pytest.mark.case(14)
+def test_a_nested_tensor_is_padded_and_back_with_its_layout(layout):
+    rows, nested_one = nested_tensor(layout)
+    assert locate(place(), nested_one) == ()
+    full = padded(nested_one)
+    assert full.shape == (3, 3, 4)
+    back = unpadded(full + 1, nested_one)
+    assert back.is_nested
+    assert back.layout is layout
+    assert all(torch.equal(one, row + 1) for one, row in zip(back.unbind(), rows, strict=True))
+    assert [tuple(part.shape) for part in members(nested_one)] == [(1, length, 4) for length in LENGTHS]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.case(14)
+def test_a_jagged_one_still_adds_to_what_it_was_made_from():
+    rows, nested_one = nested_tensor(torch.jagged)
+    total = nested_one + unpadded(padded(nested_one) + 1, nested_one)
+    assert all(torch.equal(one, 2 * row + 1) for one, row in zip(total.unbind(), rows, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=["strided", "jagged"])
+@pytest.mark.case(14)
+def test_gradients_flow_through_padding_and_back(layout):
+    rows, _ = nested_tensor(layout)
+    leaves_ = [row.requires_grad_() for row in rows]
+    back = unpadded(padded(torch.nested.as_nested_tensor(leaves_, layout=layout)) * 2, nested_tensor(layout)[1])
+    sum(part.sum() for part in back.unbind()).backward()
+    assert all(torch.equal(leaf.grad, torch.full_like(leaf, 2.0)) for leaf in leaves_)
+
+
+def transposed():
+    return nested_tensor(torch.jagged)[1].transpose(1, 2)
+
+
+def with_holes():
+    return torch.nested.narrow(torch.zeros(2, 5, 4), 1, torch.tensor([0, 1]), torch.tensor([3, 2]), layout=torch.jagged)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("make", [transposed, with_holes])
+@pytest.mark.case(14)
+def test_a_nested_tensor_of_another_kind_is_edited_rightly_or_refused(make):
+    nested_one = make()
+    before = [row.clone() for row in nested_one.unbind()]
+    try:
+        locate(place(), nested_one)
+        back = unpadded(padded(nested_one) + 1, nested_one)
+    except OutputError:
+        return
+    assert all(torch.equal(one, row + 1) for one, row in zip(back.unbind(), before, strict=True))
+
+
+def test_an_ordinary_tensor_passes_through():
+    x = torch.ones(2, 3)
+    assert padded(x) is x
+    assert unpadded(x, x) is x
+    assert [part is x for part in members(x)] == [True]
+
+
+def test_a_copy_of_the_container_is_shallow():
+    extra = [1, 2]
+    written = put(Output(OLD, extra), ("hidden",), NEW)
+    assert written.cache is extra
+    assert copy.copy(written).hidden is NEW

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from actsteer import SiteNotFoundError, UnsupportedModelError, find_sites
+from actsteer import SiteNotFoundError, Steerer, SteeringVector, UnsupportedModelError, collect, find_sites
+from actsteer.sites.place import Place
 from actsteer.sites.resolve import fingerprint, hook_points, named_sites, resolve, select
 
 
@@ -38,7 +39,20 @@ LEAVES = ("layers.0.0", "layers.0.1", "layers.1.0", "layers.1.1")
         (lambda _, module: isinstance(module, nn.ReLU), ("layers.0.1", "layers.1.1")),
         (lambda name, _: name.startswith("emb"), ("embed",)),
         ("", ("",)),
+        ("re:layers\\.\\d", ("layers.0", "layers.1")),
+        ("re:.*\\.0", ("layers.0", "layers.0.0", "layers.1.0")),
+        ("re:layers\\.(0|1)\\.1:in", ("layers.0.1:in", "layers.1.1:in")),
+        ("re:embed|heads.a", ("embed", "heads.a")),
+        (MODEL.layers[1][0], ("layers.1.0",)),
+        (MODEL.embed, ("embed",)),
+        ([MODEL.layers[1], "embed:out.0", lambda name, _: name == "heads.a"], ("embed:out.0", "layers.1", "heads.a")),
+        ("layers.*.1:in", ("layers.0.1:in", "layers.1.1:in")),
+        ("layers.?:out.last_hidden_state", ("layers.0:out.last_hidden_state", "layers.1:out.last_hidden_state")),
+        (["embed", "embed:in", "embed:out"], ("embed", "embed:in", "embed:out")),
+        (":in", (":in",)),
+        (iter([MODEL.embed, "re:layers.0.0"]), ("embed", "layers.0.0")),
     ],
+    ids=str,
 )
 def test_a_pattern_selects_exact_names_in_module_order(sites, expected):
     assert find_sites(MODEL, sites) == expected
@@ -71,15 +85,20 @@ def test_hook_names_are_sites_of_a_transformer_lens_model():
     model.hook_dict = {"hook_resid": model[0]}
     assert hook_points(model) == {"hook_resid": model[0]}
     assert find_sites(model, "hook_resid") == ("hook_resid",)
-    assert resolve(model, ["hook_resid", "0"]) == {"hook_resid": model[0], "0": model[0]}
+    assert {site: place.module for site, place in resolve(model, ["hook_resid", "0"]).items()} == {
+        "hook_resid": model[0],
+        "0": model[0],
+    }
     assert hook_points(MODEL) == {}
 
 
 def test_resolve_gives_the_modules_in_the_order_asked():
-    assert list(resolve(MODEL, ["layers.1.1", "tied", "embed"]).items()) == [
-        ("layers.1.1", MODEL.layers[1][1]),
-        ("tied", MODEL.embed),
-        ("embed", MODEL.embed),
+    places = resolve(MODEL, ["layers.1.1", "tied", "embed:in", "embed:out.0"])
+    assert list(places.items()) == [
+        ("layers.1.1", Place("layers.1.1", "layers.1.1", MODEL.layers[1][1])),
+        ("tied", Place("tied", "tied", MODEL.embed)),
+        ("embed:in", Place("embed:in", "embed", MODEL.embed, "in")),
+        ("embed:out.0", Place("embed:out.0", "embed", MODEL.embed, "out", ("0",))),
     ]
     assert named_sites(MODEL)[""] is MODEL
 
@@ -94,18 +113,45 @@ def test_a_pattern_that_selects_nothing_is_named_with_its_neighbours(pattern):
         resolve(MODEL, ["embed", pattern])
 
 
+@pytest.mark.parametrize("pattern", ["re:layers", "re:mbed", "re:ayers.0", "re:layers.0.[", "re:"])
+def test_an_expression_matches_whole_names_or_is_refused(pattern):
+    with pytest.raises(SiteNotFoundError, match=r"Blocks has no site|is not a regular expression"):
+        find_sites(MODEL, pattern)
+
+
+def test_a_module_of_another_model_is_refused():
+    with pytest.raises(SiteNotFoundError, match="the Linear given as a site is not a module of Blocks"):
+        find_sites(MODEL, nn.Linear(2, 2))
+    with pytest.raises(SiteNotFoundError, match="the Linear given as a site is not a module of Blocks"):
+        find_sites(MODEL, ["embed", nn.Linear(2, 2)])
+
+
+@pytest.mark.parametrize(("site", "several"), [("layers.*", "'layers.0', 'layers.0.0'"), ("*.1:in", "'layers.0.1'")])
+def test_a_pattern_where_one_site_is_needed_names_its_matches(site, several):
+    with pytest.raises(SiteNotFoundError, match=rf"site '.*' is a pattern for \[{several}.*, and one is needed"):
+        resolve(MODEL, [site])
+    with pytest.raises(SiteNotFoundError, match="and one is needed; see find_sites"):
+        Steerer(MODEL, SteeringVector({site: torch.ones(2)}))
+
+
+def test_a_wrong_name_with_a_side_is_named_with_its_neighbours():
+    for site in ("embde:in", "embde:out.0"):
+        with pytest.raises(SiteNotFoundError, match=rf"Blocks has no site '{site}'. Close names: 'embed'"):
+            resolve(MODEL, [site])
+
+
 def test_a_selection_that_is_empty_is_an_error():
     with pytest.raises(SiteNotFoundError, match=r"the predicate selects none of the .* sites of Blocks"):
         find_sites(MODEL, lambda *_: False)
-    with pytest.raises(SiteNotFoundError, match="no sites were named; the vectors has 1"):
+    with pytest.raises(SiteNotFoundError, match="no sites were named; name one, or give a pattern or a predicate"):
         select({"a": nn.ReLU()}, [], owner="the vectors")
     with pytest.raises(SiteNotFoundError, match="There are: none"):
         find_sites(nn.ReLU(), "a")
 
 
-@pytest.mark.parametrize("sites", [[1], [None], ["embed", nn.ReLU]])
-def test_a_site_is_a_str(sites):
-    with pytest.raises(TypeError, match="a site is a module's name, a str; got"):
+@pytest.mark.parametrize("sites", [[1], [None], ["embed", 2.5], [["embed"]]], ids=str)
+def test_a_site_is_a_name_a_module_or_a_predicate(sites):
+    with pytest.raises(TypeError, match="a site is a module's name, a str, a module, or a predicate; got"):
         find_sites(MODEL, sites)
 
 
@@ -122,20 +168,90 @@ def test_a_model_is_a_module(model):
         find_sites(model, "a")
 
 
-@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: nn.Sequential(m), lambda m: nn.ModuleList([nn.ReLU(), m])])
-def test_a_compiled_part_is_refused(wrap):
-    with pytest.raises(UnsupportedModelError, match="OptimizedModule is compiled, and compiled code ignores hooks"):
-        find_sites(wrap(torch.compile(nn.ReLU())), "*")
-    module = nn.ReLU()
-    module.compile()
-    with pytest.raises(UnsupportedModelError, match="ReLU is compiled, and compiled code ignores hooks"):
-        find_sites(wrap(module), "*")
+# --- scripted and exported ------------------------------------------------------------------------------------------
+def scripted(module):
+    return torch.jit.script(module)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
-def test_a_scripted_part_is_refused():
+def traced(module):
+    return torch.jit.trace(module, torch.zeros(1, 2))
+
+
+def exported(module):
+    return torch.export.export(module, (torch.zeros(1, 2),)).module()
+
+
+def inner():
+    return nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.ReLU())
+
+
+jit = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:`torch.jit:FutureWarning")
+
+
+@jit
+@pytest.mark.parametrize("make", [scripted, traced])
+@pytest.mark.case(15)
+def test_a_scripted_model_is_refused(make):
     with pytest.raises(UnsupportedModelError, match="is scripted and ignores hooks; steer the eager model"):
-        find_sites(nn.Sequential(torch.jit.script(nn.ReLU())), "*")
+        find_sites(make(inner()), "*")
+    with pytest.raises(UnsupportedModelError, match="is scripted and ignores hooks; steer the eager model"):
+        resolve(make(inner()), ["1"])
+
+
+@jit
+@pytest.mark.parametrize("make", [scripted, traced])
+@pytest.mark.parametrize("site", ["0", "0.1", "0.0.0", "0:in"])
+@pytest.mark.case(15)
+def test_a_scripted_part_and_what_is_in_it_are_refused_and_the_rest_is_not(make, site):
+    model = nn.Sequential(make(inner()), nn.ReLU())
+    with pytest.raises(UnsupportedModelError, match=rf"site '{site}': .* is scripted and ignores hooks"):
+        resolve(model, [site])
+    with pytest.raises(UnsupportedModelError, match="is scripted and ignores hooks"):
+        collect(model, torch.zeros(1, 2), sites=site)
+    with Steerer(model, SteeringVector({"1": torch.ones(2)})):
+        steered = model(torch.zeros(1, 2))
+    assert torch.equal(steered, model(torch.zeros(1, 2)) + 1)
+
+
+@pytest.mark.case(15)
+def test_a_traced_graph_is_steered_at_what_it_calls_and_refused_elsewhere():
+    model = torch.fx.symbolic_trace(inner())
+    with Steerer(model, SteeringVector({"0.0": torch.ones(2), "": torch.ones(2)})):
+        assert model(torch.zeros(1, 2)).shape == (1, 2)
+    with pytest.raises(
+        UnsupportedModelError, match=r"site '0': the graph of .* never calls this module, .*; steer the"
+    ):
+        resolve(model, ["0"])
+
+
+@pytest.mark.parametrize("site", ["0", "0.0", "1:in"])
+@pytest.mark.case(15)
+def test_an_exported_graph_is_refused_but_for_its_own_output(site):
+    model = exported(inner())
+    with pytest.raises((UnsupportedModelError, SiteNotFoundError), match=rf"site '{site}'"):
+        Steerer(model, SteeringVector({site: torch.ones(2)}))
+    plain = model(torch.zeros(1, 2))
+    with Steerer(model, SteeringVector({"": torch.ones(2)})):
+        assert torch.equal(model(torch.zeros(1, 2)), plain + 1)
+
+
+@pytest.mark.parametrize("make", [exported, torch.fx.symbolic_trace])
+@pytest.mark.case(15)
+def test_a_graph_within_a_model_is_refused_where_it_calls_no_module(make):
+    model = nn.Sequential(make(inner()), nn.Identity())
+    with pytest.raises(UnsupportedModelError, match=r"site '0\.0': the graph of .* never calls this module"):
+        Steerer(model, SteeringVector({"0.0": torch.ones(2)}))
+    plain = model(torch.zeros(1, 2))
+    with Steerer(model, SteeringVector({"0": torch.ones(2)})):
+        assert torch.equal(model(torch.zeros(1, 2)), plain + 1)
+
+
+@pytest.mark.case(15)
+def test_an_unflattened_export_calls_its_modules_and_is_steered():
+    model = torch.export.unflatten(torch.export.export(inner(), (torch.zeros(1, 2),)))
+    plain = model(torch.zeros(1, 2))
+    with Steerer(model, SteeringVector({"1": torch.ones(2)})):
+        assert torch.equal(model(torch.zeros(1, 2)), plain + 1)
 
 
 # --- fingerprint -------------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """What a site gives out: every layout, dtype, container and grad mode is steered, or refused."""
 
-from collections import namedtuple
+import copy
+from collections import OrderedDict, namedtuple
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
-from actsteer import OutputError, ShapeError, Steerer, SteeringVector, StrengthError, VectorBank
+from actsteer import OutputError, ShapeError, Steerer, SteeringVector, StrengthError, VectorBank, collect, record
 from tests.oracles import state
 from tests.zoo import cnn, encoder, exact, identity, normal, recurrent
 
@@ -76,11 +78,12 @@ def test_attention_gives_its_weights_out_unsteered():
     ("make", "error", "message"),
     [
         (
-            lambda x: {"hidden": x},
+            lambda x: {"hidden": None, "count": 3},
             OutputError,
-            "site '0': expected a tensor, or a tuple that begins with one, got .*dict",
+            "site '0': expected a floating tensor, or something that holds one, got a dict",
         ),
-        (lambda x: ({"hidden": x},), OutputError, "site '0': expected a tensor, or a tuple"),
+        (lambda x: ({"hidden": x},), OutputError, r"site '0': expected .* got a tuple \(0: dict\); .* one of \['0'\]"),
+        (lambda x: (x, x + 1), OutputError, r"site '0': a tuple .* holds several .* one of \['0:out.0', '0:out.1'\]"),
         (lambda x: (), OutputError, "got .*tuple"),
         (lambda x: None, OutputError, "got .*None"),
         (lambda x: x.long(), OutputError, r"site '0': expected floating activations, got torch\.int64"),
@@ -97,11 +100,132 @@ def test_an_output_without_a_known_activation_is_refused(make, error, message):
     assert state(model) == before
 
 
-def test_a_recurrent_cell_on_packed_input_is_refused():
+# --- recurrent cells -------------------------------------------------------------------------------------------------
+RECURRENT = [nn.LSTM, nn.GRU, nn.RNN]
+
+
+def packed_input():
+    return pack_padded_sequence(normal(2, 3, 3), torch.tensor([3, 2]), batch_first=True)
+
+
+@pytest.mark.parametrize("kind", RECURRENT)
+@pytest.mark.parametrize("site", ["", ":out.0"])
+@pytest.mark.case(19)
+def test_a_recurrent_cell_is_steered_at_its_output_and_its_states_stay(kind, site):
+    model = recurrent(kind, batch_first=True).rnn
+    x = normal(2, 3, 3)
+    plain = model(x)
+    out = steered(model, x, site)
+    assert torch.equal(out[0], plain[0] + V)
+    torch.testing.assert_close(out[1], plain[1], rtol=0, atol=0)
+    assert type(out[1]) is type(plain[1])
+
+
+@pytest.mark.parametrize("kind", RECURRENT)
+@pytest.mark.parametrize("site", ["", ":out.0", ":out.0.data"])
+@pytest.mark.case(19)
+def test_a_recurrent_cell_on_packed_input_is_steered_at_every_real_position(kind, site):
+    model, packed = recurrent(kind, batch_first=True).rnn, packed_input()
+    plain = model(packed)
+    out = steered(model, packed, site, c=2)
+    assert type(out[0]) is type(plain[0])
+    assert torch.equal(out[0].data, plain[0].data + 2 * V)
+    assert torch.equal(out[0].batch_sizes, plain[0].batch_sizes)
+    torch.testing.assert_close(out[1], plain[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", RECURRENT)
+@pytest.mark.case(19)
+def test_packed_input_is_a_site_and_has_no_rows(kind):
+    model, packed = recurrent(kind, batch_first=True).rnn, packed_input()
+    v = V[:3].double()
+    expected = model(packed._replace(data=packed.data + v))
+    out = steered(model, packed, ":in", v)
+    assert torch.equal(out[0].data, expected[0].data)
+    with pytest.raises(StrengthError, match=r"2 rows of strength or gate .* whose rows are packed"):
+        steered(model, packed, "", c=torch.ones(2))
+
+
+@pytest.mark.parametrize(("site", "index"), [(":out.1.0", 0), (":out.1.1", 1)])
+@pytest.mark.case(19)
+def test_the_states_of_an_lstm_are_sites_by_their_keys(site, index):
+    model, x = recurrent(nn.LSTM, batch_first=True).rnn, normal(2, 3, 3)
+    plain, out = model(x), steered(model, x, site)
+    assert torch.equal(out[0], plain[0])
+    for state_index in (0, 1):
+        shift = V if state_index == index else torch.zeros(4)
+        assert torch.equal(out[1][state_index], plain[1][state_index] + shift)
+
+
+@pytest.mark.case(19)
+def test_the_states_of_an_lstm_are_asked_about_with_their_whole_keys():
     model = recurrent(nn.LSTM, batch_first=True).rnn
-    packed = pack_padded_sequence(normal(2, 3, 3), torch.tensor([3, 2]), batch_first=True)
-    with pytest.raises(OutputError, match="site '': expected a tensor, or a tuple that begins with one"):
-        steered(model, packed, "")
+    with pytest.raises(OutputError, match=r"one of \[':out\.1\.0', ':out\.1\.1'\]"):
+        steered(model, normal(2, 3, 3), ":out.1")
+
+
+class OutputAlone(nn.LSTM):
+    """A user's LSTM that gives its output alone."""
+
+    def forward(self, x):
+        return super().forward(x)[0]
+
+
+@pytest.mark.case(19)
+def test_a_recurrent_subclass_that_gives_a_tensor_is_steered():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(OutputAlone(3, 4)), torch.rand(2, 2, 3)
+    assert torch.equal(steered(model, x, "0"), model(x) + V)
+
+
+# --- rebuilt as their own type ---------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Frozen:
+    hidden: torch.Tensor
+    loss: torch.Tensor | None = None
+    extra: object = EXTRA
+
+
+CONTAINERS = {
+    "dict": (lambda x: {"hidden": x, "none": None}, ["0", "0:out.hidden"]),
+    "ordered dict": (lambda x: OrderedDict(hidden=x, count=3), ["0", "0:out.hidden"]),
+    "frozen dataclass": (lambda x: Frozen(x, x.sum()), ["0", "0:out.hidden"]),
+    "loss first": (lambda x: {"loss": x.mean(), "hidden": x}, ["0", "0:out.hidden"]),
+    "two tensors": (lambda x: {"hidden": x, "other": x + 1}, ["0:out.hidden"]),
+    "nested": (lambda x: {"hidden": [x, (x + 1, None)]}, ["0:out.hidden.0"]),
+    "named tuple": (lambda x: Pair(x, x + 1), ["0:out.0", "0:out.hidden"]),
+}
+
+
+@pytest.mark.parametrize(("make", "sites"), CONTAINERS.values(), ids=CONTAINERS.keys())
+@pytest.mark.parametrize("backend", ["hook", "patch"])
+@pytest.mark.parametrize("c", [2.0, torch.tensor([2.0, 2.0])], ids=["number", "rows"])
+@pytest.mark.case(18, 20)
+def test_a_container_is_rebuilt_as_its_own_type_around_the_edited_member(make, sites, backend, c):
+    x, model = torch.arange(8.0).reshape(2, 4), nn.Sequential(Returns(make))
+    plain = make(x)
+
+    def members(value):
+        if isinstance(value, torch.Tensor):
+            return [value]
+        if isinstance(value, Frozen):
+            return [value.hidden, value.loss]
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else []
+        return [leaf for part in parts for leaf in members(part)]
+
+    for site in sites:
+        out = steered(model, x, site, c=c, backend=backend)
+        assert type(out) is type(plain)
+        for one, other in zip(members(out), members(plain), strict=True):
+            same = other.ndim == 0 or not torch.equal(other, x)
+            assert torch.equal(one, other if same else x + 2 * V)
+
+
+def test_one_strength_per_row_reaches_a_member_and_an_input():
+    c, x = torch.tensor([0.0, 1.0, -2.0]), torch.ones(3, 4)
+    model = nn.Sequential(Returns(lambda x: {"hidden": x, "loss": x.mean()}))
+    for site in ("0", "0:in"):
+        assert torch.equal(steered(model, x, site, c=c)["hidden"], x + c[:, None] * V)
 
 
 # --- layouts -----------------------------------------------------------------------------------------------------
@@ -344,8 +468,73 @@ def test_an_intervention_never_sees_a_concept_where_it_has_no_direction():
     torch.testing.assert_close(out, (2 * V / V.norm()).expand(2, 4))
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_a_nested_tensor_is_refused_with_the_name_of_the_site():
-    nested = torch.nested.nested_tensor([torch.zeros(3, 4), torch.zeros(1, 4)])
-    with pytest.raises(OutputError, match=r"site '0'.*nested"):
-        steered(identity(), nested, "0")
+# --- nested tensors --------------------------------------------------------------------------------------------------
+nested_api = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+ROWS = [torch.arange(12.0).reshape(3, 4), torch.arange(4.0).reshape(1, 4)]
+
+
+@nested_api
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=["strided", "jagged"])
+@pytest.mark.parametrize("options", GRADED.values(), ids=GRADED.keys())
+@pytest.mark.parametrize("site", ["0", "0:in"])
+@pytest.mark.case(14, 52)
+def test_a_nested_tensor_is_steered_as_each_of_its_members(layout, options, site):
+    nested = torch.nested.nested_tensor(ROWS, layout=layout)
+    out = steered(identity(), nested, site, **options)
+    assert out.is_nested
+    assert out.layout is layout
+    c = options.get("c", torch.ones(2))
+    for index, (one, row) in enumerate(zip(out.unbind(), ROWS, strict=True)):
+        own = options | ({"c": float(c[index]) if isinstance(c, torch.Tensor) else c} if "c" in options else {})
+        assert torch.equal(one, steered(identity(), row[None], "0", **own)[0])
+
+
+@nested_api
+@pytest.mark.case(14)
+def test_shapes_of_nested_tensors_may_change_from_call_to_call():
+    model = identity()
+    with Steerer(model, SteeringVector({"0": V})):
+        for rows in (ROWS, ROWS[::-1], ROWS[:1], ROWS):
+            out = model(torch.nested.nested_tensor(rows))
+            assert all(torch.equal(one, row + V) for one, row in zip(out.unbind(), rows, strict=True))
+            assert torch.equal(model(torch.zeros(2, 4)), V.expand(2, 4))
+
+
+def masked_encoder():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+@nested_api
+@pytest.mark.parametrize("site", ["layers.0", "layers.1", "layers.0.linear2", "layers.0.norm1", "layers.1:in", ""])
+@pytest.mark.parametrize("backend", ["hook", "patch"])
+@pytest.mark.case(12, 14)
+def test_an_encoder_with_a_padding_mask_is_steered_at_its_real_tokens_as_the_dense_one(site, backend):
+    model, x = masked_encoder(), torch.rand(2, 3, 4)
+    mask = torch.tensor([[False, False, False], [False, False, True]])
+    dense = copy.deepcopy(model)
+    dense.use_nested_tensor = False
+    outputs = []
+    for each in (model, dense):
+        with Steerer(each, SteeringVector({site: V / 4}), backend=backend), torch.no_grad():
+            outputs.append(each(x, src_key_padding_mask=mask))
+    torch.testing.assert_close(outputs[0][~mask], outputs[1][~mask])
+    with torch.no_grad():
+        assert not torch.allclose(outputs[0][~mask], model(x, src_key_padding_mask=mask)[~mask])
+
+
+@nested_api
+@pytest.mark.case(14)
+def test_activations_of_an_encoder_with_a_padding_mask_are_those_of_its_real_tokens():
+    model, x = masked_encoder(), torch.rand(2, 3, 4)
+    mask = torch.tensor([[False, False, False], [False, False, True]])
+    batch = {"src": x, "src_key_padding_mask": mask}
+    rows = record(model, [batch], sites="layers.1", progress=False)["layers.1"]
+    with torch.no_grad():
+        expected = model(**batch)[~mask]
+    torch.testing.assert_close(rows, expected)
+    assert collect(model, [batch], sites="layers.1", progress=False)["layers.1"].count == 5

@@ -369,3 +369,64 @@ LOW, HIGH = torch.zeros(3, 2), torch.ones(3, 2)
 def test_evidence_that_gives_no_threshold_is_refused(positive, negative, error, message):
     with pytest.raises(error, match=message):
         ProjectionAbove.between(AXIS, positive=positive, negative=negative)
+
+
+# --- every backend -------------------------------------------------------------------------------------------------
+EAGER = pytest.mark.parametrize("backend", ["hook", "patch", "buffer"])
+
+
+@EAGER
+@pytest.mark.parametrize("site", ["0", "0:in", "1", "1:in", ":in"])
+@pytest.mark.parametrize("steered_site", ["1", "2:in"])
+def test_a_gate_decides_alike_under_every_backend(backend, site, steered_site):
+    model, direction = exact(), torch.tensor([1.0, -2.0, 0.5, 4.0], dtype=torch.float64)
+    rows = {"0": model[:1](X), "0:in": X, "1": model[:2](X), "1:in": model[:1](X), ":in": X}[site]
+    decided = (rows @ direction > 0).double()
+    assert 0 < decided.sum() < len(X)
+    v, gate = SteeringVector({steered_site: V["1"]}), above(site, direction)
+    assert torch.equal(
+        steered(model, X, v, c=3, gate=gate, backend=backend), steered(model, X, v, c=3 * decided, backend=backend)
+    )
+
+
+@EAGER
+@pytest.mark.case(30)
+def test_a_gate_that_fails_decides_nothing_and_the_next_forward_is_right(backend):
+    model, fails = exact(), [True]
+
+    def decide(rows):
+        if fails.pop() if fails else False:
+            raise ZeroDivisionError
+        return rows.sum(dim=1) > 0
+
+    with Steerer(model, V, gate=Weight("0", decide), backend=backend):
+        with pytest.raises(ZeroDivisionError):
+            model(X)
+        out = model(X)
+    assert torch.equal(out, steered(exact(), X, V, gate=above("0", torch.ones(4))))
+
+
+@EAGER
+@pytest.mark.case(31)
+def test_gates_of_nested_steerers_read_what_the_earlier_ones_left(backend):
+    model = exact()
+    with Steerer(model, V, c=8, backend=backend):
+        read = (model[:2](X) @ V["1"]).detach()
+        threshold = float(read.sort().values[2:4].mean())  # it fires for three of the six rows
+        decided = (read > threshold).double()
+        assert decided.sum() == 3
+        with Steerer(model, -1 * V, c=3 * decided, backend=backend):
+            expected = model(X)
+        with Steerer(model, -1 * V, c=3, gate=above("1", V["1"], threshold / float(V.norm())), backend=backend):
+            assert torch.equal(model(X), expected)
+
+
+@EAGER
+@pytest.mark.case(25)
+def test_forwards_with_and_without_gradients_take_turns(backend):
+    model = exact()
+    expected = steered(model, X, V, gate=above("0", torch.ones(4)))
+    with Steerer(model, V, gate=above("0", torch.ones(4)), backend=backend):
+        for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad, torch.inference_mode, torch.enable_grad):
+            with mode():
+                assert torch.equal(model(X), expected)

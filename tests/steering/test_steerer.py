@@ -60,6 +60,7 @@ def test_steering_is_adding_by_hand(case):
     assert torch.equal(steered(model, x, SteeringVector({case.site: v}), c=2.5), expected)
 
 
+@pytest.mark.case(52)
 @cases
 def test_one_strength_per_row_is_a_loop_over_the_rows(case):
     model, x, v = case.build(), case.inputs(), SteeringVector({case.site: normal(case.d, seed=2)})
@@ -94,6 +95,7 @@ def test_nested_steerers_sum(first, second, a, b):
     assert torch.equal(both, steered(model, X, SteeringVector({"1": a * first + b * second})))
 
 
+@pytest.mark.case(31)
 @pytest.mark.parametrize("outer_first", [True, False])
 def test_nested_steerers_may_leave_in_any_order(outer_first):
     model = exact()
@@ -106,12 +108,42 @@ def test_nested_steerers_may_leave_in_any_order(outer_first):
     assert torch.equal(model(X), by_hand(model, X, {}))
 
 
-def test_a_module_that_is_called_twice_is_edited_twice():
+@pytest.mark.case(50)
+@pytest.mark.parametrize("backend", ["hook", "patch", "buffer"])
+@pytest.mark.parametrize("site", ["0", "0:in", "1", "1:in"])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_a_module_that_is_called_twice_is_edited_twice(backend, site, gated):
     twice = nn.Identity()
     model = nn.Sequential(twice, twice)
-    assert torch.equal(
-        steered(model, torch.zeros(1, 2), SteeringVector({"0": torch.tensor([1.0, 3.0])})).sum(), torch.tensor(8.0)
-    )
+    gate = ProjectionAbove(SteeringVector({site: torch.ones(2)}), 0.0) if gated else None
+    v = SteeringVector({site: torch.tensor([1.0, 3.0])})
+    out = steered(model, torch.ones(1, 2), v, gate=gate, backend=backend)
+    assert torch.equal(out, torch.tensor([[3.0, 7.0]]))
+
+
+@pytest.mark.case(50)
+@pytest.mark.parametrize("backend", ["hook", "patch", "buffer"])
+def test_a_gate_at_a_module_that_is_called_twice_decides_twice(backend):
+    twice = nn.Identity()
+    model = nn.Sequential(twice, twice)
+    gate = ProjectionAbove(SteeringVector({"0": torch.tensor([1.0])}), 0.0)
+    x = torch.tensor([[1.0], [9.0], [-1.0]])
+    out = steered(model, x, SteeringVector({"0": torch.tensor([-4.0])}), gate=gate, backend=backend)
+    assert torch.equal(out, torch.tensor([[-3.0], [1.0], [-1.0]]))
+
+
+@pytest.mark.case(50)
+def test_a_shared_parameter_folds_into_one_module_alone():
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    second.bias = first.bias
+    model = nn.Sequential(first, second).eval()
+    with pytest.raises(UnsupportedModelError, match="its bias is shared with another module"):
+        Steerer(model, SteeringVector({"0": torch.ones(2)}), backend="fold")
+    twice = nn.Sequential(first, first).eval()
+    x = torch.ones(1, 2)
+    with torch.no_grad():
+        expected = first(first(x) + 1) + 1
+        torch.testing.assert_close(steered(twice, x, SteeringVector({"0": torch.ones(2)}), backend="fold"), expected)
 
 
 def test_the_root_is_a_site_too():
@@ -197,6 +229,7 @@ ALWAYS = ProjectionAbove(SteeringVector({"0": torch.ones(3)}), threshold=-1e9)
 NEVER = ProjectionAbove(SteeringVector({"0": torch.ones(3)}), threshold=1e9)
 
 
+@pytest.mark.case(28)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "options",
@@ -222,12 +255,14 @@ def test_zero_is_the_identity_bit_for_bit(dtype, options):
         assert out.dtype is dtype
 
 
+@pytest.mark.case(28, 52)
 def test_rows_of_strength_zero_are_left_bit_for_bit():
     out = steered(identity(), NEGATIVE_ZEROS, SIGNS, c=torch.tensor([0.0, 1.0]))
     assert torch.equal(bits(out[0]), bits(NEGATIVE_ZEROS[0]))
     assert torch.equal(out[1], torch.tensor([1.0, -1.0, 6.0]))
 
 
+@pytest.mark.case(28)
 def test_a_concept_of_strength_zero_leaves_its_own_site_bit_for_bit():
     bank = VectorBank({"a": SIGNS, "b": SteeringVector({"1": torch.zeros(3)})})
     assert torch.equal(bits(steered(identity(), NEGATIVE_ZEROS, bank.select("a"), c={"a": 0})), bits(NEGATIVE_ZEROS))
@@ -238,6 +273,7 @@ def test_a_concept_of_strength_zero_leaves_its_own_site_bit_for_bit():
     assert torch.equal(bits(seen[0]), bits(NEGATIVE_ZEROS))
 
 
+@pytest.mark.case(28)
 def test_zero_leaves_infinities_and_nan():
     x = torch.tensor([[float("inf"), float("-inf"), float("nan")]])
     assert torch.equal(bits(steered(identity(), x, SIGNS, c=0)), bits(x))
@@ -348,6 +384,7 @@ def test_a_size_that_only_the_activation_knows_is_checked_as_it_runs(site, d):
         steered(model, x, SteeringVector({site: torch.zeros(d)}))
 
 
+@pytest.mark.case(16)
 @pytest.mark.parametrize("container", [nn.ModuleList, lambda inner: nn.ModuleDict({"0": inner[0]})])
 def test_a_container_that_is_never_called_is_refused(container):
     model = nn.Sequential(nn.Identity())
@@ -356,6 +393,7 @@ def test_a_container_that_is_never_called_is_refused(container):
         Steerer(model, SteeringVector({"layers": torch.ones(2)}))
 
 
+@pytest.mark.case(15)
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
 def test_a_scripted_model_is_refused():
     model = torch.jit.script(nn.Sequential(nn.Linear(2, 2)))
@@ -363,13 +401,46 @@ def test_a_scripted_model_is_refused():
         Steerer(model, SteeringVector({"0": torch.ones(2)}))
 
 
-def test_a_compiled_model_is_refused_whole_in_part_and_in_place():
-    v, model = SteeringVector({"0": torch.ones(2)}), nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-    in_place = nn.Sequential(nn.Linear(2, 2))
-    in_place[0].compile()
-    for compiled in (torch.compile(model), nn.Sequential(torch.compile(model)), in_place):
-        with pytest.raises(UnsupportedModelError, match="is compiled, and compiled code ignores hooks"):
-            Steerer(compiled, v)
+@pytest.fixture
+def dynamo():
+    """torch._dynamo with nothing compiled, before and after: the library asks whether anything is."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    yield torch._dynamo
+    torch._dynamo.reset()
+
+
+@torch.no_grad()  # torch itself warns about the gradient of what a compiled part is given
+def test_a_compiled_model_is_steered_whole_in_part_and_in_place(dynamo):
+    def whole(model):
+        return torch.compile(model, backend="eager")
+
+    def in_part(model):
+        return nn.Sequential(torch.compile(model[:2], backend="eager"), *model[2:])
+
+    def in_place(model):
+        model[1].compile(backend="eager")
+        return model
+
+    for compiled in (whole(exact()), in_place(exact())):
+        for c in (1, -2):
+            assert torch.equal(steered(compiled, X, V, c=c), by_hand(exact(), X, {"1": c * V["1"]}))
+        assert torch.equal(compiled(X), exact()(X))
+    compiled, v = in_part(exact()), SteeringVector({"0.1": V["1"]})
+    assert torch.equal(steered(compiled, X, v), by_hand(exact(), X, {"1": V["1"]}))
+    assert torch.equal(compiled(X), exact()(X))
+
+
+@pytest.mark.parametrize("compiled_in", ["whole", "in place"])
+def test_a_hook_is_refused_on_a_compiled_model(dynamo, compiled_in):
+    model = exact()
+    if compiled_in == "whole":
+        model = torch.compile(model, backend="eager")
+    else:
+        model[1].compile(backend="eager")
+    with pytest.raises(UnsupportedModelError, match="is compiled, and compiled code ignores hooks that come later"):
+        Steerer(model, V, backend="hook")
 
 
 def test_what_is_no_module_is_refused():

@@ -71,3 +71,15 @@ def test_a_tensor_is_copied():
 def test_what_is_no_strength_is_refused(c, error, message):
     with pytest.raises(error, match=message):
         strengths_of(c, AB)
+
+
+@pytest.mark.case(25)
+@pytest.mark.parametrize("c", [2.0, torch.tensor([1.0, -2.0])], ids=["number", "rows"])
+def test_a_strength_given_in_inference_mode_works_with_gradients(c):
+    with torch.inference_mode():
+        made = c.clone() if isinstance(c, torch.Tensor) else c
+        strength = strengths_of(made, AB)[0]
+    x = torch.ones(2, requires_grad=True)
+    with torch.inference_mode(mode=False):
+        (x * strength.clone()).sum().backward()
+    assert torch.equal(x.grad, torch.as_tensor(c).expand(2).float())

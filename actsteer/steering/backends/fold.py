@@ -62,14 +62,14 @@ def obstacle(edit: SiteEdit, model: nn.Module) -> str | None:
         return "only an ungated Add with one strength for all rows is the same for every input"
     if place.side == "in" or place.path:
         return "it is not the whole output of its module"
+    if is_sharded(module) or any(p is not None and p.is_meta for p in module._parameters.values()):
+        return "its parameters are sharded, or not on this device"
     if bias is not None and bias.shape != edit.directions.shape[1:]:
         return f"its bias has shape {tuple(bias.shape)}, the vector {edit.directions.shape[1]} features"
     if "bias" not in module._parameters or not _adds_its_bias(module):
-        return f"a {type(module).__name__} does not add a bias to its output"
-    if bias is not None and sum(other is bias for m in model.modules() for other in m._parameters.values()) > 1:
+        return f"a {type(module).__name__} does not add a bias to its output, or its forward was replaced"
+    if bias is not None and sum(_same(other, bias) for m in model.modules() for other in m._parameters.values()) > 1:
         return "its bias is shared with another module"
-    if is_sharded(module) or any(p is not None and p.is_meta for p in module._parameters.values()):
-        return "its parameters are sharded, or not on this device"
     if module.training and bias is not None and bias.requires_grad:
         return "its bias is being trained; call model.eval() first"
     if _has_frozen():
@@ -116,6 +116,13 @@ class _Fold:
             assert edit.constant is not None
             total = (total + edit.constant.to(total.device)).to(bias.dtype)
         bias.copy_(total)
+
+
+def _same(one: Tensor | None, other: Tensor) -> bool:
+    """Whether what is written into one shows in the other."""
+    if one is None or one is other or one.is_meta or one.device != other.device:
+        return one is other
+    return one.data_ptr() == other.data_ptr() != 0
 
 
 def _has_frozen() -> bool:

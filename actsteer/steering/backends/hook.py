@@ -23,12 +23,19 @@ def attach(place: Place, callback: Callable[..., Any]) -> Callable[[], None]:
     if place.side == "in":
         handle = module.register_forward_pre_hook(callback, with_kwargs=True)
     else:
-        handle = module.register_forward_hook(callback, prepend=_captures(module) and not is_sharded(module))
+        handle = module.register_forward_hook(callback)
+        if not is_sharded(module):
+            _put_before_captures(module)
     handles = ExitStack()
     handles.callback(handle.remove)
     handles.callback(mark(module))
     return handles.close  # which may be called twice
 
 
-def _captures(module: nn.Module) -> bool:
-    return any(getattr(hook, "__name__", "") == "output_capturing_hook" for hook in module._forward_hooks.values())
+def _put_before_captures(module: nn.Module) -> None:
+    """Move the hook that captures, and all behind it, behind the one that was registered last."""
+    hooks = list(module._forward_hooks.items())
+    names = [getattr(hook, "__name__", "") for _, hook in hooks]
+    if "output_capturing_hook" in names:
+        for key, _ in hooks[names.index("output_capturing_hook") : -1]:
+            module._forward_hooks.move_to_end(key)

@@ -7,6 +7,8 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
+from threading import RLock
 from types import FunctionType, MethodType
 from typing import Any, final
 
@@ -16,7 +18,9 @@ from torch import nn
 from actsteer.sites.place import Place, Side
 from actsteer.steering.backends.mark import is_marked, remark
 from actsteer.steering.copies import Uncopied
+from actsteer.steering.edit import SiteEdit
 
+_one_at_a_time = RLock()
 _FUSED = (nn.TransformerEncoderLayer, nn.MultiheadAttention)  # run a fused kernel unless a module in them has a hook
 
 
@@ -26,16 +30,16 @@ def attach(place: Place, callback: Callable[..., Any], *, around: list[nn.Module
     Where a module around this one would run a fused kernel and skip it, a hook that does nothing keeps it from that.
     """
     module = place.module
-    keeper = module.register_forward_hook(_Keeper()) if any(isinstance(m, _FUSED) for m in around) else None
-    patch = Patch.of(module)
-    patch.add(place.side, callback)
-
-    def remove() -> None:
-        if keeper is not None:
-            keeper.remove()
-        patch.remove(place.side, callback)
-
-    return remove
+    with ExitStack() as handles:
+        if any(isinstance(outer, _FUSED) for outer in around):
+            handles.callback(module.register_forward_hook(_Keeper()).remove)
+        with _one_at_a_time:  # two threads may steer one module, each for itself
+            patch = Patch.of(module)
+            handles.callback(patch.leave_if_empty)
+            patch.add(place.side, callback)
+            handles.callback(patch.remove, place.side, callback)
+        return handles.pop_all().close  # which may be called twice
+    raise AssertionError  # for the type checker, to whom an ExitStack might swallow an exception
 
 
 @final
@@ -52,7 +56,7 @@ class Patch:
         self.previous = previous
         self.callbacks: dict[Side, list[Callable[..., Any]]] = {"in": [], "out": []}
         self._before, self._after = self.callbacks["in"], self.callbacks["out"]
-        self._only: Callable[..., Any] = _nothing  # the callback on the output, if there is no other
+        self._only: Callable[..., Any] | None = None  # the callback on the output, if there is no other
         self._owned = owned  # whether `previous` lay on the instance, where it is put back
 
     @classmethod
@@ -75,22 +79,24 @@ class Patch:
             changed = callback(self.module, args, kwargs)
             if changed is not None:
                 args, kwargs = changed
-        output = self.previous(*args, **kwargs)
-        for callback in tuple(self._after):
-            edited = callback(self.module, args, output)
-            if edited is not None:
-                output = edited
-        self._leave_if_a_copy()
-        return output
+        return self._edited(args, self.previous(*args, **kwargs))
 
     def forward_with_one(self, *args: Any, **kwargs: Any) -> Any:
         """The same for a single callback on the output, which is most often all there is."""
         output = self.previous(*args, **kwargs)
-        edited = self._only(self.module, args, output)
-        if edited is None:
-            self._leave_if_a_copy()
-            return output
-        return edited
+        only = self._only
+        if only is None:  # another thread has changed that meanwhile
+            return self._edited(args, output)
+        edited = only(self.module, args, output)
+        return output if edited is None else edited
+
+    def _edited(self, args: tuple[Any, ...], output: Any) -> Any:
+        for callback in tuple(self._after):
+            edited = callback(self.module, args, output)
+            if edited is not None:
+                output = edited
+        self.leave_if_empty()
+        return output
 
     def add(self, side: Side, callback: Callable[..., Any]) -> None:
         """Have `forward` call this too, after the others."""
@@ -99,11 +105,11 @@ class Patch:
 
     def remove(self, side: Side, callback: Callable[..., Any]) -> None:
         """Have it called no more; with the last one the patch leaves, or warns if another forward has covered it."""
-        self.callbacks[side].remove(callback)
-        self._only = _nothing
-        if self._before or self._after:
+        with _one_at_a_time:
+            self.callbacks[side].remove(callback)
             self._settle()
-        elif not self._leave():
+            covered = not (self._before or self._after or self._leave())
+        if covered and isinstance(getattr(callback, "__self__", None), SiteEdit):
             warnings.warn(
                 f"the forward of {type(self.module).__name__} was replaced while it was steered; what lies there now "
                 "may call through to the steering's, which does nothing any more",
@@ -114,19 +120,24 @@ class Patch:
     def _settle(self) -> None:
         """Put the forward that suits the callbacks on the module, unless somebody else's lies there."""
         single = len(self._after) == 1 and not self._before
-        self._only = self._after[0] if single else _nothing
+        self._only = self._after[0] if single else None
         if self._in_place():
             self.module.__dict__["forward"] = self._method(Patch.forward_with_one if single else Patch.forward)
 
     def _method(self, function: Callable[..., Any]) -> MethodType:
         """A method of this patch that shows the signature of the forward in whose place it stands."""
         own = getattr(self.previous, "__func__", None)
-        return MethodType(_showing(function, self.previous) if own is None else _showing_cached(function, own), self)
+        if own is None:
+            return MethodType(_showing(function, self.previous, bound=True), self)
+        return MethodType(_showing_cached(function, own), self)
 
-    def _leave_if_a_copy(self) -> None:
-        """A patch without callbacks was copied with its module while that was steered."""
-        if not (self._before or self._after or torch.compiler.is_compiling()):
-            self._leave()
+    def leave_if_empty(self) -> None:
+        """Leave a module that it has no callbacks for: a copy, made while the module was steered."""
+        if torch.compiler.is_compiling():
+            return
+        with _one_at_a_time:
+            if not (self._before or self._after):
+                self._leave()
 
     def _in_place(self) -> bool:
         return getattr(self.module.__dict__.get("forward"), "__self__", None) is self
@@ -157,28 +168,27 @@ class _Keeper(Uncopied):
         pass
 
 
-def _showing(function: Callable[..., Any], forward: Callable[..., Any]) -> Callable[..., Any]:
+def _showing(function: Callable[..., Any], forward: Callable[..., Any], *, bound: bool = False) -> Callable[..., Any]:
     """A copy of a method's function that passes for a forward.
 
     It has its signature, for transformers reads there what a model takes; and, for a class of torch's own, its file,
     for torch.compile treats the code there in another way, and compiled code outlives the patch.
     """
-    signature = inspect.signature(forward)
-    own = [] if isinstance(forward, FunctionType) else [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)]
+    try:
+        signature = inspect.signature(forward)
+    except ValueError:  # a builtin, which has none to show
+        return function
+    own = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)] if bound else []
     assert isinstance(function, FunctionType)
     code = function.__code__
-    if str(getattr(forward, "__module__", "")).startswith("torch.nn."):
-        code = code.replace(co_filename=inspect.getfile(forward))
+    if isinstance(forward, FunctionType) and (forward.__module__ or "").startswith("torch.nn."):
+        code = code.replace(co_filename=forward.__code__.co_filename)
     copied = FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
     copied.__dict__["__signature__"] = signature.replace(parameters=[*own, *signature.parameters.values()])
     return copied
 
 
 _showing_cached = functools.cache(_showing)  # one function for one class, or compiled code would see another each time
-
-
-def _nothing(module: nn.Module, args: Any, output: Any) -> None:
-    pass
 
 
 def _copied(module: nn.Module, previous: Callable[..., Any] | None) -> Patch:

@@ -1,0 +1,147 @@
+"""The patch backend: the instance's own forward, and whatever else may lie there."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from actsteer import Steerer, SteeringVector
+from actsteer.steering.backends.patch import Patch
+from tests.oracles import state
+from tests.zoo import exact
+
+X = torch.tensor([[1.0, -0.5, 0.25, 2.0], [0.0, 1.0, -1.0, 0.5]], dtype=torch.float64)
+D = torch.tensor([1.0, -2.0, 0.5, 4.0], dtype=torch.float64)
+V = SteeringVector({"1": D})
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def steered(vectors, **options):
+    model = exact()
+    with Steerer(model, vectors, **options):
+        return model(X)
+
+
+@pytest.mark.case(29)
+@pytest.mark.parametrize("site", ["", "0", "1", "1:in", "4"])
+def test_a_patch_is_a_hook_bit_for_bit(site):
+    v = SteeringVector({site: D})
+    assert torch.equal(steered(v, c=2, backend="patch"), steered(v, c=2, backend="hook"))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0), (1, 0, 2)])
+@pytest.mark.parametrize("kinds", [("patch",) * 3, ("hook", "patch", "hook"), ("patch", "hook", "patch")])
+def test_patches_and_hooks_on_one_module_leave_in_any_order(kinds, order):
+    model = exact()
+    before = state(model)
+    strengths = [1.0, -2.0, 4.0]
+    pairs = zip(strengths, kinds, strict=True)
+    steerers = [Steerer(model, V, c=c, backend=kind).attach() for c, kind in pairs]
+    remaining = sum(strengths)
+    for index in order:
+        assert torch.equal(model(X), steered(V, c=remaining))
+        steerers[index].detach()
+        remaining -= strengths[index]
+    assert torch.equal(model(X), exact()(X))
+    assert state(model) == before
+
+
+@pytest.mark.parametrize("order", ["in", "out", "both"])
+def test_an_input_and_an_output_of_one_module_are_both_patched(order):
+    sites = {"in": ["1:in"], "out": ["1"], "both": ["1:in", "1"]}[order]
+    v = SteeringVector(dict.fromkeys(sites, D))
+    model = exact()
+    with Steerer(model, v, c=2, backend="patch"):
+        steered = model(X)
+    x = model[0](X)
+    x = model[1](x + 2 * D if "1:in" in sites else x)
+    assert torch.equal(steered, model[2:](x + 2 * D if "1" in sites else x))
+
+
+def test_another_forward_that_was_there_is_called_and_put_back():
+    model = exact()
+    own = model[1].forward
+
+    def doubled(x: Tensor) -> Tensor:
+        return 2 * own(x)
+
+    model[1].forward = doubled
+    plain = model(X)
+    with Steerer(model, V, backend="patch"):
+        assert torch.equal(model(X), model[2:](2 * exact()[1](exact()[0](X)) + D))
+    assert model[1].__dict__["forward"] is doubled
+    assert torch.equal(model(X), plain)
+
+
+def test_a_forward_that_covers_the_patch_is_left_where_it_is_and_warned_about():
+    model = exact()
+    steerer = Steerer(model, V, c=2, backend="patch").attach()
+    covered = model[1].forward
+    model[1].forward = lambda x: covered(x)
+    assert torch.equal(model(X), steered(V, c=2))
+    with pytest.warns(UserWarning, match="the forward of ReLU was replaced while it was steered"):
+        steerer.detach()
+    assert torch.equal(model(X), exact()(X))
+
+
+class Direct(nn.Module):
+    """Calls its site by `forward` alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.site = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.site.forward(x)
+
+
+@pytest.mark.case(17)
+def test_a_forward_called_alone_is_patched():
+    model = Direct()
+    with Steerer(model, SteeringVector({"site": D}), c=2, backend="patch"):
+        assert torch.equal(model(X), X + 2 * D)
+        assert torch.equal(model.site.forward(X), X + 2 * D)
+    assert torch.equal(model(X), X)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_patched_model_is_the_plain_model(clone):
+    model = exact()
+    with Steerer(model, V, c=2, backend="patch"):
+        twin = clone(model)
+        assert torch.equal(twin(X), exact()(X))
+        assert torch.equal(model(X), steered(V, c=2))
+    assert torch.equal(twin(X), exact()(X)) and torch.equal(model(X), exact()(X))
+    assert not any(isinstance(getattr(vars(m).get("forward"), "__self__", None), Patch) for m in twin.modules())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_exception_inside_the_block_leaves_nothing_behind(error):
+    model = exact()
+    before = state(model)
+
+    def steer_and_fail() -> None:
+        with Steerer(model, V, backend="patch"):
+            raise error
+
+    with pytest.raises(error):
+        steer_and_fail()
+    assert state(model) == before
+    assert torch.equal(model(X), exact()(X))
+
+
+def test_a_patched_forward_raises_what_the_module_raises_and_stays_in_place():
+    model = exact()
+    with Steerer(model, V, c=2, backend="patch"):
+        with pytest.raises(RuntimeError):
+            model(torch.ones(1, 3, dtype=torch.float64))
+        assert torch.equal(model(X), steered(V, c=2))
+    assert torch.equal(model(X), exact()(X))
