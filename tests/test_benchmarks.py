@@ -8,7 +8,22 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from benchmarks.models import BY_HAND, MANY, NOISE_FLOOR, ONE, check_equal, settings, variants
+from benchmarks.models import (
+    BUFFER,
+    BY_HAND,
+    FOLD,
+    INLINE,
+    MANY,
+    NO_OP,
+    NOISE_FLOOR,
+    ONE,
+    PATCH,
+    check_equal,
+    compiled,
+    compiled_variants,
+    settings,
+    variants,
+)
 from benchmarks.overhead import main, verdict, within_noise
 from benchmarks.timing import Ratio, Timing
 
@@ -37,12 +52,15 @@ def test_the_file_says_what_ran_where(quick):
 def test_every_variant_is_timed_on_every_model_with_every_number_of_threads(quick):
     output, found = quick
     names = [setting.name for setting in settings(quick=True)]
-    assert [(t["setting"], t["threads"]) for t in found["timings"]] == list(product(names, (1, 2)))
+    eager, fast = found["timings"][: 2 * len(names)], found["timings"][2 * len(names) :]
+    assert [(t["setting"], t["threads"]) for t in eager] == list(product(names, (1, 2)))
+    assert [(t["setting"], t["threads"]) for t in fast] == [(f"{name}, compiled", 1) for name in names]
+    assert all(list(t["ratios"]) == [NOISE_FLOOR, NO_OP, BY_HAND, ONE, MANY, PATCH, BUFFER, FOLD] for t in eager)
+    assert all(list(t["ratios"]) == [NOISE_FLOOR, INLINE, ONE, MANY, BUFFER, FOLD] for t in fast)
     for timing in found["timings"]:
-        assert list(timing["ratios"]) == [NOISE_FLOOR, "no-op hook", BY_HAND, ONE, MANY, "folded into a bias"]
         assert all(0 < r["lower"] <= r["median"] <= r["upper"] for r in timing["ratios"].values())
         assert list(timing["within_noise"]) == [ONE, MANY]
-    assert "hand-written hook within noise" in output
+    assert "hand-written edit within noise" in output
 
 
 def timing(*, by_hand, one, many):
@@ -56,7 +74,7 @@ def test_the_conclusion_is_computed():
     fast, slow = timing(by_hand=1.2, one=1.25, many=1.1), timing(by_hand=1.2, one=1.35, many=1.1)
     assert within_noise(fast, ONE)
     assert not within_noise(slow, ONE)
-    assert verdict([fast]) == "Steerer <= hand-written hook within noise: yes, in all 2 comparisons."
+    assert verdict([fast]) == "Steerer <= hand-written edit within noise: yes, in all 2 comparisons."
     assert "no, in 1 of 4: Steerer, 1 concept on toy" in verdict([fast, slow])
 
 
@@ -64,7 +82,7 @@ def test_a_ratio_is_the_median_with_its_quartiles():
     assert Ratio.of([5.0, 1.0, 2.0, 4.0, 3.0]) == Ratio(3.0, 2.0, 4.0)
 
 
-@pytest.mark.parametrize("broken", [ONE, "folded into a bias"])
+@pytest.mark.parametrize("broken", [ONE, PATCH, FOLD])
 def test_a_variant_that_gives_another_output_is_not_timed(broken):
     setting = settings(quick=True)[0]
     ways = variants(setting)
@@ -78,3 +96,16 @@ def test_steering_that_changes_nothing_is_not_timed():
     ways = variants(setting)
     with pytest.raises(AssertionError, match="nothing to time"):
         check_equal(setting, dict.fromkeys(ways, ways[NOISE_FLOOR]))
+
+
+@pytest.mark.parametrize("broken", [ONE, BUFFER])
+def test_a_compiled_variant_that_gives_another_output_is_not_timed(broken):
+    setting = settings(quick=True)[0]
+    fast = compiled(setting, compiler="eager")
+    try:
+        ways = compiled_variants(setting, setting.model, compiler="eager")
+        check_equal(fast, ways)
+        with pytest.raises(AssertionError, match=f"{broken} gives another output"):
+            check_equal(fast, ways | {broken: ways[NOISE_FLOOR]})
+    finally:
+        torch.compiler.reset()

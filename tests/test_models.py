@@ -4,9 +4,21 @@ import pytest
 import torch
 from torch import nn
 
-from actsteer import SiteNotFoundError, Steerer, SteeringVector, collect, find_sites, fit, record, sweep
+from actsteer import (
+    OutputError,
+    ShapeError,
+    SiteNotFoundError,
+    Steerer,
+    SteeringVector,
+    StrengthError,
+    collect,
+    find_sites,
+    fit,
+    record,
+    sweep,
+)
 from tests.oracles import state
-from tests.zoo import cnn, encoder, gpt2, lens, mlp, normal, recurrent
+from tests.zoo import cnn, encoder, gpt2, lens, mlp, normal, recurrent, seeded
 
 TOKENS = torch.tensor([[1, 5, 9, 2], [3, 3, 16, 8], [7, 0, 4, 11]])
 
@@ -177,3 +189,218 @@ def test_generating_with_a_cache_is_generating_without(c):
     assert torch.equal(cached, uncached)
     assert torch.equal(cached, step_by_step)
     assert not torch.equal(cached, model.generate(TOKENS, **options))
+
+
+# --- what the layers of transformers give out ------------------------------------------------------------------------
+SMALL = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 17}
+GATED = {"intermediate_size": 12, "num_key_value_heads": 1, "max_position_embeddings": 32, "initializer_range": 0.5}
+
+
+def llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return seeded(lambda: LlamaForCausalLM(LlamaConfig(**SMALL, **GATED)))
+
+
+def mixtral():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(**SMALL, **GATED, num_local_experts=3, num_experts_per_tok=2, experts_implementation="eager")
+    return seeded(lambda: MixtralForCausalLM(config))
+
+
+def t5():
+    from transformers import T5Config, T5EncoderModel
+
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 2, "num_heads": 2, "vocab_size": 17}
+    return seeded(lambda: T5EncoderModel(T5Config(**sizes, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)))
+
+
+def bert():
+    from transformers import BertConfig, BertModel
+
+    return seeded(lambda: BertModel(BertConfig(**SMALL, intermediate_size=12, initializer_range=0.5)))
+
+
+D = SteeringVector({"": torch.tensor([1.0, -2.0, 0.5, 4.0, 0.0, 3.0, -1.0, 2.0], dtype=torch.float64)})[""]
+
+
+def first(value):
+    """The tensor that a module gives, or the first of those."""
+    return value if isinstance(value, torch.Tensor) else value[0]
+
+
+def heard(model, site, **inputs):
+    """A module's output, and the model's, by a hook of torch's own."""
+    seen = []
+    handle = model.get_submodule(site).register_forward_hook(lambda *given: seen.append(given[-1]))
+    with torch.no_grad():
+        output = model(**inputs)
+    handle.remove()
+    return seen[0], first(output)
+
+
+LAYERS = {
+    "gpt2": (gpt2, "transformer.h.0"),
+    "gpt2 attention": (gpt2, "transformer.h.0.attn"),
+    "llama": (llama, "model.layers.0"),
+    "llama attention": (llama, "model.layers.0.self_attn"),
+    "llama norm": (llama, "model.layers.1.input_layernorm"),
+    "mixtral": (mixtral, "model.layers.0"),
+    "mixtral experts": (mixtral, "model.layers.0.mlp.experts"),
+    "mixtral mlp": (mixtral, "model.layers.1.mlp"),
+    "t5 block": (t5, "encoder.block.0"),
+    "t5 attention": (t5, "encoder.block.0.layer.0"),
+    "bert": (bert, "encoder.layer.0"),
+    "bert embeddings": (bert, "embeddings"),
+}
+
+
+@pytest.mark.parametrize(("build", "site"), LAYERS.values(), ids=LAYERS.keys())
+@pytest.mark.parametrize("backend", ["hook", "patch"])
+@pytest.mark.case(18, 22)
+def test_a_layer_is_steered_in_all_of_its_rows_and_positions_whatever_it_gives_out(build, site, backend):
+    model = build()
+    plain, before = heard(model, site, input_ids=TOKENS)
+    with Steerer(model, SteeringVector({site: D}), backend=backend):
+        steered_layer, after = heard(model, site, input_ids=TOKENS)
+    assert type(steered_layer) is type(plain)
+    assert torch.equal(first(steered_layer), first(plain) + D)
+    assert not torch.allclose(after, before)
+    again, restored = heard(model, site, input_ids=TOKENS)
+    assert torch.equal(restored, before)
+    rows = record(model, [{"input_ids": TOKENS}], sites=site, progress=False)[site]
+    assert torch.equal(rows, first(again).reshape(-1, 8))
+
+
+@pytest.mark.parametrize("c", [2.0, torch.tensor([0.0, 2.0, -1.0])], ids=["number", "rows"])
+@pytest.mark.parametrize("build", [llama, mixtral])
+@pytest.mark.case(18, 52)
+def test_a_decoder_layer_takes_one_strength_or_one_per_row(build, c):
+    model, v = build(), SteeringVector({"model.layers.0": D})
+    out = steered(model, TOKENS, v, c=c).logits
+    for index, row in enumerate(TOKENS):
+        own = float(c[index]) if isinstance(c, torch.Tensor) else c
+        torch.testing.assert_close(out[index], steered(model, row[None], v, c=own).logits[0])
+
+
+@pytest.mark.case(22, 52)
+def test_the_experts_have_tokens_and_no_rows():
+    model, site = mixtral(), "model.layers.0.mlp.experts"
+    with pytest.raises(StrengthError, match=r"3 rows of strength or gate against an activation of shape \(12, 8\)"):
+        steered(model, TOKENS, SteeringVector({site: D}), c=torch.ones(3))
+
+
+@pytest.mark.case(22)
+def test_the_input_of_the_experts_is_asked_about_and_then_steered():
+    model, site = mixtral(), "model.layers.0.mlp.experts:in"
+    with pytest.raises(OutputError, match=r"the input .* holds several activations; name the one") as caught:
+        steered(model, TOKENS, SteeringVector({site: D}))
+    assert f"{site}.0" in str(caught.value)
+    by_place = steered(model, TOKENS, SteeringVector({f"{site}.0": D})).logits
+    by_name = steered(model, TOKENS, SteeringVector({f"{site}.hidden_states": D})).logits
+    assert torch.equal(by_place, by_name)
+    assert not torch.allclose(by_place, model(TOKENS).logits)
+
+
+@pytest.mark.parametrize("suffix", ["", ".hidden_states", ".0"])
+@pytest.mark.parametrize("backend", ["hook", "patch"])
+@pytest.mark.case(23)
+def test_the_attention_of_llama_is_steered_at_its_input_though_it_is_passed_by_name(suffix, backend):
+    model, site = llama(), f"model.layers.0.self_attn:in{suffix}"
+    norm = "model.layers.0.input_layernorm"  # gives that input, and nothing else takes it
+    expected = steered(model, TOKENS, SteeringVector({norm: D})).logits
+    assert torch.equal(steered(model, TOKENS, SteeringVector({site: D}), backend=backend).logits, expected)
+    mine = record(model, [TOKENS], sites=site, progress=False)[site]
+    assert torch.equal(mine, record(model, [TOKENS], sites=norm, progress=False)[norm])
+
+
+@pytest.mark.case(18)
+def test_a_model_output_is_steered_at_its_only_activation_or_at_the_one_named():
+    model = bert()
+    with torch.no_grad():
+        plain = model(TOKENS)
+    for site in (":out.last_hidden_state", "encoder"):
+        with Steerer(model, SteeringVector({site: D})), torch.no_grad():
+            out = model(TOKENS)
+        assert type(out) is type(plain)
+        torch.testing.assert_close(out.last_hidden_state, plain.last_hidden_state + D)
+        assert torch.equal(out.pooler_output, plain.pooler_output) is (site != "encoder")
+    assert torch.equal(model(TOKENS).last_hidden_state, plain.last_hidden_state)
+
+
+@pytest.mark.case(18)
+def test_a_loss_beside_the_logits_is_no_activation():
+    model, v = gpt2(vocabulary=17), SteeringVector({"": torch.ones(17, dtype=torch.float64)})
+    with torch.no_grad():
+        plain = model(TOKENS, labels=TOKENS)
+        with Steerer(model, v):
+            out = model(TOKENS, labels=TOKENS)
+    assert torch.equal(out.logits, plain.logits + 1)
+    assert torch.equal(out.loss, plain.loss)
+    assert type(out.past_key_values) is type(plain.past_key_values)
+
+
+# --- torchvision -----------------------------------------------------------------------------------------------------
+VISION = {
+    "resnet18": ({}, {"relu": 1, "maxpool": 1, "layer1": 1, "layer1.0": 1, "layer2.0.relu": 1, "avgpool": 1}),
+    "convnext_tiny": (
+        {},
+        {
+            "features.0": 1,
+            "features.0.1": 1,
+            "features.1.0": 1,
+            "features.1.0.block.0": 1,
+            "features.1.0.block.1": 3,
+            "features.1.0.block.4": 3,
+            "features.1.0.block.6": 1,
+            "features.1": 1,
+            "features.2": 1,
+            "classifier.1": 1,
+        },
+    ),
+    "swin_t": (
+        {},
+        {
+            "features.0.0": 1,
+            "features.0.1": 3,
+            "features.1.0": 3,
+            "features.1.0.attn": 3,
+            "features.1.0.mlp.1": 3,
+            "features.2": 3,
+            "flatten": 1,
+        },
+    ),
+    "vit_b_16": (
+        {"image_size": 32},
+        {"conv_proj": 1, "encoder": 2, "encoder.layers.encoder_layer_0": 2, "encoder.layers.encoder_layer_0.mlp": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "options", "axes"), [(name, *case) for name, case in VISION.items()], ids=VISION)
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.case(21)
+def test_the_blocks_of_image_models_are_recorded_along_their_features_or_refused(name, options, axes, size):
+    torchvision = pytest.importorskip("torchvision")
+    if "image_size" in options:
+        options = {"image_size": size}
+    model, seen = getattr(torchvision.models, name)(weights=None, **options).eval(), {}
+
+    def hook(site):
+        return lambda module, args, output: seen.setdefault(site, []).append(output.clone())
+
+    handles = [model.get_submodule(site).register_forward_hook(hook(site)) for site in axes]
+    x, refused = torch.rand(1, 3, size, size), []
+    for site, axis in axes.items():
+        seen.clear()
+        try:
+            rows = record(model, x, sites=site, progress=False)[site]
+        except ShapeError:
+            refused.append(site)
+            continue
+        expected = torch.cat([call.movedim(axis, -1).reshape(-1, call.shape[axis]) for call in seen[site]])
+        assert torch.equal(rows, expected), site
+    for handle in handles:
+        handle.remove()
+    assert len(refused) <= 1

@@ -65,6 +65,8 @@ class Layout:
         fitting = sorted({axis for own, number in self.evidence for axis in self._fitting(own, number, shape)})
         if size is not None:
             fitting = [axis for axis in fitting if shape[axis] == size] or fitting
+        if not shape:
+            return -1
         if self.inside and (-1, shape[-1]) in self.evidence:  # then the first axis is the rows, however many there are
             fitting = [axis for axis in fitting if axis]
         if fitting in ([], [last]) and len(shape) <= 3:

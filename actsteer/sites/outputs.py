@@ -133,7 +133,7 @@ def _members(value: Any) -> Iterator[tuple[Any, Any]]:
 
 def _key(place: Place, value: Any, asked: str) -> Any:
     """The key of the member that the site's name asks for."""
-    members = dict(_members(value))
+    members = [key for key, _ in _members(value)]
     if isinstance(value, Arguments):
         key = int(asked) if asked.isdigit() else asked
         key = key if key in members else _other_name(place.module, value, key)
@@ -147,7 +147,7 @@ def _key(place: Place, value: Any, asked: str) -> Any:
     if asked.isdigit() and int(asked) in members:
         return int(asked)
     if asked.isdigit() and int(asked) < len(members) and dataclasses.is_dataclass(value) and isinstance(value, Mapping):
-        return list(members)[int(asked)]  # of transformers, which numbers its outputs too
+        return members[int(asked)]  # of transformers, which numbers its outputs too
     raise OutputError(f"site {place.site!r}: {_described(value)} has no part {asked!r}; there are {_parts(value)}")
 
 

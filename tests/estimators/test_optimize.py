@@ -15,7 +15,6 @@ from actsteer import (
     SiteNotFoundError,
     StatisticsError,
     Steerer,
-    SteeringNotApplied,
     SteeringVector,
     optimize,
 )
@@ -319,7 +318,7 @@ def test_a_wrong_site_and_a_wrong_start_are_named(model):
 
 def test_a_site_that_never_runs_is_named(model):
     model.forward = lambda x: model[4](model[0](x))
-    with pytest.raises((StatisticsError, SteeringNotApplied), match=r"'2'.* did not|'2'.* never ran") as caught:
+    with pytest.raises(StatisticsError, match=r"these sites never ran: '2' \(") as caught:
         train(model)
     assert isinstance(caught.value, ActsteerError)
 

@@ -310,6 +310,9 @@ TRICKY = {
 }
 
 
+CERTAIN = {"convolution", "convolution alone", "input of a convolution", "input of a ReLU"}  # refusing would be wrong
+
+
 def first_row(model, x, site):
     """The activation at a site by a hook of torch's own."""
     name, _, side = site.partition(":")
@@ -324,28 +327,32 @@ def first_row(model, x, site):
     return seen[0]
 
 
-@pytest.mark.parametrize(("build", "shape", "site", "axis"), TRICKY.values(), ids=TRICKY.keys())
+@pytest.mark.parametrize("case", TRICKY)
 @pytest.mark.case(21)
-def test_where_every_axis_has_the_vector_s_size_the_features_are_steered_or_it_is_refused(build, shape, site, axis):
+def test_where_every_axis_has_the_vector_s_size_the_features_are_steered_or_it_is_refused(case):
+    build, shape, site, axis = TRICKY[case]
     model, x = zeroed(build()), torch.zeros(shape)
     try:
         with Steerer(model, SteeringVector({site: V})):
             found = first_row(model, x, site)
     except ShapeError:
+        assert case not in CERTAIN
         return
     spread = [1] * found.ndim
     spread[axis] = C
     assert torch.equal(found, V.reshape(spread).expand(found.shape))
 
 
-@pytest.mark.parametrize(("build", "shape", "site", "axis"), TRICKY.values(), ids=TRICKY.keys())
+@pytest.mark.parametrize("case", TRICKY)
 @pytest.mark.case(21)
-def test_where_every_axis_has_one_size_the_features_are_recorded_or_it_is_refused(build, shape, site, axis):
+def test_where_every_axis_has_one_size_the_features_are_recorded_or_it_is_refused(case):
+    build, shape, site, axis = TRICKY[case]
     torch.manual_seed(0)
     model, x = build().eval(), torch.rand(shape)
     try:
         rows = record(model, [x], sites=site, progress=False)[site]
     except ShapeError:
+        assert case not in CERTAIN
         return
     assert torch.equal(rows, first_row(model, x, site).movedim(axis, -1).reshape(-1, C))
 

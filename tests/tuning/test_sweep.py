@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from actsteer import (
     ConceptNotFoundError,
@@ -15,7 +16,7 @@ from actsteer import (
     sweep,
 )
 from tests.oracles import state
-from tests.zoo import exact, normal
+from tests.zoo import exact, identity, normal
 
 X = normal(5, 4)
 V = SteeringVector({"1": torch.tensor([1.0, -2.0, 0.5, 4.0]), "3": torch.ones(4)}, concept="nine")
@@ -38,8 +39,10 @@ def metrics(model):
         {"sites": "3"},
         {"intervention": lambda h, v, c: h * (1 + c * v)},
         {"gate": ProjectionAbove(SteeringVector({"0": torch.ones(4)}), 0.0)},
+        {"axis": -1, "backend": "hook"},
+        {"axis": {"1": 1, "3": -1}, "backend": "patch"},
     ],
-    ids=["plain", "sites", "intervention", "gate"],
+    ids=["plain", "sites", "intervention", "gate", "axis", "axis of each site"],
 )
 def test_each_row_is_the_model_steered_with_that_strength_alone(vectors, strengths, options):
     model, rows = exact(), []
@@ -117,3 +120,47 @@ def test_the_bar_can_be_switched_off(progress, shown, monkeypatch):
     monkeypatch.setattr(module, "tqdm", lambda rows, *, disable, **_: disabled.append(disable) or rows)
     sweep(exact(), V, c=[1], evaluate=metrics, progress=progress)
     assert disabled == [not shown]
+
+
+SQUARE = torch.arange(64.0).reshape(4, 4, 4)
+
+
+@pytest.mark.parametrize("site", ["0", "0:in", "1:in"])
+@pytest.mark.parametrize("axis", [0, 1, 2, -1, -2])
+def test_a_sweep_goes_along_the_axis_that_it_is_given(site, axis):
+    model, direction = identity(), V["1"]
+    spread = [1, 1, 1]
+    spread[axis] = 4
+    rows = sweep(
+        model,
+        SteeringVector({site: direction}),
+        c=[0, 2, -1],
+        evaluate=lambda m: {"out": m(SQUARE)},
+        axis={site: axis},
+        progress=False,
+    )
+    for row in rows:
+        assert torch.equal(row["out"], SQUARE + row["c"] * direction.reshape(spread))
+
+
+@pytest.fixture
+def compiler():
+    """Counts what is compiled; the process has compiled nothing before or after."""
+    torch._dynamo.reset()
+    yield CompileCounter()
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("sites", [["1", "3"], ["1:in", "3"]])
+@pytest.mark.case(2, 7)
+def test_a_sweep_over_compiled_code_is_the_eager_one_and_compiles_once_more(compiler, sites):
+    model = exact()
+    v = SteeringVector(dict.fromkeys(sites, V["1"]))
+    strengths = [k / 8 for k in range(12)]
+    with torch.no_grad():
+        expected = sweep(model, v, c=strengths, evaluate=metrics, progress=False)
+        run = torch.compile(model, backend=compiler)
+        plain = run(X)
+        assert sweep(run, v, c=strengths, evaluate=metrics, progress=False) == expected
+        assert torch.equal(run(X), plain)
+    assert compiler.frame_count <= 2

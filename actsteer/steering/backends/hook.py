@@ -34,8 +34,9 @@ def attach(place: Place, callback: Callable[..., Any]) -> Callable[[], None]:
 
 def _put_before_captures(module: nn.Module) -> None:
     """Move the hook that captures, and all behind it, behind the one that was registered last."""
-    hooks = list(module._forward_hooks.items())
+    present: Any = module._forward_hooks  # an OrderedDict, whatever torch's annotation says
+    hooks = list(present.items())
     names = [getattr(hook, "__name__", "") for _, hook in hooks]
     if "output_capturing_hook" in names:
         for key, _ in hooks[names.index("output_capturing_hook") : -1]:
-            module._forward_hooks.move_to_end(key)
+            present.move_to_end(key)

@@ -7,24 +7,28 @@ serve this one too, if that one ran first. It does notice whether a module has a
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import RLock
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
+one_at_a_time = RLock()  # two threads may steer one module, each for itself
 _marks: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # module -> how many of its hooks want it marked
 
 
 def mark(module: nn.Module) -> Callable[[], None]:
     """Mark the module, until the last who asked for it calls what is returned."""
-    _marks[module] = _marks.get(module, 0) + 1
-    remark(module)
+    with one_at_a_time:
+        _marks[module] = _marks.get(module, 0) + 1
+        remark(module)
 
     def unmark() -> None:
-        _marks[module] -= 1
-        if not _marks[module]:
-            if is_marked(module):
-                del module.__dict__["forward"]
-            del _marks[module]
+        with one_at_a_time:
+            _marks[module] -= 1
+            if not _marks[module]:
+                if is_marked(module):
+                    del module.__dict__["forward"]
+                del _marks[module]
 
     return unmark
 

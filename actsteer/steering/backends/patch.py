@@ -8,7 +8,6 @@ import inspect
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
-from threading import RLock
 from types import FunctionType, MethodType
 from typing import Any, final
 
@@ -16,11 +15,10 @@ import torch
 from torch import nn
 
 from actsteer.sites.place import Place, Side
-from actsteer.steering.backends.mark import is_marked, remark
+from actsteer.steering.backends.mark import is_marked, one_at_a_time, remark
 from actsteer.steering.copies import Uncopied
 from actsteer.steering.edit import SiteEdit
 
-_one_at_a_time = RLock()
 _FUSED = (nn.TransformerEncoderLayer, nn.MultiheadAttention)  # run a fused kernel unless a module in them has a hook
 
 
@@ -33,7 +31,7 @@ def attach(place: Place, callback: Callable[..., Any], *, around: list[nn.Module
     with ExitStack() as handles:
         if any(isinstance(outer, _FUSED) for outer in around):
             handles.callback(module.register_forward_hook(_Keeper()).remove)
-        with _one_at_a_time:  # two threads may steer one module, each for itself
+        with one_at_a_time:
             patch = Patch.of(module)
             handles.callback(patch.leave_if_empty)
             patch.add(place.side, callback)
@@ -105,7 +103,7 @@ class Patch:
 
     def remove(self, side: Side, callback: Callable[..., Any]) -> None:
         """Have it called no more; with the last one the patch leaves, or warns if another forward has covered it."""
-        with _one_at_a_time:
+        with one_at_a_time:
             self.callbacks[side].remove(callback)
             self._settle()
             covered = not (self._before or self._after or self._leave())
@@ -135,7 +133,7 @@ class Patch:
         """Leave a module that it has no callbacks for: a copy, made while the module was steered."""
         if torch.compiler.is_compiling():
             return
-        with _one_at_a_time:
+        with one_at_a_time:
             if not (self._before or self._after):
                 self._leave()
 
