@@ -15,6 +15,7 @@ from actsteer.sites.shards import is_sharded
 from actsteer.sites.wrappers import uncompiled
 from actsteer.steering.backends import buffer, fold, hook, patch
 from actsteer.steering.backends.choose import Backend, Choice, Mechanism, Scope, choose
+from actsteer.steering.backends.mark import has_own_forward
 from actsteer.steering.backends.order import check_order
 from actsteer.steering.plan import Plan
 from actsteer.steering.watch import Forget, InThread, Watch
@@ -60,12 +61,24 @@ def attach_all(plan: Plan, watch: Watch, chosen: Mapping[str, Choice], *, backen
                 add(edit.place, edit.on_input if edit.place.side == "in" else edit.on_output, chosen[site].mechanism)
         if plan.readers:  # after an edit of the model's own output, which a gate may decide
             add(root, Forget(plan.readers), outermost)
-        # a patch sees a call of `forward` alone, and compiled code sees it; a hook sees a forward that covers it
-        by: list[Mechanism] = ["hook"] if is_sharded(model) else ["patch"] if backend == "buffer" else ["hook", "patch"]
-        leaves = [add(root, watch, mechanism) for mechanism in by]
-        watch.leaves = leaves if outermost == "hook" else []
+        watch.leaves = []
+        leaves = [add(root, watch, mechanism) for mechanism in _watched_by(plan.model, root, backend)]
+        if _nothing_compiled(plan.model, root) and backend != "buffer":
+            watch.leaves = leaves
         return handles.pop_all()
     raise AssertionError  # for the type checker, to whom an ExitStack might swallow an exception
+
+
+def _watched_by(model: nn.Module, root: Place, backend: Backend) -> list[Mechanism]:
+    """A patch sees a call of `forward` alone, and compiled code sees it; a hook sees a forward that covers it."""
+    if is_sharded(root.module):
+        return ["hook"]
+    foreign = "forward" in root.module.__dict__ and not has_own_forward(root.module)
+    return ["hook", "patch"] if foreign or (_nothing_compiled(model, root) and backend != "buffer") else ["patch"]
+
+
+def _nothing_compiled(model: nn.Module, root: Place) -> bool:
+    return choose(model, root, backend="auto").mechanism == "hook"
 
 
 def _attach(model: nn.Module, place: Place, callback: Callable[..., Any], mechanism: Mechanism) -> Callable[[], None]:
