@@ -48,7 +48,7 @@ def choose(model: nn.Module, place: Place, *, backend: Backend, scope: Scope = "
         raise UnsupportedModelError(
             f"site {place.site!r}: {compiled}, and compiled code knows no threads; use scope='process'"
         )
-    if compiled is not None and backend != "fold" and _stance().skip_guard_eval_unsafe:
+    if compiled is not None and backend != "fold" and getattr(_stance(), "skip_guard_eval_unsafe", False):
         raise UnsupportedModelError(
             f"site {place.site!r}: {compiled}, and under skip_guard_eval_unsafe compiled code sees no edit; "
             "attach outside of that stance, or use backend='fold'"
@@ -85,7 +85,7 @@ def _compiled(model: nn.Module, place: Place) -> str | None:
     for module in (*path_to(model, place.name), place.module):
         if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
             return f"{type(getattr(module, '_orig_mod', module)).__name__} is compiled"
-    if dynamo.convert_frame.FRAME_COUNTER:
+    if getattr(dynamo.convert_frame, "FRAME_COUNTER", 1):  # where nobody counts, assume the worst
         return "code has been compiled in this process"
     return None
 
