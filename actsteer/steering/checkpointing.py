@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
 from types import FrameType
-from typing import final
+from typing import Any, final
 from weakref import WeakSet
 
 import torch.utils.checkpoint
@@ -39,6 +40,8 @@ class Checkpointing:
         Raises:
             UnsupportedModelError: only one thread is steered, and another may run the backward pass.
         """
+        if edited.is_inference() or not (self._waiting or _inside_a_function() or _saves_otherwise(True)):
+            return False
         frame = _checkpoint_frame()
         if frame is None:
             return False
@@ -80,6 +83,15 @@ class Checkpointing:
     def _trains(self, edited: Tensor) -> bool:
         """Whether a gradient can be asked for: of what comes before the edit, or of the model's parameters after it."""
         return edited.requires_grad or any(parameter.requires_grad for parameter in self._model.parameters())
+
+
+def _inside_a_function() -> bool:
+    """Whether an autograd function is running forward, as a reentrant checkpoint does."""
+    return not torch._C._is_fwd_grad_enabled()
+
+
+# what takes the place of the tensors that autograd saves, as any other checkpoint does; None where nothing does
+_saves_otherwise: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 class _Pass:
