@@ -35,16 +35,16 @@ class Checkpointing:
         )  # those whose backward pass may never come, for the graph may be dropped
 
     def notice(self, edited: Tensor) -> bool:
-        """Whether this edit runs inside a checkpoint; if so, its backward pass is waited for.
+        """Whether this edit runs inside a checkpoint, whose backward pass is waited for, or while one is waited for.
 
         Raises:
             UnsupportedModelError: only one thread is steered, and another may run the backward pass.
         """
-        if edited.is_inference() or not (self._waiting or _inside_a_function() or _saves_otherwise(True)):
+        if edited.is_inference() or not (self._waiting or _inside_a_function() or saves_otherwise(True)):
             return False
         frame = _checkpoint_frame()
         if frame is None:
-            return False
+            return bool(self._waiting)  # what is waited for must come all the way here
         if self._one_thread:
             raise UnsupportedModelError(
                 "gradient checkpointing may recompute in a thread of autograd's own, which scope='thread' would not "
@@ -91,7 +91,7 @@ def _inside_a_function() -> bool:
 
 
 # what takes the place of the tensors that autograd saves, as any other checkpoint does; None where nothing does
-_saves_otherwise: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks
+saves_otherwise: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 class _Pass:

@@ -17,11 +17,12 @@ from actsteer.sites.axes import Layout
 from actsteer.sites.outputs import Arguments, get, locate, padded, put, unpadded
 from actsteer.sites.place import Place
 from actsteer.sites.shards import full_shape, own_part, share, whole_rows
-from actsteer.steering.checkpointing import Checkpointing
+from actsteer.steering.checkpointing import Checkpointing, saves_otherwise
 from actsteer.steering.copies import Uncopied
 from actsteer.steering.interventions import Add, Intervention
 from actsteer.steering.reader import GateReader
 
+_is_compiling = torch.compiler.is_compiling
 _outside_of_functions: Callable[[], bool] = torch._C._is_fwd_grad_enabled  # not in one that may be a checkpoint's
 
 
@@ -137,7 +138,11 @@ class SiteEdit(Uncopied):
                 output.__class__ is Tensor
                 and output.shape == self._shape
                 and output.dtype is self._dtype
-                and (output.is_inference() or (not output.requires_grad and _outside_of_functions()))
+                and not _is_compiling()
+                and (
+                    output.is_inference()
+                    or (_outside_of_functions() and (not output.requires_grad or saves_otherwise(True) is None))
+                )
             ):
                 return output + self._shift
         except RuntimeError:  # the model has moved to another device, or the output is nested and has no shape
@@ -151,7 +156,7 @@ class SiteEdit(Uncopied):
     def edit(self, module: nn.Module, value: Any) -> Any:
         """A module's output or its `Arguments`, with the activation edited."""
         self.fired = True
-        if self._traced_shift is not None and torch.compiler.is_compiling() and value.__class__ is Tensor:
+        if self._traced_shift is not None and _is_compiling() and value.__class__ is Tensor:
             shift = self._traced_shift.to(dtype=value.dtype, device=value.device)
             if not value.is_nested and value.ndim >= shift.ndim and value.shape[-shift.ndim] == shift.shape[0]:
                 return value + shift
@@ -165,7 +170,7 @@ class SiteEdit(Uncopied):
         edited = (self._add if isinstance(self.intervention, Add) else self._intervene)(
             module, activation, axis, row_axis=None if packed else self.layout.row_axis if activation.ndim > 2 else 0
         )
-        if not torch.compiler.is_compiling():
+        if not _is_compiling():
             cacheable = not keys and edited.__class__ is Tensor and conversion is None and not raw.is_nested
             if self._checkpointing.notice(edited) or not cacheable:
                 self._shape = None
@@ -185,7 +190,7 @@ class SiteEdit(Uncopied):
         assert delta is not None
         shift = self._spread(delta, activation, axis, row_axis).to(dtype=activation.dtype, device=activation.device)
         shift = share(shift, activation, module)
-        if not torch.compiler.is_compiling() and not gated and delta.ndim == 1 and not self._trained:
+        if not _is_compiling() and not gated and delta.ndim == 1 and not self._trained:
             self._shift, self._shape, self._dtype = shift, activation.shape, activation.dtype
         return activation + shift
 
@@ -243,6 +248,7 @@ def _sum(directions: Float[Tensor, "k d"], strengths: Sequence[Tensor]) -> Float
     directions = directions.to(torch.promote_types(directions.dtype, torch.float32))
     c = torch.stack(torch.broadcast_tensors(*(strength.to(directions) for strength in strengths)))
     kind = directions.device.type
-    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    with torch.autocast(kind, enabled=False) if casts else nullcontext():
         total = einsum(c, directions, "k ..., k d -> ... d")
     return torch.where((c == 0).all(dim=0)[..., None], -0.0, total)

@@ -1033,3 +1033,16 @@ def test_two_concepts_swept_in_compiled_decoding_are_their_eager_sums(llama):
         with steerer:
             torch.testing.assert_close(generate(llama, compiled=True)[1], logits, rtol=1e-4, atol=1e-4)
     steerer.uninstall()
+
+
+@pytest.mark.case(6)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+@pytest.mark.parametrize("backend", ["auto", "patch", "buffer"])
+def test_a_model_that_ran_steered_is_compiled_whole_in_the_same_block(backend, mode):
+    model = exact()
+    with mode(), Steerer(model, SteeringVector({"2": D}), c=2, backend=backend) as steerer:
+        eager = model(X)
+        call = torch.compile(model, backend="eager", fullgraph=True)
+        assert torch.equal(call(X), eager)
+        steerer.c = -1
+        assert torch.equal(call(X), model(X))
