@@ -98,7 +98,8 @@ def make_plan(
     for site, place in places.items():
         with torch.inference_mode(mode=False):  # so that they work in autograd later
             directions = bank.directions(site)[concepts[site]].clone()
-        size = known_size(place) if axes.get(site) in (None, layout(model, place).axis) else None
+        usual = site not in axes or axes[site] == layout(model, place).axis
+        size = known_size(place) if usual else None
         if size not in (None, directions.shape[1]):
             raise ShapeError(
                 f"site {site!r}: the activation has {size} features, the vector {directions.shape[1]}; was it "
