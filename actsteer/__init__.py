@@ -3,14 +3,17 @@
 model + data --collect--> Statistics --estimator--> SteeringVector --> VectorBank --> Steerer(model) --with--> forward
 """
 
+from actsteer.collecting.classes import ClassStatistics
 from actsteer.collecting.collect import collect
-from actsteer.collecting.moments import Moments, Statistics
+from actsteer.collecting.moments import Moments
 from actsteer.collecting.record import record
+from actsteer.collecting.statistics import Statistics
 from actsteer.errors import (
     ActsteerError,
     AttachedError,
     BatchError,
     ConceptNotFoundError,
+    DistributedError,
     FileFormatError,
     GateError,
     LossError,
@@ -44,7 +47,9 @@ __all__ = [
     "Add",
     "AttachedError",
     "BatchError",
+    "ClassStatistics",
     "ConceptNotFoundError",
+    "DistributedError",
     "Estimator",
     "FileFormatError",
     "Gate",

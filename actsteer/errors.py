@@ -14,6 +14,7 @@ ActsteerError
 ├── OutputError              (TypeError)     a module's output in which no activation can be found
 ├── UnsupportedModelError    (TypeError)     a model in which hooks would be ignored
 ├── AttachedError            (RuntimeError)  attach on a Steerer that is attached already
+├── DistributedError         (RuntimeError)  a process of a group that failed, or has other statistics
 ├── GateError                (RuntimeError)  a gate that has not seen its own site yet
 └── SteeringNotApplied       (RuntimeError)  the model ran, and an edit did not
 """
@@ -74,6 +75,10 @@ class UnsupportedModelError(ActsteerError, TypeError):
 
 class AttachedError(ActsteerError, RuntimeError):
     """`attach` on a Steerer that is attached already."""
+
+
+class DistributedError(ActsteerError, RuntimeError):
+    """A process of a group that failed, or has other statistics than the rest."""
 
 
 class GateError(ActsteerError, RuntimeError):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -20,7 +18,7 @@ mapping of keyword arguments such as a tokenizer's output."""
 
 
 def iterate(batches: Batches, *, batch_size: int, progress: bool, label: str) -> Iterator[Any]:
-    """The batches one by one, behind a progress bar.
+    """The batches one by one, behind a progress bar that shows the rows per second.
 
     Raises:
         BatchError: no batches, a batch size below 1, or one batch where several are expected.
@@ -34,10 +32,15 @@ def iterate(batches: Batches, *, batch_size: int, progress: bool, label: str) ->
     if isinstance(batches, Tensor):
         batches = torch.split(batches, batch_size) if batches.ndim and len(batches) else ()
     total = len(batches) if isinstance(batches, Sized) else None
-    empty = True
-    for batch in tqdm(batches, total=total, desc=label, unit="batch", disable=not progress, delay=2.0):
-        empty = False
-        yield batch
+    rows, empty = 0, True
+    with tqdm(total=total, desc=label, unit="batch", disable=not progress, delay=2.0) as bar:
+        for batch in batches:
+            empty = False
+            yield batch
+            rows += rows_in(batch)
+            bar.update()
+            if elapsed := bar.format_dict["elapsed"] or 0:
+                bar.set_postfix_str(f"{rows / elapsed:,.0f} rows/s", refresh=False)
     if empty:
         raise BatchError("batches: there are none; is the generator used up, or the tensor empty?")
 
@@ -71,28 +74,7 @@ def _check_fits(model: nn.Module, positional: Sequence[Any], keywords: Mapping[s
         ) from error
 
 
-@contextmanager
-def undisturbed(model: nn.Module, *, frozen: bool = False) -> Iterator[None]:
-    """The model in evaluation mode and eager, if `frozen` without gradients to its parameters; left as it was found."""
-    training = [(module, module.training) for module in model.modules()]
-    trainable = [parameter for parameter in model.parameters() if frozen and parameter.requires_grad]
-    try:
-        for module, _ in training:
-            module.training = False
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        with _eager():
-            yield
-    finally:
-        for module, was_training in training:
-            module.training = was_training
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
-
-def _eager() -> AbstractContextManager[Any]:
-    """Compiled code stands aside: it would ignore the hooks."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled
-        return nullcontext()
-    eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return eager
+def rows_in(batch: Any) -> int:
+    """How many rows a batch has: the length of its first tensor."""
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else (batch,)
+    return next((len(part) for part in parts if isinstance(part, Tensor) and part.ndim), 1)

@@ -2,23 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from typing import Any, final
+from collections.abc import Iterable, Iterator, Mapping
+from os import PathLike
+from typing import Any, final, overload
 
 import torch
-from einops import rearrange
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from actsteer.collecting.batches import Batches, call, iterate, undisturbed
-from actsteer.collecting.moments import Moments, Statistics
+from actsteer.collecting.batches import Batches, iterate
+from actsteer.collecting.checkpoint import Checkpoint, weights
+from actsteer.collecting.classes import ClassStatistics, Label
+from actsteer.collecting.distributed import announced, is_alone
+from actsteer.collecting.labels import Labels, check_one_each, labelled
+from actsteer.collecting.moments import Moments
+from actsteer.collecting.observe import Observation
+from actsteer.collecting.peers import in_step, replicas
+from actsteer.collecting.positions import Positions, described
+from actsteer.collecting.statistics import Statistics
 from actsteer.errors import StatisticsError
-from actsteer.sites.axes import Axes, Layout, layouts
-from actsteer.sites.listen import likely_cause, listen
-from actsteer.sites.outputs import Arguments, get, locate, members
-from actsteer.sites.place import Place
-from actsteer.sites.resolve import Sites, find_sites, fingerprint, resolve
-from actsteer.sites.shards import full
+from actsteer.sites.axes import Axes
+from actsteer.sites.resolve import Sites, find_sites, fingerprint
+
+
+@overload
+def collect(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    sites: Sites,
+    covariance: bool = ...,
+    by: None = ...,
+    positions: Positions = ...,
+    axis: Axes | None = ...,
+    batch_size: int = ...,
+    checkpoint: str | PathLike[str] | None = ...,
+    every: int = ...,
+    progress: bool = ...,
+) -> Statistics: ...
+
+
+@overload
+def collect(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    sites: Sites,
+    covariance: bool = ...,
+    by: Labels,
+    positions: Positions = ...,
+    axis: Axes | None = ...,
+    batch_size: int = ...,
+    checkpoint: str | PathLike[str] | None = ...,
+    every: int = ...,
+    progress: bool = ...,
+) -> ClassStatistics: ...
 
 
 def collect(
@@ -27,48 +65,75 @@ def collect(
     *,
     sites: Sites,
     covariance: bool = False,
+    by: Labels | None = None,
+    positions: Positions = "all",
     axis: Axes | None = None,
     batch_size: int = 256,
+    checkpoint: str | PathLike[str] | None = None,
+    every: int = 100,
     progress: bool = True,
-) -> Statistics:
+) -> Statistics | ClassStatistics:
     """Count, mean and, when asked for, covariance of the activations at each site, in one pass and float64.
 
-    Every position of a sequence or an image counts as a row. The model runs in evaluation mode and inference mode,
-    and is left as it was found. Inside a `with Steerer(...)` block the steered activations are collected.
+    The model runs in evaluation mode and inference mode, each batch once and no further than the deepest site, and is
+    left as it was found. Inside a `with Steerer(...)` block the steered activations are collected. Under
+    torch.distributed each process collects its own share, and `all_reduce` brings them together.
 
     Args:
         batches: an iterable of model inputs, or one tensor that is split by `batch_size`.
         sites: names, globs or a predicate, as for `find_sites`.
-        axis: the feature axis, of every site or site -> axis, where it is not the one that the module's class tells.
         covariance: also keep the (d, d) scatter: O(d^2) memory instead of O(d).
-        progress: show a bar when the work takes over two seconds.
+        by: the class of every row, for statistics by class: one label per row for one tensor; an iterable with the
+            labels of each batch; the place where the batches carry them (a position in a tuple or a key in a mapping,
+            which the model is then not given); or a function of the batch.
+        positions: which positions of a sequence count as rows: "all", "last", an index or several, a slice, a bool mask
+            (S,) or (B, S), a function that makes one from the batch, or "mean", their mean. Where the batch has an
+            attention mask, pads do not count, and positions are counted among the real tokens.
+        axis: the feature axis, of every site or site -> axis, where it is not the one that the module's class tells.
+        checkpoint: a `.safetensors` file in which the sums are kept, after `every` batches and at the end. If it is
+            there already, the batches that it has seen are skipped, and the statistics are bit for bit those of an
+            uninterrupted pass.
+        progress: show a bar, with the rows per second, when the work takes over two seconds.
+
+    Returns:
+        Statistics, or with `by` ClassStatistics: label -> Statistics.
 
     Raises:
-        SiteNotFoundError, BatchError: the model lacks a site; the batches cannot be fed.
-        StatisticsError: a site never ran, or its activations are not finite.
+        SiteNotFoundError, BatchError: the model lacks a site; batches, labels or positions do not fit.
+        StatisticsError: a site never ran, its activations are not finite, or the checkpoint is of another pass.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     >>> stats = collect(model, torch.zeros(5, 2), sites="1")
     >>> stats["1"].count, stats["1"].mean.shape
     (5, torch.Size([2]))
+    >>> collect(model, torch.zeros(3, 2), by=torch.tensor([7, 7, 8]), sites="1")[7]["1"].count
+    2
     """
-    moments: dict[str, Moments] = {}
-
-    def keep(site: str, rows: Tensor) -> None:
-        if len(rows) == 0:
-            return
-        seen = Moments.of(rows, covariance=covariance)
-        moments[site] = moments[site].merge(seen) if site in moments else seen
-
     names = find_sites(model, sites)
-    axes = observe(model, batches, names, keep, axis=axis, batch_size=batch_size, progress=progress, label="collect")
-    if empty := [site for site in names if site not in moments]:
-        raise StatisticsError(f"sites {empty} saw no rows; is every batch empty?")
-    for site, seen in moments.items():
-        if not bool(torch.isfinite(seen.mean).all()):
-            raise StatisticsError(f"site {site!r}: the activations are not finite; look for inf or nan in the data")
-    described = described_axes(axes, axis)
-    return Statistics({site: moments[site] for site in names}, metadata={"model": fingerprint(model)} | described)
+    metadata = {"model": fingerprint(model)} | described(positions)
+    sums = _Sums(covariance=covariance, by=by)
+    observation = Observation(model, names, sums.keep, axis=axis, positions=positions)
+    with announced():
+        saved = None
+        if checkpoint is not None:
+            job = metadata | {"sites": list(names), "covariance": covariance, "by": by is not None, "axis": repr(axis)}
+            job |= {"weights": weights(model), "rank": 0 if is_alone() else dist.get_rank()}
+            job |= {"batch_size": batch_size} if isinstance(batches, Tensor) else {}
+            saved = Checkpoint(checkpoint, every, job)
+            sums.classes, saved.classes = saved.classes, saved.classes
+            observation.axes.update(saved.axes)
+            saved.axes = observation.axes
+        stream: Iterable[Any] = iterate(batches, batch_size=batch_size, progress=progress, label="collect")
+        stream = in_step(stream if saved is None else saved.unseen(stream), model)
+        observation.run(sums.inputs(stream))
+        sums.check(names)
+    described_by = metadata | described_axes(observation.axes, axis)
+    same = replicas(model)
+    made = {
+        label: Statistics({site: own[site] for site in names}, metadata=described_by, replicas=same)
+        for label, own in sums.classes.items()
+    }
+    return made[None] if by is None else ClassStatistics({key: own for key, own in made.items() if key is not None})
 
 
 def described_axes(axes: Mapping[str, int], given: Axes | None) -> dict[str, str]:
@@ -77,51 +142,54 @@ def described_axes(axes: Mapping[str, int], given: Axes | None) -> dict[str, str
     return {f"axis {site}": str(axis) for site, axis in axes.items() if axis != -1 or site in asked}
 
 
-def observe(
-    model: nn.Module,
-    batches: Batches,
-    names: tuple[str, ...],
-    keep: Callable[[str, Tensor], None],
-    *,
-    axis: Axes | None,
-    batch_size: int,
-    progress: bool,
-    label: str,
-) -> dict[str, int]:
-    """Run every batch once, and give `keep` each site's activations as rows (n, d); returns the feature axes."""
-    places = resolve(model, names)
-    lies = layouts(model, places, axis=axis)
-    axes: dict[str, int] = {}
-    with undisturbed(model), ExitStack() as handles:
-        for site, place in places.items():
-            handles.callback(listen(place, _Listener(place, lies[site], keep, axes)))
-        for batch in iterate(batches, batch_size=batch_size, progress=progress, label=label):
-            with torch.no_grad():  # not inference mode: what the model caches meanwhile must work in autograd later
-                call(model, batch)
-    silent = [f"{site!r} ({likely_cause(model, places[site])})" for site in names if site not in axes]
-    if silent:
-        raise StatisticsError(f"these sites never ran: {'; '.join(silent)}")
-    return axes
-
-
 @final
-class _Listener:
-    """A hook that hands the activations of a site on, as rows."""
+class _Sums:
+    """The moments of every class at every site, as they grow."""
 
-    def __init__(self, place: Place, layout: Layout, keep: Callable[[str, Tensor], None], axes: dict[str, int]) -> None:
-        self._place, self._layout, self._keep, self._axes = place, layout, keep, axes
+    def __init__(self, *, covariance: bool, by: Labels | None) -> None:
+        self.classes: dict[Label | None, dict[str, Moments]] = {}
+        self._covariance, self._by = covariance, by
+        self._labels: list[Label] = []
 
-    def __call__(self, module: nn.Module, args: Any, last: Any) -> None:
-        """`last` is the output or, at an input, the keyword arguments."""
-        place = self._place
-        value = Arguments(args, last) if place.side == "in" else last
-        activation = get(value, locate(place, value))
-        for part in members(activation):
-            whole = full(part, module, site=place.site)
-            if (conversion := getattr(module, "hook_conversion", None)) is not None:
-                whole = conversion.convert(whole)
-            axis = self._layout.feature_axis(tuple(whole.shape), size=None, site=place.site)
-            last_one = axis == whole.ndim - 1 and self._layout.axis is None
-            self._axes[place.site] = -1 if last_one else axis if self._layout.axis is None else self._layout.axis
-            with torch.inference_mode(mode=False):  # what is kept must work in autograd later
-                self._keep(place.site, rearrange(whole.movedim(axis, -1), "... d -> (...) d"))
+    def inputs(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches as the model is to see them."""
+        if self._by is None:
+            yield from batches
+            return
+        for batch, labels in labelled(batches, self._by):
+            self._labels = labels
+            yield batch
+
+    def keep(self, site: str, rows: Tensor, owners: Tensor) -> None:
+        """Take in rows of a site; `owners` tells of which row of the batch each of them is."""
+        if self._by is None:
+            self._add(None, site, rows)
+            return
+        if len(owners) and int(owners.max()) >= len(self._labels):
+            check_one_each(self._labels, int(owners.max()) + 1, site)
+        codes = {label: code for code, label in enumerate(dict.fromkeys(self._labels))}
+        own = torch.tensor([codes[label] for label in self._labels])[owners.cpu()]
+        order = own.argsort(stable=True)
+        parts = rows[order.to(rows.device)].split(torch.bincount(own, minlength=len(codes)).tolist())
+        for label, part in zip(codes, parts, strict=True):
+            self._add(label, site, part)
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raise StatisticsError unless every class has finite moments at every site."""
+        classes = self.classes or {None: {}}
+        for moments in classes.values():
+            if empty := [site for site in names if site not in moments]:
+                raise StatisticsError(f"sites {empty} saw no rows; is every batch empty?")
+            for site, seen in moments.items():
+                if not bool(torch.isfinite(seen.mean).all()):
+                    raise StatisticsError(
+                        f"site {site!r}: the activations are not finite; look for inf or nan in the data"
+                    )
+
+    def _add(self, label: Label | None, site: str, rows: Tensor) -> None:
+        if len(rows):
+            moments = self.classes.setdefault(label, {})
+            if site not in moments:
+                moments[site] = Moments.of(rows, covariance=self._covariance)
+            else:
+                moments[site].update(rows)

@@ -6,8 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from actsteer.collecting.batches import Batches
-from actsteer.collecting.collect import observe
+from actsteer.collecting.batches import Batches, iterate
+from actsteer.collecting.distributed import announced
+from actsteer.collecting.observe import Observation
+from actsteer.collecting.peers import in_step
+from actsteer.collecting.positions import Positions
 from actsteer.sites.axes import Axes
 from actsteer.sites.resolve import Sites, find_sites
 
@@ -17,6 +20,7 @@ def record(
     batches: Batches,
     *,
     sites: Sites,
+    positions: Positions = "all",
     axis: Axes | None = None,
     batch_size: int = 256,
     progress: bool = True,
@@ -24,6 +28,9 @@ def record(
     """The activations at each site, site -> (n, d), in the order of the data; every position counts as a row.
 
     Takes the memory of all of them: for means and covariances use `collect`, which keeps sums.
+
+    Args:
+        positions, axis: which positions count, and along which axis the features lie, as for `collect`.
 
     Raises:
         SiteNotFoundError, BatchError, StatisticsError: as `collect`.
@@ -35,8 +42,10 @@ def record(
     names = find_sites(model, sites)
     kept: dict[str, list[Tensor]] = {site: [] for site in names}
 
-    def keep(site: str, rows: Tensor) -> None:
+    def keep(site: str, rows: Tensor, owners: Tensor) -> None:
         kept[site].append(rows.clone())  # a later module may edit its input in place
 
-    observe(model, batches, names, keep, axis=axis, batch_size=batch_size, progress=progress, label="record")
+    with announced():
+        stream = iterate(batches, batch_size=batch_size, progress=progress, label="record")
+        Observation(model, names, keep, axis=axis, positions=positions).run(in_step(stream, model))
     return {site: torch.cat(rows) for site, rows in kept.items()}

@@ -8,7 +8,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from actsteer.collecting.moments import Moments, Statistics
+from actsteer.collecting.moments import Moments
+from actsteer.collecting.statistics import Statistics
 from actsteer.errors import ShapeError, SiteNotFoundError
 from actsteer.vectors.vector import SteeringVector
 

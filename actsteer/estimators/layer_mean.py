@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import final
 
-from actsteer.collecting.moments import Statistics
+from actsteer.collecting.statistics import Statistics
 from actsteer.estimators.estimator import estimate
 from actsteer.vectors.vector import SteeringVector
 

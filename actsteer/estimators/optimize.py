@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import trange
 
-from actsteer.collecting.batches import Batches, call, iterate, undisturbed
-from actsteer.collecting.collect import described_axes, observe
+from actsteer.collecting.batches import Batches, call, iterate
+from actsteer.collecting.collect import described_axes
+from actsteer.collecting.observe import Observation
+from actsteer.collecting.undisturbed import undisturbed
 from actsteer.errors import BatchError, LossError
 from actsteer.sites.axes import Axes
 from actsteer.sites.resolve import Sites, find_sites, fingerprint
@@ -107,11 +109,12 @@ def _start(
     """Zero at every site, in the activation's dtype and device, with `start` written over it."""
     zeros: dict[str, Tensor] = {}
 
-    def keep(site: str, rows: Tensor) -> None:
+    def keep(site: str, rows: Tensor, owners: Tensor) -> None:
         zeros[site] = rows.new_zeros(rows.shape[1])
 
-    axes = observe(model, [batch], names, keep, axis=axis, batch_size=1, progress=False, label="")
-    described = described_axes(axes, axis)
+    observation = Observation(model, names, keep, axis=axis, positions="all")
+    observation.run([batch])
+    described = described_axes(observation.axes, axis)
     vector = SteeringVector({site: zeros[site] for site in names})
     vector = vector if start is None else (vector + start).select(*names)
     return SteeringVector({site: vector[site] for site in vector}, metadata=described)

@@ -7,7 +7,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from actsteer.collecting.moments import Moments, Statistics
+from actsteer.collecting.moments import Moments
+from actsteer.collecting.statistics import Statistics
 from actsteer.errors import StatisticsError
 from actsteer.estimators.estimator import estimate
 from actsteer.vectors.vector import SteeringVector

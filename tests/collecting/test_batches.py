@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from actsteer import BatchError, collect
-from actsteer.collecting.batches import call, iterate, undisturbed
+from actsteer.collecting.batches import call, iterate
+from actsteer.collecting.undisturbed import undisturbed
 from tests.oracles import state
 
 X = torch.arange(12.0).reshape(6, 2)
@@ -155,7 +156,7 @@ def test_a_type_error_inside_the_model_is_the_model_s_own():
             self.inner = nn.Identity()
 
         def forward(self, x):
-            return self.inner(x) + "text"
+            return self.inner(x + "text")
 
     with pytest.raises(TypeError, match="unsupported operand"):
         collect(Broken(), torch.zeros(1, 2), sites="inner")

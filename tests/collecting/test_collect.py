@@ -315,7 +315,7 @@ def test_an_output_that_holds_no_activation_is_named():
 
 
 def test_activations_of_changing_size_do_not_merge():
-    with pytest.raises(ShapeError, match="2 features against 3; were they collected on one model"):
+    with pytest.raises(ShapeError, match=r"expected rows of shape \(n, 2\), got \(2, 3\); is it the same model"):
         collect(IDENTITY, [X, torch.ones(2, 3)], sites="0")
 
 
@@ -323,7 +323,7 @@ def test_statistics_of_two_models_or_of_other_sites_do_not_merge():
     stats = collect(IDENTITY, X, sites="0")
     with pytest.raises(SiteNotFoundError, match=r"sites \('0',\) against \('site',\); collect both parts at the same"):
         stats.merge(collect(Two(), X, sites="site"))
-    with pytest.raises(StatisticsError, match="these are of two different models"):
+    with pytest.raises(StatisticsError, match="collect both parts on one model, in one way"):
         stats.merge(collect(nn.Sequential(nn.Identity(), nn.Linear(2, 2)), X, sites="0"))
 
 
@@ -332,6 +332,9 @@ def test_a_site_without_statistics_is_named():
         collect(IDENTITY, X, sites="0")["1"]
 
 
-def test_moments_of_no_rows_are_refused():
-    with pytest.raises(StatisticsError, match=r"expected rows of shape \(n, d\) with n >= 1, got \(0, 2\)"):
-        Moments.of(X[:0])
+def test_moments_of_no_rows_have_no_mean_and_are_the_identity():
+    empty = Moments.of(X[:0], covariance=True)
+    with pytest.raises(StatisticsError, match="the mean of no rows is not defined; collect at least one"):
+        _ = empty.mean
+    for merged in (empty.merge(own := Moments.of(X, covariance=True)), own.merge(empty)):
+        assert torch.equal(merged.mean, own.mean) and torch.equal(merged.scatter, own.scatter) and merged.count == 3

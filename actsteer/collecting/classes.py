@@ -1,0 +1,121 @@
+"""ClassStatistics: the statistics of every class of rows, from one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import reduce as fold
+from os import PathLike
+from typing import Any, TypeAlias, final
+
+from actsteer.collecting import storage
+from actsteer.collecting.distributed import Group, reduce
+from actsteer.collecting.moments import Moments
+from actsteer.collecting.statistics import Statistics
+from actsteer.errors import StatisticsError, close_names
+
+Label: TypeAlias = int | str
+
+
+@final
+class ClassStatistics(Mapping[Label, Statistics]):
+    """Label -> Statistics, as `collect(..., by=labels)` gives them, in the order of the labels.
+
+    >>> import torch
+    >>> rows = torch.tensor([[1.0], [2.0], [6.0]])
+    >>> stats = ClassStatistics({digit: Statistics({"2": Moments.of(row[None])}) for digit, row in enumerate(rows)})
+    >>> stats[2]["2"].mean.item(), stats.rest(2)["2"].mean.item(), stats.total()["2"].count
+    (6.0, 1.5, 3)
+    """
+
+    def __init__(self, classes: Mapping[Label, Statistics]) -> None:
+        if not classes:
+            raise StatisticsError("expected statistics of one class or more, got none")
+        first = next(iter(classes.values()))
+        for label, own in classes.items():
+            if own.sites != first.sites or own.metadata != first.metadata:
+                raise StatisticsError(
+                    f"class {label!r}: {own.sites}, {own.metadata} against {first.sites} of the first"
+                )
+        self._classes = {
+            label: classes[label] for label in sorted(classes, key=lambda label: (str(type(label)), label))
+        }
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The names of the sites, in module order."""
+        return self._first.sites
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the classes share; see `Statistics.metadata`."""
+        return self._first.metadata
+
+    def __getitem__(self, label: Label) -> Statistics:
+        if label not in self._classes:
+            near = close_names(str(label), map(str, self._classes))
+            raise StatisticsError(f"no statistics for the class {label!r}. {near}")
+        return self._classes[label]
+
+    def __contains__(self, label: object) -> bool:
+        return label in self._classes
+
+    def __iter__(self) -> Iterator[Label]:
+        return iter(self._classes)
+
+    def __len__(self) -> int:
+        return len(self._classes)
+
+    def only(self, *labels: Label) -> Statistics:
+        """The rows of these classes together."""
+        if not labels:
+            raise StatisticsError(f"name one class or more of {list(self)}")
+        return fold(Statistics.merge, (self[label] for label in dict.fromkeys(labels)))
+
+    def rest(self, *labels: Label) -> Statistics:
+        """The rows of all other classes together."""
+        for label in labels:
+            _ = self[label]
+        return self.only(*(label for label in self if label not in labels))
+
+    def total(self) -> Statistics:
+        """The rows of all classes together."""
+        return self.only(*self)
+
+    def merge(self, other: ClassStatistics) -> ClassStatistics:
+        """The statistics of both parts together, class by class."""
+        return ClassStatistics(
+            {
+                label: fold(Statistics.merge, (part[label] for part in (self, other) if label in part))
+                for label in (*self, *other)
+            }
+        )
+
+    def all_reduce(self, group: Group = None) -> ClassStatistics:
+        """The statistics of all processes' rows together, as `Statistics.all_reduce`; each may have other classes."""
+        parts = {label: own._moments for label, own in self.items()}
+        reduced, ranks = reduce(parts, self.metadata, self._first._replicas, group=group)
+        return ClassStatistics(
+            {label: Statistics(own, metadata=self.metadata, replicas=ranks) for label, own in reduced.items()}
+        )
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write them, bit for bit, to a `.safetensors` file; atomic."""
+        classes: dict[Label | None, Mapping[str, Moments]] = {label: own._moments for label, own in self.items()}
+        storage.write(path, "class statistics", classes, {"metadata": self.metadata})
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> ClassStatistics:
+        """Read what `save` wrote; errors as `Statistics.load`."""
+        classes, described = storage.read(path, "class statistics")
+        metadata = described["metadata"]
+        return cls({label: Statistics(own, metadata=metadata) for label, own in classes.items() if label is not None})
+
+    def __repr__(self) -> str:
+        return f"ClassStatistics(labels={list(self)}, sites={self.sites})"
+
+    @property
+    def _first(self) -> Statistics:
+        return next(iter(self._classes.values()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ClassStatistics, (self._classes,)

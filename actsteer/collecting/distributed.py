@@ -1,0 +1,182 @@
+"""Distributed: the sums of all processes together, and what happens when one of them fails."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from actsteer.collecting.moments import Moments, Scatter, moved_sums
+from actsteer.errors import DistributedError
+
+Group: TypeAlias = "dist.ProcessGroup | None"
+Classes: TypeAlias = dict[Any, dict[str, Moments]]
+"""Label -> site -> moments."""
+
+_completed: dict[tuple[int, ...], int] = {}  # how often the processes of a group have met
+
+
+def is_alone(group: Group = None) -> bool:
+    """Whether there are no other processes."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1
+
+
+def reduce(
+    classes: Mapping[Any, Mapping[str, Moments]],
+    metadata: Mapping[str, str],
+    replicas: Sequence[int],
+    *,
+    group: Group,
+) -> tuple[Classes, tuple[int, ...]]:
+    """The moments of all processes merged, and the ranks that have them now; of `replicas` the first alone counts.
+
+    The means come together first, a few numbers per feature; then each process moves its scatter to the common mean,
+    and the scatters are summed.
+    """
+    own = {label: dict(moments) for label, moments in classes.items()}
+    if is_alone(group):
+        return own, tuple(replicas)
+    ranks = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
+    meet(ranks, "all_reduce", completes=True)
+    counted = min((rank for rank in replicas if rank in ranks), default=dist.get_rank()) == dist.get_rank()
+    headers = _gathered(_Header.of(own, metadata, counted), group)
+    _check_alike(headers, ranks)
+    labels = list(dict.fromkeys(label for header in headers for label in header.counts))
+    sizes = next(header.sizes for header in headers if header.sizes)
+    device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend(group) else "cpu"
+    merged: Classes = {label: {} for label in labels}
+    for site, size in sizes.items():
+        empty = Moments.empty(size, covariance=all(header.covariance for header in headers), device=device)
+        parts = [own[label][site] if counted and label in own else empty for label in labels]
+        counts = torch.tensor([[h.counts.get(label, {}).get(site, 0) for label in labels] for h in headers]).double()
+        means = torch.stack([torch.stack([part._origin, part._offset]).to(device) for part in parts])
+        everyone = [torch.empty_like(means) for _ in ranks]
+        dist.all_gather(everyone, means, group=group)
+        for index, (label, part) in enumerate(zip(labels, parts, strict=True)):
+            merged[label][site] = _merged(
+                part, counts[:, index], torch.stack([e[index] for e in everyone]), empty, group
+            )
+    return merged, ranks
+
+
+def _merged(part: Moments, counts: Tensor, means: Tensor, empty: Moments, group: Group) -> Moments:
+    """One site of one class: `counts` (ranks,), and `means` (ranks, 2, d), an origin and an offset each."""
+    total = counts.sum()
+    if not total:
+        return empty
+    origin = means[int((counts > 0).nonzero()[0]), 0]
+    offsets = (means[:, 0] - origin) + means[:, 1]
+    offset = (counts / total).to(offsets) @ offsets
+    merged = Moments(int(total), origin)
+    merged._offset = offset
+    if empty.has_covariance and part._scatter is not None:
+        shift = (part._origin.to(origin.device) - origin) + part._offset.to(origin.device) - offset
+        sums = part._scatter.to(origin.device)
+        third, fourth = moved_sums(sums, part.count, shift)
+        second = sums.second.addr(shift, shift * part.count)
+        for tensor in (second, third, fourth):
+            dist.all_reduce(tensor, group=group)
+        merged._scatter = Scatter(second, third, fourth)
+    return merged
+
+
+class _Header:
+    """What every process tells of its moments."""
+
+    def __init__(self, sizes: dict[str, int], counts: dict[Any, dict[str, int]], metadata: dict[str, str]) -> None:
+        self.sizes, self.counts, self.metadata = sizes, counts, metadata
+        self.covariance = True
+
+    @classmethod
+    def of(cls, classes: Classes, metadata: Mapping[str, str], counted: bool) -> _Header:
+        first = next(iter(classes.values()), {})
+        header = cls({site: own.d for site, own in first.items()}, {}, dict(metadata))
+        header.counts = {
+            label: {site: own.count if counted else 0 for site, own in moments.items()}
+            for label, moments in classes.items()
+        }
+        header.covariance = all(own.has_covariance for moments in classes.values() for own in moments.values())
+        return header
+
+
+def _gathered(header: _Header, group: Group) -> list[_Header]:
+    headers: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(headers, header, group=group)
+    return headers
+
+
+def _check_alike(headers: Sequence[_Header], ranks: Sequence[int]) -> None:
+    for rank, header in zip(ranks, headers, strict=True):
+        for name, first, own in (
+            ("sites of sizes", headers[0].sizes, header.sizes),
+            ("metadata", headers[0].metadata, header.metadata),
+        ):
+            if first != own:
+                raise DistributedError(
+                    f"all_reduce: rank {rank} has the {name} {own}, rank {ranks[0]} {first}; collect at the same "
+                    "sites of one model on every rank"
+                )
+
+
+# --- failing together ------------------------------------------------------------------------------------------------
+@contextmanager
+def announced() -> Iterator[None]:
+    """Tell the other processes if this one fails, so that they fail too, with the reason, where they would wait for it.
+
+    Raises:
+        DistributedError: in place of what happens here because another process has failed.
+    """
+    if is_alone():
+        yield
+        return
+    store, rank = _store(), dist.get_rank()
+    store.set(f"failed/{rank}", "")
+    try:
+        yield
+    except DistributedError:
+        raise
+    except BaseException as error:
+        _check_nobody_failed(tuple(range(dist.get_world_size())), cause=error)
+        store.set(f"failed/{rank}", f"{type(error).__name__}: {error}")
+        raise
+
+
+def meet(ranks: Sequence[int], where: str, *, completes: bool = False, says: str = "here") -> dict[int, str]:
+    """Wait until all these processes are at this point, and return what each says; their collective calls cannot hang.
+
+    Raises:
+        DistributedError: one of them has failed, or does not come.
+    """
+    ranks = tuple(ranks)
+    store, count = _store(), _completed.get(ranks, 0)
+    prefix = f"met/{','.join(map(str, ranks))}/{count}/{where}"
+    store.set(f"{prefix}/{dist.get_rank()}", says)
+    keys = [f"{prefix}/{rank}" for rank in ranks]
+    patience: Any = store.timeout  # type: ignore[attr-defined]
+    deadline, pause = time.monotonic() + patience.total_seconds(), 0.0005
+    while not store.check(keys):
+        _check_nobody_failed(ranks)
+        if time.monotonic() > deadline:
+            raise DistributedError(f"{where}: some of the ranks {ranks} did not come; is it called on every one?")
+        time.sleep(pause)
+        pause = min(0.05, 2 * pause)
+    if completes:
+        _completed[ranks] = count + 1
+    return {rank: store.get(key).decode() for rank, key in zip(ranks, keys, strict=True)}
+
+
+def _check_nobody_failed(ranks: Sequence[int], cause: BaseException | None = None) -> None:
+    store = _store()
+    for rank in ranks:
+        if rank != dist.get_rank() and store.check([key := f"failed/{rank}"]) and (reason := store.get(key).decode()):
+            raise DistributedError(f"rank {rank} failed: {reason}") from cause
+
+
+def _store() -> Store:
+    return PrefixStore("actsteer", dist.distributed_c10d._get_default_store())

@@ -1,0 +1,158 @@
+"""Observation: run a model over batches, and hand on what is seen at its sites, as rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
+from typing import Any, final
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from actsteer.collecting.batches import call
+from actsteer.collecting.masks import TokenMasks
+from actsteer.collecting.positions import Positions, check, pick
+from actsteer.collecting.stop import Stop, Stopper
+from actsteer.collecting.undisturbed import undisturbed, usable_later
+from actsteer.errors import ShapeError, StatisticsError
+from actsteer.sites.axes import Axes, Layout, layouts
+from actsteer.sites.listen import likely_cause, listen
+from actsteer.sites.outputs import Arguments, get, locate, members
+from actsteer.sites.place import Place
+from actsteer.sites.resolve import resolve
+from actsteer.sites.shards import full
+
+Keep = Callable[[str, Float[Tensor, "n d"], Int[Tensor, " n"]], None]
+"""Called with a site, rows of its activations, and for each of them the row of the batch that it is from."""
+
+
+@final
+class Observation:
+    """What is seen at the sites when batches run, each of them once and, where that is certain to lose nothing, no
+    further than the last site.
+
+    Args:
+        keep: is called in normal mode, where what it makes works in autograd later, with tensors that the model may
+            edit in place afterwards.
+    """
+
+    def __init__(
+        self, model: nn.Module, names: Iterable[str], keep: Keep, *, axis: Axes | None, positions: Positions
+    ) -> None:
+        check(positions)
+        self._model, self._positions = model, positions
+        self._places = resolve(model, names)
+        lies = layouts(model, self._places, axis=axis)
+        self.axes: dict[str, int] = {}
+        """Site -> the axis along which its features lay."""
+        self._listeners = [_Listener(place, lies[site], keep, self.axes) for site, place in self._places.items()]
+
+    def run(self, batches: Iterable[Any], *, after: Callable[[], None] = lambda: None) -> None:
+        """Run each batch, and call `after`.
+
+        Raises:
+            StatisticsError: a site has never run.
+        """
+        stopper = Stopper(self._model, {site: place.module for site, place in self._places.items()}, call)
+        with undisturbed(self._model), usable_later(self._model), ExitStack() as handles:
+            for listener in self._listeners:
+                listener.stopper = stopper
+                handles.callback(listen(listener.place, listener))
+            for batch in batches:
+                positions = self._positions(batch) if callable(self._positions) else self._positions
+                masks = TokenMasks(self._model, batch, explicit=isinstance(positions, Tensor))
+                for listener in self._listeners:
+                    listener.positions, listener.masks = positions, masks
+                stopper.begin()
+                with suppress(Stop), torch.inference_mode():
+                    call(self._model, batch)
+                after()
+        silent = [
+            f"{site!r} ({likely_cause(self._model, p)})" for site, p in self._places.items() if site not in self.axes
+        ]
+        if silent:
+            raise StatisticsError(f"these sites never ran: {'; '.join(silent)}")
+
+
+@final
+class _Listener:
+    """A hook that hands the activations of a site on, as rows."""
+
+    stopper: Stopper
+    positions: Positions
+    masks: TokenMasks
+
+    def __init__(self, place: Place, layout: Layout, keep: Keep, axes: dict[str, int]) -> None:
+        self.place, self._layout, self._keep, self._axes = place, layout, keep, axes
+        self._axis = -1
+
+    def __call__(self, module: nn.Module, args: Any, last: Any) -> None:
+        """`last` is the output or, at an input, the keyword arguments."""
+        value = Arguments(args, last) if self.place.side == "in" else last
+        keys = locate(self.place, value)
+        holder = get(value, keys[:-1]) if keys else None
+        activation = get(value, keys)
+        with torch.inference_mode(mode=False), torch.no_grad():
+            for index, part in enumerate(members(activation)):
+                whole = self._whole(module, part)
+                if isinstance(holder, PackedSequence):
+                    rows, owners = self._everything(whole, "is packed"), _owners(holder)
+                else:
+                    rows, owners = self._rows(whole, nested=activation.is_nested)
+                if len(rows):
+                    self._keep(self.place.site, rows, owners + index if activation.is_nested else owners)
+        self.stopper.ran(self.place.site)
+
+    def _whole(self, module: nn.Module, part: Tensor) -> Tensor:
+        """The activation as its users see it, with the features last."""
+        whole = full(part, module, site=self.place.site)
+        if (conversion := getattr(module, "hook_conversion", None)) is not None:
+            whole = conversion.convert(whole)
+        axis = self._axis = self._layout.feature_axis(tuple(whole.shape), size=None, site=self.place.site)
+        own = self._layout.axis
+        self._axes[self.place.site] = own if own is not None else -1 if axis == whole.ndim - 1 else axis
+        return whole.movedim(axis, -1)
+
+    def _rows(self, whole: Float[Tensor, "*shape d"], *, nested: bool) -> tuple[Tensor, Tensor]:
+        """The activations at the positions that are asked for, and their rows."""
+        row_axis = self._layout.row_axis if whole.ndim > 2 and not nested else 0
+        if whole.ndim < 2 or row_axis == self._axis:  # one row alone
+            by_row = whole.reshape(1, -1, whole.shape[-1])
+        else:
+            by_row = (
+                whole.movedim(row_axis - (row_axis > self._axis), 0).flatten(1, -2)
+                if whole.ndim > 2
+                else whole[:, None]
+            )
+        shape = tuple(by_row.shape[:2]) if whole.ndim > 2 else (len(by_row),)
+        real = None if nested else self.masks.at(self.place.site, shape)
+        if real is not None and real.shape != by_row.shape[:2]:  # the tokens of all rows in a line
+            by_row = rearrange(by_row, "(b s) 1 d -> b s d", b=len(real))
+        needs_order = not isinstance(self.positions, Tensor) and self.positions not in ("all", "prompt", "mean")
+        if needs_order and whole.ndim != 3 and real is None:
+            self._everything(whole, f"has shape {tuple(whole.shape)}")
+        if (
+            isinstance(self.positions, str)
+            and self.positions in ("all", "prompt")
+            and (real is None or bool(real.all()))
+        ):
+            owners = torch.arange(len(by_row)).repeat_interleave(by_row.shape[1])
+            return rearrange(by_row, "b s d -> (b s) d"), owners
+        return pick(by_row, real, self.positions)
+
+    def _everything(self, whole: Tensor, why: str) -> Tensor:
+        if isinstance(self.positions, str) and self.positions in ("all", "prompt"):
+            return whole
+        raise ShapeError(
+            f"site {self.place.site!r}: positions={self.positions!r} of an activation that {why}; choose a site whose "
+            "activation has the shape (rows, positions, d), or positions='all'"
+        )
+
+
+def _owners(packed: PackedSequence) -> Tensor:
+    """The row of the batch of every element."""
+    owners = torch.cat([torch.arange(int(size)) for size in packed.batch_sizes])
+    return owners if packed.sorted_indices is None else packed.sorted_indices.cpu()[owners]

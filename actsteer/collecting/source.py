@@ -1,0 +1,180 @@
+"""Source: what a running function is calling at this moment, and what its text names behind that call."""
+
+from __future__ import annotations
+
+import ast
+import linecache
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from types import CodeType, FrameType
+from typing import Any
+
+_GOES_OVER = {"enumerate", "zip", "reversed", "list", "tuple", "iter"}
+_GOES_OVER_ITS = {"values", "items", "children", "named_children"}
+_LOOPS = (ast.For, ast.While, ast.AsyncFor, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+_Where = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call in the text of a function.
+
+    Args:
+        function: the expression that is called.
+        over: what the loop around it goes over, one expression for each part of a `zip`; empty outside of loops.
+        attributes_after: the names of all attributes that may be looked up once it has returned.
+        names_after: likewise the variables, unless an attribute of theirs is looked up.
+    """
+
+    function: ast.expr
+    over: tuple[ast.expr, ...]
+    attributes_after: frozenset[str]
+    names_after: frozenset[str]
+
+    def callee(self, frame: FrameType) -> Any:
+        """What is called; LookupError, AttributeError or TypeError if that cannot be told."""
+        return _value(self.function, frame)
+
+    def looped(self, frame: FrameType) -> list[Any]:
+        """What the loop around it goes over."""
+        return [_value(expression, frame) for expression in self.over]
+
+
+@lru_cache(maxsize=4096)
+def call_at(code: CodeType, instruction: int) -> Call | None:
+    """The call that this instruction makes; None where the text does not tell, or a loop makes it over and over."""
+    line, end_line, column, end_column = list(code.co_positions())[instruction // 2]
+    tree = _tree(code.co_filename)
+    if tree is None or line is None or end_line is None or column is None or end_column is None:
+        return None
+    path = _path_to(tree, (line, column), (end_line, end_column))
+    function = next((n for n in reversed(path) if isinstance(n, ast.FunctionDef | ast.Lambda)), None)
+    if not path or not isinstance(path[-1], ast.Call) or not isinstance(function, ast.FunctionDef):
+        return None
+    if function.name != code.co_name:
+        return None
+    call, inside = path[-1], path[path.index(function) + 1 :]
+    loops = [node for node in inside if isinstance(node, _LOOPS)]
+    over: tuple[ast.expr, ...] = ()
+    start: _Where = (end_line, end_column)
+    if loops:
+        loop = loops[0]
+        if len(loops) > 1 or not isinstance(loop, ast.For) or _base(call.func) not in _names(loop.target):
+            return None
+        gone_over = _gone_over(loop.iter)
+        if gone_over is None:
+            return None
+        over, start = gone_over, (loop.body[0].lineno, loop.body[0].col_offset)
+    mentioned = [n for n in _mentioned(function, call.func) if (n.lineno, n.col_offset) >= start or _ends(n) > start]
+    bases = {id(n.value) for n in mentioned if isinstance(n, ast.Attribute)}
+    attributes = {n.attr for n in mentioned if isinstance(n, ast.Attribute)}
+    names = {n.id for n in mentioned if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load) and id(n) not in bases}
+    return Call(call.func, over, frozenset(attributes), frozenset(names))
+
+
+@lru_cache(maxsize=4096)
+def mentioned_in(code: CodeType) -> frozenset[str]:
+    """Every name that a function looks up, and those that its text gives to `getattr`; a computed one is "getattr"."""
+    tree = _tree(code.co_filename)
+    lines = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)] if tree is not None else []
+    found = [n for n in lines if n.name == code.co_name and min(_first_lines(n)) == code.co_firstlineno]
+    if len(found) != 1:
+        return frozenset(code.co_names).union(*(mentioned_in(c) for c in code.co_consts if isinstance(c, CodeType)))
+    names: set[str] = set()
+    plain: set[int] = set()
+    for node in ast.walk(found[0]):
+        match node:
+            case ast.Attribute(attr=name):
+                names.add(name)
+            case ast.Call(func=ast.Name(id="getattr") as own, args=[_, ast.Constant(value=str() as name), *_]):
+                names.add(name)
+                plain.add(id(own))
+            case ast.Name(id=name) if id(node) not in plain:
+                names.add(name)
+    return frozenset(names)
+
+
+def _first_lines(function: ast.FunctionDef) -> list[int]:
+    return [function.lineno, *(decorator.lineno for decorator in function.decorator_list)]
+
+
+def _mentioned(function: ast.FunctionDef, called: ast.expr) -> Iterator[ast.Name | ast.Attribute]:
+    """The variables and attributes of a function, but for the expression that is called."""
+    own = {id(node) for node in ast.walk(called)}
+    for statement in function.body:
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Name | ast.Attribute) and id(node) not in own:
+                yield node
+
+
+def _path_to(tree: ast.AST, start: _Where, end: _Where) -> list[ast.AST]:
+    """The nodes from the module down to the call that spans exactly this text."""
+    path: list[ast.AST] = []
+    node: ast.AST | None = tree
+    while node is not None:
+        path.append(node)
+        if isinstance(node, ast.Call) and ((node.lineno, node.col_offset), _ends(node)) == (start, end):
+            return path
+        node = next((c for c in _children(node) if (c.lineno, c.col_offset) <= start and _ends(c) >= end), None)
+    return []
+
+
+def _children(node: ast.AST) -> Iterator[Any]:
+    for child in ast.iter_child_nodes(node):
+        if hasattr(child, "lineno"):
+            yield child
+        else:  # such as the arguments of a function, or one loop of a comprehension
+            yield from _children(child)
+
+
+def _ends(node: Any) -> _Where:
+    return node.end_lineno, node.end_col_offset
+
+
+def _gone_over(expression: ast.expr) -> tuple[ast.expr, ...] | None:
+    """What a loop over this goes over, once; None if that cannot be told."""
+    match expression:
+        case ast.Name() | ast.Attribute():
+            return (expression,)
+        case ast.Subscript(value=value, slice=ast.Slice()):
+            return _gone_over(value)
+        case ast.Call(func=ast.Name(id=name), args=arguments) if name in _GOES_OVER:
+            parts = [_gone_over(argument) for argument in arguments]
+            known = [part for part in parts if part is not None]
+            return tuple(e for part in known for e in part) if len(known) == len(parts) else None
+        case ast.Call(func=ast.Attribute(value=value, attr=name), args=[]) if name in _GOES_OVER_ITS:
+            return _gone_over(value)
+    return None
+
+
+def _value(expression: ast.expr, frame: FrameType) -> Any:
+    match expression:
+        case ast.Name(id=name):
+            return frame.f_locals[name] if name in frame.f_locals else frame.f_globals[name]
+        case ast.Attribute(value=base, attr=name):
+            return getattr(_value(base, frame), name)
+        case ast.Subscript(value=base, slice=ast.Constant(value=key)):
+            return _value(base, frame)[key]
+        case ast.Subscript(value=base, slice=ast.Name() as key):
+            return _value(base, frame)[_value(key, frame)]
+    raise LookupError(ast.unparse(expression))
+
+
+def _base(expression: ast.expr) -> str | None:
+    """The variable that an expression begins with."""
+    while isinstance(expression, ast.Attribute | ast.Subscript):
+        expression = expression.value
+    return expression.id if isinstance(expression, ast.Name) else None
+
+
+def _names(target: ast.expr) -> set[str]:
+    return {node.id for node in ast.walk(target) if isinstance(node, ast.Name)}
+
+
+@lru_cache(maxsize=64)
+def _tree(filename: str) -> ast.Module | None:
+    try:
+        return ast.parse("".join(linecache.getlines(filename)))
+    except (SyntaxError, ValueError):
+        return None

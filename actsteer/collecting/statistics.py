@@ -1,0 +1,127 @@
+"""Statistics: the moments at every site, which merge, travel between processes, and are saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
+from typing import Any, final
+
+from actsteer.collecting import storage
+from actsteer.collecting.distributed import Group, reduce
+from actsteer.collecting.moments import Moments
+from actsteer.errors import SiteNotFoundError, StatisticsError, close_names
+
+
+@final
+class Statistics:
+    """Site -> Moments, and where they come from. A value: what is taken out of it can be updated without changing it.
+
+    Args:
+        moments: site -> moments.
+        metadata: the model's fingerprint; the feature axis and the positions where they are not the usual ones.
+        replicas: the ranks of the processes that saw these same rows, as in a tensor-parallel group: `all_reduce`
+            counts them once.
+
+    >>> import torch
+    >>> stats = Statistics({"2": Moments.of(torch.zeros(3, 2))})
+    >>> stats.sites, stats["2"].count
+    (('2',), 3)
+    """
+
+    __slots__ = ("_metadata", "_moments", "_replicas")
+
+    def __init__(
+        self,
+        moments: Mapping[str, Moments],
+        *,
+        metadata: Mapping[str, str] | None = None,
+        replicas: Sequence[int] = (),
+    ) -> None:
+        self._moments = {site: own.copy() for site, own in moments.items()}
+        self._metadata = dict(metadata or {})
+        self._replicas = tuple(replicas)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The names of the sites, in module order."""
+        return tuple(self._moments)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """A copy of the metadata: the model's fingerprint, the feature axis where it is not the last, the positions."""
+        return dict(self._metadata)
+
+    def __getitem__(self, site: str) -> Moments:
+        if site not in self._moments:
+            raise SiteNotFoundError(f"no statistics for site {site!r}. {close_names(site, self._moments)}")
+        return self._moments[site].copy()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._moments)
+
+    def __len__(self) -> int:
+        return len(self._moments)
+
+    def merge(self, other: Statistics) -> Statistics:
+        """The statistics of both parts together; both cover the same sites of one model.
+
+        Raises:
+            SiteNotFoundError, StatisticsError: other sites; another model, other axes or positions.
+        """
+        if set(self._moments) != set(other._moments):
+            raise SiteNotFoundError(f"sites {self.sites} against {other.sites}; collect both parts at the same sites")
+        if self._metadata != other._metadata:
+            raise StatisticsError(
+                f"{self._metadata} against {other._metadata}; collect both parts on one model, in one way"
+            )
+        merged = {site: own.merge(other._moments[site]) for site, own in self._moments.items()}
+        return Statistics(merged, metadata=self._metadata, replicas=sorted({*self._replicas, *other._replicas}))
+
+    def all_reduce(self, group: Group = None) -> Statistics:
+        """The statistics of all processes' rows together, the same on every process of the group.
+
+        A collective call: every process makes it. Processes that saw the same rows, as tensor parallelism has them,
+        count once; and so the result may be reduced again. Outside of torch.distributed it is `self`.
+
+        Raises:
+            DistributedError: on every process, if one of them failed to collect or came with other sites.
+
+        >>> import torch
+        >>> stats = Statistics({"2": Moments.of(torch.zeros(3, 2))})
+        >>> stats.all_reduce()["2"].count  # one process
+        3
+        """
+        reduced, ranks = reduce({None: self._moments}, self._metadata, self._replicas, group=group)
+        return Statistics(reduced[None], metadata=self._metadata, replicas=ranks)
+
+    def __neg__(self) -> Statistics:
+        """The statistics of the negated activations."""
+        return Statistics({s: -m for s, m in self._moments.items()}, metadata=self._metadata, replicas=self._replicas)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write them, bit for bit, to a `.safetensors` file; atomic.
+
+        Raises:
+            FileFormatError: another suffix.
+        """
+        storage.write(path, "statistics", {None: self._moments}, {"metadata": self._metadata})
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Statistics:
+        """Read what `save` wrote.
+
+        Raises:
+            FileFormatError: the file is corrupt, foreign, or of a newer version.
+        """
+        classes, described = storage.read(path, "statistics")
+        return cls(classes[None], metadata=described["metadata"])
+
+    def __repr__(self) -> str:
+        return f"Statistics({self._moments})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuilt, (self._moments, self._metadata, self._replicas)
+
+
+def _rebuilt(moments: dict[str, Moments], metadata: dict[str, str], replicas: tuple[int, ...]) -> Statistics:
+    return Statistics(moments, metadata=metadata, replicas=replicas)

@@ -1,0 +1,38 @@
+"""Symmetric matrices of which the lower half alone is kept up to date, panel by panel: half the work of a product."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+PANEL = 512
+
+
+def add_product(matrix: Float[Tensor, "d d"], left: Float[Tensor, "n d"], right: Float[Tensor, "n d"]) -> None:
+    """Add leftᵀ right, which is symmetric, to the lower half of `matrix`, in place."""
+    for start in range(0, len(matrix), PANEL):
+        matrix[start:, start : start + PANEL].addmm_(left[:, start:].T, right[:, start : start + PANEL])
+
+
+def times(matrix: Float[Tensor, "d d"], vector: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
+    """The product of the whole symmetric matrix with a vector."""
+    result = torch.zeros_like(vector)
+    for start in range(0, len(matrix), PANEL):
+        end = start + PANEL
+        result[start:end] += whole(matrix[start:end, start:end]) @ vector[start:end]
+        below = matrix[end:, start:end]
+        result[end:] += below @ vector[start:end]
+        result[start:end] += below.T @ vector[end:]
+    return result
+
+
+def whole(matrix: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+    """A copy with both halves, each the mirror image of the other bit for bit."""
+    copied = matrix.clone()
+    for start in range(0, len(matrix), PANEL):
+        end = start + PANEL
+        corner = copied[start:end, start:end].tril()
+        copied[start:end, start:end] = corner + corner.tril(-1).T
+        copied[start:end, end:] = copied[end:, start:end].T
+    return copied
