@@ -5,6 +5,7 @@ model + data --collect--> Statistics --estimator--> SteeringVector --> VectorBan
 
 from actsteer.collecting.classes import ClassStatistics
 from actsteer.collecting.collect import collect
+from actsteer.collecting.differences import collect_differences
 from actsteer.collecting.moments import Moments
 from actsteer.collecting.record import record
 from actsteer.collecting.statistics import Statistics
@@ -26,15 +27,22 @@ from actsteer.errors import (
     UnsupportedModelError,
     ZeroDirectionError,
 )
+from actsteer.estimators.centroids import Centroids
+from actsteer.estimators.concept_erasure import ConceptErasure
 from actsteer.estimators.estimator import Estimator
 from actsteer.estimators.fit import fit
 from actsteer.estimators.layer_mean import LayerMean
+from actsteer.estimators.logistic_direction import LogisticDirection
 from actsteer.estimators.mean_difference import MeanDifference
 from actsteer.estimators.optimize import optimize
+from actsteer.estimators.principal_direction import PrincipalDirection
+from actsteer.estimators.ridge_direction import RidgeDirection
+from actsteer.estimators.sparse_feature import SparseFeature
 from actsteer.estimators.whitened_mean_difference import WhitenedMeanDifference
 from actsteer.sites.resolve import find_sites
 from actsteer.steering.gates import Gate, ProjectionAbove
 from actsteer.steering.interventions import Add, Intervention
+from actsteer.steering.low_rank import LowRank
 from actsteer.steering.steerer import Steerer
 from actsteer.tuning.sweep import sweep
 from actsteer.vectors.bank import VectorBank
@@ -47,7 +55,9 @@ __all__ = [
     "Add",
     "AttachedError",
     "BatchError",
+    "Centroids",
     "ClassStatistics",
+    "ConceptErasure",
     "ConceptNotFoundError",
     "DistributedError",
     "Estimator",
@@ -56,13 +66,18 @@ __all__ = [
     "GateError",
     "Intervention",
     "LayerMean",
+    "LogisticDirection",
     "LossError",
+    "LowRank",
     "MeanDifference",
     "Moments",
     "OutputError",
+    "PrincipalDirection",
     "ProjectionAbove",
+    "RidgeDirection",
     "ShapeError",
     "SiteNotFoundError",
+    "SparseFeature",
     "Statistics",
     "StatisticsError",
     "Steerer",
@@ -74,6 +89,7 @@ __all__ = [
     "WhitenedMeanDifference",
     "ZeroDirectionError",
     "collect",
+    "collect_differences",
     "find_sites",
     "fit",
     "optimize",

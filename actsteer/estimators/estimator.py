@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from actsteer.collecting.moments import Moments
 from actsteer.collecting.statistics import Statistics
-from actsteer.errors import ShapeError, SiteNotFoundError
+from actsteer.errors import ShapeError, SiteNotFoundError, StatisticsError
 from actsteer.vectors.vector import SteeringVector
 
 
@@ -40,21 +41,10 @@ def estimate(
     Raises:
         SiteNotFoundError, ShapeError: the sides were collected at different sites, or have different sizes there.
     """
-    if set(positive) != set(negative):
-        raise SiteNotFoundError(
-            f"positive has the sites {positive.sites}, negative {negative.sites}; collect both at the same sites"
-        )
-    if not len(positive):
-        raise SiteNotFoundError("the statistics have no sites; collect them at one or more")
+    check_alike(positive, negative)
     directions: dict[str, Tensor] = {}
     for site in positive:
-        toward, away = positive[site], negative[site]
-        if toward.mean.shape != away.mean.shape:
-            raise ShapeError(
-                f"site {site!r}: positive has {len(toward.mean)} features, negative {len(away.mean)}; were they "
-                "collected at sites of the same size?"
-            )
-        directions[site] = direction(toward, away).to(torch.get_default_dtype())
+        directions[site] = direction(positive[site], negative[site]).to(torch.get_default_dtype())
     shared = dict(positive.metadata.items() & negative.metadata.items())
     first = positive.sites[0]
     return SteeringVector(
@@ -66,3 +56,34 @@ def estimate(
             "negative count": str(negative[first].count),
         },
     )
+
+
+def check_alike(positive: Statistics, negative: Statistics) -> None:
+    """Raise unless both sides were collected at the same sites of the same sizes."""
+    if set(positive) != set(negative):
+        raise SiteNotFoundError(
+            f"positive has the sites {positive.sites}, negative {negative.sites}; collect both at the same sites"
+        )
+    if not len(positive):
+        raise SiteNotFoundError("the statistics have no sites; collect them at one or more")
+    for site in positive:
+        if (toward := positive[site].d) != (away := negative[site].d):
+            raise ShapeError(
+                f"site {site!r}: positive has {toward} features, negative {away}; were they collected at sites of the "
+                "same size?"
+            )
+
+
+def solved(matrix: Float[Tensor, "d d"], right: Float[Tensor, " d"], *, rows: int) -> Float[Tensor, " d"]:
+    """The solution x of matrix · x = right, for a symmetric positive matrix from so many rows.
+
+    Raises:
+        StatisticsError: the matrix is singular to rounding.
+    """
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    rounding = len(matrix) * torch.finfo(matrix.dtype).eps * matrix.diagonal().max()
+    if int(info) or bool(factor.diagonal().min() ** 2 <= rounding):
+        raise StatisticsError(
+            f"the covariance of {len(matrix)} features from {rows} rows is singular; shrink more, or collect more rows"
+        )
+    return torch.cholesky_solve(right[:, None], factor)[:, 0]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import final
 
-import torch
 from torch import Tensor
 
 from actsteer.collecting.moments import Moments
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import StatisticsError
-from actsteer.estimators.estimator import estimate
+from actsteer.estimators.estimator import estimate, solved
 from actsteer.vectors.vector import SteeringVector
 
 
@@ -23,11 +22,13 @@ class WhitenedMeanDifference:
     as what is added it need not be the shift that changes the model's answer.
 
     Args:
-        shrinkage: ρ in [0, 1]; None takes the oracle-approximating estimate (Chen, Wiesel, Eldar & Hero 2010).
+        shrinkage: ρ in [0, 1]; None takes the one of least expected error, from the sums of fourth powers that
+            `collect` keeps beside the covariance (Ledoit & Wolf 2004).
 
     Raises:
         StatisticsError: no covariance was collected, or Σ is singular.
 
+    >>> import torch
     >>> from actsteer.collecting.moments import Moments
     >>> positive = Statistics({"2": Moments.of(torch.tensor([[2.0, 1.0], [2.0, -1.0]]), covariance=True)})
     >>> negative = Statistics({"2": Moments.of(torch.tensor([[1.0, 1.0], [-1.0, -1.0]]), covariance=True)})
@@ -50,21 +51,23 @@ class WhitenedMeanDifference:
         degrees = positive.count + negative.count - 2
         if degrees < 1:
             raise StatisticsError("one row on either side says nothing about the covariance; collect more")
-        pooled = (positive.scatter + negative.scatter) / degrees
-        d = len(pooled)
-        rho = _oracle_approximating(pooled, degrees) if self.shrinkage is None else self.shrinkage
-        shrunk = (1 - rho) * pooled + rho * (pooled.trace() / d) * torch.eye(d).to(pooled)
-        factor, info = torch.linalg.cholesky_ex(shrunk)
-        rounding = d * torch.finfo(shrunk.dtype).eps * shrunk.diagonal().max()
-        if int(info) or bool(factor.diagonal().min() ** 2 <= rounding):
-            raise StatisticsError(
-                f"the covariance of {d} features from {degrees + 2} rows is singular; shrink more, or collect more rows"
-            )
-        return torch.cholesky_solve((positive.mean - negative.mean)[:, None], factor)[:, 0]
+        scatter = positive.scatter.add_(negative.scatter)
+        fourth = float(positive.fourth + negative.fourth)
+        rho = _ledoit_wolf(scatter, fourth, degrees + 2) if self.shrinkage is None else self.shrinkage
+        covariance = scatter.div_(degrees)
+        level = covariance.trace() / len(covariance)
+        covariance.mul_(1 - rho).diagonal().add_(rho * level)
+        return solved(covariance, positive.mean - negative.mean, rows=degrees + 2)
 
 
-def _oracle_approximating(covariance: Tensor, n: int) -> float:
-    d = len(covariance)
-    square, trace_square = float((covariance**2).sum()), float(covariance.trace() ** 2)
-    spread = (n + 1 - 2 / d) * (square - trace_square / d)
-    return min(1.0, ((1 - 2 / d) * square + trace_square) / spread) if spread > 0 else 1.0
+def _ledoit_wolf(scatter: Tensor, fourth: float, n: int) -> float:
+    """The shrinkage of the covariance of n centred rows x, from Σ xxᵀ and Σ ‖x‖⁴."""
+    if fourth != fourth:  # nan
+        raise StatisticsError(
+            "these moments were made from a scatter alone, which does not tell how sure it is; pass shrinkage="
+        )
+    d = len(scatter)
+    square = float(scatter.square().sum()) / n**2
+    apart = square - (float(scatter.trace()) / n) ** 2 / d  # how far the covariance is from a multiple of the identity
+    error = (fourth / n - square) / n  # how far it is, in expectation, from that of all data
+    return min(1.0, max(0.0, error / apart)) if apart > 0 else 1.0

@@ -20,6 +20,7 @@ from actsteer.steering.checkpointing import Checkpointing
 from actsteer.steering.edit import SiteEdit
 from actsteer.steering.explain import explain
 from actsteer.steering.interventions import Intervention
+from actsteer.steering.low_rank import LowRank
 from actsteer.steering.plan import Gates, make_plan
 from actsteer.steering.strength import Strengths, strengths_of
 from actsteer.steering.watch import Watch
@@ -37,7 +38,8 @@ class Steerer:
 
     Args:
         model: any `nn.Module`, wrapped (compiled, DDP, FSDP) or not.
-        vectors: one vector, or a bank whose concepts are added together; they are copied (see `requires_grad_`).
+        vectors: one vector, or a bank whose concepts are added together; they are copied (see `requires_grad_`). Or a
+            `LowRank` edit, which takes their place.
         c: the strength, in multiples of the vectors: one number; concept -> number (what is not named is 0); or a
             tensor of shape (B,), one strength per row of the batch. A vector without a name is the concept "vector".
         intervention: how a direction edits the activation.
@@ -73,10 +75,10 @@ class Steerer:
     def __init__(
         self,
         model: nn.Module,
-        vectors: SteeringVector | VectorBank,
+        vectors: SteeringVector | VectorBank | LowRank,
         *,
         c: Strengths = 1.0,
-        intervention: Intervention | None = None,
+        intervention: Intervention | LowRank | None = None,
         gate: Gates | None = None,
         sites: Sites | None = None,
         axis: Axes | None = None,
@@ -84,14 +86,19 @@ class Steerer:
         scope: Scope = "process",
         strict: bool = True,
     ) -> None:
+        if isinstance(vectors, LowRank):
+            if intervention is not None:
+                raise TypeError(f"{vectors!r} says itself how it edits; leave intervention= out")
+            intervention, vectors = vectors, vectors.constant
         if isinstance(vectors, SteeringVector):
             vectors = VectorBank({vectors.concept or "vector": vectors})
         if not isinstance(vectors, VectorBank):
-            raise TypeError(f"expected a SteeringVector or a VectorBank, got {type(vectors).__name__}")
+            raise TypeError(f"expected a SteeringVector, a VectorBank or a LowRank edit, got {type(vectors).__name__}")
         check(backend, scope)
         self.model = model
         self.bank = vectors
-        self._intervention, self._gate = intervention, gate
+        self._intervention: Intervention | LowRank | None = intervention
+        self._gate = gate
         self._backend, self._scope, self._strict = backend, scope, strict
         self._handles: ExitStack | None = None
         self._installed: ExitStack | None = None

@@ -12,6 +12,7 @@ from actsteer.sites.axes import Axes
 from actsteer.sites.resolve import Sites
 from actsteer.steering.backends.choose import Backend
 from actsteer.steering.interventions import Intervention
+from actsteer.steering.low_rank import LowRank
 from actsteer.steering.plan import Gates
 from actsteer.steering.steerer import Steerer
 from actsteer.steering.strength import Strengths
@@ -21,7 +22,7 @@ from actsteer.vectors.vector import SteeringVector
 
 def sweep(
     model: nn.Module,
-    vectors: SteeringVector | VectorBank,
+    vectors: SteeringVector | VectorBank | LowRank,
     *,
     c: Iterable[Strengths],
     evaluate: Callable[[nn.Module], Mapping[str, Any]],

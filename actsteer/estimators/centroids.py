@@ -1,0 +1,45 @@
+"""Centroids: a vector for every class, from the mean of the rest to its own."""
+
+from __future__ import annotations
+
+from typing import final
+
+from actsteer.collecting.classes import ClassStatistics
+from actsteer.errors import StatisticsError
+from actsteer.estimators.mean_difference import MeanDifference
+from actsteer.vectors.bank import VectorBank
+from actsteer.vectors.vector import SteeringVector
+
+
+@final
+class Centroids:
+    """v_k = μ_k - μ_rest for every class k, the mean of all rows of the other classes taken away: one against the rest.
+
+    One pass with labels gives a whole bank: `Centroids()(collect(model, x, by=y, sites=...))`, a concept per label.
+    Source: nearest shrunken centroids, Tibshirani et al. 2002, without the shrinking.
+
+    Raises:
+        StatisticsError: there is one class alone.
+
+    >>> import torch
+    >>> from actsteer.collecting.moments import Moments
+    >>> from actsteer.collecting.statistics import Statistics
+    >>> rows = enumerate(torch.tensor([[0.0], [2.0], [4.0]]))
+    >>> stats = ClassStatistics({digit: Statistics({"2": Moments.of(row[None])}) for digit, row in rows})
+    >>> bank = Centroids()(stats)
+    >>> bank.concepts, bank["2"]["2"]
+    (('0', '1', '2'), tensor([3.]))
+    """
+
+    needs_covariance = False
+
+    def __call__(self, classes: ClassStatistics) -> VectorBank:
+        """The bank of all classes, in the order of the labels."""
+        if len(classes) < 2:
+            raise StatisticsError(f"expected two classes or more, got {list(classes)}; there is no rest")
+        vectors: dict[str, SteeringVector] = {}
+        for label, own in classes.items():
+            vector = MeanDifference()(positive=own, negative=classes.rest(label))
+            described = vector.metadata | {"estimator": type(self).__name__, "concept": str(label)}
+            vectors[str(label)] = SteeringVector({site: vector[site] for site in vector}, metadata=described)
+        return VectorBank(vectors)

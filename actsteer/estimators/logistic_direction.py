@@ -1,0 +1,162 @@
+"""LogisticDirection: the weights of a logistic regression on which side a row is from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import TypeAlias, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from actsteer.errors import ShapeError, SiteNotFoundError, StatisticsError
+from actsteer.vectors.vector import SteeringVector
+
+Recorded: TypeAlias = Mapping[str, Tensor]
+"""Site -> (n, d), as `record` gives them."""
+Rows: TypeAlias = Recorded | Iterable[Recorded]
+"""Recorded activations; or a stream of them, block by block, that can be gone over again and again."""
+
+
+@final
+class LogisticDirection:
+    """v = argmin C Σ log(1 + exp(-y (x·v + b))) + ‖v‖² / 2 with y = +1 for positive rows and -1 for negative ones.
+
+    The offset b is in the metadata, as "offset SITE". Recorded activations are given to scikit-learn (the extra
+    `logistic`). A stream is gone over once per step of Newton's method, which keeps a gradient and a (d, d) matrix: the
+    same optimum in memory that does not grow with the rows. With `fit`, `streamed=True` runs the model in every step.
+
+    Args:
+        C: the weight of the rows against that of ‖v‖² / 2, as scikit-learn's `C`.
+        streamed: have `fit` stream the activations, not record them.
+        steps: the largest number of Newton steps, or of scikit-learn's iterations.
+        tolerance: it has converged when no entry of the gradient is larger, per row.
+
+    Raises:
+        StatisticsError: a side without rows, activations that are not finite, or no convergence.
+
+    Source: probes, Alain & Bengio 2016; iteratively reweighted least squares, Green 1984.
+
+    >>> rows = torch.tensor([[1.0], [2.0], [3.0]])
+    >>> v = LogisticDirection()(positive=[{"2": rows}], negative=[{"2": -rows}])
+    >>> bool(v["2"] > 0), abs(float(v.metadata["offset 2"])) < 1e-6
+    (True, True)
+    """
+
+    needs_rows = True
+
+    def __init__(self, *, C: float = 1.0, streamed: bool = False, steps: int = 100, tolerance: float = 1e-8) -> None:  # noqa: N803
+        if not (math.isfinite(C) and C > 0):
+            raise ValueError(f"C: expected a number above 0, got {C}")
+        if steps < 1 or not tolerance > 0:
+            raise ValueError(f"expected steps >= 1 and tolerance > 0, got steps={steps}, tolerance={tolerance}")
+        self.C, self.streamed, self.steps, self.tolerance = C, streamed, steps, tolerance
+
+    def __call__(self, *, positive: Rows, negative: Rows) -> SteeringVector:
+        """The regression's weights at every site."""
+        if isinstance(positive, Mapping) and isinstance(negative, Mapping):
+            _check_alike(positive, negative)
+            found = {site: self._by_sklearn(site, positive[site], negative[site]) for site in positive}
+        elif isinstance(positive, Mapping) or isinstance(negative, Mapping):
+            raise TypeError("expected recorded activations on both sides, or a stream of them on both; got one of each")
+        else:
+            found = self._by_newton(positive, negative)
+        described = {f"offset {site}": repr(float(weights[-1])) for site, weights in found.items()}
+        kind = torch.get_default_dtype()
+        return SteeringVector(
+            {site: weights[:-1].to(kind) for site, weights in found.items()},
+            metadata={"estimator": type(self).__name__} | described,
+        )
+
+    def _by_sklearn(self, site: str, positive: Tensor, negative: Tensor) -> Tensor:
+        try:
+            from sklearn.linear_model import LogisticRegression
+        except ImportError as error:
+            raise ImportError(
+                'LogisticDirection on recorded activations needs scikit-learn: pip install "actsteer[logistic]", or '
+                "streamed=True"
+            ) from error
+        rows = torch.cat([positive, negative]).double().cpu()
+        if not (len(positive) and len(negative) and bool(rows.isfinite().all())):
+            raise StatisticsError(f"site {site!r}: expected finite rows on both sides")
+        labels = torch.cat([torch.ones(len(positive)), -torch.ones(len(negative))])
+        regression = LogisticRegression(
+            C=self.C, solver="newton-cholesky", tol=self.tolerance, max_iter=self.steps
+        ).fit(rows.numpy(), labels.numpy())
+        return torch.cat([torch.from_numpy(regression.coef_[0]), torch.from_numpy(regression.intercept_)])
+
+    def _by_newton(self, positive: Iterable[Recorded], negative: Iterable[Recorded]) -> dict[str, Tensor]:
+        """Weights and offset at every site, all sites in one stream."""
+        for side in (positive, negative):
+            if iter(side) is side:
+                raise StatisticsError("a stream is gone over several times; give a list, or anything that starts again")
+        weights: dict[str, Tensor] = {}
+        steps: dict[str, Tensor] = {}
+        losses: dict[str, float] = {}
+        for _ in range(self.steps):
+            sums = {site: _Sums(own, self.C) for site, own in weights.items()}
+            for sign, side in ((1.0, positive), (-1.0, negative)):
+                for block in side:
+                    for site, rows in block.items():
+                        if site not in weights:
+                            weights[site] = torch.zeros(rows.shape[1] + 1, dtype=torch.float64, device=rows.device)
+                        sums.setdefault(site, _Sums(weights[site], self.C)).add(rows, sign)
+            if all(own.check(site).converged(self.tolerance) for site, own in sums.items()):
+                return weights
+            for site, own in sums.items():
+                if own.loss > losses.get(site, math.inf) + 1e-12 * abs(own.loss):  # too far: half the way back
+                    steps[site] = steps[site] / 2
+                    weights[site] = weights[site] - steps[site]
+                else:
+                    losses[site] = own.loss
+                    steps[site] = own.step()
+                    weights[site] = weights[site] + steps[site]
+        raise StatisticsError(f"no convergence in {self.steps} steps; scale the activations, or take a smaller C")
+
+
+class _Sums:
+    """Loss, gradient and Hessian at some weights, as they grow."""
+
+    def __init__(self, weights: Float[Tensor, " d+1"], C: float) -> None:  # noqa: N803
+        self._weights, self._c = weights, C
+        penalized = torch.cat([weights[:-1], weights.new_zeros(1)])
+        self._gradient = penalized.clone()
+        self._hessian = torch.diag((torch.arange(len(weights)) < len(weights) - 1).to(weights))
+        self.loss = float(penalized.square().sum() / 2)
+        self._counts = {1.0: 0, -1.0: 0}
+
+    def add(self, rows: Float[Tensor, "n d"], sign: float) -> None:
+        """Take in rows of one side."""
+        extended = torch.cat([rows.double(), rows.new_ones(len(rows), 1).double()], dim=1)
+        margins = sign * (extended @ self._weights)
+        wrong = torch.sigmoid(-margins)
+        self.loss += self._c * float(torch.nn.functional.softplus(-margins).sum())
+        self._gradient -= self._c * sign * (wrong @ extended)
+        self._hessian.addmm_((extended * (wrong * (1 - wrong))[:, None]).T, extended, alpha=self._c)
+        self._counts[sign] += len(rows)
+
+    def check(self, site: str) -> _Sums:
+        """Itself; StatisticsError if a side is missing or not finite."""
+        if not all(self._counts.values()) or not math.isfinite(self.loss):
+            raise StatisticsError(f"site {site!r}: expected finite rows on both sides")
+        return self
+
+    def converged(self, tolerance: float) -> bool:
+        return float(self._gradient.abs().max()) <= tolerance * sum(self._counts.values()) * max(self._c, 1e-300)
+
+    def step(self) -> Float[Tensor, " d+1"]:
+        """Newton's step."""
+        solution: Tensor = torch.linalg.lstsq(self._hessian.cpu(), self._gradient.cpu()[:, None]).solution
+        return -solution[:, 0].to(self._weights)
+
+
+def _check_alike(positive: Recorded, negative: Recorded) -> None:
+    if set(positive) != set(negative):
+        raise SiteNotFoundError(f"positive has the sites {list(positive)}, negative {list(negative)}")
+    for site in positive:
+        if positive[site].shape[1:] != negative[site].shape[1:] or positive[site].ndim != 2:
+            raise ShapeError(
+                f"site {site!r}: expected (n, d) on both sides, got {tuple(positive[site].shape)} and "
+                f"{tuple(negative[site].shape)}"
+            )

@@ -1,0 +1,54 @@
+"""PrincipalDirection: the direction along which the activations vary most."""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor
+
+from actsteer.collecting.moments import Moments
+from actsteer.collecting.statistics import Statistics
+from actsteer.errors import StatisticsError
+from actsteer.estimators.estimator import estimate
+from actsteer.vectors.vector import SteeringVector
+
+
+@final
+class PrincipalDirection:
+    """v = the first principal component, of norm 1, with the sign by which the positive side projects higher.
+
+    Pooled: of both sides together, centred at their common mean. Paired: of the differences x₊ - x₋ of pairs of rows,
+    each taken with both signs, so that they are centred at zero; `fit` makes them from pairs of batches, and
+    `differences` from two models' inputs. Then what a pair shares does not count.
+
+    Also called LAT, or the reading vector. Source: representation engineering (RepE), Zou et al. 2023.
+
+    Args:
+        paired: the statistics are those of the differences (positive) and of their negatives (negative).
+
+    Raises:
+        StatisticsError: no covariance was collected, or the rows do not vary.
+
+    >>> from actsteer.collecting.moments import Moments
+    >>> rows = torch.tensor([[3.0, 0.0], [5.0, 0.5], [4.0, -0.5]])
+    >>> sides = (Statistics({"2": Moments.of(sign * rows, covariance=True)}) for sign in (1, -1))
+    >>> PrincipalDirection()(positive=next(sides), negative=next(sides))["2"].round(decimals=2)
+    tensor([1.0000, 0.0100])
+    """
+
+    needs_covariance = True
+
+    def __init__(self, *, paired: bool = False) -> None:
+        self.paired = paired
+
+    def __call__(self, *, positive: Statistics, negative: Statistics) -> SteeringVector:
+        """The principal direction at every site."""
+        return estimate(self, self._direction, positive=positive, negative=negative)
+
+    def _direction(self, positive: Moments, negative: Moments) -> Tensor:
+        values, components = torch.linalg.eigh(positive.merge(negative).scatter)
+        if float(values[-1]) <= 0.0:
+            raise StatisticsError("the rows do not vary, so no direction is the principal one; collect other rows")
+        component: Tensor = components[:, -1]
+        return -component if float(component @ (positive.mean - negative.mean)) < 0 else component

@@ -1,0 +1,119 @@
+"""LowRank: an edit that depends on the activation through a few numbers, at every one of its sites."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import linear
+
+from actsteer.errors import ShapeError, SiteNotFoundError, close_names
+from actsteer.vectors.vector import SteeringVector
+
+
+@final
+@dataclass(frozen=True)
+class LowRankAt:
+    """The edit of one site, h + c · Uᵀ(A h + b): reads A (r, d), adds along U (r, d), with offsets b (r,)."""
+
+    reads: Float[Tensor, "r d"]
+    adds: Float[Tensor, "r d"]
+    offsets: Float[Tensor, " r"]
+
+    def __call__(
+        self, activation: Float[Tensor, "*batch d"], direction: Float[Tensor, " d"], c: Float[Tensor, ...]
+    ) -> Float[Tensor, "*batch d"]:
+        """The edited activation; where c is 0, h itself. The direction is not used."""
+        reads, adds, offsets = (part.to(activation) for part in (self.reads, self.adds, self.offsets))
+        change = linear(linear(activation, reads, offsets), adds.T)
+        return torch.where(c == 0, activation, activation + c * change)
+
+
+@final
+class LowRank:
+    """h + c · Uᵀ(A h + b) at every site: what is added has r directions, and how much of each depends on h linearly.
+
+    `Steerer(model, edit, c=...)` takes it in the place of vectors. `optimize(..., rank=r)` trains one, as ReFT's
+    h + Rᵀ(W h + b - R h) with A = W - R and U = R (Wu et al. 2024); `ConceptErasure` fits one (LEACE, Belrose et al.
+    2023). With A = 0 it is plain steering by `constant`. A value: it copies what comes in and what goes out.
+
+    Args:
+        sites: site -> (A, U, b), of shapes (r, d), (r, d) and (r,).
+        concept, metadata: as for a `SteeringVector`.
+
+    Raises:
+        ShapeError: shapes that do not fit, or numbers that are not finite.
+
+    >>> from torch import nn
+    >>> from actsteer import Steerer
+    >>> halve = LowRank({"0": (torch.tensor([[-0.5, 0.0]]), torch.tensor([[1.0, 0.0]]), torch.zeros(1))})
+    >>> model = nn.Sequential(nn.Identity())
+    >>> with Steerer(model, halve):
+    ...     model(torch.tensor([[4.0, 3.0]]))
+    tensor([[2., 3.]])
+    """
+
+    def __init__(
+        self,
+        sites: Mapping[str, tuple[Tensor, Tensor, Tensor]],
+        *,
+        concept: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        if not sites:
+            raise ShapeError("expected one site or more, got none")
+        self._parts = {site: _owned(site, *parts) for site, parts in sites.items()}
+        self._metadata = dict(metadata or {}) | ({} if concept is None else {"concept": concept})
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The names of the sites, in the order given."""
+        return tuple(self._parts)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """A copy of the metadata."""
+        return dict(self._metadata)
+
+    @property
+    def concept(self) -> str | None:
+        """What the edit stands for, if it was named."""
+        return self._metadata.get("concept")
+
+    @property
+    def rank(self) -> int:
+        """The largest number of directions at any site."""
+        return max(len(part.offsets) for part in self._parts.values())
+
+    @property
+    def constant(self) -> SteeringVector:
+        """What is added whatever the activation, Uᵀ b: the part of the edit that is plain steering."""
+        return SteeringVector({site: p.adds.T @ p.offsets for site, p in self._parts.items()}, metadata=self._metadata)
+
+    def at(self, site: str) -> LowRankAt:
+        """The edit of one site."""
+        if site not in self._parts:
+            raise SiteNotFoundError(f"no edit at site {site!r}. {close_names(site, self._parts)}")
+        return self._parts[site]
+
+    def __getitem__(self, site: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Copies of (A, U, b) at a site."""
+        part = self.at(site)
+        return part.reads.clone(), part.adds.clone(), part.offsets.clone()
+
+    def __repr__(self) -> str:
+        return f"LowRank(rank={self.rank}, sites={self.sites}, concept={self.concept!r})"
+
+
+def _owned(site: str, reads: Tensor, adds: Tensor, offsets: Tensor) -> LowRankAt:
+    shapes = tuple(tuple(part.shape) for part in (reads, adds, offsets))
+    if reads.ndim != 2 or shapes != (shapes[0], shapes[0], (len(reads),)):
+        raise ShapeError(f"site {site!r}: expected A (r, d), U (r, d) and b (r,), got shapes {shapes}")
+    if not all(part.is_floating_point() and bool(part.isfinite().all()) for part in (reads, adds, offsets)):
+        raise ShapeError(f"site {site!r}: expected finite floating tensors; did a loss diverge?")
+    with torch.inference_mode(mode=False):  # so that they work in autograd later
+        return LowRankAt(*(part.detach().clone() for part in (reads, adds, offsets)))
