@@ -5,6 +5,7 @@ model + data --collect--> Statistics --estimator--> SteeringVector --> VectorBan
 
 from actsteer.collecting.classes import ClassStatistics
 from actsteer.collecting.collect import collect
+from actsteer.collecting.cross import CrossMoments, collect_pairs
 from actsteer.collecting.differences import collect_differences
 from actsteer.collecting.moments import Moments
 from actsteer.collecting.record import record
@@ -27,8 +28,10 @@ from actsteer.errors import (
     UnsupportedModelError,
     ZeroDirectionError,
 )
+from actsteer.estimators.align import align
 from actsteer.estimators.centroids import Centroids
 from actsteer.estimators.concept_erasure import ConceptErasure
+from actsteer.estimators.discover import discover
 from actsteer.estimators.estimator import Estimator
 from actsteer.estimators.fit import fit
 from actsteer.estimators.layer_mean import LayerMean
@@ -46,6 +49,7 @@ from actsteer.steering.low_rank import LowRank
 from actsteer.steering.steerer import Steerer
 from actsteer.tuning.sweep import sweep
 from actsteer.vectors.bank import VectorBank
+from actsteer.vectors.site_map import SiteMap
 from actsteer.vectors.vector import SteeringVector
 
 __version__ = "0.1.0"
@@ -59,6 +63,7 @@ __all__ = [
     "ClassStatistics",
     "ConceptErasure",
     "ConceptNotFoundError",
+    "CrossMoments",
     "DistributedError",
     "Estimator",
     "FileFormatError",
@@ -76,6 +81,7 @@ __all__ = [
     "ProjectionAbove",
     "RidgeDirection",
     "ShapeError",
+    "SiteMap",
     "SiteNotFoundError",
     "SparseFeature",
     "Statistics",
@@ -88,8 +94,11 @@ __all__ = [
     "VectorBank",
     "WhitenedMeanDifference",
     "ZeroDirectionError",
+    "align",
     "collect",
     "collect_differences",
+    "collect_pairs",
+    "discover",
     "find_sites",
     "fit",
     "optimize",

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.covariance import ledoit_wolf_shrinkage
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import Tensor, nn
 
@@ -36,12 +37,10 @@ def discriminant(positive: Tensor, negative: Tensor, shrinkage: float) -> Array:
     return np.asarray(fitted.coef_[0] * (n - 2) / n)
 
 
-def oracle_approximating(covariance: Array, n: int) -> float:
-    """Chen, Wiesel, Eldar & Hero 2010, equation 23, in eigenvalues: tr(S²) = Σλ², tr(S) = Σλ."""
-    eigenvalues = np.linalg.eigvalsh(covariance)
-    d, square, squared_trace = len(eigenvalues), (eigenvalues**2).sum(), eigenvalues.sum() ** 2
-    spread = square - squared_trace / d  # zero for a multiple of the identity, which needs no shrinking but bears it
-    return min(1.0, ((1 - 2 / d) * square + squared_trace) / ((n + 1 - 2 / d) * max(spread, 1e-300)))
+def ledoit_wolf_of_classes(positive: Tensor, negative: Tensor) -> float:
+    """scikit-learn's shrinkage of all rows about the mean of their own class."""
+    centred = [rows.double().numpy() - rows.double().numpy().mean(axis=0) for rows in (positive, negative)]
+    return float(ledoit_wolf_shrinkage(np.concatenate(centred), assume_centered=True))
 
 
 def gram_schmidt(rows: Array) -> Array:

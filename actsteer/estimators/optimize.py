@@ -1,28 +1,86 @@
-"""optimize: train one direction per site by gradient, the model frozen."""
+"""optimize: train a direction, or a low-rank edit, at every site by gradient, the model frozen."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator
-from itertools import zip_longest
-from typing import Any
+import math
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import trange
 
-from actsteer.collecting.batches import Batches, call, iterate
+from actsteer.collecting.batches import Batches, call
 from actsteer.collecting.collect import described_axes
 from actsteer.collecting.observe import Observation
 from actsteer.collecting.undisturbed import undisturbed
-from actsteer.errors import BatchError, LossError
+from actsteer.estimators.retention import divergence
+from actsteer.estimators.stream import Loss, Targets, check_loss, check_pairing, endless, once, takes_target
+from actsteer.estimators.trained import Trained, TrainedLowRank, TrainedVector
 from actsteer.sites.axes import Axes
 from actsteer.sites.resolve import Sites, find_sites, fingerprint
 from actsteer.steering.gates import Gate
+from actsteer.steering.low_rank import LowRank
 from actsteer.steering.steerer import Steerer
 from actsteer.vectors.vector import SteeringVector
 
-Loss = Callable[..., Tensor]
+CHECKS = 20
+"""How often the validation loss is looked at, in a run of all steps."""
+
+
+@overload
+def optimize(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    sites: Sites,
+    loss: Loss,
+    steps: int = ...,
+    targets: Targets | None = ...,
+    lr: float = ...,
+    batch_size: int = ...,
+    rank: None = ...,
+    max_norm: float | None = ...,
+    l2: float = ...,
+    retain: Batches | None = ...,
+    retain_weight: float = ...,
+    validation: Batches | None = ...,
+    validation_targets: Targets | None = ...,
+    patience: int = ...,
+    start: SteeringVector | None = ...,
+    gate: Gate | None = ...,
+    axis: Axes | None = ...,
+    concept: str | None = ...,
+    generator: torch.Generator | None = ...,
+    progress: bool = ...,
+) -> SteeringVector: ...
+
+
+@overload
+def optimize(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    sites: Sites,
+    loss: Loss,
+    steps: int = ...,
+    targets: Targets | None = ...,
+    lr: float = ...,
+    batch_size: int = ...,
+    rank: int,
+    max_norm: float | None = ...,
+    l2: float = ...,
+    retain: Batches | None = ...,
+    retain_weight: float = ...,
+    validation: Batches | None = ...,
+    validation_targets: Targets | None = ...,
+    patience: int = ...,
+    start: SteeringVector | None = ...,
+    gate: Gate | None = ...,
+    axis: Axes | None = ...,
+    concept: str | None = ...,
+    generator: torch.Generator | None = ...,
+    progress: bool = ...,
+) -> LowRank: ...
 
 
 @torch.inference_mode(mode=False)
@@ -33,41 +91,58 @@ def optimize(
     sites: Sites,
     loss: Loss,
     steps: int = 1000,
-    targets: Tensor | Iterable[Any] | None = None,
+    targets: Targets | None = None,
     lr: float = 0.02,
     batch_size: int = 256,
+    rank: int | None = None,
+    max_norm: float | None = None,
+    l2: float = 0.0,
+    retain: Batches | None = None,
+    retain_weight: float = 1.0,
+    validation: Batches | None = None,
+    validation_targets: Targets | None = None,
+    patience: int = 5,
     start: SteeringVector | None = None,
     gate: Gate | None = None,
     axis: Axes | None = None,
     concept: str | None = None,
     generator: torch.Generator | None = None,
     progress: bool = True,
-) -> SteeringVector:
+) -> SteeringVector | LowRank:
     """The vector v that minimises loss(model(x)) while every site adds v_l, trained by Adam; the weights stay.
 
-    Starts from zero, or from `start`; the learning rate falls linearly to zero. The model runs in evaluation mode and
-    is left untouched. Inside a `with Steerer(...)` block the vector is trained on top of that steering.
+    With `rank` it is a low-rank edit, h + Rᵀ(W h + b - R h), whose strength depends on the activation. Starts from
+    zero, or from `start`; the learning rate falls linearly to zero. The model runs in evaluation mode and is left
+    untouched. Inside a `with Steerer(...)` block it is trained on top of that steering.
 
     Args:
         batches: as for `collect`; one tensor is shuffled anew in every epoch, an iterable is repeated in its order.
-        sites: names, globs or a predicate; one direction is trained at each.
+        sites: names, globs or a predicate; one direction, or edit, is trained at each.
         loss: `loss(output)`, or `loss(output, target)`; 0-dim. The target comes from `targets`; without them it is
             the batch itself.
         steps: gradient steps, one batch each.
         targets: what `loss` compares with, one for each row of a tensor or for each batch of an iterable.
         lr: Adam's learning rate, in the activation's own units per step.
+        rank: r of the low-rank edit; None trains a vector.
+        max_norm: the largest norm of the direction at each site, in the activation's own units.
+        l2: adds l2 · Σ ‖v_l‖² to the loss; of an edit, the squares of W - R and b.
+        retain: other data, on which the answers are to stay: adds `retain_weight` · KL(unsteered ‖ steered), a batch
+            of it in each step.
+        validation, validation_targets: data on which the loss is looked at 20 times in a run; the best vector or edit
+            is returned, and training ends when `patience` looks in a row were not better.
         start: a vector to start from, at some or all of the sites.
         gate: train with the steering gated, as it will be used.
         axis: the feature axis, as for `collect`; the vector remembers it.
         concept: what the vector stands for.
-        generator: makes the shuffling, and so the result, reproducible.
+        generator: makes the shuffling and an edit's first directions, and so the result, reproducible.
 
     Raises:
         SiteNotFoundError, BatchError, LossError: no such site; batches or a loss that cannot be used.
         StatisticsError: a site never ran.
         ShapeError: the directions are not finite; the loss diverged.
 
-    Source: steering vectors by gradient, Subramani et al. 2022; bias-only tuning, BitFit, Ben Zaken et al. 2022.
+    Source: steering vectors by gradient, Subramani et al. 2022; bias-only tuning, BitFit, Ben Zaken et al. 2022;
+    low-rank edits, ReFT, Wu et al. 2024; a retention term, learning without forgetting, Li & Hoiem 2016.
 
     >>> model = nn.Sequential(nn.Identity(), nn.ReLU())
     >>> v = optimize(model, torch.zeros(4, 2), sites="0", loss=lambda output: (output - 1).square().mean(), lr=0.1,
@@ -75,38 +150,105 @@ def optimize(
     >>> bool((v["0"] - 1).abs().max() < 1e-2)
     True
     """
-    if steps < 1 or lr <= 0:
-        raise ValueError(f"expected steps >= 1 and lr > 0, got steps={steps}, lr={lr}")
+    _check(steps=steps, lr=lr, rank=rank, max_norm=max_norm, l2=l2, retain_weight=retain_weight, patience=patience)
+    if rank is not None and (start is not None or max_norm is not None):
+        raise ValueError(
+            "rank: a low-rank edit starts where it changes nothing, and has no norm of its own; leave both out"
+        )
     names = find_sites(model, sites)
-    stream = _endless(batches, targets, batch_size=batch_size, generator=generator)
-    batch, target = next(stream)
-    vector = _start(model, batch, names, start, axis)
-    steerer = Steerer(model, vector, gate=gate, axis=axis)
-    trained = steerer.requires_grad_()  # one row each
-    optimizer = torch.optim.Adam(trained.values(), lr=lr)
+    stream = endless(batches, targets, batch_size=batch_size, generator=generator)
+    others = None if retain is None else endless(retain, None, batch_size=batch_size, generator=generator)
+    if validation is not None:
+        check_pairing(validation, validation_targets)
+    pair = next(stream)
+    vector = zeros_at(model, pair[0], names, axis)
+    if start is not None:
+        begun = (vector + start).select(*names)
+        vector = SteeringVector({site: begun[site] for site in names}, metadata=vector.metadata)
+    low_rank = None if rank is None else TrainedLowRank(vector, rank, generator)
+    steerer = Steerer(model, vector, gate=gate, axis=axis, intervention=low_rank)
+    trained: Trained = TrainedVector(steerer) if low_rank is None else low_rank
+    if max_norm is not None:
+        trained.confine(max_norm)
+    optimizer = torch.optim.Adam(trained.leaves, lr=lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    compares = targets is not None or _takes_target(loss)
+    compares = targets is not None or takes_target(loss)
+
+    def measured(batch: Any, target: Any) -> Tensor:
+        output = call(model, batch)
+        return loss(output, target) if compares else loss(output)
+
+    def validated() -> float:
+        assert validation is not None
+        with torch.no_grad():
+            seen = [float(measured(*p)) for p in once(validation, validation_targets, batch_size=batch_size)]
+        return sum(seen) / len(seen)
+
+    best = None if validation is None else _Best(trained, patience)
     with undisturbed(model, frozen=True), torch.enable_grad(), steerer:
-        for step in trange(steps, desc="optimize", unit="step", disable=not progress, delay=2.0):
+        bar = trange(steps, desc="optimize", unit="step", disable=not progress, delay=2.0)
+        for step in bar:
             if step:
-                batch, target = next(stream)
-            output = call(model, batch)
-            value = loss(output, target) if compares else loss(output)
-            _check(value)
-            gradients = torch.autograd.grad(value, list(trained.values()), allow_unused=True)
-            for direction, gradient in zip(trained.values(), gradients, strict=True):
-                direction.grad = gradient
+                pair = next(stream)
+            value = measured(*pair)
+            check_loss(value)
+            if l2:
+                value = value + l2 * trained.penalty()
+            if others is not None:
+                value = value + retain_weight * divergence(model, steerer, next(others)[0])
+            gradients = torch.autograd.grad(value, trained.leaves, allow_unused=True)
+            for leaf, gradient in zip(trained.leaves, gradients, strict=True):
+                leaf.grad = gradient
             optimizer.step()
             schedule.step()
-    described = {"estimator": "optimize", "model": fingerprint(model), "steps": str(steps)}
-    directions = {site: rows[0] for site, rows in trained.items()}
-    return SteeringVector(directions, concept=concept, metadata=described | vector.metadata)
+            if max_norm is not None:
+                trained.confine(max_norm)
+            if progress and step % 10 == 0 and bar.format_dict["elapsed"] > bar.delay:
+                bar.set_postfix(loss=f"{float(value):.4g}", refresh=False)
+            if best is not None and (step + 1) % max(1, steps // CHECKS) == 0 and best.has_passed(validated()):
+                break
+    if best is not None:
+        best.restore()
+    described = {"estimator": "optimize", "model": fingerprint(model), "steps": str(step + 1)}
+    described |= {} if rank is None else {"rank": str(rank)}
+    return trained.result(concept=concept, metadata=described | vector.metadata)
 
 
-def _start(
-    model: nn.Module, batch: Any, names: tuple[str, ...], start: SteeringVector | None, axis: Axes | None
-) -> SteeringVector:
-    """Zero at every site, in the activation's dtype and device, with `start` written over it."""
+class _Best:
+    """What was best on the validation data so far."""
+
+    def __init__(self, trained: Trained, patience: int) -> None:
+        self._trained, self._patience = trained, patience
+        self._loss, self._since = math.inf, 0
+        self._kept = [leaf.detach().clone() for leaf in trained.leaves]
+
+    def has_passed(self, loss: float) -> bool:
+        """Keep what is better; whether it has not become better for too long."""
+        self._since += 1
+        if loss < self._loss:
+            self._loss, self._since = loss, 0
+            self._kept = [leaf.detach().clone() for leaf in self._trained.leaves]
+        return self._since >= self._patience
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the best back."""
+        for leaf, kept in zip(self._trained.leaves, self._kept, strict=True):
+            leaf.copy_(kept)
+
+
+def _check(*, steps: int, lr: float, rank: int | None, patience: int, **numbers: float | None) -> None:
+    if steps < 1 or lr <= 0:
+        raise ValueError(f"expected steps >= 1 and lr > 0, got steps={steps}, lr={lr}")
+    if patience < 1 or (rank is not None and rank < 1):
+        raise ValueError(f"expected patience >= 1 and rank >= 1, got patience={patience}, rank={rank}")
+    for name, number in numbers.items():
+        if number is not None and not (math.isfinite(number) and number >= 0):
+            raise ValueError(f"{name}: expected a number >= 0, got {number}")
+
+
+def zeros_at(model: nn.Module, batch: Any, names: tuple[str, ...], axis: Axes | None) -> SteeringVector:
+    """Zero at every site, in the activation's dtype and device; the metadata has the axes."""
     zeros: dict[str, Tensor] = {}
 
     def keep(site: str, rows: Tensor, owners: Tensor) -> None:
@@ -114,52 +256,4 @@ def _start(
 
     observation = Observation(model, names, keep, axis=axis, positions="all")
     observation.run([batch])
-    described = described_axes(observation.axes, axis)
-    vector = SteeringVector({site: zeros[site] for site in names})
-    vector = vector if start is None else (vector + start).select(*names)
-    return SteeringVector({site: vector[site] for site in vector}, metadata=described)
-
-
-def _endless(
-    batches: Batches, targets: Tensor | Iterable[Any] | None, *, batch_size: int, generator: torch.Generator | None
-) -> Iterator[tuple[Any, Any]]:
-    """Pairs (batch, target) without end."""
-    if isinstance(batches, Tensor) != isinstance(targets, Tensor) and targets is not None:
-        raise BatchError("targets: expected a tensor for batches in one tensor, and an iterable for an iterable")
-    if isinstance(batches, Tensor) and isinstance(targets, Tensor) and len(batches) != len(targets):
-        raise BatchError(f"targets: expected one for each of the {len(batches)} rows, got {len(targets)}")
-    while True:
-        if isinstance(batches, Tensor):
-            order = torch.randperm(len(batches), generator=generator)
-            for rows in iterate(order, batch_size=batch_size, progress=False, label=""):
-                batch = batches[rows.to(batches.device)]
-                yield batch, targets[rows.to(targets.device)] if isinstance(targets, Tensor) else batch
-        else:
-            whole = iterate(batches, batch_size=1, progress=False, label="")
-            if targets is None:
-                yield from ((batch, batch) for batch in whole)
-                continue
-            missing: Any = object()
-            for batch, target in zip_longest(whole, targets, fillvalue=missing):
-                if batch is missing or target is missing:
-                    raise BatchError("targets: expected one for each batch in every epoch; pass lists, not generators")
-                yield batch, target
-
-
-def _check(value: Any) -> None:
-    if not isinstance(value, Tensor):
-        got = type(value).__name__
-    elif value.ndim or not value.requires_grad:
-        got = f"shape {tuple(value.shape)}, requires_grad={value.requires_grad}"
-    else:
-        return
-    raise LossError(f"loss: expected a 0-dim tensor that depends on the output, got {got}")
-
-
-def _takes_target(loss: Loss) -> bool:
-    try:
-        signature = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
-    except ValueError:  # a builtin such as torch.mean
-        return False
-    parameters = signature.parameters.values()
-    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty for p in parameters) > 1
+    return SteeringVector({site: zeros[site] for site in names}, metadata=described_axes(observation.axes, axis))

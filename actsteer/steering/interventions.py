@@ -21,6 +21,15 @@ class Intervention(Protocol):
         ...
 
 
+@runtime_checkable
+class PerSite(Protocol):
+    """An intervention that is another one at each of its sites."""
+
+    def at(self, site: str) -> Intervention:
+        """The intervention of one site."""
+        ...
+
+
 @final
 @dataclass(frozen=True)
 class Add:

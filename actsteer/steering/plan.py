@@ -16,8 +16,7 @@ from actsteer.sites.resolve import Sites, resolve, select
 from actsteer.steering.checkpointing import Checkpointing
 from actsteer.steering.edit import SiteEdit
 from actsteer.steering.gates import Gate
-from actsteer.steering.interventions import Add, Intervention
-from actsteer.steering.low_rank import LowRank
+from actsteer.steering.interventions import Add, Intervention, PerSite
 from actsteer.steering.reader import GateReader
 from actsteer.vectors.bank import VectorBank
 from actsteer.vectors.vector import SteeringVector, axes_of
@@ -83,7 +82,7 @@ def make_plan(
     model: nn.Module,
     bank: VectorBank,
     *,
-    intervention: Intervention | LowRank | None,
+    intervention: Intervention | PerSite | None,
     gate: Gates | None,
     sites: Sites | None,
     axis: Axes | None,
@@ -110,7 +109,7 @@ def make_plan(
             place,
             lies[site],
             directions,
-            intervention=intervention.at(site) if isinstance(intervention, LowRank) else intervention or Add(),
+            intervention=intervention.at(site) if isinstance(intervention, PerSite) else intervention or Add(),
             gates=[readers[index] for index in concepts[site]],
             checkpointing=checkpointing,
         )

@@ -19,7 +19,7 @@ from actsteer.steering.backends.choose import Backend, Choice, Scope, check
 from actsteer.steering.checkpointing import Checkpointing
 from actsteer.steering.edit import SiteEdit
 from actsteer.steering.explain import explain
-from actsteer.steering.interventions import Intervention
+from actsteer.steering.interventions import Intervention, PerSite
 from actsteer.steering.low_rank import LowRank
 from actsteer.steering.plan import Gates, make_plan
 from actsteer.steering.strength import Strengths, strengths_of
@@ -78,7 +78,7 @@ class Steerer:
         vectors: SteeringVector | VectorBank | LowRank,
         *,
         c: Strengths = 1.0,
-        intervention: Intervention | LowRank | None = None,
+        intervention: Intervention | PerSite | None = None,
         gate: Gates | None = None,
         sites: Sites | None = None,
         axis: Axes | None = None,
@@ -97,7 +97,7 @@ class Steerer:
         check(backend, scope)
         self.model = model
         self.bank = vectors
-        self._intervention: Intervention | LowRank | None = intervention
+        self._intervention: Intervention | PerSite | None = intervention
         self._gate = gate
         self._backend, self._scope, self._strict = backend, scope, strict
         self._handles: ExitStack | None = None

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from actsteer.errors import FileFormatError, ShapeError, SiteNotFoundError, ZeroDirectionError, close_names
 from actsteer.files import native
+from actsteer.vectors.site_map import SiteMap
 
 
 @final
@@ -188,6 +189,16 @@ class SteeringVector:
     def allclose(self, other: SteeringVector, *, rtol: float = 1e-5, atol: float = 1e-8) -> bool:
         """Equal up to |a - b| <= atol + rtol * |b| at every site, whatever the dtypes."""
         return self._compare(other, lambda a, b: torch.allclose(a.double(), b.double(), rtol=rtol, atol=atol))
+
+    def transport(self, along: SiteMap) -> SteeringVector:
+        """The same directions at another model's sites: v_l @ W_l, as `align` has fitted W.
+
+        Raises:
+            SiteNotFoundError, ShapeError: a site from which no map leads, or one of another size.
+        """
+        carried = dict(along.carry(site, direction) for site, direction in self._directions.items())
+        kept = {key: value for key, value in self._metadata.items() if not key.startswith("axis ") and key != "model"}
+        return SteeringVector(carried, metadata=kept | along.metadata)
 
     # --- files ---------------------------------------------------------------------------------------------------
     def save(self, path: str | PathLike[str]) -> None:

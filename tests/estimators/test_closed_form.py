@@ -22,7 +22,7 @@ from actsteer import (
     collect,
     fit,
 )
-from tests.oracles import discriminant, moments, oracle_approximating, pooled_covariance
+from tests.oracles import discriminant, ledoit_wolf_of_classes, moments, pooled_covariance
 from tests.strategies import eighths
 
 ESTIMATORS = [MeanDifference(), LayerMean(), WhitenedMeanDifference(), WhitenedMeanDifference(shrinkage=0.25)]
@@ -78,10 +78,9 @@ def test_whitened_mean_difference_is_scikit_learn_s_discriminant(data, shrinkage
 
 
 @given(sides())
-def test_the_default_shrinkage_is_the_oracle_approximating_one(data):
+def test_the_default_shrinkage_is_that_of_ledoit_and_wolf(data):
     positive, negative = data
-    degrees = len(positive) + len(negative) - 2
-    rho = oracle_approximating(pooled_covariance(positive, negative), degrees)
+    rho = ledoit_wolf_of_classes(positive, negative)
     expected = direction(WhitenedMeanDifference(shrinkage=rho), positive, negative)
     assert_allclose(direction(WhitenedMeanDifference(), positive, negative), expected, atol=1e-9)
 

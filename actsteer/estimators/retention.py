@@ -1,0 +1,47 @@
+"""Retention: how far a steered model's answers on other data have moved from its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import kl_div, log_softmax
+
+from actsteer.collecting.batches import call
+from actsteer.errors import LossError
+from actsteer.steering.steerer import Steerer
+
+
+def divergence(model: nn.Module, steerer: Steerer, batch: Any) -> Tensor:
+    """The mean KL divergence KL(unsteered ‖ steered) of the answers to one batch, in nats; pads do not count.
+
+    The answers are the softmax of the output's last axis: of a tensor, of `.logits`, or of the first of several.
+
+    Raises:
+        LossError: the output holds no such tensor.
+    """
+    with torch.no_grad():
+        strength, steerer.c = steerer.c, 0.0
+        try:
+            plain = log_softmax(_logits(call(model, batch)), dim=-1)
+        finally:
+            steerer.c = strength
+    steered = log_softmax(_logits(call(model, batch)), dim=-1)
+    apart = kl_div(steered, plain, reduction="none", log_target=True).sum(dim=-1)
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if isinstance(mask, Tensor) and mask.shape == apart.shape:
+        return (apart * mask).sum() / mask.sum()
+    return apart.mean()
+
+
+def _logits(output: Any) -> Tensor:
+    found = getattr(output, "logits", output)
+    if isinstance(found, tuple | list) and found:
+        found = found[0]
+    if not isinstance(found, Tensor) or not found.ndim:
+        raise LossError(
+            f"retain: expected an output with logits, got {type(output).__name__}; put a term of your own into the loss"
+        )
+    return found.float()
