@@ -1,0 +1,101 @@
+"""Prefixes: the tokens that texts begin with alike, computed once and kept in a key-value cache."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from actsteer.collecting.batches import iterate
+from actsteer.collecting.collect import described_axes
+from actsteer.collecting.moments import Moments
+from actsteer.collecting.observe import Observation
+from actsteer.collecting.positions import described
+from actsteer.collecting.statistics import Statistics
+from actsteer.errors import UnsupportedModelError
+from actsteer.sites.resolve import Sites, find_sites, fingerprint
+from actsteer.sites.wrappers import unwrapped
+
+
+def collect_pairs_by_prefix(
+    model: nn.Module,
+    positive: Sequence[Tensor],
+    negative: Sequence[Tensor],
+    *,
+    sites: Sites,
+    covariance: bool,
+    batch_size: int,
+    device: torch.device | None,
+    progress: bool,
+) -> tuple[Statistics, Statistics]:
+    """The statistics of the last tokens of both sides, of texts given as token ids, pair by pair.
+
+    In each batch the first k tokens, as far as both texts of every pair agree, run once for every distinct beginning;
+    what follows them runs for every text on top of the cache. There are no pads between the two, so that windows of
+    attention and positions are those of the whole text.
+
+    Raises:
+        UnsupportedModelError: a model that takes no `past_key_values`.
+    """
+    from transformers import DynamicCache
+
+    if "past_key_values" not in inspect.signature(type(unwrapped(model)).forward).parameters:
+        raise UnsupportedModelError(
+            f"{type(unwrapped(model)).__name__} takes no past_key_values; pass share_prefix=False"
+        )
+    names = find_sites(model, sites)
+    sums: list[dict[str, Moments]] = [{}, {}]
+    keeps = False
+
+    def keep(site: str, rows: Tensor, owners: Tensor) -> None:
+        if keeps:
+            for side, part in enumerate(rows.unflatten(0, (-1, 2)).unbind(dim=1)):
+                if site not in sums[side]:
+                    sums[side][site] = Moments.of(part, covariance=covariance)
+                else:
+                    sums[side][site].update(part)
+
+    observation = Observation(
+        model, names, keep, axis=None, positions=lambda batch: _last(batch["attention_mask"], batch)
+    )
+    config = getattr(unwrapped(model), "config", None)
+    indices = torch.arange(len(positive))
+    for chosen in iterate(indices, batch_size=max(1, batch_size // 2), progress=progress, label="collect pairs"):
+        texts = [side[int(index)] for index in chosen for side in (positive, negative)]
+        shared = min(_agreeing(one, other) for one, other in zip(texts[::2], texts[1::2], strict=True))
+        rest = {"input_ids": _padded([text[shared:] for text in texts], device)}
+        mask = _padded([torch.ones_like(text) for text in texts], device)
+        cache: Any = None
+        if shared:
+            heads, owners = torch.stack([text[:shared] for text in texts]).unique(dim=0, return_inverse=True)
+            cache = DynamicCache(config=config)
+            inputs = {"input_ids": heads.to(device), "attention_mask": torch.ones_like(heads).to(device)}
+            observation.run([inputs | {"past_key_values": cache, "use_cache": True}])
+            cache.batch_select_indices(owners.to(device))
+        keeps = True
+        observation.run([rest | {"attention_mask": mask, "past_key_values": cache, "use_cache": cache is not None}])
+        keeps = False
+    metadata = {"model": fingerprint(model)} | described("last") | described_axes(observation.axes, None)
+    toward, away = (Statistics({site: own[site] for site in names}, metadata=metadata) for own in sums)
+    return toward, away
+
+
+def _agreeing(one: Tensor, other: Tensor) -> int:
+    """How many tokens two texts begin with alike, at least one being left of each."""
+    length = min(len(one), len(other)) - 1
+    same = one[:length] == other[:length]
+    return int(same.long().cumprod(dim=0).sum())
+
+
+def _padded(rows: Sequence[Tensor], device: torch.device | None) -> Tensor:
+    return pad_sequence(list(rows), batch_first=True).to(device)
+
+
+def _last(batch: Any) -> Tensor:
+    """Where the last token of every text is, among those that are not in the cache."""
+    mask, length = batch["attention_mask"], batch["input_ids"].shape[1]
+    return torch.nn.functional.one_hot(mask.sum(dim=1) - 1 - (mask.shape[1] - length), length).bool()
