@@ -59,9 +59,7 @@ def collect_pairs_by_prefix(
                 else:
                     sums[side][site].update(part)
 
-    observation = Observation(
-        model, names, keep, axis=None, positions=lambda batch: _last(batch["attention_mask"], batch)
-    )
+    observation = Observation(model, names, keep, axis=None, positions=_last)
     config = getattr(unwrapped(model), "config", None)
     indices = torch.arange(len(positive))
     for chosen in iterate(indices, batch_size=max(1, batch_size // 2), progress=progress, label="collect pairs"):
