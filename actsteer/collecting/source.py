@@ -172,7 +172,7 @@ def _names(target: ast.expr) -> set[str]:
     return {node.id for node in ast.walk(target) if isinstance(node, ast.Name)}
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4)  # trees are large, and what is found in them is kept
 def _tree(filename: str) -> ast.Module | None:
     try:
         return ast.parse("".join(linecache.getlines(filename)))

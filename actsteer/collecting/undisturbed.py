@@ -17,6 +17,7 @@ def undisturbed(model: nn.Module, *, frozen: bool = False) -> Iterator[None]:
     """The model in evaluation mode and eager, if `frozen` without gradients to its parameters; left as it was found."""
     training = [(module, module.training) for module in model.modules()]
     trainable = [parameter for parameter in model.parameters() if frozen and parameter.requires_grad]
+    cached = [config for config in {id(c): c for c in _configurations(model)}.values() if config.use_cache is True]
     synchronized = [
         m for m in model.modules() if isinstance(m, DistributedDataParallel) and m.require_forward_param_sync
     ]
@@ -27,6 +28,8 @@ def undisturbed(model: nn.Module, *, frozen: bool = False) -> Iterator[None]:
             parameter.requires_grad_(False)
         for module in synchronized:
             module.require_forward_param_sync = False  # each process runs as many batches as it has
+        for config in cached:
+            config.use_cache = False  # which only generation needs
         with _eager():
             yield
     finally:
@@ -36,6 +39,14 @@ def undisturbed(model: nn.Module, *, frozen: bool = False) -> Iterator[None]:
             parameter.requires_grad_(True)
         for module in synchronized:
             module.require_forward_param_sync = True
+        for config in cached:
+            config.use_cache = True
+
+
+def _configurations(model: nn.Module) -> list[Any]:
+    """The configurations of transformers' models that have a key-value cache."""
+    found = [module.__dict__.get("config") for module in model.modules()]
+    return [config for config in found if hasattr(config, "use_cache")]
 
 
 @contextmanager

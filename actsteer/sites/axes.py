@@ -96,18 +96,20 @@ class Layout:
         return [*found, rank - 1] if also_last else found
 
 
-def layout(model: nn.Module, place: Place, *, axis: int | None = None) -> Layout:
+def layout(
+    model: nn.Module, place: Place, *, axis: int | None = None, modules: Mapping[str, nn.Module] | None = None
+) -> Layout:
     """The layout of the activations at a place; `axis`, if given, is the feature axis.
 
     Convolutions, pools, paddings and 1d-3d norms keep the channels before the spatial axes (counted from the end, so
     that unbatched inputs work too); linear maps, layer norms, embeddings and recurrent cells have them last, and so
     do TransformerLens hook points. A pointwise module inside an `nn.Sequential` takes the axis of what runs before it.
-    A class with a forward of its own leaves the axis open.
+    A class with a forward of its own leaves the axis open. `modules` is `named_sites(model)`, if that is known.
     """
     rows = _row_axis(model, place)
     if axis is not None or place.name in hook_points(model):
         return Layout(-1 if axis is None else axis, row_axis=rows)
-    modules = named_sites(model)
+    modules = named_sites(model) if modules is None else modules
     names = [name for name, module in modules.items() if unwrapped(module) is unwrapped(place.module)] or [place.name]
     known = {_known_axis(modules, name, place) for name in names}  # one module may stand at several places
     if len(known) == 1 and None not in known:
@@ -140,7 +142,8 @@ def layouts(model: nn.Module, places: Mapping[str, Place], *, axis: Axes | None)
             raise SiteNotFoundError(f"axis names no site in use: {site!r}. {close_names(site, places)}")
         if not isinstance(chosen, int) or isinstance(chosen, bool):
             raise TypeError(f"axis: expected an int for site {site!r}, got {chosen!r}")
-    return {site: layout(model, place, axis=axis.get(site)) for site, place in places.items()}
+    modules = named_sites(model)
+    return {site: layout(model, place, axis=axis.get(site), modules=modules) for site, place in places.items()}
 
 
 def known_size(place: Place) -> int | None:

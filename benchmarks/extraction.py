@@ -1,0 +1,219 @@
+"""How fast activations become statistics: `python -m benchmarks.extraction [--out FILE.json] [--pairs N] [--quick]`."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
+
+from actsteer import collect, record
+from actsteer.integrations.transformers import fit_pairs, text_batches
+from benchmarks.memory import peak
+from benchmarks.overhead import described, shown
+from benchmarks.timing import Ratio, set_threads
+
+BODY = "the body alone"
+SHAPE = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+Run = Callable[[], Any]
+
+
+def main(
+    out: Annotated[Path | None, typer.Option(help="Write the results to this JSON file too.")] = None,
+    pairs: Annotated[int, typer.Option(min=2, help="Pairs of texts, 16-40 tokens each.")] = 64,
+    repeats: Annotated[int, typer.Option(min=2, help="Rounds.")] = 6,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the processor.")] = 2,
+    rows: Annotated[int, typer.Option(help="Rows up to which memory is measured.")] = 10_000,
+    quick: Annotated[bool, typer.Option("--quick", help="A tiny model: a check that it works.")] = False,
+) -> None:
+    """Time collect against the model's body, without its head, over the same batches; and measure the memory."""
+    console = Console(width=140)
+    model, texts = language_model(quick=quick), token_lists(2 * pairs)
+    with set_threads(threads), torch.inference_mode():
+        timed = compare(ways(model, texts), repeats=repeats)
+        shared = compare(prefix_ways(model, pairs), repeats=repeats, first=PLAIN)
+    memory = {name: peak(prepared, name, 2 * pairs, quick, threads=threads) for name in ways(model, texts)}
+    growth = {str(n): peak(grown, n, quick, threads=threads) for n in sizes(rows)}
+    tokens = sum(map(len, texts))
+    console.print(table(timed, memory, len(texts), tokens))
+    console.print(
+        f"memory of collect, every token a row: {', '.join(f'{n} rows {mb:.0f} MB' for n, mb in growth.items())}"
+    )
+    console.print(f"{SHARED}: {shown(shared[SHARED][1])} of {PLAIN} ({PREFIX} of {PREFIX + ENDING} tokens are shared)")
+    if out is not None:
+        command = (
+            f"python -m benchmarks.extraction --pairs {pairs} --repeats {repeats} --threads {threads} --rows {rows}"
+        )
+        results = {name: {"seconds": s, "ratio": vars(r), "megabytes": memory[name]} for name, (s, r) in timed.items()}
+        prefix = {name: {"seconds": s, "ratio": vars(r)} for name, (s, r) in shared.items()}
+        document = described(command) | {"texts": len(texts), "tokens": tokens, "timings": results}
+        out.write_text(json.dumps(document | {"megabytes by rows": growth, "shared prefix": prefix}, indent=2) + "\n")
+
+
+# --- what is timed ---------------------------------------------------------------------------------------------------
+def language_model(*, quick: bool) -> nn.Module:
+    """A Llama of the shape of SmolLM2-135M (30 blocks, d = 576, 49152 tokens), with random weights."""
+    logging.set_verbosity_error()
+    config = LlamaConfig(
+        vocab_size=512 if quick else 49_152, num_key_value_heads=3 if not quick else 4, **(TINY if quick else SHAPE)
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: nn.Module = LlamaForCausalLM(config)
+        return model.train(False).requires_grad_(False)
+
+
+def token_lists(count: int) -> list[str]:
+    """Texts of 16 to 40 letters, each of which is a token."""
+    generator = random.Random(0)
+    return ["".join(chr(97 + generator.randrange(26)) for _ in range(generator.randint(16, 40))) for _ in range(count)]
+
+
+class Letters:
+    """A tokenizer with a token for every letter."""
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) for letter in text]}
+
+
+def ways(model: nn.Module, texts: list[str]) -> dict[str, Run]:
+    """What is compared, by name; each goes over all batches once."""
+    batches = list(text_batches(Letters(), texts, batch_size=32))
+    blocks = [f"model.layers.{index}" for index in range(blocks_of(model))]
+    middle = blocks[len(blocks) // 2 - 1]
+    cases = {f"block {len(blocks) // 2} of {len(blocks)}": [middle], f"all {len(blocks)} blocks": blocks}
+    made: dict[str, Run] = {BODY: partial(body, model, batches)}
+    for name, sites in cases.items():
+        made[f"by hand, {name}"] = partial(by_hand, model, batches, sites)
+        made[f"collect, {name}"] = partial(collect, model, batches, sites=sites, positions="last", progress=False)
+    made[f"record, {name}"] = partial(record, model, batches, sites=blocks, positions="last", progress=False)
+    return made
+
+
+def blocks_of(model: Any) -> int:
+    """The number of blocks."""
+    return len(model.model.layers)
+
+
+def body(model: Any, batches: list[dict[str, Tensor]]) -> None:
+    """The model without its head, nothing kept."""
+    for batch in batches:
+        model.model(**batch, use_cache=False)
+
+
+def by_hand(model: nn.Module, batches: list[dict[str, Tensor]], sites: list[str]) -> dict[str, Tensor]:
+    """The limit: hooks that sum the last tokens, the last of which ends the pass."""
+    sums: dict[str, Tensor] = {}
+    last = torch.zeros(0)
+
+    class Enough(Exception):  # noqa: N818
+        pass
+
+    def hook(site: str, module: nn.Module, args: Any, output: Tensor) -> None:
+        rows = output[torch.arange(len(output)), last].double()
+        sums[site] = sums.get(site, 0) + rows.sum(dim=0)
+        if site == sites[-1]:
+            raise Enough
+
+    handles = [model.get_submodule(site).register_forward_hook(partial(hook, site)) for site in sites]
+    try:
+        for batch in batches:
+            last = batch["attention_mask"].sum(dim=1) - 1
+            with suppress(Enough):
+                model(**batch, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {site: total / sum(len(b["input_ids"]) for b in batches) for site, total in sums.items()}
+
+
+PREFIX, ENDING = 48, 8
+PLAIN, SHARED = "fit_pairs", "fit_pairs, share_prefix=True"
+
+
+def prefix_ways(model: nn.Module, pairs: int) -> dict[str, Run]:
+    """Pairs of texts that begin alike, all of them with the same instruction, with and without sharing."""
+    generator = random.Random(1)
+
+    def letters(count: int) -> str:
+        return "".join(chr(97 + generator.randrange(26)) for _ in range(count))
+
+    beginning = letters(PREFIX)
+    made = [(beginning + letters(ENDING), beginning + letters(ENDING)) for _ in range(pairs)]
+    site = f"model.layers.{blocks_of(model) // 2 - 1}"
+    run = partial(fit_pairs, model, Letters(), made, sites=site, progress=False)
+    return {PLAIN: run, SHARED: partial(run, share_prefix=True)}
+
+
+# --- how it is measured ----------------------------------------------------------------------------------------------
+def compare(runs: dict[str, Run], *, repeats: int, first: str = BODY) -> dict[str, tuple[float, Ratio]]:
+    """Seconds (median) and ratio to the first, each of them run once in every round, in rotating order."""
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    names = list(runs)
+    for turn in range(repeats):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            start = time.perf_counter()
+            runs[name]()
+            taken[name].append(time.perf_counter() - start)
+    ratios = {name: [own / base for own, base in zip(taken[name], taken[first], strict=True)] for name in names}
+    return {name: (sorted(taken[name])[repeats // 2], Ratio.of(ratios[name])) for name in names}
+
+
+def prepared(name: str, texts: int, quick: bool) -> Run:
+    """One of the ways, for a process of its own."""
+    model = language_model(quick=quick)
+    _inferred(ways(model, ["aa"])[name])  # what libraries allocate once
+    return partial(_inferred, ways(model, token_lists(texts))[name])
+
+
+def grown(rows: int, quick: bool) -> Run:
+    """collect over so many rows, every token being one, on batches that are made as they are needed."""
+    model = language_model(quick=quick)
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        for _ in range(rows // (32 * 32)):
+            ids = torch.randint(97, 123, (32, 32))
+            yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    middle = blocks_of(model) // 2 - 1
+    collect(model, [{"input_ids": torch.full((1, 2), 97)}], sites=f"model.layers.{middle}", progress=False)
+    return lambda: collect(model, batches(), sites=f"model.layers.{middle}", progress=False)
+
+
+def sizes(rows: int) -> list[int]:
+    """1024, and so on tenfold."""
+    return [n for n in (1024, 10_240, 102_400) if n <= max(1024, rows * 1.1)]
+
+
+def _inferred(run: Run) -> Any:
+    with torch.inference_mode():
+        return run()
+
+
+def table(timed: dict[str, tuple[float, Ratio]], memory: dict[str, float], texts: int, tokens: int) -> Table:
+    """One row per way."""
+    made = Table(title=f"{texts} texts, {tokens} tokens: time / time of the body in the same round, median (quartiles)")
+    for column in ("", "ratio", "texts/s", "peak MB"):
+        made.add_column(column, justify="left" if not column else "right")
+    for name, (seconds, ratio) in timed.items():
+        made.add_row(name, shown(ratio), f"{texts / seconds:.0f}", f"{memory[name]:.0f}")
+    return made
+
+
+if __name__ == "__main__":
+    typer.run(main)
