@@ -53,7 +53,7 @@ def main(
 def data(rows: int, d: int) -> Tensor:
     """Rows with a mean, and features that vary together."""
     generator = torch.Generator().manual_seed(0)
-    rows_alone = torch.randn(rows, d, generator=generator).cumsum(dim=1) / d**0.5
+    rows_alone: Tensor = torch.randn(rows, d, generator=generator).cumsum(dim=1) / d**0.5
     return rows_alone + torch.randn(d, generator=generator)
 
 

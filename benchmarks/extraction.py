@@ -26,8 +26,13 @@ from benchmarks.overhead import described, shown
 from benchmarks.timing import Ratio, set_threads
 
 BODY = "the body alone"
-SHAPE = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
-TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+SHAPE: dict[str, Any] = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+}
+TINY: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
 Run = Callable[[], Any]
 
 
@@ -66,7 +71,7 @@ def main(
 # --- what is timed ---------------------------------------------------------------------------------------------------
 def language_model(*, quick: bool) -> nn.Module:
     """A Llama of the shape of SmolLM2-135M (30 blocks, d = 576, 49152 tokens), with random weights."""
-    logging.set_verbosity_error()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     config = LlamaConfig(
         vocab_size=512 if quick else 49_152, num_key_value_heads=3 if not quick else 4, **(TINY if quick else SHAPE)
     )

@@ -14,14 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from actsteer import (
+    CrossMoments,
     LayerMean,
     MeanDifference,
-    Moments,
     ProjectionAbove,
-    Statistics,
     SteeringVector,
     WhitenedMeanDifference,
+    align,
     collect,
+    collect_pairs,
     fit,
     record,
 )
@@ -47,12 +48,14 @@ def run(data: Mnist, *, seed: int, budget: Budget) -> dict[str, Any]:
     )
     edits: dict[str, list[Edit]] = {}
     curves: dict[str, Any] = {}
-    of_b = collect(autoencoder, nines.x, sites=SITES, progress=False)
+    of_b = collect(autoencoder, data.train.x, by=data.train.y, sites=SITES, covariance=True, progress=False)
     of_a = collect(model, others.x, sites=SITES, progress=False)
+    from_b_to_a = align(of_b.rest(NEW), of_a, paired(autoencoder, model, others.x))
+    within_b = MeanDifference()(positive=of_b[NEW], negative=of_b.rest(NEW))
     fixed: dict[str, SteeringVector] = {
-        "layer_mean": LayerMean()(positive=of_b, negative=of_a),
-        "mean_difference": MeanDifference()(positive=of_b, negative=of_a),
-        "mapped_mean_difference": MeanDifference()(positive=carried(of_b, autoencoder, model, others.x), negative=of_a),
+        "layer_mean": LayerMean()(positive=of_b[NEW], negative=of_a),
+        "mean_difference": MeanDifference()(positive=of_b[NEW], negative=of_a),
+        "mapped_mean_difference": within_b.transport(from_b_to_a),
     }
     for name, vector in fixed.items():
         edit, curves[name] = study.strongest(vector, STRENGTHS)
@@ -68,41 +71,23 @@ def run(data: Mnist, *, seed: int, budget: Budget) -> dict[str, Any]:
     }
 
 
-def linear_map(source: Tensor, target: Tensor, *, ridge: float = 1e-2) -> tuple[Tensor, Tensor]:
-    """The ridge regression target ≈ source @ weight + bias, both (n, d), fitted row by row (Hoerl & Kennard 1970)."""
-    x, y = source.double(), target.double()
-    x_mean, y_mean = x.mean(dim=0), y.mean(dim=0)
-    x, y = x - x_mean, y - y_mean
-    gram = x.T @ x
-    gram += ridge * gram.trace() / len(gram) * torch.eye(len(gram), dtype=gram.dtype)
-    weight = torch.linalg.solve(gram, x.T @ y)
-    return weight, y_mean - x_mean @ weight
-
-
-def carried(statistics: Statistics, source: nn.Module, target: nn.Module, x: Tensor) -> Statistics:
-    """Means of one model expressed in the other's activations, by a map fitted on inputs that both are shown."""
-    shown = x[:10_000]
-    theirs, ours = (record(m, shown, sites=SITES, batch_size=2048, progress=False) for m in (source, target))
-    moments: dict[str, Moments] = {}
-    for site in SITES:
-        weight, bias = linear_map(theirs[site], ours[site])
-        moments[site] = Moments.of((statistics[site].mean @ weight + bias)[None])
-    return Statistics(moments)
+def paired(source: nn.Module, target: nn.Module, x: Tensor) -> dict[tuple[str, str], CrossMoments]:
+    """What both models make of the same images, at sites of the same depth."""
+    return collect_pairs(source, target, x, sites={site: site for site in SITES}, batch_size=2048, progress=False)
 
 
 def mapped_gate(study: Study, expert: nn.Module, nines: Tensor, others: Tensor) -> Edit:
     """The expert's own direction for nines, read off A's activations through a map fitted on 0-8 alone.
 
-    With b ≈ a W + const, the expert's projection b · w is a · (W w): the gate is carried over by the map itself. What
-    is added where it fires is trained on those rows, all called nine: labels choose the threshold, no more.
+    With b ≈ a W + const, the expert's projection b · w is a · (W w): the gate is carried over by the map's transpose.
+    What is added where it fires is trained on those rows, all called nine: labels choose the threshold, no more.
     """
     lda = WhitenedMeanDifference(shrinkage=1e-3)
-    w = fit(expert, positive=nines, negative=others, sites=LAST, estimator=lda, progress=False)[LAST]
+    w = fit(expert, positive=nines, negative=others, sites=LAST, estimator=lda, progress=False)
     ours, theirs = (
-        record(m, others[:10_000], sites=LAST, batch_size=2048, progress=False)[LAST] for m in (study.model, expert)
+        collect(m, others, sites=SITES, covariance=True, batch_size=2048, progress=False) for m in (study.model, expert)
     )
-    weight, _ = linear_map(ours, theirs)
-    direction = SteeringVector({LAST: (weight @ w.double()).float()})
+    direction = w.transport(align(ours, theirs, paired(study.model, expert, others)).T)
     everything = record(study.model, study.data.train.x, sites=LAST, batch_size=2048, progress=False)[LAST]
     gate = ProjectionAbove(direction, 0.0)
     projections = gate.projection(everything)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from itertools import product
 from typing import Any
 
-from actsteer import SteeringVector, VectorBank, fit
+from actsteer import SteeringVector, VectorBank, collect
 from reference.mnist.data import Mnist, Split
 from reference.mnist.model import SITES, train_classifier
 from reference.mnist.portrait import portrait
@@ -24,20 +24,12 @@ def run(data: Mnist, *, seed: int, budget: Budget) -> dict[str, Any]:
     """All methods on one seed."""
     model = train_classifier(data.train.of(*OLD), seed=seed, epochs=budget.epochs)
     study = Study(model, data, tuple(NEW.values()), seed, budget)
-    old = data.train.of(*OLD)
+    by_digit = collect(model, data.train.x, by=data.train.y, sites=SITES, progress=False)  # one pass for all digits
     edits: dict[str, list[Edit]] = {}
     for name, estimator in FIXED.items():
         bank = VectorBank(
             {
-                concept: fit(
-                    model,
-                    positive=data.train.of(digit).x,
-                    negative=old.x,
-                    sites=SITES,
-                    estimator=estimator,
-                    concept=concept,
-                    progress=False,
-                )
+                concept: estimator(positive=by_digit[digit], negative=by_digit.only(*OLD))
                 for concept, digit in NEW.items()
             }
         )
@@ -50,11 +42,14 @@ def run(data: Mnist, *, seed: int, budget: Budget) -> dict[str, Any]:
     joint = Edit(study.trained(data.train, concept="eight and nine"))
     edits["joint"] = [joint]
     edits["gated_joint"] = study.cascade(data.train, on=[joint], stages=2 * budget.stages)
+    low_rank = study.low_rank(data.train, rank=4, concept="eight and nine")
+    edits["low_rank"] = [Edit(low_rank)]
     gates = edits["gated"][0].vectors
     assert isinstance(gates, VectorBank)
     return {
         "unsteered": study.report(),
         "methods": {name: study.report(*chosen) for name, chosen in edits.items()},
+        "dependence": study.dependence(low_rank),
         "portrait": portrait(study, edits["gated_joint"]),
         "cosines": {
             "concepts": list(NEW),

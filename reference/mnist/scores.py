@@ -55,14 +55,15 @@ def balance(scores: Mapping[str, Any]) -> float:
     return mean
 
 
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """{"mean", "std", "values"} over seeds."""
+    std = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": statistics.fmean(values), "std": std, "values": list(values)}
+
+
 def summarize(runs: Sequence[Scores]) -> dict[str, Any]:
     """The same scores over seeds: {"mean", "std", "values"} in place of each number (std with n - 1; 0 for one)."""
-
-    def over(values: list[float]) -> dict[str, Any]:
-        std = statistics.stdev(values) if len(values) > 1 else 0.0
-        return {"mean": statistics.fmean(values), "std": std, "values": values}
-
     digits = runs[0]["acquired_by_digit"]
-    return {key: over([run[key] for run in runs]) for key in ("overall", "retained", "acquired")} | {
-        "acquired_by_digit": {digit: over([run["acquired_by_digit"][digit] for run in runs]) for digit in digits}
+    return {key: spread([run[key] for run in runs]) for key in ("overall", "retained", "acquired")} | {
+        "acquired_by_digit": {digit: spread([run["acquired_by_digit"][digit] for run in runs]) for digit in digits}
     }

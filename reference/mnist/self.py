@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from actsteer import Estimator, LayerMean, MeanDifference, SteeringVector, fit
+from actsteer import Estimator, LayerMean, MeanDifference, SteeringVector, collect
 from reference.mnist.data import Mnist, Split
 from reference.mnist.model import SITES, train_classifier
 from reference.mnist.portrait import portrait
@@ -26,16 +26,19 @@ def run(data: Mnist, *, seed: int, budget: Budget, sigma: float = 0.0) -> dict[s
     """All methods on one seed; `sigma` is the noise on the training images of the model."""
     model = train_classifier(data.train.of(*OLD), seed=seed, epochs=budget.epochs, sigma=sigma)
     study = Study(model, data, (NEW,), seed, budget)
-    nines, others = data.train.of(NEW), data.train.of(*OLD)
+    by_digit = collect(model, data.train.x, by=data.train.y, sites=SITES, progress=False)  # one pass for all digits
     edits: dict[str, list[Edit]] = {}
     curves: dict[str, Any] = {}
     for name, estimator in FIXED.items():
-        v = fit(model, positive=nines.x, negative=others.x, sites=SITES, estimator=estimator, progress=False)
+        v = estimator(positive=by_digit[NEW], negative=by_digit.rest(NEW))
         edit, curves[name] = study.strongest(v, STRENGTHS)
         edits[name] = [edit]
     v_mean = edits["mean_difference"][0].vectors
-    constant = Edit(study.trained(data.train, concept="nine"))
-    _, curves["gradient"] = study.strongest(constant.vectors, [step / 10 for step in range(-10, 31)])
+    low_rank = study.low_rank(data.train, rank=1, concept="nine")
+    edits["low_rank"] = [Edit(low_rank)]
+    trained = study.trained(data.train, concept="nine")
+    constant = Edit(trained)
+    _, curves["gradient"] = study.strongest(trained, [step / 10 for step in range(-10, 31)])
     edits["gradient"] = [constant]
     edits["gated"] = [gated(study, NEW)]
     edits["few_shot"] = [Edit(study.trained(few(data.train, seed=seed), steps=budget.stage_steps))]
@@ -44,6 +47,7 @@ def run(data: Mnist, *, seed: int, budget: Budget, sigma: float = 0.0) -> dict[s
         "unsteered": study.report(),
         "ceiling": study.test(train_classifier(data.train, seed=seed, epochs=budget.epochs)) if sigma == 0 else None,
         "methods": {name: study.report(*chosen) for name, chosen in edits.items()},
+        "dependence": study.dependence(low_rank),
         "curves": curves,
         "portrait": portrait(study, edits["gated_gradient"]) | {"logits of v": _logits_of(model, v_mean)},
     }

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from actsteer import (
+    LowRank,
     ProjectionAbove,
     Statistics,
     Steerer,
@@ -51,7 +52,7 @@ BUDGETS = {"full": Budget(), "bundled": Budget(steps=800, stage_steps=200, stage
 class Edit:
     """One Steerer to be: what is added, how strongly, and for which rows."""
 
-    vectors: SteeringVector | VectorBank
+    vectors: SteeringVector | VectorBank | LowRank
     c: Any = 1.0
     gate: Any = None
 
@@ -126,6 +127,36 @@ class Study:
                 generator=torch.Generator().manual_seed(self.seed),
                 progress=False,
             )
+
+    def low_rank(self, data: Split, *, rank: int, concept: str | None = None) -> LowRank:
+        """An edit h + Rᵀ(W h + b - R h) at all four sites, trained by gradient on these rows, the weights frozen."""
+        return optimize(
+            self.model,
+            data.x,
+            targets=data.y,
+            sites=list(SITES),
+            loss=F.cross_entropy,
+            rank=rank,
+            steps=self.budget.steps,
+            lr=0.01,
+            concept=concept,
+            generator=torch.Generator().manual_seed(self.seed),
+            progress=False,
+        )
+
+    def dependence(self, edit: LowRank) -> float:
+        """How far an edit is from plain steering: the share of what it adds that differs from row to row.
+
+        The mean over sites of Σ ‖Δ(h) - mean Δ‖² / Σ ‖Δ(h)‖² over the held-out rows as the unsteered model has them.
+        A vector adds the same to every row: 0.
+        """
+        rows = record(self.model, self.data.held_out.x, sites=SITES, batch_size=2048, progress=False)
+        shares: list[float] = []
+        for site in SITES:
+            reads, adds, offsets = edit[site]
+            added = (rows[site] @ reads.T + offsets) @ adds
+            shares.append(float((added - added.mean(dim=0)).square().sum() / added.square().sum()))
+        return sum(shares) / len(shares)
 
     def discriminant(
         self, positive: Tensor, negative: Tensor, site: str, *, on: Sequence[Edit] = ()

@@ -18,7 +18,7 @@ import torch
 
 from reference.mnist.data import Source, load
 from reference.mnist.noise import SIGMAS
-from reference.mnist.scores import summarize
+from reference.mnist.scores import spread, summarize
 from reference.mnist.study import BUDGETS, Budget
 
 EXPERIMENTS = ("cross", "self", "multi", "noise")
@@ -103,6 +103,7 @@ def _summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "unsteered": summarize([run["unsteered"] for run in runs]),
         **({"ceiling": summarize([run["ceiling"] for run in runs])} if runs[0].get("ceiling") else {}),
+        **({"dependence": spread([run["dependence"] for run in runs])} if "dependence" in runs[0] else {}),
         "methods": {name: summarize([run["methods"][name] for run in runs]) for name in runs[0]["methods"]},
     }
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import reference.mnist
 from reference.mnist import __main__ as command
-from reference.mnist import cross, data, suite
+from reference.mnist import data, suite
 from reference.mnist.data import DataMissingError, Split, load
 from reference.mnist.model import mlp, train_classifier
 from reference.mnist.sample import SIZES, stratified
@@ -170,15 +170,6 @@ def test_the_summary_of_one_seed_has_no_spread():
 
 
 # --- steering --------------------------------------------------------------------------------------------------------
-def test_the_linear_map_recovers_an_affine_relation():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(200, 5, generator=generator, dtype=torch.float64)
-    weight, bias = torch.randn(5, 3, generator=generator, dtype=torch.float64), torch.arange(3.0, dtype=torch.float64)
-    found, offset = cross.linear_map(x, x @ weight + bias, ridge=1e-12)
-    torch.testing.assert_close(found, weight)
-    torch.testing.assert_close(offset, bias)
-
-
 def test_the_weights_are_never_touched():
     data = load("bundled")
     model = train_classifier(data.train.of(*range(9)), seed=0, epochs=1)
