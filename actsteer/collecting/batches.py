@@ -77,4 +77,4 @@ def _check_fits(model: nn.Module, positional: Sequence[Any], keywords: Mapping[s
 def rows_in(batch: Any) -> int:
     """How many rows a batch has: the length of its first tensor."""
     parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else (batch,)
-    return next((len(part) for part in parts if isinstance(part, Tensor) and part.ndim), 1)
+    return next((part.size(0) for part in parts if isinstance(part, Tensor) and part.ndim), 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import Any, final
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from actsteer.collecting import storage
 from actsteer.errors import BatchError, StatisticsError
+from actsteer.files import native
 
 
 @final
@@ -28,8 +30,10 @@ class Checkpoint:
     def __init__(self, path: str | PathLike[str], every: int, job: Mapping[str, Any]) -> None:
         if every < 1:
             raise ValueError(f"every: expected 1 batch or more, got {every}")
+        native.check_target(path)
         self._path, self._every, self._job = path, every, dict(job)
-        self._last = ""
+        self._digest = hashlib.sha256()  # of all batches so far
+        self._expected = ""
         self.classes: storage.Classes = {}
         self.axes: dict[str, int] = {}
         self.done = 0
@@ -43,76 +47,76 @@ class Checkpoint:
             raise StatisticsError(
                 f"{self._path}: a checkpoint of another pass; {changed} differ; give another path, or delete it"
             )
-        self.axes, self.done, self._last = document["axes"], document["done"], document["last"]
+        self.axes, self.done, self._expected = document["axes"], document["done"], document["batches"]
 
     def unseen(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The batches that are not in the sums yet; afterwards the file is written.
+        """The batches, with what belongs to them, that are not in the sums yet; afterwards the file is written.
 
         Raises:
             BatchError: the batches before them are not those that were seen.
         """
-        count = 0
+        count = written = 0
+        seen = self.done
         for batch in batches:
             count += 1
-            if count > self.done:
+            _add(self._digest, batch)
+            if count > seen:
                 yield batch
                 self.done = count
                 if count % self._every == 0:
-                    self.write(batch)
-                    continue
-                self._unwritten = batch
-            elif count == self.done and _digest(batch) != self._last:
+                    self._write()
+                    written = count
+            elif count == seen and self._digest.hexdigest() != self._expected:
                 raise BatchError(
-                    f"{self._path}: batch {count} is not the one that was seen then; feed the same batches in the same "
-                    "order, or delete the checkpoint"
+                    f"{self._path}: the first {count} batches are not those that were seen then; feed the same in the "
+                    "same order, or delete the checkpoint"
                 )
-        if count < self.done:
+        if count < seen:
             raise BatchError(
-                f"{self._path}: {self.done} batches were seen then, and there are {count} now; feed the same"
+                f"{self._path}: {seen} batches were seen then, there are {count} now; feed the same, or delete it"
             )
-        if count and count % self._every and self._unwritten is not None:
-            self.write(self._unwritten)
+        if seen < count != written:
+            self._write()
 
-    _unwritten: Any = None
-
-    def write(self, last: Any) -> None:
-        """Write the sums so far; atomic."""
-        self._last = _digest(last)
-        document = {"job": self._job, "axes": self.axes, "done": self.done, "last": self._last}
+    def _write(self) -> None:
+        document = {"job": self._job, "axes": self.axes, "done": self.done, "batches": self._digest.hexdigest()}
         storage.write(self._path, "checkpoint", self.classes, document)
 
 
 def weights(model: nn.Module) -> str:
-    """A digest of a sample of every parameter's numbers."""
+    """A digest of every parameter and buffer that lies in this process."""
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        local: Any = getattr(parameter, "_local_tensor", parameter)
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        local: Any = getattr(tensor, "_local_tensor", tensor)
         if not local.is_meta:
-            flat = local.detach().flatten()
-            sample = torch.cat([flat[:64], flat[-64:]]).cpu().contiguous()
-            digest.update(name.encode() + sample.view(torch.uint8).numpy().tobytes())
+            _add(digest, [name, local])
     return digest.hexdigest()
 
 
-def _digest(batch: Any) -> str:
-    """A digest of what a batch holds."""
-    digest = hashlib.sha256()
+def code_of(function: Any) -> str:
+    """A digest of what a function does, as far as its own code tells."""
+    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+    names = "" if code is None else repr((code.co_names, code.co_varnames))
+    return "" if code is None else hashlib.sha256(code.co_code + names.encode()).hexdigest()
 
-    def add(value: Any) -> None:
-        if isinstance(value, Tensor):
-            plain = value.detach().cpu().contiguous()
-            digest.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
-            digest.update(plain.flatten().view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
-        elif isinstance(value, Mapping):
-            for key in value:
-                digest.update(repr(key).encode())
-                add(value[key])
-        elif isinstance(value, tuple | list):
-            digest.update(f"[{len(value)}]".encode())
-            for member in value:
-                add(member)
-        elif isinstance(value, bool | int | float | str | None):
-            digest.update(repr(value).encode())
 
-    add(batch)
-    return digest.hexdigest()
+def _add(digest: Any, value: Any) -> None:
+    """Take in what a batch holds."""
+    if isinstance(value, Tensor) and value.is_nested:
+        _add(digest, list(value.unbind()))
+    elif hasattr(value, "__array__") and not isinstance(value, Tensor):
+        _add(digest, [str(value.dtype), value.tolist()])
+    elif isinstance(value, Tensor):
+        plain = value.detach().cpu().contiguous()
+        digest.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
+        digest.update(plain.flatten().view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
+    elif isinstance(value, Mapping):
+        for key in value:
+            digest.update(repr(key).encode())
+            _add(digest, value[key])
+    elif isinstance(value, tuple | list):
+        digest.update(f"[{len(value)}]".encode())
+        for member in value:
+            _add(digest, member)
+    elif isinstance(value, bool | int | float | str | None):
+        digest.update(repr(value).encode())

@@ -75,6 +75,8 @@ class ClassStatistics(Mapping[Label, Statistics]):
         """The rows of all other classes together."""
         for label in labels:
             _ = self[label]
+        if set(labels) >= set(self):
+            raise StatisticsError(f"no class is left of {list(self)}")
         return self.only(*(label for label in self if label not in labels))
 
     def total(self) -> Statistics:

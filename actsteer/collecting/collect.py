@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from actsteer.collecting.batches import Batches, iterate
-from actsteer.collecting.checkpoint import Checkpoint, weights
+from actsteer.collecting.checkpoint import Checkpoint, code_of, weights
 from actsteer.collecting.classes import ClassStatistics, Label
 from actsteer.collecting.distributed import announced, is_alone
-from actsteer.collecting.labels import Labels, check_one_each, labelled
+from actsteer.collecting.labels import Labels, labelled
 from actsteer.collecting.moments import Moments
 from actsteer.collecting.observe import Observation
 from actsteer.collecting.peers import in_step, replicas
@@ -111,21 +111,23 @@ def collect(
     """
     names = find_sites(model, sites)
     metadata = {"model": fingerprint(model)} | described(positions)
-    sums = _Sums(covariance=covariance, by=by)
-    observation = Observation(model, names, sums.keep, axis=axis, positions=positions)
+    sums = _Sums(covariance=covariance)
+    rows = None if by is None else sums.rows
+    observation = Observation(model, names, sums.keep, axis=axis, positions=positions, rows=rows)
     with announced():
-        saved = None
+        stream = iterate(batches, batch_size=batch_size, progress=progress, label="collect")
+        pairs: Iterable[tuple[Any, Any]] = ((batch, None) for batch in stream) if by is None else labelled(stream, by)
         if checkpoint is not None:
             job = metadata | {"sites": list(names), "covariance": covariance, "by": by is not None, "axis": repr(axis)}
             job |= {"weights": weights(model), "rank": 0 if is_alone() else dist.get_rank()}
             job |= {"batch_size": batch_size} if isinstance(batches, Tensor) else {}
+            job |= {"positions code": code_of(positions)} if callable(positions) else {}
             saved = Checkpoint(checkpoint, every, job)
-            sums.classes, saved.classes = saved.classes, saved.classes
+            sums.classes = saved.classes
             observation.axes.update(saved.axes)
             saved.axes = observation.axes
-        stream: Iterable[Any] = iterate(batches, batch_size=batch_size, progress=progress, label="collect")
-        stream = in_step(stream if saved is None else saved.unseen(stream), model)
-        observation.run(sums.inputs(stream))
+            pairs = saved.unseen(pairs)
+        observation.run(sums.inputs(in_step(pairs, model)))
         sums.check(names)
     described_by = metadata | described_axes(observation.axes, axis)
     same = replicas(model)
@@ -146,27 +148,26 @@ def described_axes(axes: Mapping[str, int], given: Axes | None) -> dict[str, str
 class _Sums:
     """The moments of every class at every site, as they grow."""
 
-    def __init__(self, *, covariance: bool, by: Labels | None) -> None:
+    def __init__(self, *, covariance: bool) -> None:
         self.classes: dict[Label | None, dict[str, Moments]] = {}
-        self._covariance, self._by = covariance, by
-        self._labels: list[Label] = []
+        self._covariance = covariance
+        self._labels: list[Label] | None = None
 
-    def inputs(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The batches as the model is to see them."""
-        if self._by is None:
-            yield from batches
-            return
-        for batch, labels in labelled(batches, self._by):
+    def rows(self) -> int:
+        """How many rows the batch has, by its labels."""
+        return len(self._labels or ())
+
+    def inputs(self, pairs: Iterable[tuple[Any, list[Label] | None]]) -> Iterator[Any]:
+        """The batches as the model is to see them, without their labels."""
+        for batch, labels in pairs:
             self._labels = labels
             yield batch
 
     def keep(self, site: str, rows: Tensor, owners: Tensor) -> None:
         """Take in rows of a site; `owners` tells of which row of the batch each of them is."""
-        if self._by is None:
+        if self._labels is None:
             self._add(None, site, rows)
             return
-        if len(owners) and int(owners.max()) >= len(self._labels):
-            check_one_each(self._labels, int(owners.max()) + 1, site)
         codes = {label: code for code, label in enumerate(dict.fromkeys(self._labels))}
         own = torch.tensor([codes[label] for label in self._labels])[owners.cpu()]
         order = own.argsort(stable=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any, TypeAlias
 
 import torch
@@ -25,6 +26,8 @@ def labelled(batches: Iterable[Any], by: Labels) -> Iterator[tuple[Any, list[Lab
     Raises:
         BatchError: labels that do not fit.
     """
+    if isinstance(by, bool):
+        raise BatchError("by: expected labels, the place where they are, or a function, got a bool")
     if isinstance(by, int | str) or callable(by):
         for batch in batches:
             yield _taken_out(batch, by)
@@ -45,19 +48,15 @@ def labelled(batches: Iterable[Any], by: Labels) -> Iterator[tuple[Any, list[Lab
         raise BatchError(f"by: there are more labels than {'rows' if flat is not None else 'batches'}")
 
 
-def check_one_each(labels: Sequence[Label], rows: int, site: str) -> None:
-    """Raise BatchError unless there is one label for each row."""
-    if len(labels) != rows:
-        raise BatchError(f"by: {len(labels)} labels for a batch of {rows} rows at site {site!r}; give one for each row")
-
-
 def _taken_out(batch: Any, by: Any) -> tuple[Any, list[Label]]:
     if callable(by):
         return batch, _listed(by(batch))
     try:
-        labels = batch[by]
+        labels = None if isinstance(batch, Tensor) else batch[by]
     except (KeyError, IndexError, TypeError) as error:
         raise BatchError(f"by: a batch of type {type(batch).__name__} has no part {by!r} with labels") from error
+    if labels is None:
+        raise BatchError(f"by: a batch that is one tensor has no part {by!r} with labels; give labels of their own")
     if isinstance(batch, Mapping):
         return {key: value for key, value in batch.items() if key != by}, _listed(labels)
     kept = [member for index, member in enumerate(batch) if index != by % len(batch)]
@@ -68,8 +67,8 @@ def _per_row(by: Any) -> list[Label] | None:
     """The labels of all rows, one after the other; None if they come batch by batch."""
     if isinstance(by, Tensor) or hasattr(by, "__array__"):
         return _listed(by)
-    if isinstance(by, Sequence) and all(isinstance(label, int | str) for label in by):
-        return list(by)
+    if isinstance(by, Sequence) and all(isinstance(label, Integral | str) for label in by):
+        return _listed(by)
     return None
 
 
@@ -81,7 +80,7 @@ def _listed(labels: Any) -> list[Label]:
         if isinstance(found, Tensor) and (found.ndim != 1 or found.is_floating_point()):
             raise BatchError(f"by: expected integers or words of shape (B,), got {found.dtype}, {tuple(found.shape)}")
         labels = found.tolist()
-    listed = [int(label) if isinstance(label, bool) else label for label in labels]
+    listed = [int(label) if isinstance(label, Integral) else label for label in labels]
     if wrong := [label for label in listed if not isinstance(label, int | str)]:
         raise BatchError(f"by: a label is an integer or a word, got {wrong[0]!r}")
     return listed

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from actsteer.errors import BatchError, ShapeError
+from actsteer.sites.place import split_site
 from actsteer.sites.wrappers import unwrapped
 
 _PADDING = ("src_key_padding_mask", "key_padding_mask")  # of torch.nn: true where there is a pad
+_ANSWERS = {"lm_head", "proj_out", "logits"}  # what follows the decoder
 _CROSS = re.compile(r"cross|encdec|encoder_attn|encoder_decoder", re.IGNORECASE)
 
 
@@ -24,11 +26,14 @@ class TokenMasks:
         arguments = _named(model, batch)
         self._explicit = explicit  # whether the positions themselves say where
         self._own = _found(arguments, explicit=explicit)
-        decoded = arguments.get("decoder_input_ids")
-        self._decoder = arguments.get("decoder_attention_mask")
-        if self._decoder is None and isinstance(decoded, Tensor):
-            self._decoder = torch.ones_like(decoded, dtype=torch.bool)
-        self._decoder = None if self._decoder is None else self._decoder.bool()
+        self._decoder = _decoder(model, arguments)
+        if self._decoder is not None and self._own is None:
+            self._own = _ones(arguments, "input_ids", "inputs_embeds", "input_features")
+
+    @property
+    def rows(self) -> int | None:
+        """How many sequences there are, if a mask tells."""
+        return None if self._own is None else len(self._own)
 
     def at(self, site: str, shape: tuple[int, ...]) -> Tensor | None:
         """The mask (B, S) that belongs to activations of shape (rows, positions) or (rows,) at a site; None if all of
@@ -50,15 +55,39 @@ class TokenMasks:
         )
 
     def _for(self, site: str, shape: tuple[int, ...]) -> Tensor | None:
-        if self._decoder is None or self._own is None or "decoder" not in site.split("."):
-            return self._own if self._own is not None or "decoder" not in site.split(".") else self._decoder
-        fitting = [mask for mask in (self._own, self._decoder) if tuple(mask.shape) == shape]
-        if len(fitting) == 2 and not torch.equal(*fitting) and _CROSS.search(site):
+        if self._own is None or self._decoder is None:
+            return self._own if self._decoder is None else self._decoder
+        name, _, path = split_site(site)
+        within = {*name.split("."), *(path[:1] if not name else ())}
+        if "encoder" in within or any(part.startswith("encoder_") for part in within):
+            return self._own
+        both = (self._own, self._decoder)
+        if ("decoder" in within and not _CROSS.search(name)) or within & _ANSWERS:
+            return self._decoder
+        fitting = [mask for mask in both if shape in (tuple(mask.shape), (mask.numel(),))]
+        if len(fitting) == 2 and not torch.equal(*fitting):
             raise ShapeError(
                 f"site {site!r}: the inputs and the outputs have one length, and its activations may be of either; "
                 "pass positions=mask"
             )
-        return self._own if fitting == [self._own] else self._decoder
+        return next((mask for mask in fitting or both if fitting or not bool(mask.all())), self._own)
+
+
+def _decoder(model: nn.Module, arguments: Mapping[str, Any]) -> Tensor | None:
+    """The decoder's mask; all tokens, where there is none. None without a decoder."""
+    mask, labels = arguments.get("decoder_attention_mask"), arguments.get("labels")
+    if isinstance(mask, Tensor):
+        return mask.bool()
+    ones = _ones(arguments, "decoder_input_ids", "decoder_inputs_embeds")
+    config = getattr(unwrapped(model), "config", None)
+    if ones is None and getattr(config, "is_encoder_decoder", False) and isinstance(labels, Tensor):
+        return labels != -100  # from which transformers makes the decoder's inputs
+    return ones
+
+
+def _ones(arguments: Mapping[str, Any], *names: str) -> Tensor | None:
+    found = next((arguments[name] for name in names if isinstance(arguments.get(name), Tensor)), None)
+    return None if found is None else torch.ones(found.shape[:2], dtype=torch.bool, device=found.device)
 
 
 def _found(arguments: Mapping[str, Any], *, explicit: bool) -> Tensor | None:
@@ -68,6 +97,10 @@ def _found(arguments: Mapping[str, Any], *, explicit: bool) -> Tensor | None:
         return None if padding is None else ~padding if padding.dtype is torch.bool else padding == 0
     if mask.ndim != 2 and explicit:
         return None
+    if mask.is_floating_point() and not bool(((mask == 0) | (mask == 1)).all()):
+        raise BatchError(
+            "attention_mask: expected 1 for a token and 0 for a pad, got other numbers; pass positions=mask"
+        )
     if mask.ndim != 2:
         raise BatchError(
             f"attention_mask: expected shape (B, S), got {tuple(mask.shape)}, which does not say which tokens are "

@@ -46,7 +46,7 @@ class Moments:
 
         n = n_a + n_b,   δ = mean_b - mean_a,   mean = mean_a + δ n_b / n,   S = S_a + S_b + δ δᵀ n_a n_b / n
 
-    The mean is held as an origin, which is a row of the data, and an offset from it. So the differences δ, and with
+    The mean is held as an origin, that of the first rows, and an offset from it. So the differences δ, and with
     them the scatter, stay exact where the mean is a billion times the spread.
 
     >>> m = Moments.empty(2, covariance=True).update(torch.tensor([[0.0, 2.0], [4.0, 2.0]]))
@@ -204,7 +204,7 @@ class Moments:
     @torch.no_grad()
     def _absorb(self, rows: Float[Tensor, "n d"]) -> None:
         if not self.count:
-            self._origin = rows[0].clone()
+            self._origin = rows.mean(dim=0)
         rows = rows - self._origin  # exact for rows within a factor of two of the origin
         count = self.count + len(rows)
         shift = rows.mean(dim=0)

@@ -12,12 +12,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from actsteer.collecting.batches import call
+from actsteer.collecting.batches import call, rows_in
 from actsteer.collecting.masks import TokenMasks
 from actsteer.collecting.positions import Positions, check, pick
 from actsteer.collecting.stop import Stop, Stopper
 from actsteer.collecting.undisturbed import undisturbed, usable_later
-from actsteer.errors import ShapeError, StatisticsError
+from actsteer.errors import BatchError, ShapeError, StatisticsError
 from actsteer.sites.axes import Axes, Layout, layouts
 from actsteer.sites.listen import likely_cause, listen
 from actsteer.sites.outputs import Arguments, get, locate, members
@@ -37,18 +37,29 @@ class Observation:
     Args:
         keep: is called in normal mode, where what it makes works in autograd later, with tensors that the model may
             edit in place afterwards.
+        rows: how many rows the present batch has, for a caller to whom it matters from which each activation is.
     """
 
     def __init__(
-        self, model: nn.Module, names: Iterable[str], keep: Keep, *, axis: Axes | None, positions: Positions
+        self,
+        model: nn.Module,
+        names: Iterable[str],
+        keep: Keep,
+        *,
+        axis: Axes | None,
+        positions: Positions,
+        rows: Callable[[], int] | None = None,
     ) -> None:
         check(positions)
-        self._model, self._positions = model, positions
+        self._model, self._positions, self._rows = model, positions, rows
+        self._sequence_first = any(getattr(module, "batch_first", None) is False for module in model.modules())
         self._places = resolve(model, names)
         lies = layouts(model, self._places, axis=axis)
         self.axes: dict[str, int] = {}
         """Site -> the axis along which its features lay."""
         self._listeners = [_Listener(place, lies[site], keep, self.axes) for site, place in self._places.items()]
+        for listener in self._listeners:
+            listener.doubtful = self._sequence_first and lies[listener.place.site].row_axis == 0
 
     def run(self, batches: Iterable[Any], *, after: Callable[[], None] = lambda: None) -> None:
         """Run each batch, and call `after`.
@@ -63,9 +74,12 @@ class Observation:
                 handles.callback(listen(listener.place, listener))
             for batch in batches:
                 positions = self._positions(batch) if callable(self._positions) else self._positions
+                check(positions)
                 masks = TokenMasks(self._model, batch, explicit=isinstance(positions, Tensor))
+                asked = None if self._rows is None else self._rows()
                 for listener in self._listeners:
-                    listener.positions, listener.masks = positions, masks
+                    listener.positions, listener.masks, listener.asked = positions, masks, asked
+                    listener.given = None if self._sequence_first else rows_in(batch)
                 stopper.begin()
                 with suppress(Stop), torch.inference_mode():
                     call(self._model, batch)
@@ -84,6 +98,9 @@ class _Listener:
     stopper: Stopper
     positions: Positions
     masks: TokenMasks
+    doubtful: bool  # whether the first axis may hold the positions and not the rows
+    given: int | None  # the number of its rows as far as its length tells
+    asked: int | None  # the number of its rows, if it matters from which each activation is
 
     def __init__(self, place: Place, layout: Layout, keep: Keep, axes: dict[str, int]) -> None:
         self.place, self._layout, self._keep, self._axes = place, layout, keep, axes
@@ -118,30 +135,45 @@ class _Listener:
 
     def _rows(self, whole: Float[Tensor, "*shape d"], *, nested: bool) -> tuple[Tensor, Tensor]:
         """The activations at the positions that are asked for, and their rows."""
-        row_axis = self._layout.row_axis if whole.ndim > 2 and not nested else 0
-        if whole.ndim < 2 or row_axis == self._axis:  # one row alone
-            by_row = whole.reshape(1, -1, whole.shape[-1])
-        else:
-            by_row = (
-                whole.movedim(row_axis - (row_axis > self._axis), 0).flatten(1, -2)
-                if whole.ndim > 2
-                else whole[:, None]
-            )
+        site, ordered = self.place.site, isinstance(self.positions, str) and self.positions in ("all", "prompt")
+        by_row = self._by_row(whole, nested=nested, matters=not ordered or self.asked is not None)
         shape = tuple(by_row.shape[:2]) if whole.ndim > 2 else (len(by_row),)
-        real = None if nested else self.masks.at(self.place.site, shape)
+        real = None if nested or whole.ndim > 3 else self.masks.at(site, shape)
         if real is not None and real.shape != by_row.shape[:2]:  # the tokens of all rows in a line
             by_row = rearrange(by_row, "(b s) 1 d -> b s d", b=len(real))
-        needs_order = not isinstance(self.positions, Tensor) and self.positions not in ("all", "prompt", "mean")
-        if needs_order and whole.ndim != 3 and real is None:
+        if self.asked not in (None, len(by_row)) and not nested:
+            if whole.ndim != 2 or not self.asked or len(by_row) % self.asked:
+                raise BatchError(
+                    f"by: {self.asked} labels, and {len(by_row)} rows at site {site!r} in an activation of shape "
+                    f"{tuple(whole.shape)}; give one label per row, or choose a site with a row for each"
+                )
+            by_row = rearrange(by_row, "(b s) 1 d -> b s d", b=self.asked)
+        alone = whole.ndim < 3 and self.given in (None, len(by_row))  # one activation for each row
+        in_order = whole.ndim == 3 or real is not None or isinstance(self.positions, Tensor)
+        if not (ordered or nested or in_order or (self.positions == "mean" and (alone or whole.ndim > 3))):
             self._everything(whole, f"has shape {tuple(whole.shape)}")
-        if (
-            isinstance(self.positions, str)
-            and self.positions in ("all", "prompt")
-            and (real is None or bool(real.all()))
-        ):
+        if ordered and (real is None or bool(real.all())):
             owners = torch.arange(len(by_row)).repeat_interleave(by_row.shape[1])
             return rearrange(by_row, "b s d -> (b s) d"), owners
         return pick(by_row, real, self.positions)
+
+    def _by_row(self, whole: Float[Tensor, "*shape d"], *, nested: bool, matters: bool) -> Float[Tensor, "rows s d"]:
+        """The activation with the rows first and the positions, however many axes they have, second."""
+        row_axis = self._layout.row_axis if whole.ndim > 2 and not nested else 0
+        if whole.ndim < 2 or row_axis == self._axis:  # one row alone
+            return whole.reshape(1, -1, whole.shape[-1])
+        if whole.ndim == 2:
+            return whole[:, None]
+        if self.doubtful and matters and not nested and whole.ndim == 3:
+            rows = self.asked if self.asked is not None else self.masks.rows
+            if rows not in whole.shape[:2] or whole.shape[0] == whole.shape[1]:
+                raise ShapeError(
+                    f"site {self.place.site!r}: the model has modules with batch_first=False, and nobody can tell "
+                    f"which axis of an activation of shape {tuple(whole.shape)} holds the rows; choose a site inside "
+                    "of them"
+                )
+            row_axis = whole.shape.index(rows)
+        return whole.movedim(row_axis - (row_axis > self._axis), 0).flatten(1, -2)
 
     def _everything(self, whole: Tensor, why: str) -> Tensor:
         if isinstance(self.positions, str) and self.positions in ("all", "prompt"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -48,8 +49,9 @@ def described(positions: Positions) -> dict[str, str]:
     if positions in ("all", "prompt") if isinstance(positions, str) else False:
         return {}
     if isinstance(positions, Tensor):
-        return {"positions": "mask"}
-    return {"positions": getattr(positions, "__name__", "callable") if callable(positions) else str(positions)}
+        bits = bytes(positions.cpu().flatten().to(torch.uint8).tolist())
+        return {"positions": f"mask {tuple(positions.shape)} {hashlib.sha256(bits).hexdigest()[:16]}"}
+    return {"positions": getattr(positions, "__qualname__", "callable") if callable(positions) else str(positions)}
 
 
 def pick(

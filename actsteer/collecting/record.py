@@ -11,6 +11,7 @@ from actsteer.collecting.distributed import announced
 from actsteer.collecting.observe import Observation
 from actsteer.collecting.peers import in_step
 from actsteer.collecting.positions import Positions
+from actsteer.errors import StatisticsError
 from actsteer.sites.axes import Axes
 from actsteer.sites.resolve import Sites, find_sites
 
@@ -48,4 +49,6 @@ def record(
     with announced():
         stream = iterate(batches, batch_size=batch_size, progress=progress, label="record")
         Observation(model, names, keep, axis=axis, positions=positions).run(in_step(stream, model))
+    if empty := [site for site, rows in kept.items() if not rows]:
+        raise StatisticsError(f"sites {empty} saw no rows; is every batch empty?")
     return {site: torch.cat(rows) for site, rows in kept.items()}

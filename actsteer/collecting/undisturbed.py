@@ -52,39 +52,94 @@ def _configurations(model: nn.Module) -> list[Any]:
 @contextmanager
 def usable_later(model: nn.Module) -> Iterator[None]:
     """What the model keeps from inference mode, such as a table made at its first call, works in autograd later."""
-    before = {id(tensor) for _, _, tensor in _kept(model)}
+    before = {id(tensor): tensor for tensor in _kept(model)}
     try:
         yield
     finally:
-        _release(model, before)
-
-
-def _release(model: nn.Module, before: set[int]) -> None:
-    for holder, key, tensor in list(_kept(model)):
-        if id(tensor) not in before:
+        if any(id(tensor) not in before for tensor in _kept(model)):
             with torch.inference_mode(mode=False):
-                holder[key] = (
-                    nn.Parameter(tensor.clone(), tensor.requires_grad) if _is_parameter(tensor) else tensor.clone()
-                )
+                _release(model, dict(before))
 
 
-def _is_parameter(tensor: Tensor) -> bool:
-    return isinstance(tensor, nn.Parameter)
-
-
-def _kept(model: nn.Module) -> Iterator[tuple[Any, Any, Tensor]]:
-    """The inference tensors that modules hold, each with the container and the key where it lies."""
+def _holders(model: nn.Module) -> Iterator[Any]:
     for module in model.modules():
-        for holder in (module._parameters, module._buffers, module.__dict__):
-            yield from _in(holder, depth=2)
+        yield from (module._parameters, module._buffers)
+        yield {key: value for key, value in module.__dict__.items() if key not in _OWN}
 
 
-def _in(holder: Any, *, depth: int) -> Iterator[tuple[Any, Any, Tensor]]:
-    for key, value in list(holder.items() if isinstance(holder, dict) else enumerate(holder)):
-        if isinstance(value, Tensor) and value.is_inference():
-            yield holder, key, value
-        elif type(value) in (dict, list) and depth and key not in ("_modules", "_parameters", "_buffers"):
-            yield from _in(value, depth=depth - 1)
+_OWN = vars(nn.Module())  # what every module has; its parameters and buffers are looked at by themselves
+_DEPTH = 5
+
+
+def _kept(model: nn.Module) -> list[Tensor]:
+    """The inference tensors that modules hold, in containers and plain objects too."""
+    found: dict[int, Tensor] = {}
+    seen: set[int] = set()
+
+    def look(value: Any, depth: int) -> None:
+        if isinstance(value, Tensor):
+            if value.is_inference():
+                found[id(value)] = value
+        elif depth and id(value) not in seen and not isinstance(value, nn.Module | type):
+            members = _members(value)
+            if members:
+                seen.add(id(value))
+            for member in members:
+                look(member, depth - 1)
+
+    for holder in _holders(model):
+        for value in holder.values():
+            look(value, _DEPTH)
+    return list(found.values())
+
+
+def _members(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    if isinstance(value, list | tuple):
+        return list(value)
+    attributes = getattr(value, "__dict__", None)
+    return list(attributes.values()) if isinstance(attributes, dict) and not callable(value) else []
+
+
+def _release(model: nn.Module, memo: dict[int, Tensor]) -> None:
+    """Put ordinary tensors in the place of those that were made in inference mode; `memo` holds what stays."""
+    seen: set[int] = set()
+
+    def ordinary(value: Any, depth: int) -> Any:
+        if isinstance(value, Tensor):
+            if not value.is_inference():
+                return value
+            if id(value) not in memo:
+                made = value.clone()
+                memo[id(value)] = nn.Parameter(made, value.requires_grad) if isinstance(value, nn.Parameter) else made
+            return memo[id(value)]
+        if not depth or isinstance(value, nn.Module | type) or id(value) in seen:
+            return value
+        if isinstance(value, tuple):
+            members = [ordinary(member, depth - 1) for member in value]
+            if all(a is b for a, b in zip(members, value, strict=True)):
+                return value
+            return type(value)(*members) if hasattr(value, "_fields") else type(value)(members)
+        seen.add(id(value))
+        attributes = value if isinstance(value, dict | list) else getattr(value, "__dict__", None)
+        if isinstance(attributes, dict | list) and not callable(value):
+            replace(attributes, depth - 1)
+        return value
+
+    def replace(holder: Any, depth: int) -> None:
+        for key, value in list(holder.items() if isinstance(holder, dict) else enumerate(holder)):
+            changed = ordinary(value, depth)
+            if changed is not value:
+                holder[key] = changed
+
+    for module in model.modules():
+        replace(module._parameters, _DEPTH)
+        replace(module._buffers, _DEPTH)
+        for key in module.__dict__.keys() - _OWN.keys():
+            changed = ordinary(module.__dict__[key], _DEPTH)
+            if changed is not module.__dict__[key]:
+                module.__dict__[key] = changed
 
 
 def _eager() -> AbstractContextManager[Any]:

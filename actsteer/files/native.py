@@ -125,6 +125,13 @@ def read(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[str, Tensor],
     return tensors, document
 
 
+def check_target(path: str | os.PathLike[str]) -> None:
+    """Raise FileFormatError or FileNotFoundError, before any work, if nothing could be written there."""
+    folder = _native_path(path).parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {folder}; make it first")
+
+
 def _native_path(path: str | os.PathLike[str]) -> Path:
     target = Path(path)
     if target.suffix.lower() != ".safetensors":

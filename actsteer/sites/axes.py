@@ -235,6 +235,8 @@ def _class_axis(module: nn.Module) -> int | None:
 
 def _row_axis(model: nn.Module, place: Place) -> int:
     """The axis of the batch: 0, or 1 where the module or one around it says `batch_first=False`."""
+    if isinstance(unwrapped(place.module), nn.RNNBase) and place.side == "out" and place.path[:1] == ("1",):
+        return 1  # the last states: (layers, rows, features), always
     return 1 if any(_sequence_first(outer) for outer in (*path_to(model, place.name), place.module)) else 0
 
 
