@@ -16,7 +16,7 @@ from actsteer.collecting.batches import call, rows_in
 from actsteer.collecting.masks import TokenMasks
 from actsteer.collecting.positions import Positions, check, pick
 from actsteer.collecting.stop import Stop, Stopper
-from actsteer.collecting.undisturbed import undisturbed, usable_later
+from actsteer.collecting.undisturbed import inference_for, undisturbed, usable_later
 from actsteer.errors import BatchError, ShapeError, StatisticsError
 from actsteer.sites.axes import Axes, Layout, layouts
 from actsteer.sites.listen import likely_cause, listen
@@ -68,6 +68,7 @@ class Observation:
             StatisticsError: a site has never run.
         """
         stopper = Stopper(self._model, {site: place.module for site, place in self._places.items()}, call)
+        inference = inference_for(self._model)
         with undisturbed(self._model), usable_later(self._model), ExitStack() as handles:
             for listener in self._listeners:
                 listener.stopper = stopper
@@ -81,7 +82,7 @@ class Observation:
                     listener.positions, listener.masks, listener.asked = positions, masks, asked
                     listener.given = None if self._sequence_first else rows_in(batch)
                 stopper.begin()
-                with suppress(Stop), torch.inference_mode():
+                with suppress(Stop), inference():
                     call(self._model, batch)
                 after()
         silent = [

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -47,6 +48,16 @@ def _configurations(model: nn.Module) -> list[Any]:
     """The configurations of transformers' models that have a key-value cache."""
     found = [module.__dict__.get("config") for module in model.modules()]
     return [config for config in found if hasattr(config, "use_cache")]
+
+
+def inference_for(model: nn.Module) -> Callable[[], AbstractContextManager[Any]]:
+    """Inference mode; for a model that FSDP shards, only without gradients: its buffers would not work afterwards."""
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
+    return (
+        torch.no_grad
+        if any(kind.__module__.startswith("torch.distributed.") for kind in kinds)
+        else torch.inference_mode
+    )
 
 
 @contextmanager
@@ -98,8 +109,13 @@ def _members(value: Any) -> list[Any]:
         return list(value.values())
     if isinstance(value, list | tuple):
         return list(value)
-    attributes = getattr(value, "__dict__", None)
-    return list(attributes.values()) if isinstance(attributes, dict) and not callable(value) else []
+    return list(_attributes(value).values())
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """Of a plain object; torch's own, modules of Python, and what can be called are left alone."""
+    foreign = isinstance(value, ModuleType) or type(value).__module__.partition(".")[0] in ("torch", "builtins")
+    return {} if foreign or callable(value) else getattr(value, "__dict__", {})
 
 
 def _release(model: nn.Module, memo: dict[int, Tensor]) -> None:
@@ -122,9 +138,7 @@ def _release(model: nn.Module, memo: dict[int, Tensor]) -> None:
                 return value
             return type(value)(*members) if hasattr(value, "_fields") else type(value)(members)
         seen.add(id(value))
-        attributes = value if isinstance(value, dict | list) else getattr(value, "__dict__", None)
-        if isinstance(attributes, dict | list) and not callable(value):
-            replace(attributes, depth - 1)
+        replace(value if isinstance(value, dict | list) else _attributes(value), depth - 1)
         return value
 
     def replace(holder: Any, depth: int) -> None:
