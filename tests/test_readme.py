@@ -25,7 +25,7 @@ def test_the_first_example_ends_in_an_assert():
 @pytest.mark.skipif(sys.platform == "win32", reason="torch.distributed.run needs gloo")
 def test_the_distributed_example_runs_on_two_processes(tmp_path):
     script = next(
-        block.split("```")[0] for block in README.read_text().split("```python\n")[1:] if "all_reduce" in block
+        block.split("```")[0] for block in README.read_text().split("```python\n")[1:] if "init_process_group" in block
     )
     (tmp_path / "share.py").write_text(script)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "share.py"]

@@ -74,7 +74,13 @@ def _check_fits(model: nn.Module, positional: Sequence[Any], keywords: Mapping[s
         ) from error
 
 
+def first_shape(batch: Any) -> tuple[int, ...]:
+    """The shape of a batch's first tensor; of a nested one, the number of rows alone."""
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else (batch,)
+    first = next((part for part in parts if isinstance(part, Tensor) and part.ndim), None)
+    return () if first is None else (first.size(0),) if first.is_nested else tuple(first.shape)
+
+
 def rows_in(batch: Any) -> int:
     """How many rows a batch has: the length of its first tensor."""
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else (batch,)
-    return next((part.size(0) for part in parts if isinstance(part, Tensor) and part.ndim), 1)
+    return (*first_shape(batch), 1)[0]

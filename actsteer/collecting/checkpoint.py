@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from os import PathLike
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any, final
 
 import torch
@@ -94,10 +95,20 @@ def weights(model: nn.Module) -> str:
 
 
 def code_of(function: Any) -> str:
-    """A digest of what a function does, as far as its own code tells."""
-    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
-    names = "" if code is None else repr((code.co_names, code.co_varnames))
-    return "" if code is None else hashlib.sha256(code.co_code + names.encode()).hexdigest()
+    """A digest of what a function does: its own code, constants and defaults, and what it closes over."""
+    function = function if isinstance(function, FunctionType) else vars(type(function)).get("__call__")
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return ""
+    digest = hashlib.sha256(_described(code).encode())
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    _add(digest, [cells, list(function.__defaults__ or ()), function.__kwdefaults__ or {}])
+    return digest.hexdigest()
+
+
+def _described(code: CodeType) -> str:
+    constants = [_described(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
+    return repr((code.co_code, code.co_names, code.co_varnames, constants))
 
 
 def _add(digest: Any, value: Any) -> None:

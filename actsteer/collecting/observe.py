@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from typing import Any, final
@@ -12,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from actsteer.collecting.batches import call, rows_in
+from actsteer.collecting.batches import call, first_shape, rows_in
 from actsteer.collecting.masks import TokenMasks
 from actsteer.collecting.positions import Positions, check, pick
 from actsteer.collecting.stop import Stop, Stopper
@@ -81,6 +82,7 @@ class Observation:
                 for listener in self._listeners:
                     listener.positions, listener.masks, listener.asked = positions, masks, asked
                     listener.given = None if self._sequence_first else rows_in(batch)
+                    listener.tokens = () if self._sequence_first else first_shape(batch)[:2]
                 stopper.begin()
                 with suppress(Stop), inference():
                     call(self._model, batch)
@@ -101,6 +103,7 @@ class _Listener:
     masks: TokenMasks
     doubtful: bool  # whether the first axis may hold the positions and not the rows
     given: int | None  # the number of its rows as far as its length tells
+    tokens: tuple[int, ...]  # its rows and positions, as far as its shape tells
     asked: int | None  # the number of its rows, if it matters from which each activation is
 
     def __init__(self, place: Place, layout: Layout, keep: Keep, axes: dict[str, int]) -> None:
@@ -143,7 +146,7 @@ class _Listener:
         if real is not None and real.shape != by_row.shape[:2]:  # the tokens of all rows in a line
             by_row = rearrange(by_row, "(b s) 1 d -> b s d", b=len(real))
         if self.asked not in (None, len(by_row)) and not nested:
-            if whole.ndim != 2 or not self.asked or len(by_row) % self.asked:
+            if whole.ndim != 2 or self.tokens[:1] != (self.asked,) or len(by_row) != math.prod(self.tokens):
                 raise BatchError(
                     f"by: {self.asked} labels, and {len(by_row)} rows at site {site!r} in an activation of shape "
                     f"{tuple(whole.shape)}; give one label per row, or choose a site with a row for each"
