@@ -19,7 +19,8 @@ Group: TypeAlias = "dist.ProcessGroup | None"
 Classes: TypeAlias = dict[Any, dict[str, Moments]]
 """Label -> site -> moments."""
 
-_completed: dict[tuple[int, ...], int] = {}  # how often the processes of a group have met
+_failures: dict[int, int] = {}  # rank -> how often it has failed, as far as this process knows
+_meetings: dict[tuple[int, ...], int] = {}  # how often the processes of a group have met
 
 
 def is_alone(group: Group = None) -> bool:
@@ -43,7 +44,7 @@ def reduce(
     if is_alone(group):
         return own, tuple(replicas)
     ranks = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
-    meet(ranks, "all_reduce", completes=True)
+    meet(ranks, "all_reduce")
     counted = min((rank for rank in replicas if rank in ranks), default=dist.get_rank()) == dist.get_rank()
     headers = _gathered(_Header.of(own, metadata, counted), group)
     _check_alike(headers, ranks)
@@ -136,28 +137,33 @@ def announced() -> Iterator[None]:
         yield
         return
     store, rank = _store(), dist.get_rank()
-    store.set(f"failed/{rank}", "")
     try:
         yield
     except DistributedError:
         raise
     except BaseException as error:
         _check_nobody_failed(tuple(range(dist.get_world_size())), cause=error)
-        store.set(f"failed/{rank}", f"{type(error).__name__}: {error}")
+        store.set(f"failed/{rank}/{_failures.get(rank, 0)}", f"{type(error).__name__}: {error}")
+        _failures[rank] = _failures.get(rank, 0) + 1
         raise
 
 
-def meet(ranks: Sequence[int], where: str, *, completes: bool = False, says: str = "here") -> dict[int, str]:
+def meet(ranks: Sequence[int], where: str, *, says: str = "here") -> dict[int, str]:
     """Wait until all these processes are at this point, and return what each says; their collective calls cannot hang.
 
     Raises:
         DistributedError: one of them has failed, or does not come.
     """
     ranks = tuple(ranks)
-    store, count = _store(), _completed.get(ranks, 0)
-    prefix = f"met/{','.join(map(str, ranks))}/{count}/{where}"
-    store.set(f"{prefix}/{dist.get_rank()}", says)
-    keys = [f"{prefix}/{rank}" for rank in ranks]
+    store, count = _store(), _meetings.get(ranks, 0)
+
+    attempt = sum(_failures.get(rank, 0) for rank in ranks)  # who has not heard of a failure yet is not waited for
+
+    def key(rank: int, number: int) -> str:
+        return f"met/{','.join(map(str, ranks))}/{number}/{attempt}/{rank}"
+
+    own, keys = dist.get_rank(), [key(rank, count) for rank in ranks]
+    store.set(key(own, count), says)
     patience: Any = store.timeout  # type: ignore[attr-defined]
     deadline, pause = time.monotonic() + patience.total_seconds(), 0.0005
     while not store.check(keys):
@@ -166,16 +172,19 @@ def meet(ranks: Sequence[int], where: str, *, completes: bool = False, says: str
             raise DistributedError(f"{where}: some of the ranks {ranks} did not come; is it called on every one?")
         time.sleep(pause)
         pause = min(0.05, 2 * pause)
-    if completes:
-        _completed[ranks] = count + 1
-    return {rank: store.get(key).decode() for rank, key in zip(ranks, keys, strict=True)}
+    said = {rank: store.get(name).decode() for rank, name in zip(ranks, keys, strict=True)}
+    _meetings[ranks] = count + 1
+    if count:
+        store.delete_key(key(own, count - 1))  # all have read it, or they would not be here
+    return said
 
 
 def _check_nobody_failed(ranks: Sequence[int], cause: BaseException | None = None) -> None:
     store = _store()
     for rank in ranks:
-        if rank != dist.get_rank() and store.check([key := f"failed/{rank}"]) and (reason := store.get(key).decode()):
-            raise DistributedError(f"rank {rank} failed: {reason}") from cause
+        if rank != dist.get_rank() and store.check([key := f"failed/{rank}/{_failures.get(rank, 0)}"]):
+            _failures[rank] = _failures.get(rank, 0) + 1
+            raise DistributedError(f"rank {rank} failed: {store.get(key).decode()}") from cause
 
 
 def _store() -> Store:

@@ -39,7 +39,7 @@ def in_step(batches: Iterable[Any], model: nn.Module) -> Iterator[Any]:
     step = 0
     while True:
         batch = next(iterator, missing)
-        said = meet(ranks, f"batch/{step}", says="done" if batch is missing else "more")
+        said = meet(ranks, f"batch {step + 1}", says="done" if batch is missing else "more")
         if len(set(said.values())) > 1:
             has, has_not = ([r for r, word in said.items() if word == wanted] for wanted in ("more", "done"))
             raise DistributedError(
