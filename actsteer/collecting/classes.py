@@ -8,7 +8,8 @@ from os import PathLike
 from typing import Any, TypeAlias, final
 
 from actsteer.collecting import storage
-from actsteer.collecting.distributed import Group, reduce
+from actsteer.collecting.distributed import reduce
+from actsteer.collecting.meeting import Group
 from actsteer.collecting.moments import Moments
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import StatisticsError, close_names

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from actsteer.collecting.batches import Batches, iterate
 from actsteer.collecting.checkpoint import Checkpoint, code_of, weights
 from actsteer.collecting.classes import ClassStatistics, Label
-from actsteer.collecting.distributed import announced, is_alone
 from actsteer.collecting.labels import Labels, labelled
+from actsteer.collecting.meeting import announced, is_alone
 from actsteer.collecting.moments import Moments
 from actsteer.collecting.observe import Observation
 from actsteer.collecting.peers import in_step, replicas

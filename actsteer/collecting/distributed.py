@@ -1,31 +1,20 @@
-"""Distributed: the sums of all processes together, and what happens when one of them fails."""
+"""Distributed: the sums of all processes together."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from actsteer.collecting.meeting import Group, is_alone, meet
 from actsteer.collecting.moments import Moments, Scatter, moved_sums
 from actsteer.errors import DistributedError
 
-Group: TypeAlias = "dist.ProcessGroup | None"
 Classes: TypeAlias = dict[Any, dict[str, Moments]]
 """Label -> site -> moments."""
-
-_failures: dict[int, int] = {}  # rank -> how often it has failed, as far as this process knows
-_meetings: dict[tuple[int, ...], int] = {}  # how often the processes of a group have met
-
-
-def is_alone(group: Group = None) -> bool:
-    """Whether there are no other processes."""
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1
 
 
 def reduce(
@@ -123,69 +112,3 @@ def _check_alike(headers: Sequence[_Header], ranks: Sequence[int]) -> None:
                     f"all_reduce: rank {rank} has the {name} {own}, rank {ranks[0]} {first}; collect at the same "
                     "sites of one model on every rank"
                 )
-
-
-# --- failing together ------------------------------------------------------------------------------------------------
-@contextmanager
-def announced() -> Iterator[None]:
-    """Tell the other processes if this one fails, so that they fail too, with the reason, where they would wait for it.
-
-    Raises:
-        DistributedError: in place of what happens here because another process has failed.
-    """
-    if is_alone():
-        yield
-        return
-    store, rank = _store(), dist.get_rank()
-    try:
-        yield
-    except DistributedError:
-        raise
-    except BaseException as error:
-        _check_nobody_failed(tuple(range(dist.get_world_size())), cause=error)
-        store.set(f"failed/{rank}/{_failures.get(rank, 0)}", f"{type(error).__name__}: {error}")
-        _failures[rank] = _failures.get(rank, 0) + 1
-        raise
-
-
-def meet(ranks: Sequence[int], where: str, *, says: str = "here") -> dict[int, str]:
-    """Wait until all these processes are at this point, and return what each says; their collective calls cannot hang.
-
-    Raises:
-        DistributedError: one of them has failed, or does not come.
-    """
-    ranks = tuple(ranks)
-    store, count = _store(), _meetings.get(ranks, 0)
-
-    attempt = sum(_failures.get(rank, 0) for rank in ranks)  # who has not heard of a failure yet is not waited for
-
-    def key(rank: int, number: int) -> str:
-        return f"met/{','.join(map(str, ranks))}/{number}/{attempt}/{rank}"
-
-    own, keys = dist.get_rank(), [key(rank, count) for rank in ranks]
-    store.set(key(own, count), says)
-    patience: Any = store.timeout  # type: ignore[attr-defined]
-    deadline, pause = time.monotonic() + patience.total_seconds(), 0.0005
-    while not store.check(keys):
-        _check_nobody_failed(ranks)
-        if time.monotonic() > deadline:
-            raise DistributedError(f"{where}: some of the ranks {ranks} did not come; is it called on every one?")
-        time.sleep(pause)
-        pause = min(0.05, 2 * pause)
-    said = {rank: store.get(name).decode() for rank, name in zip(ranks, keys, strict=True)}
-    _meetings[ranks] = count + 1
-    if count:
-        store.delete_key(key(own, count - 1))  # all have read it, or they would not be here
-    return said
-
-
-def _check_nobody_failed(ranks: Sequence[int], cause: BaseException | None = None) -> None:
-    store = _store()
-    for rank in ranks:
-        if rank != dist.get_rank() and store.check([key := f"failed/{rank}/{_failures.get(rank, 0)}"]):
-            _failures[rank] = _failures.get(rank, 0) + 1
-            raise DistributedError(f"rank {rank} failed: {store.get(key).decode()}") from cause
-
-
-def _store() -> Store:
-    return PrefixStore("actsteer", dist.distributed_c10d._get_default_store())

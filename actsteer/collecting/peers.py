@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from actsteer.collecting.distributed import is_alone, meet
+from actsteer.collecting.meeting import is_alone, meet
 from actsteer.errors import DistributedError
 
 

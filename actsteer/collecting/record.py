@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from actsteer.collecting.batches import Batches, iterate
-from actsteer.collecting.distributed import announced
+from actsteer.collecting.meeting import announced
 from actsteer.collecting.observe import Observation
 from actsteer.collecting.peers import in_step
 from actsteer.collecting.positions import Positions

@@ -7,7 +7,8 @@ from os import PathLike
 from typing import Any, final
 
 from actsteer.collecting import storage
-from actsteer.collecting.distributed import Group, reduce
+from actsteer.collecting.distributed import reduce
+from actsteer.collecting.meeting import Group
 from actsteer.collecting.moments import Moments
 from actsteer.errors import SiteNotFoundError, StatisticsError, close_names
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, Protocol, TypeVar, cast, final
+from typing import Any, Protocol, TypeVar, cast, final, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -23,6 +23,7 @@ from actsteer.vectors.vector import SteeringVector
 Result = TypeVar("Result", SteeringVector, LowRank, covariant=True)
 
 
+@runtime_checkable
 class Fits(Protocol[Result]):
     """An estimator of vectors, or of edits: from what was collected, or recorded, on two sides."""
 

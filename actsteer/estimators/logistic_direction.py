@@ -118,7 +118,7 @@ class LogisticDirection:
 class _Sums:
     """Loss, gradient and Hessian at some weights, as they grow."""
 
-    def __init__(self, weights: Float[Tensor, " d+1"], C: float) -> None:  # noqa: N803
+    def __init__(self, weights: Float[Tensor, " _"], C: float) -> None:  # noqa: N803
         self._weights, self._c = weights, C
         penalized = torch.cat([weights[:-1], weights.new_zeros(1)])
         self._gradient = penalized.clone()
@@ -145,7 +145,7 @@ class _Sums:
     def converged(self, tolerance: float) -> bool:
         return float(self._gradient.abs().max()) <= tolerance * sum(self._counts.values()) * max(self._c, 1e-300)
 
-    def step(self) -> Float[Tensor, " d+1"]:
+    def step(self) -> Float[Tensor, " _"]:
         """Newton's step."""
         solution: Tensor = torch.linalg.lstsq(self._hessian.cpu(), self._gradient.cpu()[:, None]).solution
         return -solution[:, 0].to(self._weights)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol, final
+from typing import Protocol, final, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -15,6 +15,7 @@ from actsteer.steering.steerer import Steerer
 from actsteer.vectors.vector import SteeringVector
 
 
+@runtime_checkable
 class Trained(Protocol):
     """Leaf tensors, and what they amount to."""
 

@@ -30,9 +30,9 @@ frozen, reach {gradient.overall} overall and acquire {gradient.acquired}; with 6
 {few_shot.overall} and {few_shot.acquired}. A vector at the last layer, added only where a discriminant finds a nine,
 reaches {gated.overall}. Gated gradient puts the two together: the constant vectors, and then gated ones between 9 and
 each digit that it is still confused with; {gated_gradient.overall} overall, {gated_gradient.retained} retained,
-{gated_gradient.acquired} acquired. An edit of rank 1, h + Rᵀ(W h + b - R h) at the four layers, trained by gradient with
-the weights frozen, reaches {low_rank.overall} overall, {low_rank.retained} retained, {low_rank.acquired} acquired. That
-is no longer plain steering: at each layer it adds along one direction, but how much of it depends linearly on the
+{gated_gradient.acquired} acquired. An edit of rank 1, h + Rᵀ(W h + b - R h) at the four layers, trained by gradient
+with the weights frozen, reaches {low_rank.overall} overall, {low_rank.retained} retained, {low_rank.acquired} acquired.
+That is no longer plain steering: at each layer it adds along one direction, but how much of it depends linearly on the
 activation. Of what it adds, in squares, {dependence} differs from image to image, where a vector adds the same to all;
 it is a small trained layer beside the frozen ones, with 201 numbers per layer where a vector has 100. The same network
 trained on all ten digits scores {ceiling.overall}."""
