@@ -78,7 +78,5 @@ def test_what_collect_takes_above_the_limit_is_in_the_table():
 
 
 @pytest.mark.parametrize(("rows", "wanted"), [(1, [1024]), (10_000, [1024, 10_240])])
-    ("rows", "wanted"), [(1, [1024]), (10_000, [1024, 10_240]), (102_400, [1024, 10_240, 102_400])]
-)
 def test_rows_grow_tenfold(rows, wanted):
     assert sizes(rows) == wanted
