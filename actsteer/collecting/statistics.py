@@ -82,7 +82,8 @@ class Statistics:
         """The statistics of all processes' rows together, the same on every process of the group.
 
         A collective call: every process makes it. Processes that saw the same rows, as tensor parallelism has them,
-        count once; and so the result may be reduced again. Outside of torch.distributed it is `self`.
+        count once; and so the result may be reduced again. What was loaded from a file counts on every process that has
+        it. Outside of torch.distributed it is `self`.
 
         Raises:
             DistributedError: on every process, if one of them failed to collect or came with other sites.

@@ -1,0 +1,308 @@
+"""What each of several processes checks of statistics; started by torchrun, as `distributed_worker.py RESULTS`.
+
+Every check compares with the statistics of all rows, which each process collects by itself too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+from actsteer import (
+    Centroids,
+    ConceptErasure,
+    DistributedError,
+    MeanDifference,
+    Statistics,
+    WhitenedMeanDifference,
+    collect,
+    fit,
+    record,
+)
+
+CHECKS: dict[str, Callable[[], None]] = {}
+SITES = ["0", "2"]
+rank, world = 0, 1
+
+
+def check(function: Callable[[], None]) -> Callable[[], None]:
+    CHECKS[function.__name__] = function
+    return function
+
+
+def model() -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4), nn.LayerNorm(4)).double()
+
+
+def data() -> Tensor:
+    return torch.randn(24, 4, generator=torch.Generator().manual_seed(1)).double() * 3 + 5
+
+
+def gather(network: nn.Module, rows: object, **options: object) -> Statistics:
+    return collect(network, rows, **{"sites": SITES, "covariance": True, "progress": False} | options)
+
+
+def truth(rows: Tensor | None = None) -> Statistics:
+    return gather(model(), data() if rows is None else rows)
+
+
+def same(seen: Statistics, expected: Statistics) -> None:
+    assert seen.sites == expected.sites
+    for site in expected.sites:
+        assert seen[site].count == expected[site].count, (seen[site].count, expected[site].count)
+        for name in ("mean", "scatter", "fourth"):
+            wanted = getattr(expected[site], name)
+            torch.testing.assert_close(getattr(seen[site], name), wanted, rtol=1e-12, atol=1e-12 * float(wanted.max()))
+
+
+def failing(good: int, error: Exception) -> Iterator[Tensor]:
+    yield from data()[: 3 * good].split(3)
+    raise error
+
+
+def fails(action: Callable[[], object], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=re.escape(message)):
+        action()
+
+
+# --- what comes together ---------------------------------------------------------------------------------------------
+@check
+def every_rank_has_the_statistics_of_all() -> None:
+    same(gather(model(), data()[rank::world]).all_reduce(), truth())
+
+
+@check
+def all_ranks_have_them_bit_for_bit_alike() -> None:
+    own = gather(model(), data()[rank::world]).all_reduce()["2"]
+    for tensor in (own.mean, own.scatter):
+        first = tensor.clone()
+        dist.broadcast(first, src=0)
+        assert torch.equal(first, tensor)
+
+
+@check
+def twice_reduced_is_once_reduced() -> None:
+    same(gather(model(), data()[rank::world]).all_reduce().all_reduce(), truth())
+
+
+@check
+def reduced_and_saved_they_are_still_those_of_all() -> None:
+    path = Path(tempfile.mkdtemp()) / "stats.safetensors"
+    gather(model(), data()[rank::world]).all_reduce().save(path)
+    same(Statistics.load(path), truth())
+
+
+@check
+def merged_after_a_reduction_they_count_as_rows_of_their_own() -> None:
+    more = data() + 1
+    seen = gather(model(), data()[rank::world]).all_reduce().merge(gather(model(), more))
+    same(seen, truth(torch.cat([data(), more])))
+
+
+@check
+def means_alone_come_together_too() -> None:
+    seen = gather(model(), data()[rank::world], covariance=False).all_reduce()
+    assert seen["2"].count == 24
+    torch.testing.assert_close(seen["2"].mean, truth()["2"].mean, rtol=1e-13, atol=1e-13)
+
+
+@check
+def shares_of_any_size() -> None:
+    cuts = [0, 1, *[20 + i for i in range(world - 2)], 24]
+    same(gather(model(), data()[cuts[rank] : cuts[rank + 1]]).all_reduce(), truth())
+
+
+@check
+def far_from_the_origin_nothing_is_lost() -> None:
+    rows = 1e6 + 1e-3 * torch.randn(64, 4, generator=torch.Generator().manual_seed(rank)).double()
+    every = [torch.empty_like(rows) for _ in range(world)]
+    dist.all_gather(every, rows)
+    exact = torch.cat(every)
+    seen = collect(nn.Sequential(nn.Identity()), rows, sites="0", covariance=True, progress=False).all_reduce()["0"]
+    torch.testing.assert_close(seen.covariance, torch.cov((exact - 1e6).T), rtol=1e-6, atol=0)
+
+
+@check
+def classes_that_one_rank_alone_has() -> None:
+    labels = ["first" if index == 0 else f"of {index % world}" for index in range(24)]
+    seen = gather(model(), data()[rank::world], by=labels[rank::world]).all_reduce()
+    expected = gather(model(), data(), by=labels)
+    assert set(seen) == set(expected)
+    for label in expected:
+        same(seen[label], expected[label])
+    alone = Centroids()(expected)
+    together = Centroids()(seen)
+    assert all(together[concept].allclose(alone[concept]) for concept in alone)
+
+
+@check
+def estimators_on_all() -> None:
+    high, low = data()[:12], data()[12:] - 2
+    shares = [gather(model(), rows[rank::world]).all_reduce() for rows in (high, low)]
+    whole = [truth(high), truth(low)]
+    for estimator in (MeanDifference(), WhitenedMeanDifference()):
+        mine = estimator(positive=shares[0], negative=shares[1])
+        assert mine.allclose(estimator(positive=whole[0], negative=whole[1]), rtol=1e-9, atol=1e-9)
+    mine, wanted = (ConceptErasure()(positive=a, negative=b) for a, b in (shares, whole))
+    for ours, theirs in zip(mine["2"], wanted["2"], strict=True):
+        torch.testing.assert_close(ours.abs(), theirs.abs(), rtol=1e-8, atol=1e-8)
+
+
+@check
+def a_group_of_some_ranks() -> None:
+    alone, everyone = dist.new_group([0]), dist.new_group(list(range(world)))
+    share = gather(model(), data()[rank::world])
+    if rank == 0:
+        same(share.all_reduce(group=alone), truth(data()[::world]))
+    same(share.all_reduce(group=everyone), truth())
+
+
+# --- models over several processes -----------------------------------------------------------------------------------
+@check
+def ddp_with_uneven_shares() -> None:
+    network = DistributedDataParallel(model())
+    rows = data()[:15] if rank == 0 else data()[15:] if rank == 1 else data()[:0]
+    if len(rows):
+        same(gather(network, rows, batch_size=4), truth(rows))
+    seen = gather(network, rows, batch_size=4) if len(rows) else truth(data()[:1])
+    if world == 2:
+        same(seen.all_reduce(), truth())
+
+
+@check
+def fully_sharded() -> None:
+    network = model()
+    for layer in (network[0], network[2]):
+        fully_shard(layer)
+    fully_shard(network)
+    same(gather(network, data()[rank::world]).all_reduce(), truth())
+
+
+@check
+def tensor_parallel_ranks_count_once() -> None:
+    mesh = init_device_mesh("cpu", (world,))
+    network = parallelize_module(model(), mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    seen = gather(network, data())
+    same(seen.all_reduce(), truth())
+    same(seen.all_reduce().all_reduce(), truth())
+    v = fit(network, positive=data(), negative=-data(), sites="2", progress=False)
+    assert v.allclose(fit(model(), positive=data(), negative=-data(), sites="2", progress=False))
+
+
+@check
+def data_parallel_times_tensor_parallel() -> None:
+    if world != 4:
+        return
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    network = parallelize_module(model(), mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    for layer in (network[0], network[2]):
+        fully_shard(layer, mesh=mesh["dp"])
+    fully_shard(network, mesh=mesh["dp"])
+    same(gather(network, data()[mesh["dp"].get_local_rank() :: 2]).all_reduce(), truth())
+
+
+# --- failures --------------------------------------------------------------------------------------------------------
+@check
+def a_rank_that_fails_tells_the_others() -> None:
+    def share() -> object:
+        return gather(model(), failing(2, OSError("disk gone")) if rank == 1 else data()).all_reduce()
+
+    for _ in range(3):
+        kind, said = (OSError, "disk gone") if rank == 1 else (DistributedError, "rank 1 failed: OSError: disk gone")
+        fails(share, kind, said)
+        every_rank_has_the_statistics_of_all()
+
+
+@check
+def a_rank_whose_model_fails_tells_the_others() -> None:
+    rows = data()[:, :3] if rank == 0 else data()
+
+    def share() -> object:
+        return gather(model(), rows).all_reduce()
+
+    fails(share, RuntimeError if rank == 0 else DistributedError, "mat1" if rank == 0 else "rank 0 failed: Runtime")
+    every_rank_has_the_statistics_of_all()
+
+
+@check
+def ranks_that_all_fail_each_by_themselves_go_on_afterwards() -> None:
+    for _ in range(5):
+        fails(lambda: record(model(), failing(1, OSError("gone")), sites="0", progress=False), Exception, "gone")
+        every_rank_has_the_statistics_of_all()
+
+
+@check
+def a_failure_in_a_row_is_heard_in_a_row() -> None:
+    for _ in range(2):  # caught, and then the next one fails too
+        if rank == 1:
+            fails(lambda: gather(model(), failing(0, OSError("again"))), OSError, "again")
+        else:
+            fails(lambda: truth().all_reduce(), DistributedError, "rank 1 failed: OSError: again")
+    every_rank_has_the_statistics_of_all()
+
+
+@check
+def a_rank_that_fails_in_a_sharded_model_does_not_keep_the_others_waiting() -> None:
+    network = fully_shard(model())
+    batches = failing(2, OSError("disk gone")) if rank == 1 else data().split(3)
+    fails(lambda: gather(network, batches), OSError if rank == 1 else DistributedError, "disk gone")
+    same(gather(fully_shard(model()), data()[rank::world]).all_reduce(), truth())
+
+
+@check
+def a_sharded_model_wants_as_many_batches_on_every_rank() -> None:
+    network = fully_shard(model())
+    rows = data()[:6] if rank else data()[:9]
+    fails(lambda: gather(network, rows, batch_size=3), DistributedError, "ranks [0] have a batch number 3, ranks [1")
+    every_rank_has_the_statistics_of_all()
+
+
+@check
+def other_sites_are_refused_by_all() -> None:
+    own = gather(model(), data(), sites="0" if rank == 1 else "2")
+    fails(own.all_reduce, DistributedError, "rank 1 has the sites of sizes {'0': 8}, rank 0 {'2': 4}")
+    every_rank_has_the_statistics_of_all()
+
+
+@check
+def other_positions_are_refused_by_all() -> None:
+    words = nn.Sequential(nn.Embedding(9, 4))
+    tokens = torch.arange(8).reshape(2, 4)
+    own = collect(words, tokens, sites="0", positions="last" if rank == 1 else "all", progress=False)
+    fails(own.all_reduce, DistributedError, "positions")
+    every_rank_has_the_statistics_of_all()
+
+
+def main(results: str) -> None:
+    global rank, world
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    said = {}
+    for name, function in CHECKS.items():
+        said[name] = ""
+        try:
+            function()
+        except Exception:
+            said[name] = traceback.format_exc()
+        Path(f"{results}.{rank}").write_text(json.dumps(said))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
