@@ -25,12 +25,14 @@ class Call:
         over: what the loop around it goes over, one expression for each part of a `zip`; empty outside of loops.
         attributes_after: the names of all attributes that may be looked up once it has returned.
         names_after: likewise the variables, unless an attribute of theirs is looked up.
+        bases_after: the variables of which an attribute is looked up.
     """
 
     function: ast.expr
     over: tuple[ast.expr, ...]
     attributes_after: frozenset[str]
     names_after: frozenset[str]
+    bases_after: frozenset[str]
 
     def callee(self, frame: FrameType) -> Any:
         """What is called; LookupError, AttributeError or TypeError if that cannot be told."""
@@ -66,11 +68,19 @@ def call_at(code: CodeType, instruction: int) -> Call | None:
         if gone_over is None:
             return None
         over, start = gone_over, (loop.body[0].lineno, loop.body[0].col_offset)
-    mentioned = [n for n in _mentioned(function, call.func) if (n.lineno, n.col_offset) >= start or _ends(n) > start]
-    bases = {id(n.value) for n in mentioned if isinstance(n, ast.Attribute)}
-    attributes = {n.attr for n in mentioned if isinstance(n, ast.Attribute)}
-    names = {n.id for n in mentioned if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load) and id(n) not in bases}
-    return Call(call.func, over, frozenset(attributes), frozenset(names))
+    own, pending = _nodes(call.func), _nodes(*_around(inside)) - _nodes(call)
+    mentioned = [
+        node
+        for node in ast.walk(function)
+        if isinstance(node, ast.Name | ast.Attribute)
+        and node not in own
+        and ((node.lineno, node.col_offset) >= start or _ends(node) > start or node in pending)
+    ]
+    attributes = {node.attr for node in mentioned if isinstance(node, ast.Attribute)}
+    based_on = {node.value for node in mentioned if isinstance(node, ast.Attribute)}
+    names = [node for node in mentioned if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
+    bases = {node.id for node in names if node in based_on}
+    return Call(call.func, over, *map(frozenset, (attributes, {n.id for n in names if n not in based_on}, bases)))
 
 
 @lru_cache(maxsize=4096)
@@ -99,13 +109,17 @@ def _first_lines(function: ast.FunctionDef) -> list[int]:
     return [function.lineno, *(decorator.lineno for decorator in function.decorator_list)]
 
 
-def _mentioned(function: ast.FunctionDef, called: ast.expr) -> Iterator[ast.Name | ast.Attribute]:
-    """The variables and attributes of a function, but for the expression that is called."""
-    own = {id(node) for node in ast.walk(called)}
-    for statement in function.body:
-        for node in ast.walk(statement):
-            if isinstance(node, ast.Name | ast.Attribute) and id(node) not in own:
-                yield node
+def _nodes(*trees: ast.AST) -> set[ast.AST]:
+    return {node for tree in trees for node in ast.walk(tree)}
+
+
+def _around(path: list[ast.AST]) -> list[ast.AST]:
+    """What has been looked up before the call and is used when it has returned: the rest of its expression or simple
+    statement, and the contexts that are open."""
+    last = max(index for index, node in enumerate(path) if isinstance(node, ast.stmt))
+    simple = not hasattr(path[last], "body") and not isinstance(path[last], ast.Match)
+    contexts = [item for node in path if isinstance(node, ast.With | ast.AsyncWith) for item in node.items]
+    return [path[last] if simple else path[last + 1], *contexts]
 
 
 def _path_to(tree: ast.AST, start: _Where, end: _Where) -> list[ast.AST]:

@@ -10,19 +10,16 @@ is no source to read, the pass runs to its end.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
-from types import CodeType, FrameType, FunctionType, MethodType
+from collections.abc import Callable
+from types import CodeType, FrameType, MethodType, ModuleType
 from typing import Any, final
 
 from torch import Tensor, nn
 
-from actsteer.collecting.source import call_at, mentioned_in
-from actsteer.sites.wrappers import slot
+from actsteer.collecting.reach import Reach
+from actsteer.collecting.source import call_at
 
 _THROUGH = ("torch.nn.modules.module", "torch._dynamo.", "torch.compiler", "actsteer.")  # they pass a call on, once
-_DYNAMIC = {"forward", "__call__", "children", "named_children", "modules", "named_modules", "_modules"}
-_DYNAMIC |= {"get_submodule", "getattr", "vars", "globals", "locals", "eval", "super", "__dict__"}
-_HARMLESS = {*vars(nn.Module), "device", "dtype"} - _DYNAMIC  # as a tensor has them too
 
 
 class Stop(BaseException):
@@ -41,12 +38,8 @@ class Stopper:
 
     def __init__(self, model: nn.Module, sites: dict[str, nn.Module], caller: Callable[..., Any]) -> None:
         self._sites, self._caller = sites, caller.__code__
-        self._targets = {id(module) for module in sites.values()}
-        holders = [(m, key) for m in model.modules() for key, child in m._modules.items() if self._leads(child)]
-        wrapped = [slot(module) == key for module, key in holders]
-        self._names = {key for (_, key), inner in zip(holders, wrapped, strict=True) if not inner} | _DYNAMIC
-        held = [id(module._modules[key]) for module, key in holders]
-        self._shared = len(held) != len(set(held)) or _has_torn_hooks(model, self._leads)
+        self._reach = Reach(model, sites.values())
+        self._is_clear = self._reach.is_clear and not _has_torn_hooks(model, self._reach)
         self._left: set[str] = set()
 
     def begin(self) -> None:
@@ -56,27 +49,8 @@ class Stopper:
     def ran(self, site: str) -> None:
         """This site has run, and been seen; raises `Stop` if it was the last one for certain."""
         self._left.discard(site)
-        if not self._left and not self._shared and self._nothing_follows(self._sites[site]):
+        if not self._left and self._is_clear and self._nothing_follows(self._sites[site]):
             raise Stop
-
-    def _leads(self, value: Any, depth: int = 3) -> bool:
-        """Whether a call of this may run a site, as far as that can be seen."""
-        match value:
-            case nn.Module():
-                return any(id(module) in self._targets for module in value.modules())
-            case MethodType():
-                return self._leads(value.__self__) or self._leads(value.__func__)
-            case FunctionType():
-                cells = (cell.cell_contents for cell in value.__closure__ or () if _is_full(cell))
-                return bool(mentioned_in(value.__code__) & self._names) or any(map(self._leads_further(depth), cells))
-            case list() | tuple() | set():
-                return depth > 0 and any(map(self._leads_further(depth), value))
-            case dict():
-                return depth > 0 and any(map(self._leads_further(depth), value.values()))
-        return False
-
-    def _leads_further(self, depth: int) -> Callable[[Any], bool]:
-        return lambda value: depth > 0 and self._leads(value, depth - 1)
 
     def _nothing_follows(self, called: nn.Module | CodeType) -> bool:
         frame: FrameType | None = sys._getframe(2)
@@ -101,26 +75,38 @@ class Stopper:
             return False
         try:
             callee = call.callee(frame)
-            if not _is(callee, called) or not all(_are_distinct(values) for values in call.looped(frame)):
+            if not _is(callee, called) or not all(self._are_distinct(v, callee) for v in call.looped(frame)):
                 return False
         except (LookupError, AttributeError, TypeError):
             return False
-        names = set(call.attributes_after)
-        if names & self._names or any(self._leads(_variable(frame, name)) for name in call.names_after):
-            return False
-        return not any(self._leads_by_name(owner, names, set()) for owner in _owners(frame))
+        bases = [_variable(frame, name) for name in call.bases_after]
+        values = [_variable(frame, name) for name in call.names_after]
+        for base in bases:
+            if isinstance(base, ModuleType):
+                values += self._reach.members(base, call.attributes_after)
+            elif not isinstance(base, nn.Module):
+                values.append(base)
+        owners = [value for value in (*frame.f_locals.values(), *bases) if isinstance(value, nn.Module)]
+        return not any(map(self._reach.of, values)) and not any(
+            self._reach.by_name(owner, call.attributes_after) for owner in owners
+        )
 
-    def _leads_by_name(self, owner: Any, names: Iterable[str], seen: set[str]) -> bool:
-        """Whether some attribute of these names, of the function's own object, leads to a site."""
-        for name in set(names) - seen - _HARMLESS:
-            seen.add(name)
-            value = vars(owner).get(name, getattr(type(owner), name, None))
-            function = value.fget if isinstance(value, property) else value
-            if self._leads(function):
-                return True
-            if isinstance(function, FunctionType) and self._leads_by_name(owner, mentioned_in(function.__code__), seen):
-                return True
-        return False
+    def _are_distinct(self, values: Any, callee: Any) -> bool:
+        """Whether a loop over this comes to no module twice, and by nothing else than `callee` to a site."""
+        if isinstance(values, nn.Module):
+            return getattr(type(values), "__iter__", None) in _ONCE
+        if not isinstance(values, list | tuple | dict):
+            return isinstance(values, Tensor)
+        members = list(values.values() if isinstance(values, dict) else values)
+        same = [member for member in members if member is callee or _is_method(member, callee)]
+        return len(same) < 2 and not any(self._reach.of(member) for member in members if member is not callee)
+
+
+_ONCE: list[Any] = [kind.__iter__ for kind in (nn.Sequential, nn.ModuleList, nn.ModuleDict)]
+
+
+def _is_method(member: Any, callee: Any) -> bool:
+    return isinstance(member, MethodType) and isinstance(callee, MethodType) and member == callee
 
 
 def _passes_on(frame: FrameType) -> bool:
@@ -133,41 +119,19 @@ def _is(callee: Any, called: nn.Module | CodeType) -> bool:
     return getattr(getattr(callee, "__func__", callee), "__code__", None) is called
 
 
-def _are_distinct(values: Any) -> bool:
-    """Whether a loop over this comes to no module twice."""
-    if isinstance(values, nn.Module):
-        return isinstance(values, nn.Sequential | nn.ModuleList | nn.ModuleDict)
-    if not isinstance(values, list | tuple | dict):
-        return isinstance(values, Tensor)
-    members = list(values.values() if isinstance(values, dict) else values)
-    modules = [id(member) for member in members if isinstance(member, nn.Module | MethodType | FunctionType)]
-    return len(modules) == len(set(modules)) and not any(isinstance(m, list | tuple | dict) for m in members if modules)
-
-
 def _variable(frame: FrameType, name: str) -> Any:
     """What a variable of a running function stands for now; None if it has no value yet."""
     return frame.f_locals[name] if name in frame.f_locals else frame.f_globals.get(name)
 
 
-def _owners(frame: FrameType) -> list[nn.Module]:
-    return [value for value in frame.f_locals.values() if isinstance(value, nn.Module)]
-
-
-def _is_full(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:
-        return False
-
-
-def _has_torn_hooks(model: nn.Module, leads: Callable[[nn.Module], bool]) -> bool:
+def _has_torn_hooks(model: nn.Module, reach: Reach) -> bool:
     """Whether a module around a site does something after it that what it did before relies on."""
     return any(
         (_foreign(module._forward_pre_hooks) and _foreign(module._forward_hooks))
         or hasattr(module, "_hf_hook")
         or type(module).__module__.startswith("torch.distributed.")
         for module in model.modules()
-        if leads(module)
+        if reach.of(module)
     )
 
 

@@ -1,0 +1,181 @@
+"""A forward pass ends after the last site only where nothing is lost by it."""
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import resnet18
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from actsteer import collect, record
+from tests.collecting.again import AGAIN, Parts
+
+X = torch.arange(8.0).reshape(4, 2) / 8
+
+
+def seen_in_full(model, x, site):
+    """What a plain hook sees when nothing ends the pass: the calls' outputs, one after another."""
+    rows = []
+    handle = model.get_submodule(site).register_forward_hook(lambda m, args, output: rows.append(output.reshape(-1, 2)))
+    try:
+        with torch.no_grad():
+            model(x)
+    finally:
+        handle.remove()
+    return rows
+
+
+@pytest.mark.parametrize("build", AGAIN, ids=lambda build: build.__name__)
+def test_every_call_of_a_site_is_seen(build):
+    torch.manual_seed(0)
+    model = build().eval()
+    assert len(seen_in_full(model, X, "a")) > 1
+    for site in (name for name, part in model.named_children() if seen_in_full(model, X, name)):
+        wanted = torch.cat(seen_in_full(model, X, site))
+        assert torch.equal(record(model, [X], sites=site, progress=False)[site], wanted), site
+        assert collect(model, X, sites=site, progress=False)[site].count == len(wanted)
+
+
+WRAPPABLE = [build for build in AGAIN if issubclass(build, Parts) and build.__init__ is Parts.__init__]
+
+
+@pytest.mark.parametrize("build", WRAPPABLE, ids=lambda build: build.__name__)
+def test_a_site_inside_of_what_runs_again_is_seen_every_time(build):
+    torch.manual_seed(0)
+    model = build()
+    model.a = nn.Sequential(nn.Identity(), model.a)
+    wanted = seen_in_full(model.eval(), X, "a.1")
+    assert torch.equal(record(model, [X], sites="a.1", progress=False)["a.1"], torch.cat(wanted))
+
+
+# --- where it does end -----------------------------------------------------------------------------------------------
+def runs_after(model, batch, sites):
+    """The modules that were called while collecting, in the order in which they returned."""
+    ran = []
+    handles = [
+        module.register_forward_hook(lambda m, a, o, name=name: ran.append(name))
+        for name, module in model.named_modules()
+    ]
+    try:
+        collect(model, [batch], sites=sites, progress=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return ran
+
+
+TINY = {"vocab_size": 32, "hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16}
+TOKENS = {"input_ids": torch.arange(8).reshape(2, 4), "attention_mask": torch.ones(2, 4, dtype=torch.long)}
+
+
+class Chain(Parts):
+    def forward(self, x):
+        x = torch.relu(self.a(x))
+        x = self.b(x)
+        return self.c(x)
+
+
+@pytest.mark.parametrize(
+    ("build", "batch", "site", "skipped"),
+    [
+        (lambda: nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), X, "1", "2"),
+        (Chain, X, "b", "c"),
+        (lambda: nn.Sequential(Chain(), Chain()), X, "0.b", "0.c"),
+        (resnet18, torch.zeros(1, 3, 64, 64), "layer2.0.conv1", "layer2.0.bn1"),
+        (resnet18, torch.zeros(1, 3, 64, 64), "layer2", "layer3.0.conv1"),
+        (
+            lambda: GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=8, n_layer=3, n_head=2)),
+            TOKENS,
+            "transformer.h.1",
+            "transformer.h.2.ln_1",
+        ),
+        (lambda: LlamaForCausalLM(LlamaConfig(**TINY)), TOKENS, "model.layers.1", "model.layers.2.input_layernorm"),
+        (lambda: LlamaForCausalLM(LlamaConfig(**TINY)), TOKENS, "model.layers.*", "model.norm"),
+        (lambda: LlamaForCausalLM(LlamaConfig(**TINY)), TOKENS, "model.layers.1.mlp.up_proj", "model.layers.1.mlp"),
+        (lambda: BertModel(BertConfig(**TINY)), TOKENS, "encoder.layer.1", "encoder.layer.2.attention.self.query"),
+        (
+            lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 3),
+            torch.zeros(2, 3, 4),
+            "layers.1",
+            "layers.2.linear1",
+        ),
+    ],
+)
+def test_what_comes_after_the_deepest_site_does_not_run(build, batch, site, skipped):
+    model = build().eval()
+    assert skipped in dict(model.named_modules())
+    ran = runs_after(model, batch, site)
+    assert skipped not in ran and "" not in ran
+
+
+def test_the_pass_goes_on_to_the_deepest_of_several_sites_in_any_order():
+    model = Chain().eval()
+    for sites in (["a", "b"], ["b", "a"]):
+        assert runs_after(model, X, sites) == ["a", "b"]
+
+
+def test_every_batch_is_ended_anew():
+    model, ran = Chain().eval(), []
+    model.c.register_forward_hook(lambda *_: ran.append("c"))
+    stats = collect(model, [X, X, X], sites="b", progress=False)
+    assert stats["b"].count == 12 and not ran
+
+
+# --- what is left behind ---------------------------------------------------------------------------------------------
+class InContexts(Parts):
+    """Runs under contexts, which have to be left when the pass ends."""
+
+    def forward(self, x):
+        with torch.enable_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            try:
+                x = self.b(self.a(x))
+            finally:
+                self.left = not torch.is_autocast_enabled("cpu") or True
+            return self.c(x)
+
+
+def test_the_contexts_of_the_model_are_left():
+    model = InContexts().train()
+    before = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
+    collect(model, X, sites="b", progress=False)
+    assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")) == before
+    assert model.left and model.training and all(part.training for part in model.children())
+
+
+def test_no_hook_stays():
+    model = Chain()
+    collect(model, X, sites=["a", "b"], progress=False)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+class Swallows(Parts):
+    """Catches everything, as careless code does."""
+
+    def forward(self, x):
+        try:
+            x = self.a(x)
+        except BaseException:
+            return x
+        return self.b(x)
+
+
+def test_code_that_catches_everything_loses_nothing():
+    model = Swallows().eval()
+    wanted = seen_in_full(model, X, "a")
+    assert torch.equal(record(model, [X, X], sites="a", progress=False)["a"], torch.cat(wanted * 2))
+    both = record(model, [X, X], sites=["a", "b"], progress=False)
+    assert len(both["a"]) == len(both["b"]) == 8
+
+
+def test_hooks_of_the_user_that_ran_before_the_site_ran():
+    model, ran = Chain().eval(), []
+    model.a.register_forward_hook(lambda *_: ran.append("a"))
+    model.b.register_forward_hook(lambda *_: ran.append("b"))
+    collect(model, X, sites="b", progress=False)
+    assert ran == ["a", "b"]
+
+
+def test_an_error_of_the_model_before_the_site_is_its_own():
+    model = Chain().eval()
+    with pytest.raises(RuntimeError, match="mat1"):
+        collect(model, torch.zeros(3, 5), sites="b", progress=False)
+    assert collect(model, X, sites="b", progress=False)["b"].count == 4
