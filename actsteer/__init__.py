@@ -44,8 +44,15 @@ from actsteer.estimators.sparse_feature import SparseFeature
 from actsteer.estimators.whitened_mean_difference import WhitenedMeanDifference
 from actsteer.sites.resolve import find_sites
 from actsteer.steering.gates import Gate, ProjectionAbove
-from actsteer.steering.interventions import Add, Intervention
-from actsteer.steering.low_rank import LowRank
+from actsteer.steering.interventions.ablate import Ablate
+from actsteer.steering.interventions.add import Add
+from actsteer.steering.interventions.affine import Affine
+from actsteer.steering.interventions.chain import Chain
+from actsteer.steering.interventions.clamp import Clamp
+from actsteer.steering.interventions.intervention import Intervention
+from actsteer.steering.interventions.low_rank import LowRank
+from actsteer.steering.interventions.replace import Replace
+from actsteer.steering.interventions.rotate import Rotate
 from actsteer.steering.steerer import Steerer
 from actsteer.tuning.sweep import sweep
 from actsteer.vectors.bank import VectorBank
@@ -55,11 +62,15 @@ from actsteer.vectors.vector import SteeringVector
 __version__ = "0.1.0"
 
 __all__ = [
+    "Ablate",
     "ActsteerError",
     "Add",
+    "Affine",
     "AttachedError",
     "BatchError",
     "Centroids",
+    "Chain",
+    "Clamp",
     "ClassStatistics",
     "ConceptErasure",
     "ConceptNotFoundError",
@@ -79,7 +90,9 @@ __all__ = [
     "OutputError",
     "PrincipalDirection",
     "ProjectionAbove",
+    "Replace",
     "RidgeDirection",
+    "Rotate",
     "ShapeError",
     "SiteMap",
     "SiteNotFoundError",

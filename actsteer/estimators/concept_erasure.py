@@ -13,7 +13,7 @@ from actsteer.collecting.moments import Moments
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import StatisticsError
 from actsteer.estimators.estimator import check_alike
-from actsteer.steering.low_rank import LowRank
+from actsteer.steering.interventions.low_rank import LowRank
 
 
 @final

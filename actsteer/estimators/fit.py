@@ -17,7 +17,7 @@ from actsteer.errors import BatchError
 from actsteer.estimators.mean_difference import MeanDifference
 from actsteer.sites.axes import Axes
 from actsteer.sites.resolve import Sites
-from actsteer.steering.low_rank import LowRank
+from actsteer.steering.interventions.low_rank import LowRank
 from actsteer.vectors.vector import SteeringVector
 
 Result = TypeVar("Result", SteeringVector, LowRank, covariant=True)

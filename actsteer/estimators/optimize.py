@@ -19,7 +19,7 @@ from actsteer.estimators.trained import Trained, TrainedLowRank, TrainedVector
 from actsteer.sites.axes import Axes
 from actsteer.sites.resolve import Sites, find_sites, fingerprint
 from actsteer.steering.gates import Gate
-from actsteer.steering.low_rank import LowRank
+from actsteer.steering.interventions.low_rank import LowRank
 from actsteer.steering.steerer import Steerer
 from actsteer.vectors.vector import SteeringVector
 

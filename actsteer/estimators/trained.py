@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from actsteer.steering.interventions import Intervention
-from actsteer.steering.low_rank import LowRank, LowRankAt
+from actsteer.steering.interventions.intervention import Intervention
+from actsteer.steering.interventions.low_rank import LowRank, LowRankAt
 from actsteer.steering.steerer import Steerer
 from actsteer.vectors.vector import SteeringVector
 

@@ -15,7 +15,7 @@ from actsteer.estimators.fit import Fits, fit
 from actsteer.estimators.mean_difference import MeanDifference
 from actsteer.integrations.prefixes import collect_pairs_by_prefix
 from actsteer.sites.resolve import Sites
-from actsteer.steering.low_rank import LowRank
+from actsteer.steering.interventions.low_rank import LowRank
 from actsteer.vectors.vector import SteeringVector
 
 Text: TypeAlias = str | Sequence[Mapping[str, Any]]

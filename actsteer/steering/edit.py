@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, final
 
 import torch
@@ -19,7 +19,8 @@ from actsteer.sites.place import Place
 from actsteer.sites.shards import full_shape, own_part, share, whole_rows
 from actsteer.steering.checkpointing import Checkpointing, saves_otherwise
 from actsteer.steering.copies import Uncopied
-from actsteer.steering.interventions import Add, Intervention
+from actsteer.steering.interventions.add import Add
+from actsteer.steering.interventions.intervention import Intervention
 from actsteer.steering.reader import GateReader
 
 _is_compiling = torch.compiler.is_compiling
@@ -49,7 +50,8 @@ class SiteEdit(Uncopied):
         "fired",
         "gates",
         "in_place",
-        "intervention",
+        "interventions",
+        "is_sum",
         "layout",
         "place",
     )
@@ -60,14 +62,15 @@ class SiteEdit(Uncopied):
         layout: Layout,
         directions: Float[Tensor, "k d"],
         *,
-        intervention: Intervention,
+        interventions: Sequence[Intervention],
         gates: Sequence[GateReader | None],
         checkpointing: Checkpointing,
     ) -> None:
         self.place = place
         self.layout = layout
         self.directions = directions
-        self.intervention = intervention
+        self.interventions = interventions
+        self.is_sum = all(isinstance(own, Add) and own.is_plain for own in interventions)  # of terms without h
         self.fired: bool | None = False  # None: nobody can know, for it is folded into the weights
         self.in_place = False  # new strengths are written into the tensors that compiled code reads already
         self.changed: Callable[[], None] | None = None  # called after new strengths
@@ -96,7 +99,7 @@ class SiteEdit(Uncopied):
     @property
     def is_constant(self) -> bool:
         """Whether the same tensor is added to every row, whatever the activation."""
-        return isinstance(self.intervention, Add) and not any(self.gates) and all(s.ndim == 0 for s in self._strengths)
+        return self.is_sum and not any(self.gates) and all(s.ndim == 0 for s in self._strengths)
 
     def check_strengths(self, strengths: Sequence[Tensor]) -> None:
         """StrengthError if the way in which this edit is attached leaves no room for these."""
@@ -113,7 +116,7 @@ class SiteEdit(Uncopied):
         """New strengths, one of shape () or (B,) per direction, from the next forward pass on."""
         ungated = [index for index, gate in enumerate(self.gates) if gate is None]
         constant = None
-        if isinstance(self.intervention, Add) and ungated:
+        if self.is_sum and ungated:
             constant = _sum(self.directions[ungated], [strengths[index] for index in ungated])
         if self.in_place:
             for tensor, value in zip([self.constant, *self._strengths], [constant, *strengths], strict=True):
@@ -167,7 +170,7 @@ class SiteEdit(Uncopied):
         shape, size = full_shape(activation, module), self.directions.shape[1]
         axis = self.layout.feature_axis(shape, size=size, site=self.place.site)
         packed = isinstance(get(value, keys[:-1]), PackedSequence) if keys else False
-        edited = (self._add if isinstance(self.intervention, Add) else self._intervene)(
+        edited = (self._add if self.is_sum else self._intervene)(
             module, activation, axis, row_axis=None if packed else self.layout.row_axis if activation.ndim > 2 else 0
         )
         if not _is_compiling():
@@ -196,11 +199,12 @@ class SiteEdit(Uncopied):
 
     def _intervene(self, module: nn.Module, activation: Tensor, axis: int, *, row_axis: int | None) -> Tensor:
         whole = whole_rows(activation, module)
-        last = whole.movedim(axis, -1)
-        for index, direction in enumerate(self.directions):
-            c = (self._strengths[index] if self.gates[index] is None else self._decided(index)).to(whole)
-            c = self._spread(c[..., None], whole, axis, row_axis).movedim(axis, -1) if c.ndim else c
-            last = self.intervention(last, direction.to(whole), c)
+        last = whole.movedim(axis, -1).to(torch.promote_types(whole.dtype, torch.float32))  # rounded once, at the end
+        with _without_autocast(last.device.type):
+            for index, intervention in enumerate(self.interventions):
+                c = (self._strengths[index] if self.gates[index] is None else self._decided(index)).to(last)
+                c = self._spread(c[..., None], whole, axis, row_axis).movedim(axis, -1) if c.ndim else c
+                last = intervention(last, self.directions[index].to(last), c)
         return own_part(last.movedim(-1, axis).to(activation.dtype), activation, module)
 
     def _traceable(self) -> Tensor | None:
@@ -247,8 +251,11 @@ def _sum(directions: Float[Tensor, "k d"], strengths: Sequence[Tensor]) -> Float
     # in float32 at least, so that c · v is rounded once, to the output's dtype
     directions = directions.to(torch.promote_types(directions.dtype, torch.float32))
     c = torch.stack(torch.broadcast_tensors(*(strength.to(directions) for strength in strengths)))
-    kind = directions.device.type
-    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    with torch.autocast(kind, enabled=False) if casts else nullcontext():
+    with _without_autocast(directions.device.type):
         total = einsum(c, directions, "k ..., k d -> ... d")
     return torch.where((c == 0).all(dim=0)[..., None], -0.0, total)
+
+
+def _without_autocast(kind: str) -> AbstractContextManager[Any]:
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if casts else nullcontext()

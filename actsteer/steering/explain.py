@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 
+import torch
 from torch import Tensor, nn
 
 from actsteer.sites.wrappers import class_name
 from actsteer.steering.backends.choose import Choice
+from actsteer.steering.backends.order import edits_at
 from actsteer.steering.edit import SiteEdit
+from actsteer.steering.interventions.intervention import Intervention
 from actsteer.vectors.bank import VectorBank
 
 
@@ -19,7 +23,8 @@ def explain(
     choices: Mapping[str, Choice],
     strengths: Sequence[Tensor],
 ) -> str:
-    """One paragraph per site: the activation, the axis, the backend and why, and each concept with its strength."""
+    """One paragraph per site: the activation, the axis, the backend and why; each concept, in the order in which they
+    edit, with its intervention and strength; how far the concepts overlap, and which of them do not commute."""
     lines = [f"{class_name(model)}: {len(edits)} site{'s' * (len(edits) != 1)}, in this order"]
     for site, edit in edits.items():
         side = "input" if edit.place.side == "in" else "output"
@@ -31,17 +36,48 @@ def explain(
             f"{site!r}: the {side}{part} of {type(edit.place.module).__name__}, {edit.directions.shape[1]} features",
             f"    axis: {axis}",
             f"    backend: {choice.backend}{via} ({choice.reason})",
-            f"    intervention: {type(edit.intervention).__name__}",
         ]
-        for concept, strength in zip(bank.concepts, strengths, strict=True):
-            if site in bank[concept]:
-                norm = float(bank[concept].select(site).norm())
-                c = f"{float(strength):g}" if strength.ndim == 0 else f"{len(strength)} rows"
-                lines.append(f"    {concept}: c = {c}, norm {norm:.4g}{_gated(edit, bank, concept, site)}")
+        here = [index for index, concept in enumerate(bank.concepts) if site in bank[concept]]
+        for own, index in enumerate(here):
+            norm, strength = float(edit.directions[own].norm()), strengths[index]
+            c = f"{float(strength):g}" if strength.ndim == 0 else f"{len(strength)} rows"
+            reader = edit.gates[own]
+            gated = "" if reader is None else f", gated by {reader.gate!r}"
+            kind = type(edit.interventions[own]).__name__
+            lines.append(f"    {bank.concepts[index]}: {kind}, c = {c}, norm {norm:.4g}{gated}")
+        lines += _overlaps(edit, [bank.concepts[index] for index in here])
+        lines += _others(edit)
     return "\n".join(lines)
 
 
-def _gated(edit: SiteEdit, bank: VectorBank, concept: str, site: str) -> str:
-    own = [other for other in bank.concepts if site in bank[other]]
-    reader = edit.gates[own.index(concept)]
-    return "" if reader is None else f", gated by {reader.gate!r}"
+def _overlaps(edit: SiteEdit, concepts: Sequence[str]) -> list[str]:
+    """The cosines of each two directions at a site, and whether their edits commute."""
+    lines = []
+    for (i, one), (j, other) in combinations(enumerate(concepts), 2):
+        v, w = edit.directions.detach()[[i, j]].double().cpu()
+        cosine = float(v @ w / (v.norm() * w.norm()).clamp(min=1e-300))
+        order = "" if commute(edit.interventions[i], v, edit.interventions[j], w) else "; they do not commute"
+        lines.append(f"    {one} and {other}: cosine {cosine:.3f}{order}")
+    return lines
+
+
+def _others(edit: SiteEdit) -> list[str]:
+    """The edits that other Steerers have put there before."""
+    lines = []
+    for other in edits_at(edit.place):
+        if other is not edit:
+            kinds = ", ".join(type(intervention).__name__ for intervention in other.interventions)
+            lines.append(f"    steered already, by another Steerer: {kinds}")
+    return lines
+
+
+def commute(one: Intervention, v: Tensor, other: Intervention, w: Tensor) -> bool:
+    """Whether the order of two edits matters not, tried out on rows of many sizes at c = 1."""
+    rows = torch.randn(16, len(v), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows *= torch.logspace(-2, 2, 16, dtype=torch.float64)[:, None] * max(float(v.norm()), float(w.norm()), 1e-6)
+    c = torch.ones((), dtype=torch.float64)
+    try:
+        first, second = other(one(rows, v, c), w, c), one(other(rows, w, c), v, c)
+    except Exception:  # one that is made for activations of a certain shape
+        return False
+    return torch.allclose(first, second, rtol=1e-9, atol=1e-9 * float(rows.abs().max()))

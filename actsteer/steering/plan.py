@@ -16,12 +16,15 @@ from actsteer.sites.resolve import Sites, resolve, select
 from actsteer.steering.checkpointing import Checkpointing
 from actsteer.steering.edit import SiteEdit
 from actsteer.steering.gates import Gate
-from actsteer.steering.interventions import Add, Intervention, PerSite
+from actsteer.steering.interventions.add import Add
+from actsteer.steering.interventions.intervention import Intervention, PerSite
 from actsteer.steering.reader import GateReader
 from actsteer.vectors.bank import VectorBank
 from actsteer.vectors.vector import SteeringVector, axes_of
 
 Gates = Gate | Mapping[str, Gate]
+Interventions = Intervention | PerSite | Mapping[str, Intervention | PerSite]
+"""One for every concept, or concept -> intervention; what is not named is added."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def make_plan(
     model: nn.Module,
     bank: VectorBank,
     *,
-    intervention: Intervention | PerSite | None,
+    intervention: Interventions | None,
     gate: Gates | None,
     sites: Sites | None,
     axis: Axes | None,
@@ -93,6 +96,7 @@ def make_plan(
     axes = _axes(bank, places, axis)
     lies = layouts(model, places, axis=axes)
     readers = _readers(model, bank, gate)
+    interventions = _interventions(bank, intervention)
     concepts = {site: [i for i, concept in enumerate(bank) if site in bank[concept]] for site in places}
     edits: dict[str, SiteEdit] = {}
     for site, place in places.items():
@@ -109,12 +113,30 @@ def make_plan(
             place,
             lies[site],
             directions,
-            intervention=intervention.at(site) if isinstance(intervention, PerSite) else intervention or Add(),
+            interventions=[_at(interventions[index], site) for index in concepts[site]],
             gates=[readers[index] for index in concepts[site]],
             checkpointing=checkpointing,
         )
     distinct = tuple({id(reader): reader for reader in readers if reader is not None}.values())
     return Plan(model, bank, edits, concepts, distinct, axes)
+
+
+def _interventions(bank: VectorBank, intervention: Interventions | None) -> list[Intervention | PerSite]:
+    """One per concept, in bank order."""
+    if not isinstance(intervention, Mapping):
+        return [intervention or Add()] * len(bank)
+    for concept, own in intervention.items():
+        if concept not in bank:
+            raise ConceptNotFoundError(
+                f"intervention names no concept of the bank: {concept!r}. {close_names(concept, bank)}"
+            )
+        if not callable(own) and not isinstance(own, PerSite):
+            raise TypeError(f"intervention: expected one such as Add(), got {own!r} for {concept!r}")
+    return [intervention.get(concept, Add()) for concept in bank.concepts]
+
+
+def _at(intervention: Intervention | PerSite, site: str) -> Intervention:
+    return intervention.at(site) if isinstance(intervention, PerSite) else intervention
 
 
 def _places(model: nn.Module, bank: VectorBank, sites: Sites | None) -> dict[str, Place]:

@@ -19,9 +19,8 @@ from actsteer.steering.backends.choose import Backend, Choice, Scope, check
 from actsteer.steering.checkpointing import Checkpointing
 from actsteer.steering.edit import SiteEdit
 from actsteer.steering.explain import explain
-from actsteer.steering.interventions import Intervention, PerSite
-from actsteer.steering.low_rank import LowRank
-from actsteer.steering.plan import Gates, make_plan
+from actsteer.steering.interventions.intervention import Edit
+from actsteer.steering.plan import Gates, Interventions, make_plan
 from actsteer.steering.strength import Strengths, strengths_of
 from actsteer.steering.watch import Watch
 from actsteer.vectors.bank import VectorBank
@@ -38,11 +37,12 @@ class Steerer:
 
     Args:
         model: any `nn.Module`, wrapped (compiled, DDP, FSDP) or not.
-        vectors: one vector, or a bank whose concepts are added together; they are copied (see `requires_grad_`). Or a
-            `LowRank` edit, which takes their place.
+        vectors: one vector, or a bank of concepts; they are copied (see `requires_grad_`). Or an edit that knows its
+            own sites: `LowRank`, `Affine` or `Replace`.
         c: the strength, in multiples of the vectors: one number; concept -> number (what is not named is 0); or a
             tensor of shape (B,), one strength per row of the batch. A vector without a name is the concept "vector".
-        intervention: how a direction edits the activation.
+        intervention: how a direction edits the activation, `Add()` unless given; one for every concept, or concept ->
+            intervention. The concepts of a bank edit in its order.
         gate: which rows are steered; one gate for every concept, or concept -> gate (what is not named has none).
         sites: steer only these of the vectors' sites: names, globs, modules, or a predicate on (name, module).
         axis: the feature axis, of every site or site -> axis, where it is not the one that the module's class tells.
@@ -75,10 +75,10 @@ class Steerer:
     def __init__(
         self,
         model: nn.Module,
-        vectors: SteeringVector | VectorBank | LowRank,
+        vectors: SteeringVector | VectorBank | Edit,
         *,
         c: Strengths = 1.0,
-        intervention: Intervention | PerSite | None = None,
+        intervention: Interventions | None = None,
         gate: Gates | None = None,
         sites: Sites | None = None,
         axis: Axes | None = None,
@@ -86,18 +86,20 @@ class Steerer:
         scope: Scope = "process",
         strict: bool = True,
     ) -> None:
-        if isinstance(vectors, LowRank):
+        if isinstance(vectors, Edit):
             if intervention is not None:
                 raise TypeError(f"{vectors!r} says itself how it edits; leave intervention= out")
             intervention, vectors = vectors, vectors.constant
         if isinstance(vectors, SteeringVector):
             vectors = VectorBank({vectors.concept or "vector": vectors})
         if not isinstance(vectors, VectorBank):
-            raise TypeError(f"expected a SteeringVector, a VectorBank or a LowRank edit, got {type(vectors).__name__}")
+            raise TypeError(
+                "expected a SteeringVector, a VectorBank, or an edit such as LowRank, got " + type(vectors).__name__
+            )
         check(backend, scope)
         self.model = model
         self.bank = vectors
-        self._intervention: Intervention | PerSite | None = intervention
+        self._intervention: Interventions | None = intervention
         self._gate = gate
         self._backend, self._scope, self._strict = backend, scope, strict
         self._handles: ExitStack | None = None

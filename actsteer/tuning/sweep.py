@@ -11,9 +11,8 @@ from tqdm.auto import tqdm
 from actsteer.sites.axes import Axes
 from actsteer.sites.resolve import Sites
 from actsteer.steering.backends.choose import Backend
-from actsteer.steering.interventions import Intervention
-from actsteer.steering.low_rank import LowRank
-from actsteer.steering.plan import Gates
+from actsteer.steering.interventions.intervention import Edit
+from actsteer.steering.plan import Gates, Interventions
 from actsteer.steering.steerer import Steerer
 from actsteer.steering.strength import Strengths
 from actsteer.vectors.bank import VectorBank
@@ -22,11 +21,11 @@ from actsteer.vectors.vector import SteeringVector
 
 def sweep(
     model: nn.Module,
-    vectors: SteeringVector | VectorBank | LowRank,
+    vectors: SteeringVector | VectorBank | Edit,
     *,
     c: Iterable[Strengths],
     evaluate: Callable[[nn.Module], Mapping[str, Any]],
-    intervention: Intervention | None = None,
+    intervention: Interventions | None = None,
     gate: Gates | None = None,
     sites: Sites | None = None,
     axis: Axes | None = None,

@@ -37,14 +37,13 @@ def test_every_site_has_its_side_axis_backend_intervention_and_strengths():
         "'1': the output of ReLU, 4 features",
         "    axis: -1",
         "    backend: hook (nothing is compiled yet)",
-        "    intervention: Add",
-        "    eight: c = -1.5, norm 5",
-        "    nine: c = 2, norm 5",
+        "    eight: Add, c = -1.5, norm 5",
+        "    nine: Add, c = 2, norm 5",
+        "    eight and nine: cosine 1.000",
         "'2:in': the input of Linear, 4 features",
         "    axis: -1",
         "    backend: hook (nothing is compiled yet)",
-        "    intervention: Add",
-        "    nine: c = 2, norm 10",
+        "    nine: Add, c = 2, norm 10",
     ]
 
 
@@ -56,13 +55,13 @@ class Nothing:
 
 
 OPTIONS = {
-    "rows": ({"c": torch.ones(7)}, "eight: c = 7 rows, norm 5"),
+    "rows": ({"c": torch.ones(7)}, "eight: Add, c = 7 rows, norm 5"),
     "gate": (
         {"gate": {"eight": ProjectionAbove(SteeringVector({"0": D}), 1.0)}},
-        "eight: c = 1, norm 5, gated by ProjectionAbove(site='0', threshold=1)",
+        "eight: Add, c = 1, norm 5, gated by ProjectionAbove(site='0', threshold=1)",
     ),
-    "no gate": ({"gate": {"eight": ProjectionAbove(SteeringVector({"0": D}), 1.0)}}, "nine: c = 1, norm 5\n"),
-    "intervention": ({"intervention": Nothing()}, "intervention: Nothing"),
+    "no gate": ({"gate": {"eight": ProjectionAbove(SteeringVector({"0": D}), 1.0)}}, "nine: Add, c = 1, norm 5\n"),
+    "intervention": ({"intervention": Nothing()}, "eight: Nothing, c = 1"),
     "axis": ({"axis": {"1": 1}}, "axis: 1"),
     "some sites": ({"sites": "1"}, "Sequential: 1 site, in this order"),
     "patch": ({"backend": "patch"}, "backend: patch (as asked for)"),
@@ -110,7 +109,7 @@ def test_it_names_the_channel_axis_of_a_convolution_and_admits_an_open_one():
 def test_a_strength_that_changes_is_said_at_once():
     steerer = Steerer(exact(), BANK, c=1)
     steerer.c = {"nine": 2.5}
-    assert "nine: c = 2.5" in steerer.explain() and "eight: c = 0" in steerer.explain()
+    assert "nine: Add, c = 2.5" in steerer.explain() and "eight: Add, c = 0" in steerer.explain()
 
 
 def test_the_part_of_an_output_is_named():

@@ -327,7 +327,12 @@ def test_concepts_at_different_sites_are_each_at_their_own():
 @pytest.mark.parametrize(
     ("vectors", "options", "error", "message"),
     [
-        ({"1": torch.zeros(4)}, {}, TypeError, "expected a SteeringVector, a VectorBank or a LowRank edit, got dict"),
+        (
+            {"1": torch.zeros(4)},
+            {},
+            TypeError,
+            "or an edit such as LowRank, got dict",
+        ),
         (SteeringVector({}), {}, SiteNotFoundError, "no sites, so there is nothing to add"),
         (VectorBank({}), {}, SiteNotFoundError, "no sites, so there is nothing to add"),
         (

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from actsteer.errors import ShapeError, SiteNotFoundError, close_names
+from actsteer.steering.interventions.intervention import moved
 from actsteer.vectors.vector import SteeringVector
 
 
@@ -23,6 +24,7 @@ class LowRankAt:
     reads: Float[Tensor, "r d"]
     adds: Float[Tensor, "r d"]
     offsets: Float[Tensor, " r"]
+    keep_norm: bool = False
 
     def __call__(
         self, activation: Float[Tensor, "*batch d"], direction: Float[Tensor, " d"], c: Float[Tensor, ...]
@@ -30,7 +32,7 @@ class LowRankAt:
         """The edited activation; where c is 0, h itself. The direction is not used."""
         reads, adds, offsets = (part.to(activation) for part in (self.reads, self.adds, self.offsets))
         change = linear(linear(activation, reads, offsets), adds.T)
-        return torch.where(c == 0, activation, activation + c * change)
+        return moved(activation, change, c, keep_norm=self.keep_norm)
 
 
 @final
@@ -43,6 +45,7 @@ class LowRank:
 
     Args:
         sites: site -> (A, U, b), of shapes (r, d), (r, d) and (r,).
+        keep_norm: scale the result to the norm of h.
         concept, metadata: as for a `SteeringVector`.
 
     Raises:
@@ -61,12 +64,13 @@ class LowRank:
         self,
         sites: Mapping[str, tuple[Tensor, Tensor, Tensor]],
         *,
+        keep_norm: bool = False,
         concept: str | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         if not sites:
             raise ShapeError("expected one site or more, got none")
-        self._parts = {site: _owned(site, *parts) for site, parts in sites.items()}
+        self._parts = {site: _owned(site, *parts, keep_norm=keep_norm) for site, parts in sites.items()}
         self._metadata = dict(metadata or {}) | ({} if concept is None else {"concept": concept})
 
     @property
@@ -109,11 +113,11 @@ class LowRank:
         return f"LowRank(rank={self.rank}, sites={self.sites}, concept={self.concept!r})"
 
 
-def _owned(site: str, reads: Tensor, adds: Tensor, offsets: Tensor) -> LowRankAt:
+def _owned(site: str, reads: Tensor, adds: Tensor, offsets: Tensor, *, keep_norm: bool) -> LowRankAt:
     shapes = tuple(tuple(part.shape) for part in (reads, adds, offsets))
     if reads.ndim != 2 or shapes != (shapes[0], shapes[0], (len(reads),)):
         raise ShapeError(f"site {site!r}: expected A (r, d), U (r, d) and b (r,), got shapes {shapes}")
     if not all(part.is_floating_point() and bool(part.isfinite().all()) for part in (reads, adds, offsets)):
         raise ShapeError(f"site {site!r}: expected finite floating tensors; did a loss diverge?")
     with torch.inference_mode(mode=False):  # so that they work in autograd later
-        return LowRankAt(*(part.detach().clone() for part in (reads, adds, offsets)))
+        return LowRankAt(reads.detach().clone(), adds.detach().clone(), offsets.detach().clone(), keep_norm)

@@ -1,0 +1,43 @@
+"""Ablate: take the direction out of an activation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from jaxtyping import Float
+from torch import Tensor
+
+from actsteer.steering.interventions.intervention import moved, unit
+
+
+@final
+@dataclass(frozen=True)
+class Ablate:
+    """Remove the component along the direction: h - c · (h·u) u, with u = v/‖v‖.
+
+    At c = 1 nothing is left of it; c = 2 mirrors it; a negative c makes it larger.
+
+    Args:
+        one_sided: remove only what points along v, max(h·u, 0), and leave what points away from it.
+        keep_norm: scale what is left to the norm of h.
+
+    Source: directional ablation, Arditi et al. 2024 (refusal); one-sided, as in angular and conditional steering.
+
+    >>> import torch
+    >>> h, v = torch.tensor([[3.0, 4.0], [-3.0, 4.0]]), torch.tensor([2.0, 0.0])
+    >>> Ablate()(h, v, torch.tensor(1.0)).tolist(), Ablate(one_sided=True)(h, v, torch.tensor(1.0)).tolist()
+    ([[0.0, 4.0], [0.0, 4.0]], [[0.0, 4.0], [-3.0, 4.0]])
+    """
+
+    one_sided: bool = False
+    keep_norm: bool = False
+
+    def __call__(
+        self, activation: Float[Tensor, "*batch d"], direction: Float[Tensor, " d"], c: Float[Tensor, ...]
+    ) -> Float[Tensor, "*batch d"]:
+        """h - c · (h·u) u; where c is 0, h itself."""
+        along = unit(direction)
+        component = (activation @ along)[..., None]
+        change = -(component.clamp(min=0) if self.one_sided else component) * along
+        return moved(activation, change, c, keep_norm=self.keep_norm)

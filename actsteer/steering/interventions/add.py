@@ -1,0 +1,44 @@
+"""Add: move along the direction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from jaxtyping import Float
+from torch import Tensor
+
+from actsteer.steering.interventions.intervention import moved, unit
+
+
+@final
+@dataclass(frozen=True)
+class Add:
+    """Move along the direction: h + c · v, in the activation's own units.
+
+    Args:
+        relative: h + c · ‖h‖ · v/‖v‖ instead: c in units of the activation's own norm.
+        keep_norm: scale the sum to the norm of h.
+
+    Source: activation addition (ActAdd), Turner et al. 2023; contrastive activation addition (CAA), Rimsky et al. 2023.
+
+    >>> import torch
+    >>> h, v = torch.tensor([[3.0, 4.0]]), torch.tensor([2.0, 0.0])
+    >>> Add()(h, v, torch.tensor(0.5)), Add(relative=True)(h, v, torch.tensor(0.5))
+    (tensor([[4., 4.]]), tensor([[5.5000, 4.0000]]))
+    """
+
+    relative: bool = False
+    keep_norm: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether what is added does not depend on the activation."""
+        return not (self.relative or self.keep_norm)
+
+    def __call__(
+        self, activation: Float[Tensor, "*batch d"], direction: Float[Tensor, " d"], c: Float[Tensor, ...]
+    ) -> Float[Tensor, "*batch d"]:
+        """h + c · v; where c is 0, h itself."""
+        change = activation.norm(dim=-1, keepdim=True) * unit(direction) if self.relative else direction
+        return moved(activation, change, c, keep_norm=self.keep_norm)

@@ -1,0 +1,39 @@
+"""Chain: several interventions, one after another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from jaxtyping import Float
+from torch import Tensor
+
+from actsteer.steering.interventions.intervention import Intervention
+
+
+@final
+@dataclass(frozen=True, init=False)
+class Chain:
+    """Several interventions by one direction in the order given, each with the same c.
+
+    `Chain(Ablate(), Add())` puts a row at c along the direction, whatever it had there, if c is 1; where they do not
+    commute, the order counts.
+
+    >>> import torch
+    >>> from actsteer import Ablate, Add
+    >>> Chain(Ablate(), Add())(torch.tensor([[3.0, 4.0]]), torch.tensor([2.0, 0.0]), torch.tensor(1.0))
+    tensor([[2., 4.]])
+    """
+
+    interventions: tuple[Intervention, ...]
+
+    def __init__(self, *interventions: Intervention) -> None:
+        object.__setattr__(self, "interventions", interventions)
+
+    def __call__(
+        self, activation: Float[Tensor, "*batch d"], direction: Float[Tensor, " d"], c: Float[Tensor, ...]
+    ) -> Float[Tensor, "*batch d"]:
+        """What the last one makes of it; where c is 0, h itself."""
+        for intervention in self.interventions:
+            activation = intervention(activation, direction, c)
+        return activation

@@ -1,0 +1,100 @@
+"""Replace: put another activation in the place of the one that is there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from actsteer.errors import ShapeError, SiteNotFoundError, close_names
+from actsteer.steering.interventions.intervention import settled
+from actsteer.vectors.vector import SteeringVector
+
+
+@final
+@dataclass(frozen=True)
+class ReplaceAt:
+    """The edit of one site, h + c · (a - h), with `values` a of shape (d,) or that of the activation."""
+
+    values: Float[Tensor, "*batch d"]
+    keep_norm: bool = False
+
+    def __call__(
+        self, activation: Float[Tensor, "*batch d"], direction: Float[Tensor, " d"], c: Float[Tensor, ...]
+    ) -> Float[Tensor, "*batch d"]:
+        """The activation on its way to the values, which it is at c = 1; where c is 0, h itself."""
+        if self.values.ndim > 1 and self.values.shape != activation.shape:
+            raise ShapeError(
+                f"Replace: an activation of shape {tuple(activation.shape)}, features last, and values of shape "
+                f"{tuple(self.values.shape)} for it; record them on a batch of this shape, or give one row (d,)"
+            )
+        goal = self.values.to(activation).expand_as(activation)
+        return settled(activation, torch.lerp(activation, goal, c), c, keep_norm=self.keep_norm)
+
+
+@final
+class Replace:
+    """Patch another activation in: h + c · (a - h), which at c = 1 is a.
+
+    `Steerer(model, Replace(recorded))` takes it in the place of vectors. A value: it copies what comes in.
+
+    Args:
+        activations: site -> a, of shape (d,) for every row and position, or of the activation's own shape, with the
+            features last.
+        keep_norm: scale the result to the norm of h.
+        concept: a name for it.
+
+    Raises:
+        ShapeError: no sites, or tensors that are not finite; when the model runs, another shape than the activation's.
+
+    Source: activation patching, Vig et al. 2020 and Meng et al. 2022; mean ablation with a = the mean.
+
+    >>> from torch import nn
+    >>> from actsteer import Steerer
+    >>> model = nn.Sequential(nn.Identity())
+    >>> with Steerer(model, Replace({"0": torch.tensor([7.0, 8.0])})):
+    ...     model(torch.zeros(1, 2))
+    tensor([[7., 8.]])
+    """
+
+    def __init__(
+        self,
+        activations: Mapping[str, Float[Tensor, "*batch d"]],
+        *,
+        keep_norm: bool = False,
+        concept: str | None = None,
+    ) -> None:
+        if not activations:
+            raise ShapeError("expected one site or more, got none")
+        for site, values in activations.items():
+            if not values.ndim or not values.is_floating_point() or not bool(values.isfinite().all()):
+                raise ShapeError(
+                    f"site {site!r}: expected finite floating values, (d,) or (..., d), got {tuple(values.shape)}"
+                )
+        with torch.inference_mode(mode=False):  # so that they work in autograd later
+            self._parts = {s: ReplaceAt(values.detach().clone(), keep_norm) for s, values in activations.items()}
+        self._concept = concept
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The names of the sites, in the order given."""
+        return tuple(self._parts)
+
+    @property
+    def constant(self) -> SteeringVector:
+        """What an activation of zero becomes, on average over rows and positions."""
+        rows = {site: part.values.reshape(-1, part.values.shape[-1]) for site, part in self._parts.items()}
+        return SteeringVector({site: own.mean(dim=0) for site, own in rows.items()}, concept=self._concept)
+
+    def at(self, site: str) -> ReplaceAt:
+        """The edit of one site."""
+        if site not in self._parts:
+            raise SiteNotFoundError(f"no edit at site {site!r}. {close_names(site, self._parts)}")
+        return self._parts[site]
+
+    def __repr__(self) -> str:
+        return f"Replace(sites={self.sites}, concept={self._concept!r})"
