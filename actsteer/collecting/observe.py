@@ -125,7 +125,7 @@ class _Listener:
                     rows, owners = self._rows(whole, nested=activation.is_nested)
                 if len(rows):
                     self._keep(self.place.site, rows, owners + index if activation.is_nested else owners)
-        self.stopper.ran(self.place.site)
+        self.stopper.ran(self.place.site, has_begun=self.place.side == "in")
 
     def _whole(self, module: nn.Module, part: Tensor) -> Tensor:
         """The activation as its users see it, with the features last."""

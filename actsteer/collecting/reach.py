@@ -1,146 +1,200 @@
-"""Reach: whether a value that code may use leads to one of the sites' modules."""
+"""Reach: what code may use without coming to one of the sites' modules; what nobody can vouch for may come to one."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable
-from types import BuiltinMethodType, FunctionType, MethodType, ModuleType
+import inspect
+import weakref
+from collections import deque
+from collections.abc import Iterable
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, final
 
+import torch
 from torch import Tensor, nn
 
 from actsteer.collecting.source import mentioned_in
-from actsteer.sites.wrappers import slot
 
-_DYNAMIC = {"forward", "__call__", "children", "named_children", "modules", "named_modules", "_modules"}
-_DYNAMIC |= {"get_submodule", "getattr", "vars", "globals", "locals", "eval", "super", "__dict__", "attrgetter"}
-_DYNAMIC |= {"methodcaller"}
-_HARMLESS = {*vars(nn.Module), "device", "dtype"} - _DYNAMIC  # as a tensor has them too
+DYNAMIC = {"forward", "__call__", "children", "named_children", "modules", "named_modules", "_modules", "get_submodule"}
+DYNAMIC |= {"getattr", "setattr", "vars", "globals", "locals", "eval", "exec", "super", "__dict__", "__import__"}
+_LIBRARIES = {"torch", "torchvision", "transformers", "numpy", "einops", "math", "typing", "inspect", "logging", "enum"}
+_LIBRARIES |= {
+    "warnings",
+    "actsteer",
+    "huggingface_hub",
+    "contextlib",
+    "functools",
+    "abc",
+    "packaging",
+    "contextvars",
+    "_contextvars",
+}
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, slice, range, torch.dtype, torch.device, torch.Size)
+_MANY = (list, tuple, set, frozenset, deque)
 _OWN = set(vars(nn.Module()))
-_TRUSTED = ("torch", "numpy", "math", "functools", "itertools", "typing", "collections", "builtins", "actsteer")
+
+
+def is_of_library(name: object) -> bool:
+    """Whether a Python module of this name belongs to a library that keeps to what is registered."""
+    return str(name).partition(".")[0] in _LIBRARIES
 
 
 @final
 class Reach:
-    """What leads to some modules, the targets, in a model.
+    """What leads to some modules, the targets."""
 
-    Registered modules lead where they contain a target; so do methods of what leads, functions whose closures, defaults
-    or globals lead, and containers and objects that hold what leads.
-    """
-
-    def __init__(self, model: nn.Module, targets: Iterable[nn.Module]) -> None:
+    def __init__(self, targets: Iterable[nn.Module]) -> None:
         self._targets = {id(module) for module in targets}
         self._functions: dict[int, bool] = {}
-        modules = list(model.modules())
-        holders = [(m, key) for m in modules for key, child in m._modules.items() if self.of(child)]
-        wrapped = [slot(module) == key for module, key in holders]
-        self.names = {key for (_, key), inner in zip(holders, wrapped, strict=True) if not inner} | _DYNAMIC
-        """Attributes by which code may come to a target."""
-        held = [id(module._modules[key]) for module, key in holders]
-        owners = {id(module) for module, _ in holders}
-        self.is_clear = len(held) == len(set(held)) and not any(
-            self._is_hidden_in(module, holds=id(module) in owners) for module in modules
-        )
-        """Whether the model's own structure shows all ways to the targets: none of them is held twice, or by a hook or
-        an attribute of a module that does not contain it."""
+        self._looking_at: set[int] = set()  # modules
 
-    def of(self, value: Any, depth: int = 3) -> bool:
-        """Whether this value leads to a target, as far as that can be seen."""
+    def holds(self, module: nn.Module) -> bool:
+        """Whether it is or contains a target."""
+        return any(id(part) in self._targets for part in module.modules())
+
+    def is_clear(self, value: Any, depth: int = 4) -> bool:
+        """Whether no use of this value comes to a target."""
         match value:
-            case None | str() | int() | float() | bytes() | Tensor() | type():
-                return False
+            case Tensor():
+                return all(self.is_clear(own, depth - 1) for own in getattr(value, "__dict__", {}).values())
             case nn.Module():
-                return any(id(module) in self._targets for module in value.modules())
+                return self.is_clear_module(value)
             case MethodType():
-                return self.of(value.__self__) or self.of(value.__func__)
-            case BuiltinMethodType():
-                return not isinstance(value.__self__, ModuleType) and self._any([value.__self__], depth)
+                return self.is_clear(value.__self__, depth) and self.is_clear(value.__func__, depth)
             case FunctionType():
-                return self._of_function(value)
+                return self._is_clear_function(value)
             case functools.partial():
-                return self._any([value.func, *value.args, *value.keywords.values()], depth)
-            case list() | tuple() | set():
-                return self._any(value, depth)
-            case dict():
-                return self._any(value.values(), depth)
+                return all(self.is_clear(v, depth - 1) for v in (value.func, *value.args, *value.keywords.values()))
+            case weakref.ref():
+                return self.is_clear(value(), depth)
+            case BuiltinFunctionType():
+                return isinstance(value.__self__, ModuleType | None) or self.is_clear(value.__self__, depth)
             case ModuleType():
-                return False
-        return self._any(getattr(value, "__dict__", {}).values(), depth)
+                return is_of_library(value.__name__)
+            case type():
+                return is_of_library(value.__module__) or value.__module__ == "builtins"
+            case dict():
+                return depth > 0 and all(self.is_clear(own, depth - 1) for own in value.values())
+        if isinstance(value, _MANY):
+            return depth > 0 and all(self.is_clear(own, depth - 1) for own in value)
+        return isinstance(value, _PLAIN) or is_of_library(type(value).__module__)
 
-    def by_name(self, owner: nn.Module, names: Collection[str]) -> bool:
-        """Whether some attribute of these names, of this module, leads to a target."""
-        if set(names) & self.names:
+    def is_clear_module(self, module: nn.Module, *, but: nn.Module | None = None) -> bool:
+        """Whether a call of this module comes to no target, unless it is `but` itself."""
+        if id(module) in self._looking_at:
             return True
+        self._looking_at.add(id(module))
+        try:
+            return all(
+                (part is but or id(part) not in self._targets)
+                and all(map(self.is_clear_hook, (*part._forward_pre_hooks.values(), *part._forward_hooks.values())))
+                and all(self.is_clear(own) for key, own in vars(part).items() if key not in _OWN)
+                and (is_of_library(type(part).__module__) or self._is_clear_class(part))
+                for part in module.modules()
+            )
+        finally:
+            self._looking_at.discard(id(module))
+
+    def is_clear_by_name(self, owner: nn.Module, names: Iterable[str], seen: set[str] | None = None) -> bool:
+        """Whether no attribute of these names, of this module, leads to a target."""
+        seen = set() if seen is None else seen
         kind = type(owner)
         foreign = kind.__getattr__ is not nn.Module.__getattr__ or kind.__setattr__ is not nn.Module.__setattr__
-        return self._by_name(owner, set(names), set()) or (
-            foreign and any(not hasattr(Tensor, name) and name not in vars(kind) for name in names)
-        )
-
-    def _by_name(self, owner: nn.Module, names: Iterable[str], seen: set[str]) -> bool:
-        for name in set(names) - seen - _HARMLESS:
+        for name in set(names) - seen:
             seen.add(name)
-            value = vars(owner).get(name, getattr(type(owner), name, None))
-            for function in _functions_in(value):
-                mentioned = mentioned_in(function.__code__)
-                if mentioned & self.names or self._by_name(owner, mentioned, seen):
-                    return True
-            if self.of(value):
-                return True
-        return False
+            own = inspect.getattr_static(kind, name, None)
+            if name in DYNAMIC or (own is None and foreign and not hasattr(Tensor, name)):
+                return False
+            for value in (vars(owner).get(name), owner._modules.get(name)):
+                if not self.is_clear(value):
+                    return False
+            if own is None or own is getattr(nn.Module, name, None):
+                continue
+            functions = _functions_in(own)
+            if hasattr(nn.Module, name) and functions and all(map(_is_from_library, functions)):
+                continue  # such as `to`, which is more often a tensor's
+            if not functions and not self.is_clear(own):
+                return False
+            for function in functions:
+                if not self.is_clear_by_name(owner, mentioned_in(function.__code__), seen):
+                    return False
+                if not _is_from_library(function) and not self._are_clear_globals(function):
+                    return False
+        return True
 
-    def _any(self, values: Iterable[Any], depth: int) -> bool:
-        return depth > 0 and any(self.of(value, depth - 1) for value in values)
+    def members(self, module: ModuleType, names: Iterable[str]) -> list[Any]:
+        """What a Python module has under these names; nothing of a library."""
+        if is_of_library(module.__name__):
+            return []
+        return [vars(module)[name] for name in names if name in vars(module)]
 
-    def _of_function(self, function: FunctionType) -> bool:
-        if (function.__module__ or "").partition(".")[0] in _TRUSTED:
+    def _is_innocent(self, value: Any) -> bool:
+        """Whether what a library's function holds is clear; what is neither called nor gone through may be anything."""
+        kinds = (nn.Module, FunctionType, MethodType, functools.partial, dict, *_MANY)
+        asked = isinstance(value, kinds)
+        return not asked or self.is_clear(value)
+
+    def _is_clear_class(self, module: nn.Module) -> bool:
+        """Whether the code of a user's own class is clear, with what its forward uses."""
+        kind: Any = type(module)
+        forward = kind.forward
+        if kind.__call__ is not nn.Module.__call__ or not isinstance(forward, FunctionType):
             return False
+        if _is_from_library(forward):
+            return True
+        return self._are_clear_globals(forward) and self.is_clear_by_name(module, mentioned_in(forward.__code__))
+
+    def _is_clear_function(self, function: FunctionType) -> bool:
         if id(function) not in self._functions:
-            self._functions[id(function)] = False  # while it is being looked at
+            self._functions[id(function)] = True  # while it is being looked at
             cells = [cell.cell_contents for cell in function.__closure__ or () if _is_full(cell)]
-            used = [*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-            mentioned = mentioned_in(function.__code__)
-            for name in mentioned & function.__globals__.keys():
-                value = function.__globals__[name]
-                used += self.members(value, mentioned) if isinstance(value, ModuleType) else [value]
-            self._functions[id(function)] = any(map(self.of, used))
+            held = [*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+            if _is_from_library(function):
+                clear = all(map(self._is_innocent, held))
+            else:
+                clear = all(map(self.is_clear, held)) and self._are_clear_globals(function)
+            self._functions[id(function)] = clear
         return self._functions[id(function)]
 
-    @staticmethod
-    def members(module: ModuleType, names: Iterable[str]) -> list[Any]:
-        """What a Python module has under these names, but for libraries that know nothing of this model."""
-        trusted = module.__name__.partition(".")[0] in _TRUSTED
-        return [] if trusted else [vars(module)[name] for name in names if name in vars(module)]
-
-    def _is_hidden_in(self, module: nn.Module, *, holds: bool) -> bool:
-        """Whether a hook, or an attribute that is not a submodule, of this module leads to a target."""
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        for hook in hooks:
-            if not type(hook).__module__.startswith("actsteer.") and (self.of(hook) or self._uses_its_module(hook)):
-                return True
-        own: dict[str, Any] = {key: value for key, value in vars(module).items() if key not in _OWN}
-        if not holds:
-            return any(map(self.of, own.values())) or self.of(getattr(type(module), "forward", None))
-        return self.of(own.get("forward"))
-
-    def _uses_its_module(self, hook: Any) -> bool:
-        """Whether a hook does anything with the module that it is given."""
-        function = getattr(hook, "__func__", hook)
-        if not isinstance(function, FunctionType):
+    def _are_clear_globals(self, function: FunctionType) -> bool:
+        mentioned = mentioned_in(function.__code__)
+        if mentioned & DYNAMIC:
             return False
-        code = function.__code__
-        first = code.co_varnames[function is not hook :][:1]
-        return bool(mentioned_in(code) & (self.names | set(first)))
+        for name in mentioned & function.__globals__.keys():
+            value = function.__globals__[name]
+            used = self.members(value, mentioned) if isinstance(value, ModuleType) else [value]
+            if not all(map(self.is_clear, used)):
+                return False
+        return True
+
+    def is_clear_hook(self, hook: Any) -> bool:
+        """Whether a hook is clear; it may not use the module that it is given."""
+        if is_of_library(type(hook).__module__) and not isinstance(hook, functools.partial):
+            return True
+        function = getattr(hook, "__func__", hook)
+        if not isinstance(function, FunctionType) or not self.is_clear(hook):
+            return False
+        given = function.__code__.co_varnames[function is not hook :][:1]
+        return not mentioned_in(function.__code__) & {*given, *DYNAMIC}
+
+
+def _is_from_library(function: FunctionType) -> bool:
+    return is_of_library(function.__globals__.get("__name__"))
 
 
 def _functions_in(value: Any) -> list[FunctionType]:
-    """A function, and those around which a decorator has put it; the functions of a property."""
-    if isinstance(value, property):
-        return [function for part in (value.fget, value.fset) for function in _functions_in(part)]
-    if not isinstance(value, FunctionType):
-        return []
-    cells = [cell.cell_contents for cell in value.__closure__ or () if _is_full(cell)]
-    return [value, *(f for cell in cells if isinstance(cell, FunctionType) for f in _functions_in(cell))]
+    """The functions of an attribute of a class, and those around which a decorator has put them."""
+    match value:
+        case property():
+            return [function for part in (value.fget, value.fset) for function in _functions_in(part)]
+        case functools.cached_property():
+            return _functions_in(value.func)
+        case staticmethod() | classmethod():
+            return _functions_in(value.__func__)
+        case FunctionType():
+            cells = [cell.cell_contents for cell in value.__closure__ or () if _is_full(cell)]
+            return [value, *(f for cell in cells if isinstance(cell, FunctionType) for f in _functions_in(cell))]
+    return []
 
 
 def _is_full(cell: Any) -> bool:
