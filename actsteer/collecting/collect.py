@@ -109,12 +109,12 @@ def collect(
     >>> collect(model, torch.zeros(3, 2), by=torch.tensor([7, 7, 8]), sites="1")[7]["1"].count
     2
     """
-    names = find_sites(model, sites)
-    metadata = {"model": fingerprint(model)} | described(positions)
-    sums = _Sums(covariance=covariance)
-    rows = None if by is None else sums.rows
-    observation = Observation(model, names, sums.keep, axis=axis, positions=positions, rows=rows)
     with announced():
+        names = find_sites(model, sites)
+        metadata = {"model": fingerprint(model)} | described(positions)
+        sums = _Sums(covariance=covariance)
+        rows = None if by is None else sums.rows
+        observation = Observation(model, names, sums.keep, axis=axis, positions=positions, rows=rows)
         stream = iterate(batches, batch_size=batch_size, progress=progress, label="collect")
         pairs: Iterable[tuple[Any, Any]] = ((batch, None) for batch in stream) if by is None else labelled(stream, by)
         if checkpoint is not None:

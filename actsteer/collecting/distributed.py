@@ -33,11 +33,17 @@ def reduce(
     if is_alone(group):
         return own, tuple(replicas)
     ranks = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
+    if dist.get_rank() not in ranks:
+        raise DistributedError(f"all_reduce: rank {dist.get_rank()} is not among the ranks {ranks} of the group")
     meet(ranks, "all_reduce")
     counted = min((rank for rank in replicas if rank in ranks), default=dist.get_rank()) == dist.get_rank()
     headers = _gathered(_Header.of(own, metadata, counted), group)
     _check_alike(headers, ranks)
     labels = list(dict.fromkeys(label for header in headers for label in header.counts))
+    if None in labels and len(labels) > 1:
+        raise DistributedError(
+            "all_reduce: some ranks have statistics by class, others not; collect alike on every rank"
+        )
     sizes = next(header.sizes for header in headers if header.sizes)
     device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend(group) else "cpu"
     merged: Classes = {label: {} for label in labels}

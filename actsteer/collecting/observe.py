@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, final
 
 import torch
@@ -84,7 +84,7 @@ class Observation:
                     listener.given = None if self._sequence_first else rows_in(batch)
                     listener.tokens = () if self._sequence_first else first_shape(batch)[:2]
                 stopper.begin()
-                with suppress(Stop), inference():
+                with suppress(Stop), inference(), self._listening():
                     call(self._model, batch)
                 after()
         silent = [
@@ -93,11 +93,22 @@ class Observation:
         if silent:
             raise StatisticsError(f"these sites never ran: {'; '.join(silent)}")
 
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        for listener in self._listeners:
+            listener.hears = True
+        try:
+            yield
+        finally:
+            for listener in self._listeners:
+                listener.hears = False
+
 
 @final
 class _Listener:
     """A hook that hands the activations of a site on, as rows."""
 
+    hears = False  # not when the model runs for another reason, such as to make the next batch
     stopper: Stopper
     positions: Positions
     masks: TokenMasks
@@ -112,6 +123,8 @@ class _Listener:
 
     def __call__(self, module: nn.Module, args: Any, last: Any) -> None:
         """`last` is the output or, at an input, the keyword arguments."""
+        if not self.hears:
+            return
         value = Arguments(args, last) if self.place.side == "in" else last
         keys = locate(self.place, value)
         holder = get(value, keys[:-1]) if keys else None

@@ -13,7 +13,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from actsteer.collecting.source import mentioned_in
+from actsteer.collecting.source import mentioned_in, stored_in
 
 DYNAMIC = {"forward", "__call__", "children", "named_children", "modules", "named_modules", "_modules", "get_submodule"}
 DYNAMIC |= {"getattr", "setattr", "vars", "globals", "locals", "eval", "exec", "super", "__dict__", "__import__"}
@@ -41,12 +41,14 @@ def is_of_library(name: object) -> bool:
 
 @final
 class Reach:
-    """What leads to some modules, the targets."""
+    """What leads to some modules of a model, the targets."""
 
-    def __init__(self, targets: Iterable[nn.Module]) -> None:
+    def __init__(self, model: nn.Module, targets: Iterable[nn.Module]) -> None:
         self._targets = {id(module) for module in targets}
         self._functions: dict[int, bool] = {}
         self._looking_at: set[int] = set()  # modules
+        self._kinds = {type(module) for module in model.modules()}
+        self._elsewhere: dict[type[nn.Module], set[str]] = {}
 
     def holds(self, module: nn.Module) -> bool:
         """Whether it is or contains a target."""
@@ -142,7 +144,20 @@ class Reach:
             return False
         if _is_from_library(forward):
             return True
-        return self._are_clear_globals(forward) and self.is_clear_by_name(module, mentioned_in(forward.__code__))
+        kept = stored_in(forward.__code__) | module._buffers.keys()  # what the next pass may begin with
+        return (
+            not kept & self._mentioned_elsewhere(kind)
+            and self._are_clear_globals(forward)
+            and self.is_clear_by_name(module, mentioned_in(forward.__code__))
+        )
+
+    def _mentioned_elsewhere(self, kind: type[nn.Module]) -> set[str]:
+        """The names that the code of other classes of the model looks up."""
+        if kind not in self._elsewhere:
+            forwards = [getattr(other, "forward", None) for other in self._kinds if other is not kind]
+            codes = [f.__code__ for f in forwards if isinstance(f, FunctionType) and not _is_from_library(f)]
+            self._elsewhere[kind] = {name for code in codes for name in mentioned_in(code)}
+        return self._elsewhere[kind]
 
     def _is_clear_function(self, function: FunctionType) -> bool:
         if id(function) not in self._functions:
@@ -187,7 +202,7 @@ def _functions_in(value: Any) -> list[FunctionType]:
     match value:
         case property():
             return [function for part in (value.fget, value.fset) for function in _functions_in(part)]
-        case functools.cached_property():
+        case functools.cached_property() | functools.partialmethod():
             return _functions_in(value.func)
         case staticmethod() | classmethod():
             return _functions_in(value.__func__)

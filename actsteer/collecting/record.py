@@ -40,13 +40,14 @@ def record(
     >>> record(model, torch.zeros(5, 2), sites="*")["1"].shape
     torch.Size([5, 3])
     """
-    names = find_sites(model, sites)
-    kept: dict[str, list[Tensor]] = {site: [] for site in names}
+    kept: dict[str, list[Tensor]] = {}
 
     def keep(site: str, rows: Tensor, owners: Tensor) -> None:
         kept[site].append(rows.clone())  # a later module may edit its input in place
 
     with announced():
+        names = find_sites(model, sites)
+        kept |= {site: [] for site in names}
         stream = iterate(batches, batch_size=batch_size, progress=progress, label="record")
         Observation(model, names, keep, axis=axis, positions=positions).run(in_step(stream, model))
     if empty := [site for site, rows in kept.items() if not rows]:

@@ -122,6 +122,13 @@ def mentioned_in(code: CodeType) -> frozenset[str]:
     return frozenset(names_used)
 
 
+@lru_cache(maxsize=4096)
+def stored_in(code: CodeType) -> frozenset[str]:
+    """The attributes to which a function gives a value."""
+    own = {str(i.argval) for i in dis.get_instructions(code) if i.opname == "STORE_ATTR"}
+    return frozenset(own).union(*(stored_in(c) for c in code.co_consts if isinstance(c, CodeType)))
+
+
 def _variables_used(code: CodeType) -> set[str]:
     """The variables that a function reads."""
     return {

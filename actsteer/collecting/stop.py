@@ -41,7 +41,7 @@ class Stopper:
     def __init__(self, model: nn.Module, sites: dict[str, nn.Module], caller: Callable[..., Any]) -> None:
         self._model, self._sites, self._caller = model, sites, caller.__code__
         self._targets = {id(module) for module in sites.values()}
-        self._reach = Reach(sites.values())
+        self._reach = Reach(model, sites.values())
         self._left: set[str] = set()
 
     def begin(self) -> None:
@@ -54,8 +54,10 @@ class Stopper:
         if self._left or any(getattr(sys.modules[_MODULE], name) for name in _HOOKS):
             return
         module = self._sites[site]
-        if has_begun and not self._reach.is_clear_module(module, but=module):
-            return
+        if has_begun and not (
+            is_of_library(type(module).__module__) and self._reach.is_clear_module(module, but=module)
+        ):
+            return  # it may call itself
         if self._each_is_held_once() and self._nothing_follows(module):
             raise Stop
 
@@ -82,7 +84,7 @@ class Stopper:
             if name.startswith(_THROUGH):
                 owner = frame.f_locals.get("self")
                 if name == _MODULE and isinstance(owner, nn.Module):
-                    if not inside and id(owner) in self._targets:
+                    if not inside and (id(owner) in self._targets or not _is_forward(owner, called)):
                         return False
                     called = owner
             elif not self._is_done_after(frame, called):
@@ -120,6 +122,7 @@ class Stopper:
 
     def _is_last_of_its_loop(self, call: Call, frame: FrameType, callee: Any) -> bool:
         """Whether what the loop around a call comes to later is clear."""
+        found = False
         for values in call.looped(frame):
             if isinstance(values, nn.Module):
                 if type(values).__module__ != "torch.nn.modules.container":
@@ -128,9 +131,10 @@ class Stopper:
             members = list(values.values()) if type(values) is dict else values
             if type(members) in (list, tuple):
                 where = [index for index, member in enumerate(members) if _is_same(member, callee)]
-                if len(where) > 1:
+                if len(where) > 1 or (found and where):
                     return False
                 members = members[where[0] + 1 :] if where else members
+                found |= bool(where)
             if not self._reach.is_clear(members):
                 return False
         return True
@@ -145,6 +149,14 @@ def _is(callee: Any, called: nn.Module | CodeType) -> bool:
     if isinstance(called, nn.Module):
         return callee is called
     return getattr(getattr(callee, "__func__", callee), "__code__", None) is called
+
+
+def _is_forward(module: nn.Module, called: nn.Module | CodeType) -> bool:
+    """Whether what a module is calling is its forward, and not one of its hooks, after which its forward would run."""
+    forward: Any = module.forward
+    while hasattr(forward, "__self__") and hasattr(forward.__self__, "previous"):  # a patch of ours
+        forward = forward.__self__.previous
+    return isinstance(called, nn.Module) or getattr(forward, "__code__", None) is called
 
 
 def _variable(frame: FrameType, name: str) -> Any:

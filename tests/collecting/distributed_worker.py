@@ -5,10 +5,14 @@ Every check compares with the statistics of all rows, which each process collect
 
 from __future__ import annotations
 
+import contextlib
+import datetime
+import functools
 import json
 import re
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,10 +27,12 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from actsteer import (
+    BatchError,
     Centroids,
     ConceptErasure,
     DistributedError,
     MeanDifference,
+    SiteNotFoundError,
     Statistics,
     WhitenedMeanDifference,
     collect,
@@ -289,6 +295,91 @@ def other_positions_are_refused_by_all() -> None:
     every_rank_has_the_statistics_of_all()
 
 
+@check
+def a_rank_without_rows_tells_the_others() -> None:
+    rows = data()[:0] if rank == 1 else data()
+    kind = BatchError if rank == 1 else DistributedError
+    fails(lambda: gather(model(), rows).all_reduce(), kind, "batches: there are none")
+    every_rank_has_the_statistics_of_all()
+
+
+@check
+def groups_side_by_side() -> None:
+    groups, rows = [dist.new_group(list(range(half, world, 2))) for half in range(2)], data()[rank % 2 :: 2]
+    same(gather(model(), rows[rank // 2 :: world // 2]).all_reduce(group=groups[rank % 2]), truth(rows))
+    every_rank_has_the_statistics_of_all()
+
+
+# --- each in a world of its own, where none that goes wrong meets another ---------------------------------------------
+def apart(function: Callable[[], None]) -> Callable[[], None]:
+    """A check in a new world, in which a rank waits five seconds for the others."""
+
+    @functools.wraps(function)
+    def run() -> None:
+        dist.destroy_process_group()
+        file = Path(f"{sys.argv[1]}.{function.__name__}").absolute().as_uri()
+        patience = datetime.timedelta(seconds=5)
+        dist.init_process_group("gloo", init_method=file, rank=rank, world_size=world, timeout=patience)
+        function()
+
+    return check(run)
+
+
+def one_after_another(collected: Callable[[str, Tensor], Statistics]) -> list[str]:
+    """What becomes of two reductions in a row, of which a program catches the errors: nothing wrong."""
+    became = []
+    for name, rows in (("first", data()), ("second", data() + 100)):
+        try:
+            same(collected(name, rows[rank::world]).all_reduce(), truth(rows))
+            became.append("reduced")
+        except (SiteNotFoundError, DistributedError) as error:
+            became.append(type(error).__name__)
+    return became
+
+
+@apart
+def a_failure_that_nobody_waited_for_mixes_no_statistics() -> None:
+    with contextlib.suppress(OSError, DistributedError):
+        record(model(), failing(1, OSError("gone")) if rank == 1 else data(), sites="0", progress=False)
+    one_after_another(lambda name, rows: gather(model(), rows))
+
+
+@apart
+def a_wrong_argument_on_one_rank_mixes_no_statistics() -> None:
+    sites = {"first": "no such site" if rank == 1 else SITES, "second": SITES}
+    became = one_after_another(lambda name, rows: gather(model(), rows, sites=sites[name]))
+    assert became == ["SiteNotFoundError" if rank == 1 else "DistributedError", "reduced"]
+
+
+@apart
+def a_rank_that_comes_too_late_mixes_no_statistics() -> None:
+    time.sleep(7 if rank == 1 else 0)
+    one_after_another(lambda name, rows: gather(model(), rows))
+
+
+@apart
+def classes_on_one_rank_alone_are_refused_by_all() -> None:
+    fails(gather(model(), data(), by=[0] * 24 if rank == 1 else None).all_reduce, DistributedError, "")
+
+
+@apart
+def a_failure_inside_of_another_collection_is_heard_once() -> None:
+    def batches() -> Iterator[Tensor]:
+        rows = failing(1, OSError("gone")) if rank == 1 else data()
+        yield record(nn.Sequential(nn.Identity()), rows, sites="0", progress=False)["0"]
+
+    fails(lambda: gather(model(), batches()).all_reduce(), OSError if rank == 1 else DistributedError, "gone")
+    every_rank_has_the_statistics_of_all()
+
+
+@apart
+def a_group_without_this_rank_is_refused_by_it() -> None:
+    alone, own = dist.new_group([0]), gather(model(), data())
+    if rank:
+        with pytest.raises(DistributedError, match=r"^((?!did not come).)*$"):
+            own.all_reduce(group=alone)
+
+
 def main(results: str) -> None:
     global rank, world
     dist.init_process_group("gloo")
@@ -298,7 +389,7 @@ def main(results: str) -> None:
         said[name] = ""
         try:
             function()
-        except Exception:
+        except (Exception, pytest.fail.Exception):  # the latter is what `pytest.raises` raises
             said[name] = traceback.format_exc()
         Path(f"{results}.{rank}").write_text(json.dumps(said))
     dist.destroy_process_group()

@@ -1,12 +1,16 @@
 """A forward pass ends after the last site only where nothing is lost by it."""
 
+import importlib
+import sys
+from collections import deque
+
 import pytest
 import torch
 from torch import nn
 from torchvision.models import resnet18
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from actsteer import collect, record
+from actsteer import Steerer, SteeringVector, collect, record
 from tests.collecting.again import AGAIN, Parts
 
 X = torch.arange(8.0).reshape(4, 2) / 8
@@ -179,3 +183,216 @@ def test_an_error_of_the_model_before_the_site_is_its_own():
     with pytest.raises(RuntimeError, match="mat1"):
         collect(model, torch.zeros(3, 5), sites="b", progress=False)
     assert collect(model, X, sites="b", progress=False)["b"].count == 4
+
+
+# --- models that keep state, that run themselves, or whose way to a site is hard to see -------------------------------
+CASES: list = []
+
+
+def seen_at(*sites, **attributes):
+    """A case for each of these sites, "+" between several at once, of a model with this `forward` and these attributes,
+    or what makes them."""
+
+    def add(forward):
+        class Model(Parts):
+            def __init__(self):
+                super().__init__()
+                for name, value in attributes.items():
+                    setattr(self, name, value() if callable(value) else value)
+
+        Model.forward = forward
+        CASES.extend(pytest.param(Model, site.split("+"), id=f"{forward.__name__}-{site}") for site in sites)
+        return forward
+
+    return add
+
+
+def pair():
+    return nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+
+
+@seen_at("a", "b", state=0.0)
+def keeps_its_state(self, x):
+    hidden = self.a(x + self.state)
+    self.state = hidden.mean(0)
+    return self.b(hidden)
+
+
+class Remembers(nn.Module):
+    memory = 0.0
+
+    def forward(self, x):
+        self.memory = x.mean(0)
+        return x
+
+
+@seen_at("a", later=Remembers)
+def has_a_later_part_that_keeps_state(self, x):
+    return self.later(self.a(x + self.later.memory))
+
+
+class CallsItself(Parts):
+    def forward(self, x, times=2):
+        x = self.a(x)
+        return self(x, times - 1) if times else x
+
+
+@seen_at("inner", "inner:in", "inner.a", "inner:in+inner.a", inner=CallsItself)
+def has_a_part_that_runs_itself(self, x):
+    return self.inner(x)
+
+
+@seen_at("pair.0+pair:in", "pair:in", "pair.0", pair=pair)
+def runs_a_part_and_then_the_whole(self, x):
+    x = self.pair[0](x)
+    return self.pair(x)
+
+
+@seen_at("layers.0", "layers.1", "layers.2", layers=lambda: nn.ModuleList(nn.Linear(2, 2) for _ in range(3)))
+def goes_over_neighbours(self, x):
+    for one, two in zip(self.layers, self.layers[1:], strict=False):
+        x = one(x) + two(x)
+    return x
+
+
+@seen_at("a")
+def hooks_a_later_part_as_it_runs(self, x):
+    handle = self.b.register_forward_hook(lambda module, args, output: self.a(output))
+    x = self.b(self.a(x))
+    handle.remove()
+    return x
+
+
+def hooked():
+    """Its hook runs its first part before it does so itself."""
+    made = pair()
+    made.register_forward_pre_hook(lambda module, args: (module[0](args[0]),))
+    return made
+
+
+@seen_at("pair.0", pair=hooked)
+def has_a_hook_that_runs_it_first(self, x):
+    return self.pair(x)
+
+
+HOLDERS = {
+    "deque": lambda part: deque([part]),
+    "frozenset": lambda part: frozenset([part]),
+    "iterator": lambda part: iter([part]),
+    "view": lambda part: {"it": part}.values(),
+    "generator": lambda part: (step for step in (part, part)),
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS.values(), ids=HOLDERS)
+def test_what_holds_a_site_may_run_it(holder):
+    class Model(Parts):
+        def forward(self, x):
+            held = holder(self.a)
+            x = self.a(x)
+            for step in held:
+                x = step(x)
+            return x
+
+    check_as_plain_hooks_see_it(Model, ["a"])
+
+
+@pytest.mark.parametrize(("build", "sites"), CASES)
+def test_all_batches_are_seen_as_plain_hooks_see_them(build, sites):
+    check_as_plain_hooks_see_it(build, sites)
+
+
+def check_as_plain_hooks_see_it(build, sites):
+    def made():
+        torch.manual_seed(0)
+        return build().eval()
+
+    batches = [X, X + 1, -X]
+    wanted = {site: heard(made(), batches, site) for site in sites}
+    rows = record(made(), batches, sites=sites, progress=False)
+    stats = collect(made(), batches, sites=sites, progress=False)
+    for site in sites:
+        assert torch.equal(rows[site], wanted[site]), (site, len(rows[site]), len(wanted[site]))
+        assert stats[site].count == len(wanted[site])
+        torch.testing.assert_close(stats[site].mean, wanted[site].double().mean(0), rtol=1e-12, atol=1e-12)
+
+
+def heard(model, batches, site):
+    """What a plain hook sees of full passes: the outputs or, at `:in`, the inputs."""
+    name, _, side = site.partition(":")
+    module, rows = model.get_submodule(name), []
+    if side:
+        handle = module.register_forward_pre_hook(lambda m, args: rows.append(args[0].clone()))
+    else:
+        handle = module.register_forward_hook(lambda m, args, output: rows.append(output.clone()))
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    handle.remove()
+    return torch.cat(rows)
+
+
+# --- what is not in the model -----------------------------------------------------------------------------------------
+SOURCE = """
+from tests.collecting.again import Parts
+class Model(Parts):
+    def forward(self, x):
+        x = self.a(x)
+        return self.{}(x)
+"""
+
+
+@pytest.mark.parametrize("loaded_again", [True, False])
+def test_the_code_that_runs_counts_and_not_its_file(tmp_path, monkeypatch, loaded_again):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    file = tmp_path / f"edited_{loaded_again}.py"
+    file.write_text(SOURCE.format("b" if loaded_again else "a"))
+    module = importlib.import_module(file.stem)
+    if loaded_again:
+        assert collect(module.Model(), X, sites="a", progress=False)["a"].count == 4
+    file.write_text(SOURCE.format("a" if loaded_again else "b"))
+    module = importlib.reload(module) if loaded_again else module
+    assert collect(module.Model(), X, sites="a", progress=False)["a"].count == 8
+
+
+def test_a_hook_of_all_modules_may_run_a_site():
+    model = Chain().eval()
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: model.a(output) if module is model.b else None
+    )
+    try:
+        assert collect(model, X, sites="a", progress=False)["a"].count == 8
+    finally:
+        handle.remove()
+
+
+def test_what_the_source_of_the_batches_runs_is_not_seen():
+    model = Chain().eval()
+    source = (batch for batch in (X, -X) if model(batch + 1) is not None)
+    assert torch.equal(record(model, source, sites="b", progress=False)["b"], heard(model, [X, -X], "b"))
+
+
+def test_the_end_of_a_pass_is_no_error_of_the_model():
+    class NotesErrors(Parts):
+        failed = False
+
+        def forward(self, x):
+            try:
+                return self.b(self.a(x))
+            except BaseException:
+                self.failed = True
+                raise
+
+    model = NotesErrors()
+    collect(model, X, sites="a", progress=False)
+    assert not model.failed
+
+
+def test_steering_before_the_site_is_seen_and_steering_behind_it_is_not_missed():
+    model = Chain().eval()
+    with Steerer(model, SteeringVector({"c": torch.ones(2)}), c=1.0):
+        assert torch.equal(record(model, [X], sites="b", progress=False)["b"], heard(model, [X], "b"))
+    with Steerer(model, SteeringVector({"a": torch.ones(2)}), c=1.0):
+        steered = record(model, [X], sites="b", progress=False)["b"]
+    assert torch.equal(steered, model.b(torch.relu(model.a(X) + 1)).detach())
