@@ -35,6 +35,7 @@ def announced() -> Iterator[None]:
     if is_alone():
         yield
         return
+    _present()
     _begun += not _depth
     _depth += 1
     try:
@@ -64,8 +65,9 @@ def meet(ranks: Sequence[int], where: str, *, says: str = "here") -> dict[int, s
         DistributedError: one of them has failed, or does not come.
     """
     epoch, ranks = _present(), tuple(ranks)
+    met = [begun for others, begun in _begun_when_met.items() if set(ranks) <= set(others)]
     while True:
-        said = epoch.meet(ranks, where, f"{_begun - _begun_when_met.get(ranks, 0)} {says}")
+        said = epoch.meet(ranks, where, f"{_begun - max(met, default=0)} {says}")
         begun = {rank: int(own.partition(" ")[0]) for rank, own in said.items()}
         most = max(begun.values())
         if not epoch.number or min(begun.values()) == most:
@@ -130,7 +132,7 @@ class _Epoch:
 
 _epoch: _Epoch | None = None
 _begun = 0  # how many passes over data
-_begun_when_met: dict[tuple[int, ...], int] = {}
+_begun_when_met: dict[tuple[int, ...], int] = {}  # how many, when the processes of a group last met
 _depth = 0  # how many of them are running, one inside of the other
 
 
