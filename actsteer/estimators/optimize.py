@@ -128,8 +128,8 @@ def optimize(
         l2: adds l2 · Σ ‖v_l‖² to the loss; of an edit, the squares of W - R and b.
         retain: other data, on which the answers are to stay: adds `retain_weight` · KL(unsteered ‖ steered), a batch
             of it in each step.
-        validation, validation_targets: data on which the loss is looked at 20 times in a run; the best vector or edit
-            is returned, and training ends when `patience` looks in a row were not better.
+        validation, validation_targets: data on which the loss is looked at, at the start and 20 times in a run; the
+            best vector or edit is returned, and training ends when `patience` looks in a row were not better.
         start: a vector to start from, at some or all of the sites.
         gate: train with the steering gated, as it will be used.
         axis: the feature axis, as for `collect`; the vector remembers it.
@@ -186,6 +186,8 @@ def optimize(
 
     best = None if validation is None else _Best(trained, patience)
     with undisturbed(model, frozen=True), torch.enable_grad(), steerer:
+        if best is not None:
+            best.has_passed(validated())  # the start may be best
         bar = trange(steps, desc="optimize", unit="step", disable=not progress, delay=2.0)
         for step in bar:
             if step:

@@ -1,0 +1,72 @@
+"""discover: directions that change a later site most."""
+
+import pytest
+import torch
+from torch import nn
+
+from actsteer import ShapeError, SiteNotFoundError, StatisticsError, Steerer, discover
+from tests.oracles import state
+
+X = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
+
+
+def network():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(5, 6), nn.Identity(), nn.Linear(6, 4), nn.Linear(4, 3))
+
+
+def found(model=None, *, seed=0, **options):
+    options = {"site": "1", "target": "3", "norm": 2.0, "steps": 300, "progress": False} | options
+    return discover(model or network(), X, generator=torch.Generator().manual_seed(seed), **options)
+
+
+def test_between_linear_layers_they_are_the_singular_vectors_of_what_lies_between():
+    model = network()
+    between = (model[3].weight @ model[2].weight).detach()
+    expected = torch.linalg.svd(between)[2]
+    bank = found(model, count=2)
+    for concept, right in zip(bank.concepts, expected, strict=False):
+        assert abs(float(bank[concept]["1"] @ right)) / 2.0 > 0.999
+
+
+def test_they_have_the_norm_asked_for_and_are_orthogonal():
+    gram = found(count=3, steps=30).gram()
+    torch.testing.assert_close(gram, 4 * torch.eye(3).to(gram), rtol=1e-4, atol=1e-4)
+
+
+def test_a_generator_makes_them_reproducible():
+    one, other = (found(steps=20, count=2) for _ in range(2))
+    assert all(one[concept].equal(other[concept]) for concept in one.concepts)
+
+
+def test_the_first_changes_the_target_more_than_random_ones():
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 4), nn.Tanh())
+    v = discover(model, X, site="1", target="3", norm=1.0, steps=200, generator=torch.Generator().manual_seed(0))["0"]
+    plain = model(X)
+
+    def change(vector):
+        with Steerer(model, vector), torch.no_grad():
+            return float((model(X) - plain).square().sum())
+
+    directions = torch.randn(50, 6, generator=torch.Generator().manual_seed(1))
+    assert all(change(type(v)({"1": d / d.norm()})) < change(v) for d in directions)
+
+
+def test_the_model_is_left_as_it_was():
+    model = network().train()
+    before = state(model)
+    found(model, steps=3)
+    assert state(model) == before and all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(ShapeError, match="6 features, got 7"):
+        found(count=7)
+    with pytest.raises(SiteNotFoundError, match="site"):
+        found(site="*")
+    with pytest.raises(StatisticsError, match="does not depend"):
+        found(site="3", target="1")
+    for bad in ({"norm": 0.0}, {"lr": -1.0}, {"count": 0}, {"steps": 0}):
+        with pytest.raises(ValueError, match="expected"):
+            found(**bad)
