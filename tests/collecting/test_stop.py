@@ -10,6 +10,7 @@ from torch import nn
 from torchvision.models import resnet18
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+import tests.collecting.again_indirectly  # noqa: F401  (adds to AGAIN)
 from actsteer import Steerer, SteeringVector, collect, record
 from tests.collecting.again import AGAIN, Parts
 
