@@ -37,6 +37,7 @@ from actsteer.estimators.fit import fit
 from actsteer.estimators.layer_mean import LayerMean
 from actsteer.estimators.logistic_direction import LogisticDirection
 from actsteer.estimators.mean_difference import MeanDifference
+from actsteer.estimators.null_space import NullSpace
 from actsteer.estimators.optimize import optimize
 from actsteer.estimators.principal_direction import PrincipalDirection
 from actsteer.estimators.ridge_direction import RidgeDirection
@@ -87,6 +88,7 @@ __all__ = [
     "LowRank",
     "MeanDifference",
     "Moments",
+    "NullSpace",
     "OutputError",
     "PrincipalDirection",
     "ProjectionAbove",

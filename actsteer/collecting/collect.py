@@ -75,8 +75,9 @@ def collect(
 ) -> Statistics | ClassStatistics:
     """Count, mean and, when asked for, covariance of the activations at each site, in one pass and float64.
 
-    The model runs in evaluation mode and inference mode, each batch once and no further than the deepest site, and is
-    left as it was found. Inside a `with Steerer(...)` block the steered activations are collected. Under
+    The model runs in evaluation mode and inference mode, each batch once, and is left as it was found. A pass ends at
+    the deepest site where it is certain that no site would run again; what lies behind it, hooks included, is not
+    called then, and keeps no state. Inside a `with Steerer(...)` block the steered activations are collected. Under
     torch.distributed each process collects its own share, and `all_reduce` brings them together.
 
     Args:
