@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sysconfig
 import weakref
 from collections import deque
 from collections.abc import Iterable
@@ -17,18 +18,10 @@ from actsteer.collecting.source import mentioned_in, stored_in
 
 DYNAMIC = {"forward", "__call__", "children", "named_children", "modules", "named_modules", "_modules", "get_submodule"}
 DYNAMIC |= {"getattr", "setattr", "vars", "globals", "locals", "eval", "exec", "super", "__dict__", "__import__"}
-_LIBRARIES = {"torch", "torchvision", "transformers", "numpy", "einops", "math", "typing", "inspect", "logging", "enum"}
-_LIBRARIES |= {
-    "warnings",
-    "actsteer",
-    "huggingface_hub",
-    "contextlib",
-    "functools",
-    "abc",
-    "packaging",
-    "contextvars",
-    "_contextvars",
-}
+_LIBRARIES = {"torch", "torchvision", "transformers", "huggingface_hub", "einops", "actsteer"}
+_LIBRARIES |= {"numpy", "packaging", "math", "typing", "inspect", "logging", "enum", "warnings", "contextlib"}
+_LIBRARIES |= {"functools", "abc", "contextvars", "_contextvars"}
+_INSTALLED = tuple(sysconfig.get_paths()[kind] for kind in ("purelib", "platlib", "stdlib"))
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, slice, range, torch.dtype, torch.device, torch.Size)
 _MANY = (list, tuple, set, frozenset, deque)
 _OWN = set(vars(nn.Module()))
@@ -126,7 +119,7 @@ class Reach:
 
     def members(self, module: ModuleType, names: Iterable[str]) -> list[Any]:
         """What a Python module has under these names; nothing of a library."""
-        if is_of_library(module.__name__):
+        if is_of_library(module.__name__) or _is_installed(getattr(module, "__file__", None)):
             return []
         return [vars(module)[name] for name in names if name in vars(module)]
 
@@ -147,7 +140,7 @@ class Reach:
         kept = stored_in(forward.__code__) | module._buffers.keys()  # what the next pass may begin with
         return (
             not kept & self._mentioned_elsewhere(kind)
-            and self._are_clear_globals(forward)
+            and self._is_clear_function(forward)
             and self.is_clear_by_name(module, mentioned_in(forward.__code__))
         )
 
@@ -164,7 +157,7 @@ class Reach:
             self._functions[id(function)] = True  # while it is being looked at
             cells = [cell.cell_contents for cell in function.__closure__ or () if _is_full(cell)]
             held = [*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-            if _is_from_library(function):
+            if _is_from_library(function) or _is_installed(function.__code__.co_filename):
                 clear = all(map(self._is_innocent, held))
             else:
                 clear = all(map(self.is_clear, held)) and self._are_clear_globals(function)
@@ -195,6 +188,11 @@ class Reach:
 
 def _is_from_library(function: FunctionType) -> bool:
     return is_of_library(function.__globals__.get("__name__"))
+
+
+def _is_installed(file: str | None) -> bool:
+    """Whether this file belongs to an installed package, whose functions know of a model what they are given."""
+    return file is not None and file.startswith(_INSTALLED)
 
 
 def _functions_in(value: Any) -> list[FunctionType]:

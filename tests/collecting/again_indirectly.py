@@ -380,3 +380,14 @@ class ByAnOperator(Parts):
     def forward(self, x):
         x = self.a(x)
         return self @ x
+
+
+@again
+class ByANamespace(Parts):
+    def __init__(self):
+        super().__init__()
+        self.kept = SimpleNamespace(run=self.a)
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.kept.run(x)
