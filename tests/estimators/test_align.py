@@ -19,8 +19,14 @@ from actsteer import (
     fit,
 )
 
-A = nn.Sequential(nn.Linear(5, 4)).double()
-B = nn.Sequential(nn.Linear(5, 3)).double()
+
+def linear(size, seed):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(5, size)).double()
+
+
+A, B = linear(4, seed=0), linear(3, seed=1)
 X = torch.randn(80, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
@@ -52,7 +58,7 @@ def test_ridge_is_the_regression_of_one_on_the_other():
 
 def test_procrustes_finds_a_rotation():
     turn = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64))[0]
-    turned = nn.Sequential(nn.Linear(5, 4)).double()
+    turned = linear(4, seed=2)
     with torch.no_grad():
         turned[0].weight.copy_(turn.T @ A[0].weight)
         turned[0].bias.copy_(A[0].bias @ turn + 3)
