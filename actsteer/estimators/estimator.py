@@ -59,7 +59,7 @@ def estimate(
 
 
 def check_alike(positive: Statistics, negative: Statistics) -> None:
-    """Raise unless both sides were collected at the same sites of the same sizes."""
+    """Raise unless both sides were collected at the same sites of the same sizes, and are finite."""
     if set(positive) != set(negative):
         raise SiteNotFoundError(
             f"positive has the sites {positive.sites}, negative {negative.sites}; collect both at the same sites"
@@ -72,6 +72,12 @@ def check_alike(positive: Statistics, negative: Statistics) -> None:
                 f"site {site!r}: positive has {toward} features, negative {away}; were they collected at sites of the "
                 "same size?"
             )
+        for side, moments in (("positive", positive[site]), ("negative", negative[site])):
+            sums = [moments.mean, moments.scatter] if moments.has_covariance else [moments.mean]
+            if not all(bool(total.isfinite().all()) for total in sums):
+                raise StatisticsError(
+                    f"site {site!r}: the {side} statistics are not finite; look for inf or nan in the data"
+                )
 
 
 def solved(matrix: Float[Tensor, "d d"], right: Float[Tensor, " d"], *, rows: int) -> Float[Tensor, " d"]:
