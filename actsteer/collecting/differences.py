@@ -44,9 +44,11 @@ def collect_differences(
     """
     names = find_sites(model, sites)
     rows: dict[str, list[torch.Tensor]] = {}
+    rows_of: dict[str, list[torch.Tensor]] = {}
 
     def keep(site: str, seen: torch.Tensor, owners: torch.Tensor) -> None:
         rows.setdefault(site, []).append(seen.double())
+        rows_of.setdefault(site, []).append(owners.cpu())
 
     observation = Observation(model, names, keep, axis=axis, positions=positions)
     sums: dict[str, Moments] = {}
@@ -59,16 +61,20 @@ def collect_differences(
         if toward is missing or away is missing:
             raise BatchError("one side has more batches than the other; give every positive row its negative one")
         seen: list[dict[str, torch.Tensor]] = []
+        owners: list[dict[str, torch.Tensor]] = []
         for batch in (toward, away):
             rows.clear()
+            rows_of.clear()
             observation.run([batch])
             seen.append({site: torch.cat(parts) for site, parts in rows.items()})
+            owners.append({site: torch.cat(parts) for site, parts in rows_of.items()})
         for site in names:
             one, other = seen[0][site], seen[1][site]
-            if one.shape != other.shape:
+            if one.shape != other.shape or not torch.equal(owners[0][site], owners[1][site]):
                 raise BatchError(
-                    f"site {site!r}: {len(one)} rows on the positive side and {len(other)} on the negative one; pair "
-                    "them up, with positions='last' or 'mean' if the sequences differ in length"
+                    f"site {site!r}: {len(one)} activations on the positive side and {len(other)} on the negative one, "
+                    "not the same number from each row; pair them up, with positions='last' or 'mean' if the "
+                    "sequences differ in length"
                 )
             if site not in sums:
                 sums[site] = Moments.empty(one.shape[1], covariance=covariance, device=one.device)

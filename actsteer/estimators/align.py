@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal, TypeAlias, get_args
 
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from actsteer.collecting.cross import CrossMoments
 from actsteer.collecting.statistics import Statistics
-from actsteer.errors import ShapeError, SiteNotFoundError
+from actsteer.errors import ShapeError, SiteNotFoundError, StatisticsError
+from actsteer.estimators.estimator import solved
 from actsteer.vectors.site_map import SiteMap
 
 Method: TypeAlias = Literal["ridge", "procrustes", "identity"]
@@ -36,8 +38,8 @@ def align(
         ridge: λ, as a share of the mean variance.
 
     Raises:
-        SiteNotFoundError, ShapeError: the statistics lack a site, or have another size there.
-        StatisticsError: a covariance that was not collected.
+        SiteNotFoundError, ShapeError: the statistics lack a site, or have another size there; two pairs of one site.
+        StatisticsError: a covariance that was not collected, or one that is singular and needs a ridge.
 
     Source: model stitching, Lenc & Vedaldi 2015; steering vectors carried between models, Lee et al. 2025.
 
@@ -52,8 +54,12 @@ def align(
     """
     if method not in get_args(Method):
         raise ValueError(f"method: expected one of {', '.join(map(repr, get_args(Method)))}, got {method!r}")
+    if not (math.isfinite(ridge) and ridge >= 0):
+        raise ValueError(f"ridge: expected a share >= 0, got {ridge}")
     if not paired:
         raise SiteNotFoundError("paired: expected one pair of sites or more; see collect_pairs")
+    if len({site for site, _ in paired}) < len(paired):
+        raise ShapeError(f"paired: a site leads to one other, got the pairs {list(paired)}; choose among them")
     maps: dict[str, tuple[str, Tensor]] = {}
     for (site, other), cross in paired.items():
         sizes = (stats_a[site].d, stats_b[other].d)
@@ -64,8 +70,9 @@ def align(
                 "were they collected on the same models?"
             )
         maps[site] = (other, _weight(joint, stats_a, site, method, ridge))
-    model = stats_b.metadata.get("model")
-    return SiteMap(maps, metadata={"aligned by": method} | ({} if model is None else {"model": model}))
+    kept = {"model", *(f"axis {other}" for other, _ in maps.values())}  # of the model that it leads to
+    described = {key: text for key, text in stats_b.metadata.items() if key in kept}
+    return SiteMap(maps, metadata={"aligned by": method} | described)
 
 
 def _weight(joint: Tensor, stats: Statistics, site: str, method: Method, ridge: float) -> Tensor:
@@ -79,5 +86,7 @@ def _weight(joint: Tensor, stats: Statistics, site: str, method: Method, ridge: 
         return turned
     covariance = stats[site].covariance
     covariance.diagonal().add_(ridge * covariance.trace() / len(covariance))
-    weight: Tensor = torch.linalg.solve(covariance, joint)
-    return weight
+    try:
+        return solved(covariance, joint, rows=stats[site].count)
+    except StatisticsError as error:
+        raise StatisticsError(f"site {site!r}: {error}; or give a larger ridge") from error

@@ -19,7 +19,7 @@ class Centroids:
     Source: nearest shrunken centroids, Tibshirani et al. 2002, without the shrinking.
 
     Raises:
-        StatisticsError: there is one class alone.
+        StatisticsError: there is one class alone, or two labels that read alike, such as 1 and "1".
 
     >>> import torch
     >>> from actsteer.collecting.moments import Moments
@@ -37,6 +37,8 @@ class Centroids:
         """The bank of all classes, in the order of the labels."""
         if len(classes) < 2:
             raise StatisticsError(f"expected two classes or more, got {list(classes)}; there is no rest")
+        if len({str(label) for label in classes}) < len(classes):
+            raise StatisticsError(f"two labels read alike: {list(classes)}; concepts are named by their text")
         vectors: dict[str, SteeringVector] = {}
         for label, own in classes.items():
             vector = MeanDifference()(positive=own, negative=classes.rest(label))

@@ -26,10 +26,11 @@ class ConceptErasure:
     Needs statistics with covariance; both sides swapped give the same edit. Source: LEACE, Belrose et al. 2023.
 
     Args:
-        tolerance: variances below this share of the largest one count as none: the rows do not vary that way.
+        tolerance: variances below this share of the largest one count as none: the rows do not vary that way, and what
+            the means differ by in such a direction stays.
 
     Raises:
-        StatisticsError: no covariance was collected, or the means are equal already.
+        StatisticsError: one class alone, no covariance, rows that do not vary, or means that are equal already.
 
     >>> rows = torch.tensor([[1.0, 2.0], [3.0, 1.0], [2.0, 6.0]])
     >>> sides = [Statistics({"2": Moments.of(rows + side, covariance=True)}) for side in (0, 4)]
@@ -56,6 +57,8 @@ class ConceptErasure:
         return self._erased(list(statistics.values()))
 
     def _erased(self, parts: Sequence[Statistics]) -> LowRank:
+        if len(parts) < 2:
+            raise StatisticsError(f"expected two classes or more, got {len(parts)}; there is nothing to tell apart")
         for part in parts[1:]:
             check_alike(parts[0], part)
         sites = {site: self._site(site, [part[site] for part in parts]) for site in parts[0]}
@@ -68,6 +71,8 @@ class ConceptErasure:
             whole = whole.merge(part)
         values, vectors = torch.linalg.eigh(whole.covariance)
         varies = values > self.tolerance * values[-1]
+        if not bool(varies.any()):
+            raise StatisticsError(f"site {site!r}: the rows do not vary; there is nothing to erase")
         roots, vectors = values[varies].sqrt(), vectors[:, varies]
         # weighted by the size of the class, as the cross-covariance with the labels is
         means = torch.stack([(part.mean - whole.mean) * (part.count / whole.count) ** 0.5 for part in parts])

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from tqdm.auto import trange
 
 from actsteer.collecting.batches import Batches, call, iterate
+from actsteer.collecting.masks import TokenMasks
 from actsteer.collecting.undisturbed import undisturbed
 from actsteer.errors import ShapeError, SiteNotFoundError, StatisticsError
-from actsteer.estimators.optimize import zeros_at
+from actsteer.estimators.optimize import in_single, zeros_at
 from actsteer.sites.axes import Axes, Layout, layouts
 from actsteer.sites.listen import likely_cause, listen
 from actsteer.sites.outputs import Arguments, get, locate
 from actsteer.sites.place import Place
-from actsteer.sites.resolve import Sites, find_sites, resolve
+from actsteer.sites.resolve import Sites, find_sites, fingerprint, resolve
 from actsteer.sites.shards import full
 from actsteer.steering.steerer import Steerer
 from actsteer.vectors.bank import VectorBank
@@ -57,7 +58,7 @@ def discover(
 
     Raises:
         SiteNotFoundError, BatchError: no such sites, or several of them; no batches.
-        StatisticsError: a site never ran, or nothing at the target depends on the direction.
+        StatisticsError: a site never ran, or the target does not react to it.
 
     Source: mechanistically eliciting latent behaviors (MELBO), Mack & Turner 2024, with both exponents 2.
 
@@ -71,6 +72,8 @@ def discover(
     if not (math.isfinite(norm) and norm > 0) or count < 1 or steps < 1 or not lr > 0:
         raise ValueError(f"expected norm, lr > 0 and count, steps >= 1, got {norm=}, {lr=}, {count=}, {steps=}")
     name, looked_at = _one(model, site, "site"), _one(model, target, "target")
+    if name == looked_at:
+        raise StatisticsError(f"target {looked_at!r} is the site itself; choose one after it")
     data = list(iterate(batches, batch_size=batch_size, progress=False, label=""))
     zero = zeros_at(model, data[0], (name,), axis)
     d = len(zero[name])
@@ -78,7 +81,7 @@ def discover(
         raise ShapeError(f"count: there are {d} orthogonal directions of {d} features, got {count}")
     place = resolve(model, [looked_at])[looked_at]
     reader = _Reader(place, layouts(model, {looked_at: place}, axis=None)[looked_at])
-    steerer = Steerer(model, zero, axis=axis)
+    steerer = Steerer(model, in_single(zero), axis=axis)
     with undisturbed(model, frozen=True), torch.enable_grad(), steerer:
         leaf = steerer.requires_grad_()[name]
         remove = listen(place, reader)
@@ -91,11 +94,16 @@ def discover(
                 _place(leaf, start, found, norm)
                 optimizer = torch.optim.Adam([leaf], lr=lr * norm)
                 schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-                for _ in trange(steps, desc=f"discover {index + 1}/{count}", disable=not progress, delay=2.0):
+                for step in trange(steps, desc=f"discover {index + 1}/{count}", disable=not progress, delay=2.0):
                     change = _change(model, reader, data, plain)
-                    if not change.requires_grad:
-                        raise StatisticsError(f"target {looked_at!r} does not depend on site {name!r}; choose another")
-                    (gradient,) = torch.autograd.grad(-change, [leaf])
+                    gradient = None
+                    if change.requires_grad:
+                        (gradient,) = torch.autograd.grad(-change, [leaf], allow_unused=True)
+                    if gradient is None or (not step and not bool(gradient.any())):
+                        raise StatisticsError(
+                            f"target {looked_at!r} does not react to site {name!r} in direction {index}; choose a "
+                            "later target, another norm, or a smaller count"
+                        )
                     leaf.grad = _without(gradient[0], [*found, leaf.detach()[0]])[None]
                     optimizer.step()
                     schedule.step()
@@ -103,10 +111,9 @@ def discover(
                 found.append(leaf.detach()[0].clone())
         finally:
             remove()
-    described = zero.metadata | {"estimator": "discover", "target": looked_at}
-    return VectorBank(
-        {str(i): SteeringVector({name: v}, concept=str(i), metadata=described) for i, v in enumerate(found)}
-    )
+    described = zero.metadata | {"estimator": "discover", "target": looked_at, "model": fingerprint(model)}
+    rounded = {str(i): {name: v.to(zero[name].dtype)} for i, v in enumerate(found)}
+    return VectorBank({i: SteeringVector(own, concept=i, metadata=described) for i, own in rounded.items()})
 
 
 @torch.no_grad()
@@ -125,8 +132,8 @@ def _without(vector: Float[Tensor, " d"], others: list[Tensor]) -> Float[Tensor,
 
 def _change(model: nn.Module, reader: _Reader, data: list[Any], plain: list[Tensor]) -> Tensor:
     """How far the target moves from where it was: the mean over rows of the squared distance."""
-    moved = [(reader.read(model, b) - p).square().sum(dim=-1).mean() for b, p in zip(data, plain, strict=True)]
-    return torch.stack(moved).mean()
+    moved = [(reader.read(model, b) - p).square().sum() for b, p in zip(data, plain, strict=True)]
+    return torch.stack(moved).sum() / sum(len(rows) for rows in plain)
 
 
 def _one(model: nn.Module, sites: Sites, which: str) -> str:
@@ -142,18 +149,27 @@ class _Reader:
 
     def __init__(self, place: Place, layout: Layout) -> None:
         self._place, self._layout = place, layout
+        self._sequence_first = layout.row_axis != 0
+        self._masks: TokenMasks
         self._seen: list[Tensor] = []
 
     def read(self, model: nn.Module, batch: Any) -> Tensor:
-        """The activation on one batch, of each call of the site."""
+        """The activations on one batch, of each call of the site, in float32 at least; pads are left out."""
         self._seen.clear()
+        self._masks = TokenMasks(model, batch)
         call(model, batch)
         if not self._seen:
             raise StatisticsError(f"site {self._place.site!r} never ran: {likely_cause(model, self._place)}")
-        return torch.cat([seen.flatten(0, -2) for seen in self._seen])
+        return torch.cat(self._seen)
 
     def __call__(self, module: nn.Module, args: Any, last: Any) -> None:
         value = Arguments(args, last) if self._place.side == "in" else last
         activation = full(get(value, locate(self._place, value)), module, site=self._place.site)
         axis = self._layout.feature_axis(tuple(activation.shape), size=None, site=self._place.site)
-        self._seen.append(activation.movedim(axis, -1))
+        last = activation.movedim(axis, -1)
+        rows = last.reshape(-1, last.shape[-1])
+        shape = tuple(last.shape[:2]) if last.ndim == 3 else (len(rows),)
+        real = self._masks.at(self._place.site, shape) if last.ndim in (2, 3) and not self._sequence_first else None
+        if real is not None and real.numel() == len(rows):
+            rows = rows[real.flatten()]
+        self._seen.append(rows.to(torch.promote_types(rows.dtype, torch.float32)))

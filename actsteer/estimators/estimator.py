@@ -72,15 +72,22 @@ def check_alike(positive: Statistics, negative: Statistics) -> None:
                 f"site {site!r}: positive has {toward} features, negative {away}; were they collected at sites of the "
                 "same size?"
             )
-        for side, moments in (("positive", positive[site]), ("negative", negative[site])):
-            sums = [moments.mean, moments.scatter] if moments.has_covariance else [moments.mean]
-            if not all(bool(total.isfinite().all()) for total in sums):
-                raise StatisticsError(
-                    f"site {site!r}: the {side} statistics are not finite; look for inf or nan in the data"
-                )
+        check_finite(site, positive=positive[site], negative=negative[site])
 
 
-def solved(matrix: Float[Tensor, "d d"], right: Float[Tensor, " d"], *, rows: int) -> Float[Tensor, " d"]:
+def check_finite(site: str, **sides: Moments) -> None:
+    """Raise StatisticsError unless these moments are those of finite rows, of one or more."""
+    for side, moments in sides.items():
+        if not moments.count:
+            raise StatisticsError(f"site {site!r}: the {side} side has no rows")
+        sums = [moments.mean, moments.scatter] if moments.has_covariance else [moments.mean]
+        if not all(bool(total.isfinite().all()) for total in sums):
+            raise StatisticsError(
+                f"site {site!r}: the {side} statistics are not finite; look for inf or nan in the data"
+            )
+
+
+def solved(matrix: Float[Tensor, "d d"], right: Float[Tensor, "d ..."], *, rows: int) -> Float[Tensor, "d ..."]:
     """The solution x of matrix · x = right, for a symmetric positive matrix from so many rows.
 
     Raises:
@@ -92,4 +99,4 @@ def solved(matrix: Float[Tensor, "d d"], right: Float[Tensor, " d"], *, rows: in
         raise StatisticsError(
             f"the covariance of {len(matrix)} features from {rows} rows is singular; shrink more, or collect more rows"
         )
-    return torch.cholesky_solve(right[:, None], factor)[:, 0]
+    return torch.cholesky_solve(right.reshape(len(right), -1), factor).reshape(right.shape)

@@ -75,6 +75,7 @@ def fit(
         away: Any = -toward
     elif getattr(chosen, "needs_rows", False):
         # a count of one row for the metadata, and for errors before any work
+        _check_repeats(negative)
         seen = partial(collect, model, progress=False, **options)
         described = seen(_first(positive, batch_size)).metadata
         if getattr(chosen, "streamed", False):
@@ -87,14 +88,18 @@ def fit(
     found = chosen(positive=toward, negative=away)
     metadata = described | found.metadata | ({} if concept is None else {"concept": concept})
     if isinstance(found, LowRank):
-        return LowRank({site: found[site] for site in found.sites}, metadata=metadata)
+        return found.described(metadata)
     return SteeringVector({site: found[site] for site in found}, metadata=metadata)
 
 
 def _first(batches: Batches, batch_size: int) -> list[Any]:
+    _check_repeats(batches)
+    return [next(iterate(batches, batch_size=batch_size, progress=False, label=""))]
+
+
+def _check_repeats(batches: Batches) -> None:
     if not isinstance(batches, Tensor) and iter(batches) is batches:
         raise BatchError("this estimator goes over the data more than once; give a list, not a generator")
-    return [next(iterate(batches, batch_size=batch_size, progress=False, label=""))]
 
 
 @final

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import TypeAlias, final
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from actsteer.errors import ShapeError, SiteNotFoundError, StatisticsError
+from actsteer.estimators.newton import Recorded, newton, no_convergence
 from actsteer.vectors.vector import SteeringVector
 
-Recorded: TypeAlias = Mapping[str, Tensor]
-"""Site -> (n, d), as `record` gives them."""
 Rows: TypeAlias = Recorded | Iterable[Recorded]
 """Recorded activations; or a stream of them, block by block, that can be gone over again and again."""
 
@@ -61,7 +60,7 @@ class LogisticDirection:
         elif isinstance(positive, Mapping) or isinstance(negative, Mapping):
             raise TypeError("expected recorded activations on both sides, or a stream of them on both; got one of each")
         else:
-            found = self._by_newton(positive, negative)
+            found = newton(positive, negative, C=self.C, steps=self.steps, tolerance=self.tolerance)
         described = {f"offset {site}": repr(float(weights[-1])) for site, weights in found.items()}
         kind = torch.get_default_dtype()
         return SteeringVector(
@@ -80,78 +79,23 @@ class LogisticDirection:
         rows = torch.cat([positive, negative]).double().cpu()
         if not (len(positive) and len(negative) and bool(rows.isfinite().all())):
             raise StatisticsError(f"site {site!r}: expected finite rows on both sides")
+        from sklearn.exceptions import ConvergenceWarning
+
         labels = torch.cat([torch.ones(len(positive)), -torch.ones(len(negative))])
-        regression = LogisticRegression(
-            C=self.C, solver="newton-cholesky", tol=self.tolerance, max_iter=self.steps
-        ).fit(rows.numpy(), labels.numpy())
+        regression = LogisticRegression(C=self.C, solver="newton-cholesky", tol=self.tolerance, max_iter=self.steps)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a matrix that is nearly singular: it goes on another way
+            warnings.simplefilter("error", ConvergenceWarning)
+            try:
+                regression.fit(rows.numpy(), labels.numpy())
+            except ConvergenceWarning as warning:
+                raise StatisticsError(no_convergence((site,), self.steps)) from warning
         return torch.cat([torch.from_numpy(regression.coef_[0]), torch.from_numpy(regression.intercept_)])
-
-    def _by_newton(self, positive: Iterable[Recorded], negative: Iterable[Recorded]) -> dict[str, Tensor]:
-        """Weights and offset at every site, all sites in one stream."""
-        for side in (positive, negative):
-            if iter(side) is side:
-                raise StatisticsError("a stream is gone over several times; give a list, or anything that starts again")
-        weights: dict[str, Tensor] = {}
-        steps: dict[str, Tensor] = {}
-        losses: dict[str, float] = {}
-        for _ in range(self.steps):
-            sums = {site: _Sums(own, self.C) for site, own in weights.items()}
-            for sign, side in ((1.0, positive), (-1.0, negative)):
-                for block in side:
-                    for site, rows in block.items():
-                        if site not in weights:
-                            weights[site] = torch.zeros(rows.shape[1] + 1, dtype=torch.float64, device=rows.device)
-                        sums.setdefault(site, _Sums(weights[site], self.C)).add(rows, sign)
-            if all(own.check(site).converged(self.tolerance) for site, own in sums.items()):
-                return weights
-            for site, own in sums.items():
-                if own.loss > losses.get(site, math.inf) + 1e-12 * abs(own.loss):  # too far: half the way back
-                    steps[site] = steps[site] / 2
-                    weights[site] = weights[site] - steps[site]
-                else:
-                    losses[site] = own.loss
-                    steps[site] = own.step()
-                    weights[site] = weights[site] + steps[site]
-        raise StatisticsError(f"no convergence in {self.steps} steps; scale the activations, or take a smaller C")
-
-
-class _Sums:
-    """Loss, gradient and Hessian at some weights, as they grow."""
-
-    def __init__(self, weights: Float[Tensor, " _"], C: float) -> None:  # noqa: N803
-        self._weights, self._c = weights, C
-        penalized = torch.cat([weights[:-1], weights.new_zeros(1)])
-        self._gradient = penalized.clone()
-        self._hessian = torch.diag((torch.arange(len(weights)) < len(weights) - 1).to(weights))
-        self.loss = float(penalized.square().sum() / 2)
-        self._counts = {1.0: 0, -1.0: 0}
-
-    def add(self, rows: Float[Tensor, "n d"], sign: float) -> None:
-        """Take in rows of one side."""
-        extended = torch.cat([rows.double(), rows.new_ones(len(rows), 1).double()], dim=1)
-        margins = sign * (extended @ self._weights)
-        wrong = torch.sigmoid(-margins)
-        self.loss += self._c * float(torch.nn.functional.softplus(-margins).sum())
-        self._gradient -= self._c * sign * (wrong @ extended)
-        self._hessian.addmm_((extended * (wrong * (1 - wrong))[:, None]).T, extended, alpha=self._c)
-        self._counts[sign] += len(rows)
-
-    def check(self, site: str) -> _Sums:
-        """Itself; StatisticsError if a side is missing or not finite."""
-        if not all(self._counts.values()) or not math.isfinite(self.loss):
-            raise StatisticsError(f"site {site!r}: expected finite rows on both sides")
-        return self
-
-    def converged(self, tolerance: float) -> bool:
-        return float(self._gradient.abs().max()) <= tolerance * sum(self._counts.values()) * max(self._c, 1e-300)
-
-    def step(self) -> Float[Tensor, " _"]:
-        """Newton's step."""
-        solution: Tensor = torch.linalg.lstsq(self._hessian.cpu(), self._gradient.cpu()[:, None]).solution
-        return -solution[:, 0].to(self._weights)
 
 
 def _check_alike(positive: Recorded, negative: Recorded) -> None:
+    if not positive:
+        raise SiteNotFoundError("nothing was recorded: there are no sites")
     if set(positive) != set(negative):
         raise SiteNotFoundError(f"positive has the sites {list(positive)}, negative {list(negative)}")
     for site in positive:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from actsteer.collecting.moments import Moments
 from actsteer.collecting.statistics import Statistics
-from actsteer.errors import SiteNotFoundError, StatisticsError, close_names
+from actsteer.errors import ShapeError, SiteNotFoundError, StatisticsError, close_names
+from actsteer.estimators.estimator import check_finite
 from actsteer.steering.interventions.low_rank import LowRank
 from actsteer.vectors.vector import SteeringVector
 
@@ -32,7 +33,7 @@ class NullSpace:
 
     Raises:
         StatisticsError: no covariance was collected; the negative activations leave no null space.
-        SiteNotFoundError: the statistics lack a site of the vector.
+        SiteNotFoundError, ShapeError: the statistics lack a site of the vector, or have another size there.
 
     Source: AlphaSteer, Sheng et al. 2025, with the learned map replaced by one of rank one.
 
@@ -59,8 +60,18 @@ class NullSpace:
                 if site not in statistics:
                     near = close_names(site, statistics)
                     raise SiteNotFoundError(f"no {side} statistics for site {site!r}. {near}")
+            check_finite(site, positive=positive[site], negative=negative[site])
+            sizes = positive[site].d, negative[site].d
+            if set(sizes) != {len(self.vector[site])}:
+                raise ShapeError(
+                    f"site {site!r}: {sizes[0]} features on the positive side, {sizes[1]} on the negative, and "
+                    f"{len(self.vector[site])} in the vector; is it from another model?"
+                )
         parts = {site: self._site(site, positive[site], negative[site]) for site in self.vector}
-        described = self.vector.metadata | {"estimator": "NullSpace"}
+        elsewhere = {f"axis {site}" for site in positive} - {f"axis {site}" for site in self.vector}
+        shared = dict(positive.metadata.items() & negative.metadata.items())
+        described = {key: text for key, text in shared.items() if key not in elsewhere}
+        described |= self.vector.metadata | {"estimator": "NullSpace"}
         return LowRank(parts, concept=self.vector.concept, metadata=described)
 
     def _site(self, site: str, positive: Moments, negative: Moments) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import trange
 
-from actsteer.collecting.batches import Batches, call
+from actsteer.collecting.batches import Batches, call, rows_in
 from actsteer.collecting.collect import described_axes
 from actsteer.collecting.observe import Observation
 from actsteer.collecting.undisturbed import undisturbed
+from actsteer.errors import LossError, SiteNotFoundError
 from actsteer.estimators.retention import divergence
 from actsteer.estimators.stream import Loss, Targets, check_loss, check_pairing, endless, once, takes_target
 from actsteer.estimators.trained import Trained, TrainedLowRank, TrainedVector
@@ -128,9 +129,10 @@ def optimize(
         l2: adds l2 · Σ ‖v_l‖² to the loss; of an edit, the squares of W - R and b.
         retain: other data, on which the answers are to stay: adds `retain_weight` · KL(unsteered ‖ steered), a batch
             of it in each step.
-        validation, validation_targets: data on which the loss is looked at, at the start and 20 times in a run; the
-            best vector or edit is returned, and training ends when `patience` looks in a row were not better.
-        start: a vector to start from, at some or all of the sites.
+        validation, validation_targets: data on which the loss, a mean over a batch's rows, is looked at at the start
+            and 20 times in a run; the best vector or edit is returned, and training ends when `patience` looks in a row
+            were not better.
+        start: a vector to start from, at some or all of the sites, and no others.
         gate: train with the steering gated, as it will be used.
         axis: the feature axis, as for `collect`; the vector remembers it.
         concept: what the vector stands for.
@@ -162,12 +164,10 @@ def optimize(
         check_pairing(validation, validation_targets)
     pair = next(stream)
     vector = zeros_at(model, pair[0], names, axis)
-    if start is not None:
-        begun = (vector + start).select(*names)
-        vector = SteeringVector({site: begun[site] for site in names}, metadata=vector.metadata)
+    begun = in_single(vector) if start is None else in_single(vector, start)
     low_rank = None if rank is None else TrainedLowRank(vector, rank, generator)
-    steerer = Steerer(model, vector, gate=gate, axis=axis, intervention=low_rank)
-    trained: Trained = TrainedVector(steerer) if low_rank is None else low_rank
+    steerer = Steerer(model, begun, gate=gate, axis=axis, intervention=low_rank)
+    trained: Trained = TrainedVector(steerer, vector) if low_rank is None else low_rank
     if max_norm is not None:
         trained.confine(max_norm)
     optimizer = torch.optim.Adam(trained.leaves, lr=lr)
@@ -181,8 +181,9 @@ def optimize(
     def validated() -> float:
         assert validation is not None
         with torch.no_grad():
-            seen = [float(measured(*p)) for p in once(validation, validation_targets, batch_size=batch_size)]
-        return sum(seen) / len(seen)
+            pairs = once(validation, validation_targets, batch_size=batch_size)
+            seen = [(rows_in(batch), float(measured(batch, target))) for batch, target in pairs]
+        return sum(rows * value for rows, value in seen) / sum(rows for rows, _ in seen)
 
     best = None if validation is None else _Best(trained, patience)
     with undisturbed(model, frozen=True), torch.enable_grad(), steerer:
@@ -199,8 +200,14 @@ def optimize(
             if others is not None:
                 value = value + retain_weight * divergence(model, steerer, next(others)[0])
             gradients = torch.autograd.grad(value, trained.leaves, allow_unused=True)
+            if all(gradient is None for gradient in gradients):
+                raise LossError(
+                    "loss: expected one that depends on what is trained; is the site used for the model's answer?"
+                )
             for leaf, gradient in zip(trained.leaves, gradients, strict=True):
                 leaf.grad = gradient
+            if max_norm is not None:
+                trained.slide(max_norm)
             optimizer.step()
             schedule.step()
             if max_norm is not None:
@@ -212,7 +219,6 @@ def optimize(
     if best is not None:
         best.restore()
     described = {"estimator": "optimize", "model": fingerprint(model), "steps": str(step + 1)}
-    described |= {} if rank is None else {"rank": str(rank)}
     return trained.result(concept=concept, metadata=described | vector.metadata)
 
 
@@ -247,6 +253,15 @@ def _check(*, steps: int, lr: float, rank: int | None, patience: int, **numbers:
     for name, number in numbers.items():
         if number is not None and not (math.isfinite(number) and number >= 0):
             raise ValueError(f"{name}: expected a number >= 0, got {number}")
+
+
+def in_single(zeros: SteeringVector, start: SteeringVector | None = None) -> SteeringVector:
+    """Zeros, or a start, in float32 at least: small steps add up there."""
+    if start is not None and (elsewhere := [site for site in start if site not in zeros]):
+        raise SiteNotFoundError(f"start has the sites {elsewhere}, which are not trained; these are: {zeros.sites}")
+    whole = zeros if start is None else zeros + start
+    kinds = {site: torch.promote_types(zeros[site].dtype, torch.float32) for site in zeros}
+    return SteeringVector({site: whole[site].to(kinds[site]) for site in zeros}, metadata=zeros.metadata)
 
 
 def zeros_at(model: nn.Module, batch: Any, names: tuple[str, ...], axis: Axes | None) -> SteeringVector:

@@ -28,7 +28,7 @@ class PrincipalDirection:
         paired: the statistics are those of the differences (positive) and of their negatives (negative).
 
     Raises:
-        StatisticsError: no covariance was collected, or the rows do not vary.
+        StatisticsError: no covariance was collected, the rows do not vary, or are not `paired`.
 
     >>> from actsteer.collecting.moments import Moments
     >>> rows = torch.tensor([[3.0, 0.0], [5.0, 0.5], [4.0, -0.5]])
@@ -44,6 +44,11 @@ class PrincipalDirection:
 
     def __call__(self, *, positive: Statistics, negative: Statistics) -> SteeringVector:
         """The principal direction at every site."""
+        for site in positive if self.paired else ():
+            if site in negative and not _are_of_pairs(positive[site], negative[site]):
+                raise StatisticsError(
+                    f"site {site!r}: expected the differences of pairs and their negatives; see collect_differences"
+                )
         return estimate(self, self._direction, positive=positive, negative=negative)
 
     def _direction(self, positive: Moments, negative: Moments) -> Tensor:
@@ -52,3 +57,7 @@ class PrincipalDirection:
             raise StatisticsError("the rows do not vary, so no direction is the principal one; collect other rows")
         component: Tensor = components[:, -1]
         return -component if float(component @ (positive.mean - negative.mean)) < 0 else component
+
+
+def _are_of_pairs(positive: Moments, negative: Moments) -> bool:
+    return positive.count == negative.count and torch.equal(positive.mean, -negative.mean)

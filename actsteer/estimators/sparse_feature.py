@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from actsteer.collecting.moments import Moments
 from actsteer.collecting.statistics import Statistics
-from actsteer.errors import ShapeError
+from actsteer.errors import ShapeError, StatisticsError
 from actsteer.estimators.estimator import estimate
 from actsteer.vectors.vector import SteeringVector
 
@@ -28,7 +28,8 @@ class SparseFeature:
         feature: i.
 
     Raises:
-        ShapeError: no decoder there; no such feature; another number of features than the activation has.
+        ShapeError: no decoder there; no such feature, or one of zeros; another number of features than the activation.
+        StatisticsError: the means of both sides are equal.
 
     >>> decoder = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
     >>> SparseFeature(decoder, feature=2).vector("2")["2"]
@@ -41,6 +42,8 @@ class SparseFeature:
         self._decoder = _decoder(autoencoder)
         if feature is not None and not 0 <= feature < len(self._decoder):
             raise ShapeError(f"feature: expected one of 0 to {len(self._decoder) - 1}, got {feature}")
+        if not bool((self._decoder if feature is None else self._decoder[feature]).any()):
+            raise ShapeError(f"feature: there is none, or only zeros, in a decoder of {len(self._decoder)} features")
         self.feature = feature
 
     def vector(self, site: str) -> SteeringVector:
@@ -67,6 +70,8 @@ class SparseFeature:
         rows = self._decoder.to(difference)
         if rows.shape[1] != len(difference):
             raise ShapeError(f"the decoder's rows have {rows.shape[1]} features, the activation {len(difference)}")
+        if not bool(difference.any()):
+            raise StatisticsError("both sides have the same mean, which no feature tells apart; collect other rows")
         cosines = torch.nn.functional.normalize(rows, dim=1) @ difference
         index = int(cosines.abs().argmax()) if self.feature is None else self.feature
         return (-rows[index] if float(cosines[index]) < 0 else rows[index]), index

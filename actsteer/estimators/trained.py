@@ -17,7 +17,7 @@ from actsteer.vectors.vector import SteeringVector
 
 @runtime_checkable
 class Trained(Protocol):
-    """Leaf tensors, and what they amount to."""
+    """Leaf tensors, in float32 at least, and what they amount to."""
 
     leaves: list[Tensor]
 
@@ -29,6 +29,10 @@ class Trained(Protocol):
         """Scale what is longer down to this norm, site by site."""
         ...
 
+    def slide(self, max_norm: float) -> None:
+        """Take out of the gradients what points out of the ball of this radius, where the direction lies on it."""
+        ...
+
     def result(self, *, concept: str | None, metadata: Mapping[str, str]) -> SteeringVector | LowRank:
         """The vector or edit as it is now."""
         ...
@@ -38,7 +42,8 @@ class Trained(Protocol):
 class TrainedVector:
     """A direction at every site, those of an attached Steerer."""
 
-    def __init__(self, steerer: Steerer) -> None:
+    def __init__(self, steerer: Steerer, like: SteeringVector) -> None:
+        self._like = like
         self._rows = steerer.requires_grad_()  # one row each
         self.leaves = list(self._rows.values())
 
@@ -50,8 +55,17 @@ class TrainedVector:
         for leaf in self.leaves:
             leaf.mul_((max_norm / leaf.norm()).clamp(max=1.0).nan_to_num(1.0))
 
+    @torch.no_grad()
+    def slide(self, max_norm: float) -> None:
+        for leaf in self.leaves:
+            if leaf.grad is not None:
+                out = -(leaf.grad * leaf).sum()
+                held = (out > 0) & (leaf.norm() >= max_norm * (1 - 1e-6))
+                leaf.grad += torch.where(held, out / leaf.square().sum().clamp(min=1e-30), 0.0) * leaf
+
     def result(self, *, concept: str | None, metadata: Mapping[str, str]) -> SteeringVector:
-        return SteeringVector({site: rows[0] for site, rows in self._rows.items()}, concept=concept, metadata=metadata)
+        directions = {site: rows.detach()[0].to(self._like[site].dtype) for site, rows in self._rows.items()}
+        return SteeringVector(directions, concept=concept, metadata=metadata)
 
 
 @final
@@ -62,10 +76,14 @@ class TrainedLowRank:
     """
 
     def __init__(self, like: SteeringVector, rank: int, generator: torch.Generator | None) -> None:
+        self._like = like
         self._sites: dict[str, _Moving] = {}
         for site in like:
             direction = like[site]
-            start = torch.randn(min(rank, len(direction)), len(direction), generator=generator).to(direction)
+            kind = torch.promote_types(direction.dtype, torch.float32)
+            start = torch.randn(min(rank, len(direction)), len(direction), generator=generator).to(
+                direction.device, kind
+            )
             self._sites[site] = _Moving(torch.zeros_like(start), start, start.new_zeros(len(start)))
         self.leaves = [leaf for own in self._sites.values() for leaf in (own.reads, own.basis, own.offsets)]
         for leaf in self.leaves:
@@ -83,10 +101,18 @@ class TrainedLowRank:
     def confine(self, max_norm: float) -> None:
         raise ValueError("max_norm: what a low-rank edit adds depends on the activation; limit it by l2=")
 
+    def slide(self, max_norm: float) -> None:
+        self.confine(max_norm)
+
     @torch.no_grad()
     def result(self, *, concept: str | None, metadata: Mapping[str, str]) -> LowRank:
-        sites = {site: (own.reads, own.adds, own.offsets) for site, own in self._sites.items()}
-        return LowRank(sites, concept=concept, metadata=metadata)
+        kinds = {site: self._like[site].dtype for site in self._sites}
+        sites = {
+            site: (own.reads.to(kinds[site]), own.adds.to(kinds[site]), own.offsets.to(kinds[site]))
+            for site, own in self._sites.items()
+        }
+        edit = LowRank(sites, concept=concept, metadata=metadata)
+        return edit.described(edit.metadata | {"rank": str(edit.rank)})
 
 
 @final

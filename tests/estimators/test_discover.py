@@ -65,7 +65,7 @@ def test_what_cannot_be_is_refused():
         found(count=7)
     with pytest.raises(SiteNotFoundError, match="site"):
         found(site="*")
-    with pytest.raises(StatisticsError, match="does not depend"):
+    with pytest.raises(StatisticsError, match="does not react"):
         found(site="3", target="1")
     for bad in ({"norm": 0.0}, {"lr": -1.0}, {"count": 0}, {"steps": 0}):
         with pytest.raises(ValueError, match="expected"):

@@ -105,6 +105,9 @@ def test_a_loss_that_cannot_be_minimised_is_refused():
         trained(loss=lambda output, target: output)
     with pytest.raises(LossError):
         trained(loss=lambda output, target: torch.zeros(()))
+    other = torch.ones((), requires_grad=True)
+    with pytest.raises(LossError, match="depends on what is trained"):
+        trained(loss=lambda output, target: other.square())
     with pytest.raises(ShapeError, match="did a loss diverge"):
         trained(loss=lambda output, target: output.sum() * float("nan"))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -70,7 +70,8 @@ class LowRank:
     ) -> None:
         if not sites:
             raise ShapeError("expected one site or more, got none")
-        self._parts = {site: _owned(site, *parts, keep_norm=keep_norm) for site, parts in sites.items()}
+        self._keep_norm = keep_norm
+        self._parts = {site: _owned(site, parts, keep_norm=keep_norm) for site, parts in sites.items()}
         self._metadata = dict(metadata or {}) | ({} if concept is None else {"concept": concept})
 
     @property
@@ -99,21 +100,28 @@ class LowRank:
         return SteeringVector({site: p.adds.T @ p.offsets for site, p in self._parts.items()}, metadata=self._metadata)
 
     def at(self, site: str) -> LowRankAt:
-        """The edit of one site."""
-        if site not in self._parts:
-            raise SiteNotFoundError(f"no edit at site {site!r}. {close_names(site, self._parts)}")
-        return self._parts[site]
+        """The edit of one site, a copy."""
+        return _owned(site, self[site], keep_norm=self._keep_norm)
+
+    def described(self, metadata: Mapping[str, str]) -> LowRank:
+        """The same edit with other metadata."""
+        return LowRank({site: self[site] for site in self._parts}, keep_norm=self._keep_norm, metadata=metadata)
 
     def __getitem__(self, site: str) -> tuple[Tensor, Tensor, Tensor]:
         """Copies of (A, U, b) at a site."""
-        part = self.at(site)
+        if site not in self._parts:
+            raise SiteNotFoundError(f"no edit at site {site!r}. {close_names(site, self._parts)}")
+        part = self._parts[site]
         return part.reads.clone(), part.adds.clone(), part.offsets.clone()
 
     def __repr__(self) -> str:
         return f"LowRank(rank={self.rank}, sites={self.sites}, concept={self.concept!r})"
 
 
-def _owned(site: str, reads: Tensor, adds: Tensor, offsets: Tensor, *, keep_norm: bool) -> LowRankAt:
+def _owned(site: str, parts: Sequence[Tensor], *, keep_norm: bool) -> LowRankAt:
+    if len(parts) != 3 or not all(isinstance(part, Tensor) for part in parts):
+        raise ShapeError(f"site {site!r}: expected three tensors, A, U and b, got {[type(p).__name__ for p in parts]}")
+    reads, adds, offsets = parts
     shapes = tuple(tuple(part.shape) for part in (reads, adds, offsets))
     if reads.ndim != 2 or shapes != (shapes[0], shapes[0], (len(reads),)):
         raise ShapeError(f"site {site!r}: expected A (r, d), U (r, d) and b (r,), got shapes {shapes}")
