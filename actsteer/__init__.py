@@ -20,6 +20,7 @@ from actsteer.errors import (
     GateError,
     LossError,
     OutputError,
+    PositionsError,
     ShapeError,
     SiteNotFoundError,
     StatisticsError,
@@ -44,7 +45,12 @@ from actsteer.estimators.ridge_direction import RidgeDirection
 from actsteer.estimators.sparse_feature import SparseFeature
 from actsteer.estimators.whitened_mean_difference import WhitenedMeanDifference
 from actsteer.sites.resolve import find_sites
-from actsteer.steering.gates import Gate, ProjectionAbove
+from actsteer.steering.gates.cosine_above import CosineAbove
+from actsteer.steering.gates.gate import Gate
+from actsteer.steering.gates.logic import And, Not, Or
+from actsteer.steering.gates.probe_above import ProbeAbove
+from actsteer.steering.gates.projection_above import ProjectionAbove
+from actsteer.steering.gates.soft import Soft
 from actsteer.steering.interventions.ablate import Ablate
 from actsteer.steering.interventions.add import Add
 from actsteer.steering.interventions.affine import Affine
@@ -67,6 +73,7 @@ __all__ = [
     "ActsteerError",
     "Add",
     "Affine",
+    "And",
     "AttachedError",
     "BatchError",
     "Centroids",
@@ -75,6 +82,7 @@ __all__ = [
     "ClassStatistics",
     "ConceptErasure",
     "ConceptNotFoundError",
+    "CosineAbove",
     "CrossMoments",
     "DistributedError",
     "Estimator",
@@ -88,9 +96,13 @@ __all__ = [
     "LowRank",
     "MeanDifference",
     "Moments",
+    "Not",
     "NullSpace",
+    "Or",
     "OutputError",
+    "PositionsError",
     "PrincipalDirection",
+    "ProbeAbove",
     "ProjectionAbove",
     "Replace",
     "RidgeDirection",
@@ -98,6 +110,7 @@ __all__ = [
     "ShapeError",
     "SiteMap",
     "SiteNotFoundError",
+    "Soft",
     "SparseFeature",
     "Statistics",
     "StatisticsError",

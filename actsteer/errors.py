@@ -16,6 +16,7 @@ ActsteerError
 ├── AttachedError            (RuntimeError)  attach on a Steerer that is attached already
 ├── DistributedError         (RuntimeError)  a process of a group that failed, or has other statistics
 ├── GateError                (RuntimeError)  a gate that has not seen its own site yet
+├── PositionsError           (RuntimeError)  positions that cannot be known in a forward pass
 └── SteeringNotApplied       (RuntimeError)  the model ran, and an edit did not
 """
 
@@ -83,6 +84,10 @@ class DistributedError(ActsteerError, RuntimeError):
 
 class GateError(ActsteerError, RuntimeError):
     """A gate that has not seen its own site yet."""
+
+
+class PositionsError(ActsteerError, RuntimeError):
+    """Positions that cannot be known in a forward pass."""
 
 
 class SteeringNotApplied(ActsteerError, RuntimeError):  # noqa: N818  (the contract's name)

@@ -517,17 +517,22 @@ def test_one_strength_per_prompt_while_generating(use_cache):
 
 
 @pytest.mark.case(40, 52)
-def test_one_strength_per_prompt_is_refused_where_beams_make_other_rows():
+def test_one_strength_per_prompt_serves_all_of_its_beams():
     model, v = llama(), SteeringVector({"model.layers.0": normal(D, seed=2)})
     inputs = {"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS)}
-    with pytest.raises(ValueError, match="3 rows of strength or gate against an activation of shape"):
-        generate(model, v, inputs, c=torch.tensor([0.0, 1.0, 2.0]), num_beams=2)
+    strengths = torch.tensor([0.0, 1.0, 2.0])
+    together = generate(model, v, inputs, c=strengths, num_beams=2)
+    for row, c, own in zip(TOKENS, strengths, together, strict=True):
+        alone = {"input_ids": row[None], "attention_mask": torch.ones_like(row[None])}
+        assert torch.equal(generate(model, v, alone, c=float(c), num_beams=2)[0], own)
+    with pytest.raises(ValueError, match="2 rows of strength or gate against an activation of shape"):
+        generate(model, v, inputs, c=torch.ones(2), num_beams=2)
     assert not any(module._forward_hooks for module in model.modules())
 
 
 @pytest.mark.case(39)
 def test_a_gated_model_generates_steered_and_unsteered_rows():
-    """A gate decides anew at every step, from the positions of that step."""
+    """A gate decides once, from the prompt."""
     model, site = llama(), "model.layers.0"
     v = SteeringVector({site: normal(D, seed=2)})
     inputs = {"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS)}

@@ -19,7 +19,7 @@ from actsteer.estimators.stream import Loss, Targets, check_loss, check_pairing,
 from actsteer.estimators.trained import Trained, TrainedLowRank, TrainedVector
 from actsteer.sites.axes import Axes
 from actsteer.sites.resolve import Sites, find_sites, fingerprint
-from actsteer.steering.gates import Gate
+from actsteer.steering.gates.gate import AnyGate
 from actsteer.steering.interventions.low_rank import LowRank
 from actsteer.steering.steerer import Steerer
 from actsteer.vectors.vector import SteeringVector
@@ -48,7 +48,7 @@ def optimize(
     validation_targets: Targets | None = ...,
     patience: int = ...,
     start: SteeringVector | None = ...,
-    gate: Gate | None = ...,
+    gate: AnyGate | None = ...,
     axis: Axes | None = ...,
     concept: str | None = ...,
     generator: torch.Generator | None = ...,
@@ -76,7 +76,7 @@ def optimize(
     validation_targets: Targets | None = ...,
     patience: int = ...,
     start: SteeringVector | None = ...,
-    gate: Gate | None = ...,
+    gate: AnyGate | None = ...,
     axis: Axes | None = ...,
     concept: str | None = ...,
     generator: torch.Generator | None = ...,
@@ -104,7 +104,7 @@ def optimize(
     validation_targets: Targets | None = None,
     patience: int = 5,
     start: SteeringVector | None = None,
-    gate: Gate | None = None,
+    gate: AnyGate | None = None,
     axis: Axes | None = None,
     concept: str | None = None,
     generator: torch.Generator | None = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -13,12 +14,13 @@ from actsteer.sites.place import Place
 from actsteer.sites.resolve import path_to
 from actsteer.sites.shards import is_sharded
 from actsteer.sites.wrappers import uncompiled
+from actsteer.steering import generation
 from actsteer.steering.backends import buffer, fold, hook, patch
 from actsteer.steering.backends.choose import Backend, Choice, Mechanism, Scope, choose
 from actsteer.steering.backends.mark import has_own_forward
 from actsteer.steering.backends.order import check_order
 from actsteer.steering.plan import Plan
-from actsteer.steering.watch import Forget, InThread, Watch
+from actsteer.steering.watch import Begin, End, InThread, Watch
 
 
 def choices(plan: Plan, *, backend: Backend, scope: Scope) -> dict[str, Choice]:
@@ -38,7 +40,7 @@ def attach_all(plan: Plan, watch: Watch, chosen: Mapping[str, Choice], *, backen
     """Attach the edits, the gates before them, and the watch at the model itself; returns what removes them again."""
     listens: Backend = backend if backend in ("patch", "buffer") else "auto"
     model = uncompiled(plan.model)
-    root, before = Place("", "", model), Place("", "", model, "in")
+    root = Place("", "", model)
     with ExitStack() as handles:
 
         def add(place: Place, callback: Callable[..., Any], mechanism: Mechanism) -> Callable[[], None]:
@@ -46,9 +48,15 @@ def attach_all(plan: Plan, watch: Watch, chosen: Mapping[str, Choice], *, backen
             handles.callback(remove)
             return remove
 
-        outermost = choose(plan.model, root, backend=listens, scope=scope).mechanism
-        if plan.readers:
-            add(before, Forget(plan.readers), outermost)
+        ends: list[tuple[Place, Callable[..., Any], Mechanism]] = []
+        for passes in plan.passes:
+            if passes.readers or passes.sees_inputs:
+                place = _place_of(plan.model, passes.host)
+                mechanism = choose(plan.model, place, backend=listens, scope=scope).mechanism
+                add(replace(place, side="in"), Begin(passes), mechanism)
+                ends.append((place, End(passes), mechanism))
+        if any(passes.sees_inputs for passes in plan.passes):
+            handles.callback(generation.attach(model, plan.passes, plan.readers, one_thread=scope == "thread"))
         for reader in plan.readers:
             add(reader.place, reader, choose(plan.model, reader.place, backend=listens, scope=scope).mechanism)
         for site, edit in plan.edits.items():
@@ -59,14 +67,19 @@ def attach_all(plan: Plan, watch: Watch, chosen: Mapping[str, Choice], *, backen
                 handles.callback(fold.attach(edit, plan.model))
             else:
                 add(edit.place, edit.on_input if edit.place.side == "in" else edit.on_output, chosen[site].mechanism)
-        if plan.readers:  # after an edit of the model's own output, which a gate may decide
-            add(root, Forget(plan.readers), outermost)
+        for end in ends:  # after an edit of the model's own output
+            add(*end)
         watch.leaves = []
         leaves = [add(root, watch, mechanism) for mechanism in _watched_by(plan.model, root, backend)]
         if _nothing_compiled(plan.model, root) and backend != "buffer":
             watch.leaves = leaves
         return handles.pop_all()
     raise AssertionError  # for the type checker, to whom an ExitStack might swallow an exception
+
+
+def _place_of(model: nn.Module, module: nn.Module) -> Place:
+    name = next((name for name, own in model.named_modules() if own is module), "")
+    return Place(name, name, module)
 
 
 def _watched_by(model: nn.Module, root: Place, backend: Backend) -> list[Mechanism]:

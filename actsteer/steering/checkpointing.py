@@ -64,6 +64,11 @@ class Checkpointing:
                 self._waiting.append(waiting)
         return True
 
+    @property
+    def runs_inside(self) -> bool:
+        """Whether a checkpoint is running."""
+        return _checkpoint_frame() is not None
+
     def leave(self) -> None:
         """Warn if a checkpointed forward pass was steered and its backward pass is still to come."""
         if self._waiting or self._graphs:

@@ -7,12 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, final
 
 import torch
-from einops import einsum, rearrange
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from actsteer.errors import StrengthError
+from actsteer.errors import StrengthError, UnsupportedModelError
 from actsteer.sites.axes import Layout
 from actsteer.sites.outputs import Arguments, get, locate, padded, put, unpadded
 from actsteer.sites.place import Place
@@ -21,7 +21,9 @@ from actsteer.steering.checkpointing import Checkpointing, saves_otherwise
 from actsteer.steering.copies import Uncopied
 from actsteer.steering.interventions.add import Add
 from actsteer.steering.interventions.intervention import Intervention
-from actsteer.steering.reader import GateReader
+from actsteer.steering.passes import Now, Passes
+from actsteer.steering.reader import Reader
+from actsteer.steering.spread import Lay
 
 _is_compiling = torch.compiler.is_compiling
 _outside_of_functions: Callable[[], bool] = torch._C._is_fwd_grad_enabled  # not in one that may be a checkpoint's
@@ -37,7 +39,9 @@ class SiteEdit(Uncopied):
     """
 
     __slots__ = (
+        "_asks",
         "_checkpointing",
+        "_concepts",
         "_dtype",
         "_shape",
         "_shift",
@@ -53,6 +57,7 @@ class SiteEdit(Uncopied):
         "interventions",
         "is_sum",
         "layout",
+        "passes",
         "place",
     )
 
@@ -62,8 +67,10 @@ class SiteEdit(Uncopied):
         layout: Layout,
         directions: Float[Tensor, "k d"],
         *,
+        concepts: Sequence[int],
         interventions: Sequence[Intervention],
-        gates: Sequence[GateReader | None],
+        gates: Sequence[Reader | None],
+        passes: Passes,
         checkpointing: Checkpointing,
     ) -> None:
         self.place = place
@@ -76,6 +83,9 @@ class SiteEdit(Uncopied):
         self.changed: Callable[[], None] | None = None  # called after new strengths
         self.constant: Tensor | None = None  # (d,), or (B, d): everything that no gate decides
         self.gates = gates
+        self.passes = passes
+        self._concepts = concepts  # their places in the bank
+        self._asks = [passes.asks(index) for index in concepts]  # whether tokens of one row get different strengths
         self._checkpointing = checkpointing
         self._strengths: list[Tensor] = []
         self._shift = directions  # `constant` as it is added to outputs of this shape, dtype and state
@@ -99,12 +109,23 @@ class SiteEdit(Uncopied):
     @property
     def is_constant(self) -> bool:
         """Whether the same tensor is added to every row, whatever the activation."""
-        return self.is_sum and not any(self.gates) and all(s.ndim == 0 for s in self._strengths)
+        gated = any(gate is not None for gate in self.gates)
+        return self.is_sum and not gated and not any(self._asks) and all(s.ndim == 0 for s in self._strengths)
 
-    def check_strengths(self, strengths: Sequence[Tensor]) -> None:
+    def notice(self, now: Now | None) -> None:
+        """A pass begins: with pads, the next call goes the whole way round."""
+        if now is not None and now.real is not None:
+            self._shape = None
+
+    def check_strengths(self, strengths: Sequence[Tensor], *, per_token: bool) -> None:
         """StrengthError if the way in which this edit is attached leaves no room for these."""
-        if self.changed is not None and any(strength.ndim for strength in strengths):
+        if self.changed is not None and (per_token or any(strength.ndim for strength in strengths)):
             raise StrengthError(f"site {self.place.site!r}: a bias has one strength for all rows; use another backend")
+        if self.in_place and per_token:
+            raise StrengthError(
+                f"site {self.place.site!r}: the buffer backend has no room for a strength per position or step; use "
+                "another backend"
+            )
         if self.in_place and [s.shape for s in strengths] != [s.shape for s in self._strengths]:
             raise StrengthError(
                 f"site {self.place.site!r}: the buffer backend keeps the shape of its strengths, one number or the "
@@ -114,7 +135,8 @@ class SiteEdit(Uncopied):
     @torch.inference_mode(mode=False)  # what is kept must work in autograd later
     def set_strengths(self, strengths: Sequence[Tensor]) -> None:
         """New strengths, one of shape () or (B,) per direction, from the next forward pass on."""
-        ungated = [index for index, gate in enumerate(self.gates) if gate is None]
+        self._asks = [self.passes.asks(index) for index in self._concepts]
+        ungated = self._plain
         constant = None
         if self.is_sum and ungated:
             constant = _sum(self.directions[ungated], [strengths[index] for index in ungated])
@@ -159,7 +181,7 @@ class SiteEdit(Uncopied):
     def edit(self, module: nn.Module, value: Any) -> Any:
         """A module's output or its `Arguments`, with the activation edited."""
         self.fired = True
-        if self._traced_shift is not None and _is_compiling() and value.__class__ is Tensor:
+        if self._traced_shift is not None and _is_compiling() and value.__class__ is Tensor and self.passes.now is None:
             shift = self._traced_shift.to(dtype=value.dtype, device=value.device)
             if not value.is_nested and value.ndim >= shift.ndim and value.shape[-shift.ndim] == shift.shape[0]:
                 return value + shift
@@ -170,9 +192,9 @@ class SiteEdit(Uncopied):
         shape, size = full_shape(activation, module), self.directions.shape[1]
         axis = self.layout.feature_axis(shape, size=size, site=self.place.site)
         packed = isinstance(get(value, keys[:-1]), PackedSequence) if keys else False
-        edited = (self._add if self.is_sum else self._intervene)(
-            module, activation, axis, row_axis=None if packed else self.layout.row_axis if activation.ndim > 2 else 0
-        )
+        row_axis = None if packed else self.layout.row_axis if activation.ndim > 2 else 0
+        lay = Lay(self.place.site, shape, axis, row_axis)
+        edited = (self._add if self.is_sum else self._intervene)(module, activation, lay, self._now(lay))
         if not _is_compiling():
             cacheable = not keys and edited.__class__ is Tensor and conversion is None and not raw.is_nested
             if self._checkpointing.notice(edited) or not cacheable:
@@ -180,32 +202,61 @@ class SiteEdit(Uncopied):
         edited = unpadded(edited, raw)
         return put(value, keys, edited if conversion is None else conversion.revert(edited))
 
-    def _add(self, module: nn.Module, activation: Tensor, axis: int, *, row_axis: int | None) -> Tensor:
-        gated = [index for index, gate in enumerate(self.gates) if gate is not None]
+    @property
+    def _plain(self) -> list[int]:
+        """The directions that have one strength for all tokens of a row, whatever the activation."""
+        return [i for i, gate in enumerate(self.gates) if gate is None and not self._asks[i]]
+
+    def _now(self, lay: Lay) -> Now | None:
+        """What is known of the pass that runs, if it matters."""
+        now = self.passes.now
+        if not any(self._asks):
+            return now
+        if not _is_compiling() and _may_be_checkpointed() and self._checkpointing.runs_inside:
+            raise UnsupportedModelError(
+                f"site {self.place.site!r}: under gradient checkpointing a part of the model runs again later, when "
+                "nobody knows the positions any more; steer all positions, or train without checkpointing"
+            )
+        if now is not None and now.tokens is not None:
+            return now
+        return self.passes.of_shape(*lay.rows_and_length)
+
+    def _add(self, module: nn.Module, activation: Tensor, lay: Lay, now: Now | None) -> Tensor:
+        plain = self._plain
+        others = [index for index in range(len(self.gates)) if index not in plain]
         delta = self.constant
         if delta is not None and self._trained:  # a graph of its own for every forward pass
-            rest = [index for index, gate in enumerate(self.gates) if gate is None]
-            delta = _sum(self.directions[rest], [self._strengths[index] for index in rest])
-        if gated:
-            decided = [self._decided(index) for index in gated]
-            weighted = _sum(self.directions[gated].to(decided[0].device), decided)
-            delta = weighted if delta is None else delta.to(weighted.device) + weighted
-        assert delta is not None
-        shift = self._spread(delta, activation, axis, row_axis).to(dtype=activation.dtype, device=activation.device)
-        shift = share(shift, activation, module)
-        if not _is_compiling() and not gated and delta.ndim == 1 and not self._trained:
+            delta = _sum(self.directions[plain], [self._strengths[index] for index in plain])
+        shift = None if delta is None else lay.vectors(delta, copies=_copies(now))
+        if others:
+            c = [self._strength(index, lay, now).movedim(lay.axis, -1)[..., 0] for index in others]
+            varied = _sum(self.directions[others].to(c[0].device), c).movedim(-1, lay.axis)
+            shift = varied if shift is None else shift.to(varied.device) + varied
+        assert shift is not None
+        real = self._real(lay, now, device=shift.device)
+        if real is not None:
+            shift = torch.where(real, shift, -0.0)
+        shift = share(shift.to(dtype=activation.dtype, device=activation.device), activation, module)
+        if (
+            not (_is_compiling() or others or real is not None or self._trained)
+            and delta is not None
+            and delta.ndim == 1
+        ):
             self._shift, self._shape, self._dtype = shift, activation.shape, activation.dtype
         return activation + shift
 
-    def _intervene(self, module: nn.Module, activation: Tensor, axis: int, *, row_axis: int | None) -> Tensor:
+    def _intervene(self, module: nn.Module, activation: Tensor, lay: Lay, now: Now | None) -> Tensor:
         whole = whole_rows(activation, module)
-        last = whole.movedim(axis, -1).to(torch.promote_types(whole.dtype, torch.float32))  # rounded once, at the end
+        last = whole.movedim(lay.axis, -1).to(
+            torch.promote_types(whole.dtype, torch.float32)
+        )  # rounded once, at the end
+        real = self._real(lay, now, device=last.device)
         with _without_autocast(last.device.type):
             for index, intervention in enumerate(self.interventions):
-                c = (self._strengths[index] if self.gates[index] is None else self._decided(index)).to(last)
-                c = self._spread(c[..., None], whole, axis, row_axis).movedim(axis, -1) if c.ndim else c
-                last = intervention(last, self.directions[index].to(last), c)
-        return own_part(last.movedim(-1, axis).to(activation.dtype), activation, module)
+                c = self._strength(index, lay, now).to(last)
+                c = c if real is None else torch.where(real, c, 0.0)
+                last = intervention(last, self.directions[index].to(last), c.movedim(lay.axis, -1) if c.ndim else c)
+        return own_part(last.movedim(-1, lay.axis).to(activation.dtype), activation, module)
 
     def _traceable(self) -> Tensor | None:
         """What may be added to a plain output in compiled code without a look at anything else; it costs few guards."""
@@ -217,33 +268,48 @@ class SiteEdit(Uncopied):
             return None
         return self.constant.view(-1, *[1] * (-axis - 1))
 
-    def _decided(self, index: int) -> Tensor:
-        """The strength of one gated direction for every row."""
-        gate, strength = self.gates[index], self._strengths[index]
-        assert gate is not None
-        weights = gate.weights_for(self.place.site)
-        if strength.ndim and len(strength) != len(weights):
-            raise StrengthError(
-                f"site {self.place.site!r}: {len(strength)} rows of strength, and a gate that decides for "
-                f"{len(weights)}; give one strength per row"
-            )
-        return weights * strength.to(weights.device)
-
-    def _spread(self, delta: Tensor, activation: Tensor, axis: int, row_axis: int | None) -> Tensor:
-        """(d,) or (B, d) -> the rank of the activation, with the features and rows on their own axes."""
-        shape = [1] * activation.ndim
-        shape[axis] = delta.shape[-1]
-        if delta.ndim == 2:
-            if row_axis in (None, axis) or activation.ndim < 2 or len(delta) != activation.shape[row_axis]:
-                where = "are packed" if row_axis is None else f"are on axis {row_axis}"
+    def _strength(self, index: int, lay: Lay, now: Now | None) -> Tensor:
+        """How much of one direction: 0-dim or, of the activation's rank, per row or per token."""
+        c = self._strengths[index]
+        parts = [lay.rows(c, copies=_copies(now)) if c.ndim else c]
+        if (gate := self.gates[index]) is not None:
+            weights = gate.weights_for(self.place.site)
+            if c.ndim and len(c) not in (len(weights), len(weights) // _copies(now)):
                 raise StrengthError(
-                    f"site {self.place.site!r}: {len(delta)} rows of strength or gate against an activation of shape "
-                    f"{tuple(activation.shape)} whose rows {where}; give one strength per row"
+                    f"site {self.place.site!r}: {len(c)} rows of strength, and a gate that decides for "
+                    f"{len(weights)}; give one strength per row"
                 )
-            shape[row_axis] = len(delta)
-            if row_axis > axis:
-                delta = rearrange(delta, "rows d -> d rows")
-        return delta.reshape(shape)
+            by_token = weights.ndim == 2
+            parts.append(
+                lay.needed_tokens(weights, rows=len(weights)) if by_token else lay.rows(weights, copies=_copies(now))
+            )
+        if now is not None and now.tokens is not None and self._asks[index]:
+            dose = now.doses[self._concepts[index]]
+            if dose is not None:
+                parts.append(lay.needed_tokens(dose, rows=now.tokens.rows))
+        device = parts[-1].device
+        total = parts[0].to(device)
+        for part in parts[1:]:
+            total = part.to(device) * total
+        return total
+
+    def _real(self, lay: Lay, now: Now | None, *, device: torch.device) -> Tensor | None:
+        """Where there are tokens and not pads, if the activation has positions; pads are not steered."""
+        if now is None or now.real is None or now.tokens is None:
+            return None
+        if not _is_compiling() and _may_be_checkpointed():  # what runs again later does not know of pads
+            return None
+        real = lay.tokens(now.real, rows=now.tokens.rows)
+        return None if real is None else real.to(device)
+
+
+def _copies(now: Now | None) -> int:
+    return 1 if now is None or now.tokens is None else now.tokens.copies
+
+
+def _may_be_checkpointed() -> bool:
+    """Whether autograd may run this again later."""
+    return saves_otherwise(True) is not None or not _outside_of_functions()
 
 
 def _sum(directions: Float[Tensor, "k d"], strengths: Sequence[Tensor]) -> Float[Tensor, "*rows d"]:

@@ -8,11 +8,13 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
+from actsteer.collecting.positions import Positions
 from actsteer.sites.wrappers import class_name
 from actsteer.steering.backends.choose import Choice
 from actsteer.steering.backends.order import edits_at
 from actsteer.steering.edit import SiteEdit
 from actsteer.steering.interventions.intervention import Intervention
+from actsteer.steering.strength import Schedule
 from actsteer.vectors.bank import VectorBank
 
 
@@ -21,7 +23,7 @@ def explain(
     bank: VectorBank,
     edits: Mapping[str, SiteEdit],
     choices: Mapping[str, Choice],
-    strengths: Sequence[Tensor],
+    strengths: Sequence[Tensor | Schedule],
 ) -> str:
     """One paragraph per site: the activation, the axis, the backend and why; each concept, in the order in which they
     edit, with its intervention and strength; how far the concepts overlap, and which of them do not commute."""
@@ -40,14 +42,31 @@ def explain(
         here = [index for index, concept in enumerate(bank.concepts) if site in bank[concept]]
         for own, index in enumerate(here):
             norm, strength = float(edit.directions[own].norm()), strengths[index]
-            c = f"{float(strength):g}" if strength.ndim == 0 else f"{len(strength)} rows"
+            c = _shown(strength)
             reader = edit.gates[own]
             gated = "" if reader is None else f", gated by {reader.gate!r}"
             kind = type(edit.interventions[own]).__name__
-            lines.append(f"    {bank.concepts[index]}: {kind}, c = {c}, norm {norm:.4g}{gated}")
+            where = "" if (own_positions := edit.passes.positions[index]) is None else f", at {_where(own_positions)}"
+            lines.append(f"    {bank.concepts[index]}: {kind}, c = {c}, norm {norm:.4g}{gated}{where}")
         lines += _overlaps(edit, [bank.concepts[index] for index in here])
         lines += _others(edit)
     return "\n".join(lines)
+
+
+def _shown(strength: Tensor | Schedule) -> str:
+    if not isinstance(strength, Tensor):
+        return "by step"
+    return (
+        f"{float(strength):g}"
+        if strength.ndim == 0
+        else f"{' x '.join(map(str, strength.shape))} rows" + (" and positions" if strength.ndim == 2 else "")
+    )
+
+
+def _where(positions: Positions) -> str:
+    if isinstance(positions, Tensor):
+        return f"a mask of shape {tuple(positions.shape)}"
+    return f"positions {positions!r}"
 
 
 def _overlaps(edit: SiteEdit, concepts: Sequence[str]) -> list[str]:

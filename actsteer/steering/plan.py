@@ -5,24 +5,33 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from actsteer.collecting.positions import Positions
 from actsteer.errors import ConceptNotFoundError, ShapeError, SiteNotFoundError, UnsupportedModelError, close_names
 from actsteer.sites.axes import Axes, known_size, layout, layouts
 from actsteer.sites.place import Place
 from actsteer.sites.resolve import Sites, resolve, select
+from actsteer.sites.wrappers import uncompiled
 from actsteer.steering.checkpointing import Checkpointing
 from actsteer.steering.edit import SiteEdit
-from actsteer.steering.gates import Gate
+from actsteer.steering.gates.gate import AnyGate, Combination, leaves
+from actsteer.steering.inputs import encoder_of
 from actsteer.steering.interventions.add import Add
 from actsteer.steering.interventions.intervention import Intervention, PerSite
-from actsteer.steering.reader import GateReader
+from actsteer.steering.passes import Passes
+from actsteer.steering.positions import check as check_positions
+from actsteer.steering.reader import CombinedReader, GateReader, Reader
+from actsteer.steering.strength import Schedule
 from actsteer.vectors.bank import VectorBank
 from actsteer.vectors.vector import SteeringVector, axes_of
 
-Gates = Gate | Mapping[str, Gate]
+Gates = AnyGate | Mapping[str, AnyGate]
+AllPositions = Positions | Mapping[str, Positions]
+"""One for every concept, or concept -> positions; what is not named is steered at all of them."""
 Interventions = Intervention | PerSite | Mapping[str, Intervention | PerSite]
 """One for every concept, or concept -> intervention; what is not named is added."""
 
@@ -36,7 +45,8 @@ class Plan:
         bank: the vectors.
         edits: site -> its edit.
         concepts: site -> the indices in the bank of the concepts that steer there.
-        readers: the gates, each once.
+        readers: the gates that read at a site, each once.
+        passes: what is known of the forward pass: of the model and, where there is one, of its encoder.
         axis: site -> feature axis, where it was given now or with the vectors.
     """
 
@@ -45,13 +55,19 @@ class Plan:
     edits: dict[str, SiteEdit]
     concepts: dict[str, list[int]]
     readers: tuple[GateReader, ...]
+    passes: tuple[Passes, ...]
     axis: Mapping[str, int]
 
-    def set_strengths(self, strengths: Sequence[Tensor]) -> None:
+    def set_strengths(self, strengths: Sequence[Tensor | Schedule]) -> None:
         """New strengths at every site or, where one cannot take them, at none."""
-        own = {site: [strengths[index] for index in self.concepts[site]] for site in self.edits}
+        one = torch.ones((), dtype=torch.float64)
+        by_token = [own if callable(own) or own.ndim == 2 else None for own in strengths]
+        by_row = [own if isinstance(own, Tensor) and own.ndim < 2 else one for own in strengths]
+        own = {site: [by_row[index] for index in self.concepts[site]] for site in self.edits}
         for site, edit in self.edits.items():
-            edit.check_strengths(own[site])
+            edit.check_strengths(own[site], per_token=any(by_token[i] is not None for i in self.concepts[site]))
+        for passes in self.passes:
+            passes.set_strengths(by_token)
         for site, edit in self.edits.items():
             edit.set_strengths(own[site])
 
@@ -87,6 +103,7 @@ def make_plan(
     *,
     intervention: Interventions | None,
     gate: Gates | None,
+    positions: AllPositions | None,
     sites: Sites | None,
     axis: Axes | None,
     checkpointing: Checkpointing,
@@ -95,7 +112,8 @@ def make_plan(
     places = _places(model, bank, sites)
     axes = _axes(bank, places, axis)
     lies = layouts(model, places, axis=axes)
-    readers = _readers(model, bank, gate)
+    passes = _passes(model, bank, positions)
+    readers, distinct = _readers(model, bank, gate, passes)
     interventions = _interventions(bank, intervention)
     concepts = {site: [i for i, concept in enumerate(bank) if site in bank[concept]] for site in places}
     edits: dict[str, SiteEdit] = {}
@@ -113,23 +131,52 @@ def make_plan(
             place,
             lies[site],
             directions,
+            concepts=concepts[site],
             interventions=[_at(interventions[index], site) for index in concepts[site]],
             gates=[readers[index] for index in concepts[site]],
+            passes=_host(passes, place),
             checkpointing=checkpointing,
         )
-    distinct = tuple({id(reader): reader for reader in readers if reader is not None}.values())
-    return Plan(model, bank, edits, concepts, distinct, axes)
+    for own in passes:
+        own.readers = [reader for reader in distinct if _host(passes, reader.place) is own]
+        own.edits = [edit for edit in edits.values() if edit.passes is own]
+    return Plan(model, bank, edits, concepts, distinct, passes, axes)
+
+
+def _check_concepts(named: Mapping[str, Any], bank: VectorBank, *, by: str) -> None:
+    for concept in named:
+        if concept not in bank:
+            raise ConceptNotFoundError(f"{by} names no concept of the bank: {concept!r}. {close_names(concept, bank)}")
+
+
+def _passes(model: nn.Module, bank: VectorBank, positions: AllPositions | None) -> tuple[Passes, ...]:
+    """Of the model and, where there is one, of its encoder, which is run by itself when text is generated."""
+    named = positions if isinstance(positions, Mapping) else dict.fromkeys(bank.concepts, positions)
+    _check_concepts(named, bank, by="positions")
+    for own in named.values():
+        if own is not None:
+            check_positions(own)
+    chosen = [named.get(concept) for concept in bank.concepts]
+    everywhere = [None if isinstance(own, str) and own == "all" else own for own in chosen]
+    bridged = getattr(model, "original_model", None) if hasattr(model, "hook_dict") else None
+    host = bridged if isinstance(bridged, nn.Module) else uncompiled(model)
+    encoder = encoder_of(host)
+    own = Passes(host, everywhere)
+    return (own,) if encoder is None else (own, Passes(encoder, everywhere, is_encoder=True))
+
+
+def _host(passes: tuple[Passes, ...], place: Place) -> Passes:
+    """Of what a place is a part: the encoder, or the model."""
+    inside = len(passes) > 1 and any(module is place.module for module in passes[1].host.modules())
+    return passes[1] if inside else passes[0]
 
 
 def _interventions(bank: VectorBank, intervention: Interventions | None) -> list[Intervention | PerSite]:
     """One per concept, in bank order."""
     if not isinstance(intervention, Mapping):
         return [intervention or Add()] * len(bank)
+    _check_concepts(intervention, bank, by="intervention")
     for concept, own in intervention.items():
-        if concept not in bank:
-            raise ConceptNotFoundError(
-                f"intervention names no concept of the bank: {concept!r}. {close_names(concept, bank)}"
-            )
         if not callable(own) and not isinstance(own, PerSite):
             raise TypeError(f"intervention: expected one such as Add(), got {own!r} for {concept!r}")
     return [intervention.get(concept, Add()) for concept in bank.concepts]
@@ -165,15 +212,21 @@ def _axes(bank: VectorBank, places: Mapping[str, Place], axis: Axes | None) -> M
     return {site: int(collected[f"axis {site}"]) for site in rest if f"axis {site}" in collected} | given
 
 
-def _readers(model: nn.Module, bank: VectorBank, gate: Gates | None) -> list[GateReader | None]:
-    """One reader per concept, in bank order; concepts that share a gate share its reader."""
+def _readers(
+    model: nn.Module, bank: VectorBank, gate: Gates | None, passes: tuple[Passes, ...]
+) -> tuple[list[Reader | None], tuple[GateReader, ...]]:
+    """One per concept, in bank order, and those that read at a site; a gate that is used twice reads once."""
     gates = gate if isinstance(gate, Mapping) else dict.fromkeys(bank.concepts, gate) if gate is not None else {}
-    for concept in gates:
-        if concept not in bank:
-            raise ConceptNotFoundError(f"gate names no concept of the bank: {concept!r}. {close_names(concept, bank)}")
-    for chosen in gates.values():
-        if not isinstance(chosen, Gate):
-            raise TypeError(f"gate: expected a gate with a site, such as ProjectionAbove, got {type(chosen).__name__}")
-    places = resolve(model, [gate.site for gate in gates.values()])
-    made = {id(gate): GateReader(gate, places[gate.site], layout(model, places[gate.site])) for gate in gates.values()}
-    return [made[id(gates[concept])] if concept in gates else None for concept in bank.concepts]
+    _check_concepts(gates, bank, by="gate")
+    single = {id(leaf): leaf for own in gates.values() for leaf in leaves(own)}
+    places = resolve(model, [leaf.site for leaf in single.values()])
+    made: dict[int, GateReader] = {}
+    for key, leaf in single.items():
+        place = places[leaf.site]
+        made[key] = GateReader(leaf, place, layout(model, place), _host(passes, place))
+
+    def reader(own: AnyGate) -> Reader:
+        return CombinedReader(own, [reader(g) for g in own.gates]) if isinstance(own, Combination) else made[id(own)]
+
+    readers = {concept: reader(own) for concept, own in gates.items()}
+    return [readers.get(concept) for concept in bank.concepts], tuple(made.values())

@@ -1,12 +1,14 @@
-"""GateReader: reads the activation at a gate's own site, and keeps the decision for the rest of the forward pass."""
+"""Readers: what a gate decides at its own site, kept for the rest of the forward pass or of the generation."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from threading import local
-from typing import Any, final
+from typing import Any, Protocol, final, runtime_checkable
 
 import torch
-from einops import reduce
+from einops import rearrange, reduce
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -16,43 +18,59 @@ from actsteer.sites.outputs import Arguments, get, locate, members
 from actsteer.sites.place import Place
 from actsteer.sites.shards import full
 from actsteer.steering.copies import Uncopied
-from actsteer.steering.gates import Gate
+from actsteer.steering.gates.gate import AnyGate, Combination, Gate
+from actsteer.steering.passes import Now, Passes
+from actsteer.steering.spread import Lay
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """A gate, and what it has decided."""
+
+    @property
+    def gate(self) -> AnyGate:
+        """The gate."""
+        ...
+
+    def weights_for(self, site: str) -> Tensor:
+        """The decision, per row (B,) or per token (B, S); GateError if it has not been made yet in this pass."""
+        ...
 
 
 @final
 class GateReader(Uncopied):
-    """A hook at a gate's own site."""
+    """A hook at a gate's own site.
 
-    def __init__(self, gate: Gate, place: Place, layout: Layout) -> None:
+    A decision per sequence is one on its prompt. It is made in the pass that computes the prompt, and holds until the
+    generation ends; a decision per token is made in every pass, for its tokens.
+    """
+
+    def __init__(self, gate: Gate, place: Place, layout: Layout, passes: Passes) -> None:
         self.gate = gate
         self.place = place
         self._weights: Tensor | None = None  # in compiled code, which one thread at a time may run
         self._by_thread = local()
         self._layout = layout
+        self._passes = passes
+        self._per_token = getattr(gate, "per", "sequence") == "token"
 
     def __call__(self, module: nn.Module, args: Any, last: Any) -> None:
-        """Decide for every row, from the mean over its positions; `last` is the output, or the keyword arguments."""
+        """Decide; `last` is the output, or the keyword arguments."""
+        if self._holds and self._present is not None:
+            return
         value = Arguments(args, last) if self.place.side == "in" else last
         keys = locate(self.place, value)
         if keys and isinstance(get(value, keys[:-1]), PackedSequence):
             raise GateError(f"gate at site {self.gate.site!r}: a packed sequence has no rows; gate at an earlier site")
-        rows = torch.cat([self._means(module, part) for part in members(get(value, keys))])
-        weights = self.gate(rows)
-        if weights.shape != rows.shape[:1]:
-            raise GateError(
-                f"gate at site {self.gate.site!r}: expected one weight for each of {len(rows)} rows, got shape "
-                f"{tuple(weights.shape)}; return a tensor of shape (rows,)"
-            )
-        if torch.compiler.is_compiling():
-            self._weights = weights
-        else:
+        parts = [self._read(module, part) for part in members(get(value, keys))]
+        weights = parts[0] if len(parts) == 1 else torch.cat(parts)
+        self._weights = weights
+        if not torch.compiler.is_compiling():
             self._by_thread.weights = weights
 
     def weights_for(self, site: str) -> Tensor:
-        """The decision per row; GateError if the gate's site has not run yet in this forward pass."""
-        weights = self._weights
-        if not torch.compiler.is_compiling():
-            weights = getattr(self._by_thread, "weights", None)
+        """The decision; GateError if the gate's site has not run yet in this forward pass."""
+        weights = self._present
         if weights is None:
             raise GateError(
                 f"site {site!r} runs before site {self.gate.site!r}, where its gate reads; fit the gate at the steered "
@@ -60,21 +78,112 @@ class GateReader(Uncopied):
             )
         return weights
 
-    def forget(self) -> None:
-        """Decide anew in the next forward pass."""
+    def notice(self, now: Now | None) -> None:
+        """Decide anew in the next forward pass, unless the decision holds for a whole generation."""
+        if not self._holds:
+            self.release()
+
+    def release(self) -> None:
+        """Decide anew, whatever was decided."""
         self._weights = None
         if not torch.compiler.is_compiling():
             self._by_thread.weights = None
 
-    def _means(self, module: nn.Module, part: Tensor) -> Tensor:
-        activation = full(part, module, site=self.gate.site)
+    @property
+    def _holds(self) -> bool:
+        return self._passes.generating is not None and not self._per_token
+
+    @property
+    def _present(self) -> Tensor | None:
+        return self._weights if torch.compiler.is_compiling() else getattr(self._by_thread, "weights", None)
+
+    def _read(self, module: nn.Module, part: Tensor) -> Tensor:
+        site = self.gate.site
+        activation = full(part, module, site=site)
         if (conversion := getattr(module, "hook_conversion", None)) is not None:
             activation = conversion.convert(activation)
-        axis = self._layout.feature_axis(tuple(activation.shape), size=None, site=self.gate.site)
+        shape = tuple(activation.shape)
+        axis = self._layout.feature_axis(shape, size=None, site=site)
         row_axis = self._layout.row_axis if activation.ndim > 2 else 0
         if row_axis == axis:
             raise GateError(
-                f"gate at site {self.gate.site!r}: the activation has shape {tuple(activation.shape)} and no axis of "
-                "rows; give the model a batch"
+                f"gate at site {site!r}: the activation has shape {shape} and no axis of rows; give the model a batch"
             )
-        return reduce(activation.movedim((row_axis, axis), (0, -1)), "rows ... d -> rows d", "mean")
+        by_row = activation.movedim((row_axis, axis), (0, -1))
+        if self._per_token:
+            return self._per_token_of(by_row, part)
+        now = self._passes.now
+        mask = None if now is None or (part is not activation and part.is_nested) else self._prompt(now)
+        if mask is not None:
+            assert now is not None and now.tokens is not None
+            lay = Lay(site, (*by_row.shape,), by_row.ndim - 1, 0)
+            spread = lay.tokens(mask, rows=now.tokens.rows)
+            if spread is not None and by_row.ndim == 3:
+                wide = by_row.to(torch.promote_types(by_row.dtype, torch.float32))
+                total = torch.where(spread, wide, 0).sum(dim=1)
+                return self._decided((total / spread.sum(dim=1).clamp(min=1)).to(by_row.dtype))
+        return self._decided(reduce(by_row, "rows ... d -> rows d", "mean"))
+
+    def _per_token_of(self, by_row: Float[Tensor, "rows *positions d"], part: Tensor) -> Tensor:
+        if by_row.ndim == 2:
+            now = self._passes.now
+            tokens = None if now is None else now.tokens
+            weights = self._decided(by_row)
+            if tokens is not None and len(by_row) == tokens.rows * tokens.length:
+                return weights.reshape(tokens.rows, tokens.length)
+            return weights
+        if by_row.ndim != 3:
+            raise GateError(
+                f"gate at site {self.gate.site!r}: per='token' reads an activation (rows, positions, d), got shape "
+                f"{tuple(part.shape)}; choose another site, or per='sequence'"
+            )
+        flat = self._decided(rearrange(by_row, "b s d -> (b s) d"))
+        return rearrange(flat, "(b s) -> b s", b=by_row.shape[0])
+
+    def _prompt(self, now: Now) -> Tensor | None:
+        """Which of the tokens are those of the prompt, and no pads; None where all are."""
+        tokens = now.tokens
+        if tokens is None:
+            return None
+        if not tokens.has_whole_prompt:
+            raise GateError(
+                f"gate at site {self.gate.site!r}: it decides once for a sequence, from its prompt, and this pass does "
+                "not compute the whole prompt: a part of it lies in a cache; use model.generate without prefill "
+                "chunks, or a gate with per='token'"
+            )
+        assert tokens.prompt is not None
+        if tokens.prompt == tokens.length:
+            return now.real
+        inside = tokens.in_prompt[None]
+        return inside if now.real is None else inside & now.real
+
+    def _decided(self, rows: Float[Tensor, "rows d"]) -> Tensor:
+        weights = self.gate(rows)
+        if weights.shape != rows.shape[:1]:
+            raise GateError(
+                f"gate at site {self.gate.site!r}: expected one weight for each of {len(rows)} rows, got shape "
+                f"{tuple(weights.shape)}; return a tensor of shape (rows,)"
+            )
+        return weights
+
+
+@final
+class CombinedReader(Uncopied):
+    """The decisions of several gates, combined."""
+
+    def __init__(self, gate: Combination, readers: Sequence[Reader]) -> None:
+        self.gate = gate
+        self._readers = tuple(readers)
+
+    def weights_for(self, site: str) -> Tensor:
+        """The decision: per token, if one of them is."""
+        weights = [reader.weights_for(site) for reader in self._readers]
+        if any(own.ndim == 2 for own in weights):
+            weights = list(torch.broadcast_tensors(*(own[:, None] if own.ndim == 1 else own for own in weights)))
+        if len({tuple(own.shape) for own in weights}) > 1:
+            raise GateError(
+                f"site {site!r}: the gates of {self.gate!r} decide for {[tuple(own.shape) for own in weights]} rows; "
+                "they must read sites that have the same ones"
+            )
+        combined: Tensor = self.gate.combine([own.to(weights[0].device) for own in weights])
+        return combined

@@ -20,7 +20,7 @@ from actsteer.steering.checkpointing import Checkpointing
 from actsteer.steering.edit import SiteEdit
 from actsteer.steering.explain import explain
 from actsteer.steering.interventions.intervention import Edit
-from actsteer.steering.plan import Gates, Interventions, make_plan
+from actsteer.steering.plan import AllPositions, Gates, Interventions, make_plan
 from actsteer.steering.strength import Strengths, strengths_of
 from actsteer.steering.watch import Watch
 from actsteer.vectors.bank import VectorBank
@@ -39,11 +39,19 @@ class Steerer:
         model: any `nn.Module`, wrapped (compiled, DDP, FSDP) or not.
         vectors: one vector, or a bank of concepts; they are copied (see `requires_grad_`). Or an edit that knows its
             own sites: `LowRank`, `Affine` or `Replace`.
-        c: the strength, in multiples of the vectors: one number; concept -> number (what is not named is 0); or a
-            tensor of shape (B,), one strength per row of the batch. A vector without a name is the concept "vector".
+        c: the strength, in multiples of the vectors: one number; a tensor (B,), one per row of the batch, or (B, S),
+            one per row and position; a callable of the generation step (0 for the prompt, 1 for the first token that
+            was generated and is fed to the model, ...); or concept -> one of these (what is not named is 0). A vector
+            without a name is the concept "vector".
         intervention: how a direction edits the activation, `Add()` unless given; one for every concept, or concept ->
             intervention. The concepts of a bank edit in its order.
-        gate: which rows are steered; one gate for every concept, or concept -> gate (what is not named has none).
+        gate: which rows, or tokens, are steered; one gate for every concept, or concept -> gate (what is not named
+            has none).
+        positions: which tokens of a sequence are steered, for every concept, or concept -> positions: "all", "prompt",
+            "generated", "last" (of the prompt), an index or a list of them, a slice, a bool mask of the prompt, or a
+            callable that makes a mask of all inputs so far. They count from the start of each text, pads left out,
+            whatever lies in a cache; negative ones from the end of the prompt. The first generated token is the answer
+            to the prompt's last one, so that "prompt" and "last" steer it, and "generated" does not. Pads never are.
         sites: steer only these of the vectors' sites: names, globs, modules, or a predicate on (name, module).
         axis: the feature axis, of every site or site -> axis, where it is not the one that the module's class tells.
         backend: "auto" takes a hook, or under code that is compiled already, which ignores hooks, a patch of the
@@ -56,6 +64,7 @@ class Steerer:
     Raises:
         SiteNotFoundError, ShapeError, ConceptNotFoundError, StrengthError, UnsupportedModelError: before attaching.
         SteeringNotApplied: on leaving the block, with `strict`.
+        PositionsError, GateError: in a forward pass, where positions, or what a gate reads, cannot be known.
 
     Warns:
         UserWarning: on leaving the block before the backward pass of a forward pass under gradient checkpointing.
@@ -80,6 +89,7 @@ class Steerer:
         c: Strengths = 1.0,
         intervention: Interventions | None = None,
         gate: Gates | None = None,
+        positions: AllPositions | None = None,
         sites: Sites | None = None,
         axis: Axes | None = None,
         backend: Backend = "auto",
@@ -101,6 +111,7 @@ class Steerer:
         self.bank = vectors
         self._intervention: Interventions | None = intervention
         self._gate = gate
+        self._positions = positions
         self._backend, self._scope, self._strict = backend, scope, strict
         self._handles: ExitStack | None = None
         self._installed: ExitStack | None = None
@@ -110,6 +121,7 @@ class Steerer:
             vectors,
             intervention=intervention,
             gate=gate,
+            positions=positions,
             sites=sites,
             axis=axis,
             checkpointing=self._checkpointing,
@@ -259,6 +271,7 @@ class Steerer:
     def _arguments(self) -> tuple[nn.Module, VectorBank, dict[str, Any]]:
         c = dict(self._c) if isinstance(self._c, Mapping) else self._c
         options: dict[str, Any] = {"c": c, "intervention": self._intervention, "gate": self._gate, "sites": self.sites}
+        options["positions"] = self._positions
         options |= {"axis": self._plan.axis, "backend": self._backend, "scope": self._scope, "strict": self._strict}
         trained = any(edit.directions.requires_grad for edit in self.edits.values())
         return self.model, self.vectors if trained else self.bank, options
@@ -272,8 +285,10 @@ class Steerer:
         handles, self._handles = self._handles, None
         if handles is not None:
             handles.close()
+        for passes in self._plan.passes:
+            passes.forget()
         for reader in self._plan.readers:
-            reader.forget()
+            reader.release()
         return handles is not None
 
     def _check_applied(self) -> None:

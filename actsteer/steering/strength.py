@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import TypeAlias
 
@@ -12,14 +12,18 @@ from torch import Tensor
 
 from actsteer.errors import ConceptNotFoundError, StrengthError, close_names
 
-Strength: TypeAlias = float | Tensor
-"""One number, or a tensor with one number per row of the batch."""
-Strengths: TypeAlias = Strength | Mapping[str, float] | Mapping[str, Tensor] | Mapping[str, Strength]
+Schedule: TypeAlias = Callable[[int], float]
+"""The strength in each step of the generation: 0 for the prompt, 1 for the first token that was generated, ..."""
+Strength: TypeAlias = float | Tensor | Schedule
+"""One number; a tensor (B,), one per row of the batch, or (B, S), one per row and position; or a schedule."""
+Strengths: TypeAlias = (
+    Strength | Mapping[str, float] | Mapping[str, Tensor] | Mapping[str, Schedule] | Mapping[str, Strength]
+)
 """One strength for every concept, or concept -> strength; a concept that is not named counts as zero."""
 
 
-def strengths_of(c: Strengths, concepts: Sequence[str]) -> list[Tensor]:
-    """One strength per concept, each a tensor of shape () or (B,).
+def strengths_of(c: Strengths, concepts: Sequence[str]) -> list[Tensor | Schedule]:
+    """One strength per concept, each a tensor of shape (), (B,) or (B, S), or a schedule.
 
     Raises:
         ConceptNotFoundError: a concept that is not in the bank.
@@ -33,23 +37,40 @@ def strengths_of(c: Strengths, concepts: Sequence[str]) -> list[Tensor]:
         parsed = [_checked(c.get(concept, 0.0), f"c[{concept!r}]") for concept in concepts]
     else:
         parsed = [_checked(c, "c")] * len(concepts)
-    rows = {len(strength) for strength in parsed if strength.ndim}
+    rows = {len(strength) for strength in parsed if isinstance(strength, Tensor) and strength.ndim}
     if len(rows) > 1:
         raise StrengthError(f"c has {sorted(rows)} rows for different concepts; give each one strength per row")
     return parsed
 
 
-def _checked(strength: object, where: str) -> Tensor:
+def strength_at(schedule: Schedule, step: int) -> Tensor:
+    """What a schedule says about one step, 0-dim.
+
+    Raises:
+        StrengthError: not one finite number.
+    """
+    checked = _checked(schedule(step), f"c({step})")
+    if not isinstance(checked, Tensor) or checked.ndim:
+        raise StrengthError(f"c({step}): expected one number for a step of the generation, got {checked}")
+    return checked
+
+
+def _checked(strength: object, where: str) -> Tensor | Schedule:
     if isinstance(strength, Real):
         if not math.isfinite(strength):
             raise StrengthError(f"{where}: expected a finite number, got {strength}")
         return torch.tensor(float(strength), dtype=torch.float64)
     if not isinstance(strength, Tensor):
-        raise StrengthError(f"{where}: expected a number or a tensor of shape () or (B,), got {strength!r}")
-    if strength.ndim > 1 or strength.is_complex() or strength.dtype is torch.bool:
+        if callable(strength):
+            return strength
         raise StrengthError(
-            f"{where}: expected a tensor of shape () or (B,), one strength per row, got {strength.dtype} of shape "
-            f"{tuple(strength.shape)}"
+            f"{where}: expected a number or a tensor of shape (), (B,) or (B, S), or a callable of the generation "
+            f"step, got {strength!r}"
+        )
+    if strength.ndim > 2 or strength.is_complex() or strength.dtype is torch.bool:
+        raise StrengthError(
+            f"{where}: expected a tensor of shape (), (B,) or (B, S), one strength per row or per row and position, "
+            f"got {strength.dtype} of shape {tuple(strength.shape)}"
         )
     if strength.requires_grad:
         raise StrengthError(f"{where}: gradients do not reach c; detach it, or train a vector with optimize")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from threading import local
 from typing import Any, final
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from actsteer.steering.copies import Uncopied
-from actsteer.steering.reader import GateReader
+from actsteer.steering.passes import Passes
 
 
 @final
@@ -30,16 +30,27 @@ class Watch(Uncopied):
 
 
 @final
-class Forget(Uncopied):
-    """A hook before the model's forward pass, which may follow one that failed halfway, and after it."""
+class Begin(Uncopied):
+    """A hook before a forward pass, which may follow one that failed halfway."""
 
-    def __init__(self, readers: Iterable[GateReader]) -> None:
-        self._readers = tuple(readers)
+    def __init__(self, passes: Passes) -> None:
+        self._passes = passes
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Find out about the pass."""
+        self._passes.begin(args, kwargs)
+
+
+@final
+class End(Uncopied):
+    """A hook after a forward pass."""
+
+    def __init__(self, passes: Passes) -> None:
+        self._passes = passes
 
     def __call__(self, *_: Any) -> None:
-        """Have the gates decide anew."""
-        for reader in self._readers:
-            reader.forget()
+        """Forget about the pass."""
+        self._passes.end()
 
 
 @final

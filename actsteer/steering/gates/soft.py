@@ -1,0 +1,62 @@
+"""Soft: a gate that is a weight between 0 and 1, and not a step."""
+
+from __future__ import annotations
+
+import math
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from actsteer.steering.gates.gate import Per, Score
+
+
+@final
+class Soft:
+    """The weight σ((s - t) / w) of a gate that compares a score s with a threshold t: ½ at the threshold.
+
+    Args:
+        gate: `ProjectionAbove`, `CosineAbove`, `ProbeAbove`, or another with a `score` and a `threshold`.
+        width: w, in the score's own units; from t - w to t + w the weight grows from 0.27 to 0.73.
+
+    Raises:
+        TypeError: a gate without a score.
+        ValueError: a width that is not above 0.
+
+    Source: the logistic function in the place of the step of CAST, Lee et al. 2024.
+
+    >>> from actsteer import ProjectionAbove, SteeringVector
+    >>> gate = Soft(ProjectionAbove(SteeringVector({"2": torch.tensor([1.0])}), threshold=2.0), width=0.5)
+    >>> gate(torch.tensor([[2.0], [3.0]]))
+    tensor([0.5000, 0.8808])
+    """
+
+    __slots__ = ("gate", "width")
+
+    def __init__(self, gate: Score, *, width: float) -> None:
+        if not isinstance(gate, Score):
+            raise TypeError(f"expected a gate with a score and a threshold, got {type(gate).__name__}")
+        if not (math.isfinite(width) and width > 0):
+            raise ValueError(f"width: expected a number above 0, got {width}")
+        self.gate, self.width = gate, float(width)
+
+    @property
+    def site(self) -> str:
+        """Where the gate inside reads."""
+        return self.gate.site
+
+    @property
+    def per(self) -> Per:
+        """As the gate inside."""
+        return getattr(self.gate, "per", "sequence")
+
+    def __call__(self, rows: Float[Tensor, "rows d"]) -> Float[Tensor, " rows"]:
+        """A weight per row, in float32 at least."""
+        score = self.gate.score(rows)
+        return torch.sigmoid(
+            (score.to(torch.promote_types(score.dtype, torch.float32)) - self.gate.threshold) / self.width
+        )
+
+    def __repr__(self) -> str:
+        return f"Soft({self.gate!r}, width={self.width:.4g})"

@@ -1,0 +1,47 @@
+"""Threshold: where the scores of two sides are best told apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from actsteer.collecting.statistics import Statistics
+from actsteer.errors import SiteNotFoundError, StatisticsError, close_names
+from actsteer.steering.gates.gate import Score
+
+Evidence: TypeAlias = Statistics | Mapping[str, Tensor] | Tensor
+"""What a threshold is chosen from: statistics, recorded activations (site -> (n, d)), or scores (n,)."""
+
+
+def best_split(gate: Score, *, positive: Evidence, negative: Evidence) -> float:
+    """The midpoint between the two neighbouring scores at which the balanced accuracy is largest.
+
+    Raises:
+        StatisticsError: no threshold tells the sides apart, or a side is empty.
+    """
+    high, low = (_scores(gate, side) for side in (positive, negative))
+    values = torch.unique(torch.cat([high, low]))
+    above = 1 - torch.searchsorted(high.sort().values, values, right=True) / len(high)
+    below = torch.searchsorted(low.sort().values, values, right=True) / len(low)
+    best = int((above + below).argmax())
+    if float(above[best] + below[best]) <= 1.0:
+        raise StatisticsError("no threshold separates the positive side from the negative; is the sign reversed?")
+    return float(values[best] + values[min(best + 1, len(values) - 1)]) / 2
+
+
+def _scores(gate: Score, evidence: Evidence) -> Tensor:
+    if isinstance(evidence, Statistics):
+        raise StatisticsError(
+            f"gate at site {gate.site!r}: expected recorded activations, or scores, of both sides; for "
+            "ProjectionAbove, both sides as statistics, or neither"
+        )
+    if isinstance(evidence, Mapping):
+        if gate.site not in evidence:
+            raise SiteNotFoundError(f"nothing recorded at site {gate.site!r}. {close_names(gate.site, evidence)}")
+        evidence = gate.score(evidence[gate.site])
+    if evidence.ndim != 1 or len(evidence) == 0:
+        raise StatisticsError(f"expected scores of shape (n,) with n >= 1, got shape {tuple(evidence.shape)}")
+    return evidence.detach().double()

@@ -1,0 +1,181 @@
+"""Generation: where the prompt of a `generate` call ends, and which tokens each of its passes computes."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from threading import get_ident
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from actsteer.steering.inputs import cached
+from actsteer.steering.passes import Generating, Passes
+from actsteer.steering.reader import GateReader
+from actsteer.steering.tokens import Tokens
+
+_NAMES = ("generate", "generate_stream")
+
+
+def attach(
+    model: nn.Module, passes: Sequence[Passes], readers: Sequence[GateReader], *, one_thread: bool
+) -> Callable[[], None]:
+    """Have every `generate` in the model tell the passes what it computes; returns what removes that again."""
+    with ExitStack() as handles:
+        for module in model.modules():
+            for name in _NAMES:
+                if callable(getattr(type(module), name, None)):
+                    watched = _Watched(module, name, passes, readers, get_ident() if one_thread else None)
+                    handles.callback(watched.leave)
+        return handles.pop_all().close
+    raise AssertionError  # for the type checker, to whom an ExitStack might swallow an exception
+
+
+@final
+class _Watched:
+    """A module's `generate`, with the passes told."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        name: str,
+        passes: Sequence[Passes],
+        readers: Sequence[GateReader],
+        thread: int | None,
+    ) -> None:
+        self.module, self.name = module, name
+        self._passes, self._readers, self._thread = passes, readers, thread
+        self._owned = name in module.__dict__  # whether what was there lay on the instance, where it is put back
+        self._previous: Callable[..., Any] = getattr(module, name)
+        self.__signature__ = inspect.signature(self._previous)
+        module.__dict__[name] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._thread not in (None, get_ident()):
+            return self._previous(*args, **kwargs)
+        if inspect.isgeneratorfunction(getattr(self._previous, "__func__", self._previous)):
+            return self._streamed(args, kwargs)
+        with self._told(args, kwargs):
+            return self._previous(*args, **kwargs)
+
+    def _streamed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
+        with self._told(args, kwargs):
+            yield from self._previous(*args, **kwargs)
+
+    def leave(self) -> None:
+        """Put back what was there, unless something else lies there now."""
+        if self.module.__dict__.get(self.name) is self:
+            if self._owned:
+                self.module.__dict__[self.name] = self._previous
+            else:
+                del self.module.__dict__[self.name]
+
+    @contextmanager
+    def _told(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        outer = [passes.generating for passes in self._passes]
+        generating = _generating(self.module, args, kwargs)
+        for passes in self._passes:
+            passes.generating = generating
+        self._release()
+        try:
+            with _prepared(self.module, self._passes[0], generating):
+                yield
+        finally:
+            for passes, own in zip(self._passes, outer, strict=True):
+                passes.generating = own
+                passes.forget()
+            self._release()
+
+    def _release(self) -> None:
+        for reader in self._readers:
+            reader.release()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Copied:
+        return _Copied(copy.deepcopy(self.module, memo), self.name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Copied, (self.module, self.name)
+
+
+@final
+class _Copied:
+    """What stands in a copy of the module: it leaves at the first call."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self._module, self._name = module, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._module.__dict__.pop(self._name, None)
+        return getattr(self._module, self._name)(*args, **kwargs)
+
+
+def _generating(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generating:
+    """What the arguments of `generate` tell; nothing, if it goes on from a cache."""
+    first = args[0] if args else None
+    given = [first, *(kwargs.get(name) for name in ("inputs", "input_ids", "input", "inputs_embeds"))]
+    inputs = next((value for value in given if isinstance(value, Tensor) and value.ndim >= 2), None)
+    rows = None if inputs is None else inputs.shape[0]
+    mask = kwargs.get("attention_mask")
+    if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+        inputs, mask = kwargs.get("decoder_input_ids"), kwargs.get("decoder_attention_mask")
+    elif kwargs.get("past_key_values") is not None:
+        inputs = mask = None
+    prompt = inputs.shape[1] if isinstance(inputs, Tensor) and inputs.ndim >= 2 else None
+    known = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == prompt
+    return Generating(rows=rows, prompt=prompt, mask=mask.bool() if known and isinstance(mask, Tensor) else None)
+
+
+@contextmanager
+def _prepared(module: nn.Module, passes: Passes, generating: Generating) -> Iterator[None]:
+    """While a transformers model generates: tell of each pass what it is about to compute."""
+    previous = getattr(module, "prepare_inputs_for_generation", None)
+    if not callable(previous):
+        yield
+        return
+    owned = "prepare_inputs_for_generation" in module.__dict__
+
+    @wraps(previous)
+    def prepare(*args: Any, **kwargs: Any) -> Any:
+        inputs = previous(*args, **kwargs)
+        if (tokens := _tokens(module, args, kwargs, inputs)) is not None:
+            passes.announce(generating.within(tokens))
+        return inputs
+
+    module.__dict__["prepare_inputs_for_generation"] = prepare
+    try:
+        yield
+    finally:
+        if owned:
+            module.__dict__["prepare_inputs_for_generation"] = previous
+        else:
+            module.__dict__.pop("prepare_inputs_for_generation", None)
+
+
+def _tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Any) -> Tokens | None:
+    """The tokens of the pass with these inputs, among all columns so far."""
+    decodes = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
+    prefix = "decoder_" if decodes else ""
+    fed = next((inputs[n] for n in (prefix + "input_ids", "inputs_embeds") if isinstance(inputs.get(n), Tensor)), None)
+    if fed is None:
+        return None
+    rows, length = fed.shape[:2]
+    ids = args[0] if args else kwargs.get("input_ids")
+    mask = kwargs.get(prefix + "attention_mask")
+    mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    if mask is not None:
+        total = mask.shape[1]
+    elif kwargs.get("next_sequence_length") is not None and isinstance(ids, Tensor):
+        total = ids.shape[1]
+    else:
+        seen = cached(kwargs.get("past_key_values"))
+        total = length + (int(seen) if seen is not None else 0)
+    batch = None
+    if isinstance(ids, Tensor) and ids.shape[1] == total:
+        whole = torch.ones_like(ids) if mask is None else mask
+        batch = {prefix + "input_ids": ids, prefix + "attention_mask": whole}
+    mask = None if mask is None else mask.bool()
+    return Tokens(rows, length, start=total - length, mask=mask, batch=batch)

@@ -1,0 +1,223 @@
+"""Passes: what the edits and gates of a Steerer know about the forward pass that runs now."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from threading import local
+from typing import Any, Protocol, final, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from actsteer.collecting.positions import Positions
+from actsteer.errors import StrengthError
+from actsteer.sites.wrappers import unwrapped
+from actsteer.steering.inputs import KNOWN, tokens_of
+from actsteer.steering.positions import chosen
+from actsteer.steering.strength import Schedule, strength_at
+from actsteer.steering.tokens import Tokens
+
+PerToken = Tensor | Schedule
+"""A strength (B, S), one for each row and position; or one for each step of the generation."""
+
+
+@final
+class Now:
+    """One forward pass: its tokens, and how much of each concept each of them gets.
+
+    Args:
+        tokens: where they stand; None if the inputs do not show it, and the activation's own positions count.
+        real: which of them are not pads, (B, S); None: all.
+        doses: (B, S) or (1, S) for each concept; None where every token gets the same.
+    """
+
+    def __init__(self, tokens: Tokens | None, real: Tensor | None, doses: list[Tensor | None]) -> None:
+        self.tokens, self.real, self.doses = tokens, real, doses
+
+
+@runtime_checkable
+class Notices(Protocol):
+    """What is told when a pass begins, and when it ends."""
+
+    def notice(self, now: Now | None) -> None:
+        """A pass begins, or has ended (None)."""
+        ...
+
+
+@final
+class Passes:
+    """The forward passes of a module that is called with the tokens: the model or, in it, its encoder."""
+
+    def __init__(self, host: nn.Module, positions: Sequence[Positions | None], *, is_encoder: bool = False) -> None:
+        self.host = host
+        self.positions = tuple(positions)
+        self.is_encoder = is_encoder
+        self.strengths: list[PerToken | None] = [None] * len(self.positions)
+        self.generating: Generating | None = None
+        self.readers: list[Notices] = []  # what decides anew when a pass begins
+        self.edits: list[Notices] = []
+        self._first: list[Tensor | None] = [None] * len(self.positions)  # of a schedule, the strength of step 0
+        self._now: Now | None = None  # in compiled code, which one thread at a time may run
+        self._by_thread = local()
+        self._announced = False
+        try:
+            self._names = list(inspect.signature(type(unwrapped(host)).forward).parameters)[1:]
+        except (TypeError, ValueError):
+            self._names = []
+
+    @property
+    def sees_inputs(self) -> bool:
+        """Whether the module may be told of pads, a cache or positions."""
+        return any(KNOWN.search(name) for name in self._names) or "kwargs" in self._names
+
+    def asks(self, concept: int) -> bool:
+        """Whether tokens of one row may get different strengths of a concept."""
+        return self.positions[concept] is not None or self.strengths[concept] is not None
+
+    @torch.inference_mode(mode=False)
+    def set_strengths(self, strengths: Sequence[PerToken | None]) -> None:
+        """New strengths per token, from the next pass on."""
+        self.strengths = list(strengths)
+        self._first = [None if not callable(own) else strength_at(own, 0) for own in strengths]
+
+    def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Before the forward pass: find out about its tokens, unless the generation has told of them already."""
+        if self._announced:
+            self._announced = False
+        else:
+            self._set(self._seen(args, kwargs))
+        self._tell()
+
+    def end(self) -> None:
+        """After the forward pass."""
+        self._set(None)
+        self._tell()
+
+    def announce(self, tokens: Tokens) -> None:
+        """Tell of the tokens of the pass that comes next."""
+        self._set(self._about(tokens))
+        self._announced = True
+
+    def forget(self) -> None:
+        """Nothing was announced, or it did not come to a pass."""
+        self._announced = False
+        self._set(None)
+
+    @property
+    def now(self) -> Now | None:
+        """The pass that runs; None outside of one, or where there is nothing to know."""
+        return self._now if torch.compiler.is_compiling() else getattr(self._by_thread, "now", None)
+
+    def of_shape(self, rows: int, length: int) -> Now:
+        """What holds for an activation of so many rows and positions, whatever the inputs were."""
+        now = self.now
+        if now is not None and now.tokens is not None:
+            return now
+        return self._about(Tokens(rows, length, prompt=length))
+
+    def _tell(self) -> None:
+        for own in self.readers:
+            own.notice(self.now)
+        for own in self.edits:
+            own.notice(self.now)
+
+    def _set(self, now: Now | None) -> None:
+        self._now = now
+        if not torch.compiler.is_compiling():
+            self._by_thread.now = now
+
+    def _seen(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Now | None:
+        asks = any(self.asks(index) for index in range(len(self.positions))) or bool(self.readers)
+        named = dict(zip(self._names, args, strict=False)) | dict(kwargs)
+        tokens = tokens_of(named, self.host, is_encoder=self.is_encoder, strict=asks)
+        if tokens is None:
+            return None
+        if self.generating is not None and not self.is_encoder:
+            tokens = self.generating.within(tokens)
+        if not asks and (tokens.mask is None or _has_no_pads(tokens.mask)):
+            return None
+        return self._about(tokens)
+
+    def _about(self, tokens: Tokens) -> Now:
+        real = tokens.real
+        if real is not None and _has_no_pads(real):
+            real = None
+        return Now(tokens, real, [self._dose(index, tokens) for index in range(len(self.positions))])
+
+    def _dose(self, index: int, tokens: Tokens) -> Tensor | None:
+        positions, strength = self.positions[index], self.strengths[index]
+        where = None if positions is None else chosen(positions, tokens)
+        if strength is None:
+            return where
+        amounts = self._per_token(index, strength, tokens)
+        return amounts if where is None else torch.where(where.to(amounts.device), amounts, 0.0)
+
+    def _per_token(self, index: int, strength: PerToken, tokens: Tokens) -> Float[Tensor, "_ S"]:
+        if isinstance(strength, Tensor):
+            return _columns_of(strength, tokens)
+        first = self._first[index]
+        assert first is not None
+        if self.generating is None or self.is_encoder:
+            tokens.check_known()
+            return first.expand(1, tokens.length)
+        return torch.stack([first if step == 0 else strength_at(strength, step) for step in tokens.steps])[None]
+
+
+def _has_no_pads(mask: Tensor) -> bool:
+    """Whether all are tokens, as far as one can tell without waiting for another device."""
+    return mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all())
+
+
+def _columns_of(strength: Float[Tensor, "B S"], tokens: Tokens) -> Float[Tensor, "B S"]:
+    """The strengths of these tokens, from those of all columns."""
+    rows, columns = strength.shape
+    tokens.check_known()
+    if (
+        not isinstance(tokens.start, int)
+        or tokens.start + tokens.length > columns
+        or rows * tokens.copies != tokens.rows
+    ):
+        raise StrengthError(
+            f"c has {rows} rows of {columns} positions, and the pass {tokens.rows} rows whose tokens go up to position "
+            f"{tokens.start + tokens.length if isinstance(tokens.start, int) else '?'}; give a strength for each, or a "
+            "callable of the generation step"
+        )
+    own = strength.repeat_interleave(tokens.copies, dim=0) if tokens.copies > 1 else strength
+    return own[:, tokens.start : tokens.start + tokens.length]
+
+
+@final
+class Generating:
+    """A call of `generate` that is under way: where its prompt ends, as far as that is known."""
+
+    def __init__(self, *, rows: int | None, prompt: int | None, mask: Tensor | None) -> None:
+        self.rows, self.prompt, self.mask = rows, prompt, mask
+
+    def copies(self, rows: int) -> int:
+        """How many rows were made from one of the caller's."""
+        return rows // self.rows if self.rows and rows % self.rows == 0 else 1
+
+    def within(self, tokens: Tokens) -> Tokens:
+        """The tokens of a pass of this generation; the first one has the prompt, if nobody has told of it."""
+        if self.prompt is None and isinstance(tokens.start, int):
+            self.prompt = tokens.start + tokens.length
+        if self.rows is None:
+            self.rows = tokens.rows
+        copies = self.copies(tokens.rows)
+        mask = (
+            self.mask if self.mask is None or len(self.mask) == tokens.rows else self.mask.repeat_interleave(copies, 0)
+        )
+        return Tokens(
+            tokens.rows,
+            tokens.length,
+            start=tokens.start,
+            mask=tokens.mask,
+            prompt=self.prompt,
+            prompt_mask=mask,
+            batch=tokens.batch,
+            copies=copies,
+            goes_on=True,
+            unknown=tokens.unknown,
+        )

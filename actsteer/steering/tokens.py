@@ -1,0 +1,118 @@
+"""Tokens: where the tokens of one forward pass stand in their texts, counted from the start of each, pads left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, final
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from actsteer.errors import PositionsError
+
+
+@final
+class Tokens:
+    """The S tokens of each of B rows, with what was computed before them in a cache.
+
+    Args:
+        rows, length: B and S.
+        start: the column of the first of them: how many columns lie in the cache; None if nobody can know.
+        mask: the tokens (true) and pads (false) of all columns so far, (B, start + S); None where there are no pads.
+        prompt: the number of columns of the prompt; None if nobody can know.
+        prompt_mask: the mask of all columns of the prompt, where `mask` does not reach so far yet.
+        batch: the inputs that a callable chooses positions from, of all columns so far; None if they are not known.
+        copies: how many rows in a row were made from one of the caller's, as beams are.
+        goes_on: whether more tokens are generated after these.
+        unknown: why something is not known.
+    """
+
+    __slots__ = ("batch", "copies", "goes_on", "length", "mask", "prompt", "prompt_mask", "rows", "start", "unknown")
+
+    def __init__(
+        self,
+        rows: int,
+        length: int,
+        *,
+        start: int | Tensor | None = 0,
+        mask: Bool[Tensor, "B T"] | None = None,
+        prompt: int | None = None,
+        prompt_mask: Bool[Tensor, "B P"] | None = None,
+        batch: Mapping[str, Any] | None = None,
+        copies: int = 1,
+        goes_on: bool = False,
+        unknown: str = "",
+    ) -> None:
+        self.rows, self.length, self.start = rows, length, start
+        self.mask, self.prompt, self.prompt_mask = mask, prompt, prompt_mask
+        self.batch, self.copies, self.goes_on, self.unknown = batch, copies, goes_on, unknown
+
+    @property
+    def real(self) -> Bool[Tensor, "B S"] | None:
+        """Which of them are tokens and not pads; None: all."""
+        return None if self.mask is None else self.mask[:, self.mask.shape[1] - self.length :]
+
+    @property
+    def columns(self) -> Int[Tensor, " S"]:
+        """The column of each."""
+        if self.start is None:
+            raise PositionsError(self.unknown)
+        device = (
+            self.start.device if isinstance(self.start, Tensor) else None if self.mask is None else self.mask.device
+        )
+        return self.start + torch.arange(self.length, device=device)
+
+    @property
+    def numbers(self) -> Int[Tensor, "_ S"]:
+        """The place of each token in its text, from 0; of a pad, the place of the token before it."""
+        if self.mask is None:
+            return self.columns[None]
+        if isinstance(self.start, int) and self.mask.shape[1] != self.start + self.length:
+            raise PositionsError(
+                f"the attention mask has {self.mask.shape[1]} columns, and there are {self.start + self.length} with "
+                "those in the cache; pass a mask of all of them"
+            )
+        return self.mask.cumsum(dim=1)[:, self.mask.shape[1] - self.length :] - 1
+
+    @property
+    def in_prompt(self) -> Bool[Tensor, " S"]:
+        """Which columns are of the prompt."""
+        self.check_known()
+        assert self.prompt is not None
+        return self.columns < self.prompt
+
+    @property
+    def prompt_lengths(self) -> Int[Tensor, "_ 1"] | int:
+        """How many tokens the prompt of each row has."""
+        self.check_known()
+        assert self.prompt is not None
+        mask = self.prompt_mask if self.prompt_mask is not None else self.mask
+        if mask is None:
+            return self.prompt
+        if mask.shape[1] < self.prompt:
+            raise PositionsError(
+                "the prompt comes in chunks, and where its pads lie is not known yet; pass attention_mask= to generate"
+            )
+        return mask[:, : self.prompt].sum(dim=1, keepdim=True)
+
+    @property
+    def steps(self) -> list[int]:
+        """The generation step in which each column is fed to the model: 0 for the prompt, then 1, 2, ..."""
+        self.check_known()
+        assert self.prompt is not None
+        if not isinstance(self.start, int):
+            raise PositionsError("c: the generation step is not known here, for the length of the cache is a tensor")
+        return [max(0, self.start + index - self.prompt + 1) for index in range(self.length)]
+
+    @property
+    def has_whole_prompt(self) -> bool:
+        """Whether all of the prompt's tokens are among these."""
+        return (
+            isinstance(self.start, int) and self.start == 0 and self.prompt is not None and self.length >= self.prompt
+        )
+
+    def check_known(self) -> None:
+        """Raise PositionsError if nobody can know where the prompt ends."""
+        if self.prompt is None:
+            raise PositionsError(self.unknown)
