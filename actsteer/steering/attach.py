@@ -13,7 +13,7 @@ from actsteer.errors import UnsupportedModelError
 from actsteer.sites.place import Place
 from actsteer.sites.resolve import path_to
 from actsteer.sites.shards import is_sharded
-from actsteer.sites.wrappers import uncompiled
+from actsteer.sites.wrappers import named_modules, uncompiled
 from actsteer.steering import generation
 from actsteer.steering.backends import buffer, fold, hook, patch
 from actsteer.steering.backends.choose import Backend, Choice, Mechanism, Scope, choose
@@ -50,7 +50,7 @@ def attach_all(plan: Plan, watch: Watch, chosen: Mapping[str, Choice], *, backen
 
         ends: list[tuple[Place, Callable[..., Any], Mechanism]] = []
         for passes in plan.passes:
-            if passes.readers or passes.sees_inputs:
+            if passes.readers or passes.is_read or passes.sees_inputs:
                 place = _place_of(plan.model, passes.host)
                 mechanism = choose(plan.model, place, backend=listens, scope=scope).mechanism
                 add(replace(place, side="in"), Begin(passes), mechanism)
@@ -78,7 +78,7 @@ def attach_all(plan: Plan, watch: Watch, chosen: Mapping[str, Choice], *, backen
 
 
 def _place_of(model: nn.Module, module: nn.Module) -> Place:
-    name = next((name for name, own in model.named_modules() if own is module), "")
+    name = next((name for name, own in named_modules(model) if own is module), "")
     return Place(name, name, module)
 
 

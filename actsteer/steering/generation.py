@@ -26,7 +26,8 @@ def attach(
 ) -> Callable[[], None]:
     """Have every `generate` in the model tell the passes what it computes; returns what removes that again."""
     with ExitStack() as handles:
-        for module in model.modules():
+        hosts = (module for host in (model, passes[0].host) for module in host.modules())  # a bridge hides its model
+        for module in dict.fromkeys(hosts):
             for name in _NAMES:
                 if callable(getattr(type(module), name, None)):
                     watched = _Watched(module, name, passes, readers, get_ident() if one_thread else None)
@@ -49,13 +50,14 @@ class _Watched:
     ) -> None:
         self.module, self.name = module, name
         self._passes, self._readers, self._thread = passes, readers, thread
+        self._is_gone = False
         self._owned = name in module.__dict__  # whether what was there lay on the instance, where it is put back
         self._previous: Callable[..., Any] = getattr(module, name)
         self.__signature__ = inspect.signature(self._previous)
         module.__dict__[name] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._thread not in (None, get_ident()):
+        if self._is_gone or self._thread not in (None, get_ident()):
             return self._previous(*args, **kwargs)
         if inspect.isgeneratorfunction(getattr(self._previous, "__func__", self._previous)):
             return self._streamed(args, kwargs)
@@ -67,26 +69,28 @@ class _Watched:
             yield from self._previous(*args, **kwargs)
 
     def leave(self) -> None:
-        """Put back what was there, unless something else lies there now."""
-        if self.module.__dict__.get(self.name) is self:
-            if self._owned:
-                self.module.__dict__[self.name] = self._previous
+        """Put back what was there; under what somebody has put there since, do nothing any more."""
+        self._is_gone = True
+        own = self.module.__dict__
+        while isinstance(top := own.get(self.name), _Watched) and top._is_gone:  # Steerers leave in any order
+            if top._owned:
+                own[self.name] = top._previous
             else:
-                del self.module.__dict__[self.name]
+                del own[self.name]
 
     @contextmanager
     def _told(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-        outer = [passes.generating for passes in self._passes]
+        outer = [passes.generating.get() for passes in self._passes]
         generating = _generating(self.module, args, kwargs)
         for passes in self._passes:
-            passes.generating = generating
+            passes.generating.set(generating)
         self._release()
         try:
             with _prepared(self.module, self._passes[0], generating):
                 yield
         finally:
             for passes, own in zip(self._passes, outer, strict=True):
-                passes.generating = own
+                passes.generating.set(own)
                 passes.forget()
             self._release()
 
@@ -95,21 +99,24 @@ class _Watched:
             reader.release()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Copied:
-        return _Copied(copy.deepcopy(self.module, memo), self.name)
+        previous = copy.deepcopy(self._previous, memo) if self._owned else None
+        return _Copied(copy.deepcopy(self.module, memo), self.name, previous)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Copied, (self.module, self.name)
+        return _Copied, (self.module, self.name, self._previous if self._owned else None)
 
 
 @final
 class _Copied:
     """What stands in a copy of the module: it leaves at the first call."""
 
-    def __init__(self, module: nn.Module, name: str) -> None:
-        self._module, self._name = module, name
+    def __init__(self, module: nn.Module, name: str, previous: Callable[..., Any] | None) -> None:
+        self._module, self._name, self._previous = module, name, previous
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self._module.__dict__.pop(self._name, None)
+        if self._previous is not None:
+            self._module.__dict__[self._name] = self._previous
         return getattr(self._module, self._name)(*args, **kwargs)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from threading import local
 from typing import Any, Protocol, final, runtime_checkable
 
 import torch
@@ -15,6 +14,7 @@ from actsteer.collecting.positions import Positions
 from actsteer.errors import StrengthError
 from actsteer.sites.wrappers import unwrapped
 from actsteer.steering.inputs import KNOWN, tokens_of
+from actsteer.steering.per_thread import PerThread
 from actsteer.steering.positions import chosen
 from actsteer.steering.strength import Schedule, strength_at
 from actsteer.steering.tokens import Tokens
@@ -55,13 +55,13 @@ class Passes:
         self.positions = tuple(positions)
         self.is_encoder = is_encoder
         self.strengths: list[PerToken | None] = [None] * len(self.positions)
-        self.generating: Generating | None = None
+        self.generating: PerThread[Generating] = PerThread()
         self.readers: list[Notices] = []  # what decides anew when a pass begins
         self.edits: list[Notices] = []
+        self.is_read = False  # whether a gate reads in the module
         self._first: list[Tensor | None] = [None] * len(self.positions)  # of a schedule, the strength of step 0
-        self._now: Now | None = None  # in compiled code, which one thread at a time may run
-        self._by_thread = local()
-        self._announced = False
+        self._now: PerThread[Now] = PerThread()
+        self._announced: PerThread[bool] = PerThread()  # the next pass is known already
         try:
             self._names = list(inspect.signature(type(unwrapped(host)).forward).parameters)[1:]
         except (TypeError, ValueError):
@@ -84,31 +84,31 @@ class Passes:
 
     def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Before the forward pass: find out about its tokens, unless the generation has told of them already."""
-        if self._announced:
-            self._announced = False
+        if self._announced.get():
+            self._announced.set(None)
         else:
-            self._set(self._seen(args, kwargs))
+            self._now.set(self._seen(args, kwargs))
         self._tell()
 
     def end(self) -> None:
         """After the forward pass."""
-        self._set(None)
+        self._now.set(None)
         self._tell()
 
     def announce(self, tokens: Tokens) -> None:
         """Tell of the tokens of the pass that comes next."""
-        self._set(self._about(tokens))
-        self._announced = True
+        self._now.set(self._about(tokens))
+        self._announced.set(True)
 
     def forget(self) -> None:
         """Nothing was announced, or it did not come to a pass."""
-        self._announced = False
-        self._set(None)
+        self._announced.set(None)
+        self._now.set(None)
 
     @property
     def now(self) -> Now | None:
         """The pass that runs; None outside of one, or where there is nothing to know."""
-        return self._now if torch.compiler.is_compiling() else getattr(self._by_thread, "now", None)
+        return self._now.get()
 
     def of_shape(self, rows: int, length: int) -> Now:
         """What holds for an activation of so many rows and positions, whatever the inputs were."""
@@ -123,19 +123,15 @@ class Passes:
         for own in self.edits:
             own.notice(self.now)
 
-    def _set(self, now: Now | None) -> None:
-        self._now = now
-        if not torch.compiler.is_compiling():
-            self._by_thread.now = now
-
     def _seen(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Now | None:
-        asks = any(self.asks(index) for index in range(len(self.positions))) or bool(self.readers)
+        asks = any(self.asks(index) for index in range(len(self.positions))) or self.is_read
         named = dict(zip(self._names, args, strict=False)) | dict(kwargs)
         tokens = tokens_of(named, self.host, is_encoder=self.is_encoder, strict=asks)
         if tokens is None:
             return None
-        if self.generating is not None and not self.is_encoder:
-            tokens = self.generating.within(tokens)
+        generating = self.generating.get()
+        if generating is not None and not self.is_encoder:
+            tokens = generating.within(tokens)
         if not asks and (tokens.mask is None or _has_no_pads(tokens.mask)):
             return None
         return self._about(tokens)
@@ -159,7 +155,7 @@ class Passes:
             return _columns_of(strength, tokens)
         first = self._first[index]
         assert first is not None
-        if self.generating is None or self.is_encoder:
+        if self.generating.get() is None or self.is_encoder:
             tokens.check_known()
             return first.expand(1, tokens.length)
         return torch.stack([first if step == 0 else strength_at(strength, step) for step in tokens.steps])[None]

@@ -15,7 +15,7 @@ from actsteer.errors import ConceptNotFoundError, ShapeError, SiteNotFoundError,
 from actsteer.sites.axes import Axes, known_size, layout, layouts
 from actsteer.sites.place import Place
 from actsteer.sites.resolve import Sites, resolve, select
-from actsteer.sites.wrappers import uncompiled
+from actsteer.sites.wrappers import unwrapped
 from actsteer.steering.checkpointing import Checkpointing
 from actsteer.steering.edit import SiteEdit
 from actsteer.steering.gates.gate import AnyGate, Combination, leaves
@@ -138,8 +138,9 @@ def make_plan(
             checkpointing=checkpointing,
         )
     for own in passes:
-        own.readers = [reader for reader in distinct if _host(passes, reader.place) is own]
+        own.is_read = any(_host(passes, reader.place) is own for reader in distinct)
         own.edits = [edit for edit in edits.values() if edit.passes is own]
+    passes[0].readers = list(distinct)  # what was read in the encoder holds in the decoder
     return Plan(model, bank, edits, concepts, distinct, passes, axes)
 
 
@@ -159,7 +160,7 @@ def _passes(model: nn.Module, bank: VectorBank, positions: AllPositions | None) 
     chosen = [named.get(concept) for concept in bank.concepts]
     everywhere = [None if isinstance(own, str) and own == "all" else own for own in chosen]
     bridged = getattr(model, "original_model", None) if hasattr(model, "hook_dict") else None
-    host = bridged if isinstance(bridged, nn.Module) else uncompiled(model)
+    host = bridged if isinstance(bridged, nn.Module) else unwrapped(model)
     encoder = encoder_of(host)
     own = Passes(host, everywhere)
     return (own,) if encoder is None else (own, Passes(encoder, everywhere, is_encoder=True))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from threading import local
 from typing import Any, Protocol, final, runtime_checkable
 
 import torch
@@ -20,6 +19,7 @@ from actsteer.sites.shards import full
 from actsteer.steering.copies import Uncopied
 from actsteer.steering.gates.gate import AnyGate, Combination, Gate
 from actsteer.steering.passes import Now, Passes
+from actsteer.steering.per_thread import PerThread
 from actsteer.steering.spread import Lay
 
 
@@ -48,29 +48,25 @@ class GateReader(Uncopied):
     def __init__(self, gate: Gate, place: Place, layout: Layout, passes: Passes) -> None:
         self.gate = gate
         self.place = place
-        self._weights: Tensor | None = None  # in compiled code, which one thread at a time may run
-        self._by_thread = local()
+        self._weights: PerThread[Tensor] = PerThread()
         self._layout = layout
         self._passes = passes
         self._per_token = getattr(gate, "per", "sequence") == "token"
 
     def __call__(self, module: nn.Module, args: Any, last: Any) -> None:
         """Decide; `last` is the output, or the keyword arguments."""
-        if self._holds and self._present is not None:
+        if self._holds and self._weights.get() is not None:
             return
         value = Arguments(args, last) if self.place.side == "in" else last
         keys = locate(self.place, value)
         if keys and isinstance(get(value, keys[:-1]), PackedSequence):
             raise GateError(f"gate at site {self.gate.site!r}: a packed sequence has no rows; gate at an earlier site")
         parts = [self._read(module, part) for part in members(get(value, keys))]
-        weights = parts[0] if len(parts) == 1 else torch.cat(parts)
-        self._weights = weights
-        if not torch.compiler.is_compiling():
-            self._by_thread.weights = weights
+        self._weights.set(parts[0] if len(parts) == 1 else torch.cat(parts))
 
     def weights_for(self, site: str) -> Tensor:
         """The decision; GateError if the gate's site has not run yet in this forward pass."""
-        weights = self._present
+        weights = self._weights.get()
         if weights is None:
             raise GateError(
                 f"site {site!r} runs before site {self.gate.site!r}, where its gate reads; fit the gate at the steered "
@@ -85,17 +81,11 @@ class GateReader(Uncopied):
 
     def release(self) -> None:
         """Decide anew, whatever was decided."""
-        self._weights = None
-        if not torch.compiler.is_compiling():
-            self._by_thread.weights = None
+        self._weights.set(None)
 
     @property
     def _holds(self) -> bool:
-        return self._passes.generating is not None and not self._per_token
-
-    @property
-    def _present(self) -> Tensor | None:
-        return self._weights if torch.compiler.is_compiling() else getattr(self._by_thread, "weights", None)
+        return self._passes.generating.get() is not None and not self._per_token
 
     def _read(self, module: nn.Module, part: Tensor) -> Tensor:
         site = self.gate.site

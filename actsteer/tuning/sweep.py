@@ -12,7 +12,7 @@ from actsteer.sites.axes import Axes
 from actsteer.sites.resolve import Sites
 from actsteer.steering.backends.choose import Backend
 from actsteer.steering.interventions.intervention import Edit
-from actsteer.steering.plan import Gates, Interventions
+from actsteer.steering.plan import AllPositions, Gates, Interventions
 from actsteer.steering.steerer import Steerer
 from actsteer.steering.strength import Strengths
 from actsteer.vectors.bank import VectorBank
@@ -27,6 +27,7 @@ def sweep(
     evaluate: Callable[[nn.Module], Mapping[str, Any]],
     intervention: Interventions | None = None,
     gate: Gates | None = None,
+    positions: AllPositions | None = None,
     sites: Sites | None = None,
     axis: Axes | None = None,
     backend: Backend = "auto",
@@ -56,6 +57,7 @@ def sweep(
         vectors,
         intervention=intervention,
         gate=gate,
+        positions=positions,
         sites=sites,
         axis=axis,
         backend=backend,
