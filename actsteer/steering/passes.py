@@ -214,6 +214,5 @@ class Generating:
             prompt_mask=mask,
             batch=tokens.batch,
             copies=copies,
-            goes_on=True,
             unknown=tokens.unknown,
         )

@@ -34,7 +34,7 @@ def chosen(positions: Positions, tokens: Tokens) -> Bool[Tensor, "_ S"]:
 
     Raises:
         PositionsError: they cannot be known in this pass.
-        BatchError, ShapeError: a row that has no such position; a mask of another shape.
+        BatchError, ShapeError: a prompt that is too short for a negative index; a mask of another shape.
     """
     match positions:
         case "all":
@@ -76,11 +76,10 @@ def _nth(indices: Sequence[int], tokens: Tokens) -> Tensor:
 
 
 def _check_long_enough(index: int, tokens: Tokens) -> None:
-    """Indices that count from the end of a prompt that is here must lie in it; others too, if nothing comes after."""
-    if torch.compiler.is_compiling() or not tokens.has_whole_prompt or (index >= 0 and tokens.goes_on):
+    """Indices that count from the end of a prompt must lie in it; those from its start may be yet to come."""
+    if index >= 0 or torch.compiler.is_compiling() or not tokens.has_whole_prompt:
         return
-    lengths = torch.as_tensor(tokens.prompt_lengths)
-    needed = index + 1 if index >= 0 else -index
+    lengths, needed = torch.as_tensor(tokens.prompt_lengths), -index
     if bool((lengths < needed).any()):
         row = int(lengths.flatten().argmin())
         raise BatchError(

@@ -24,11 +24,10 @@ class Tokens:
         prompt_mask: the mask of all columns of the prompt, where `mask` does not reach so far yet.
         batch: the inputs that a callable chooses positions from, of all columns so far; None if they are not known.
         copies: how many rows in a row were made from one of the caller's, as beams are.
-        goes_on: whether more tokens are generated after these.
         unknown: why something is not known.
     """
 
-    __slots__ = ("batch", "copies", "goes_on", "length", "mask", "prompt", "prompt_mask", "rows", "start", "unknown")
+    __slots__ = ("batch", "copies", "length", "mask", "prompt", "prompt_mask", "rows", "start", "unknown")
 
     def __init__(
         self,
@@ -41,12 +40,11 @@ class Tokens:
         prompt_mask: Bool[Tensor, "B P"] | None = None,
         batch: Mapping[str, Any] | None = None,
         copies: int = 1,
-        goes_on: bool = False,
         unknown: str = "",
     ) -> None:
         self.rows, self.length, self.start = rows, length, start
         self.mask, self.prompt, self.prompt_mask = mask, prompt, prompt_mask
-        self.batch, self.copies, self.goes_on, self.unknown = batch, copies, goes_on, unknown
+        self.batch, self.copies, self.unknown = batch, copies, unknown
 
     @property
     def real(self) -> Bool[Tensor, "B S"] | None:
