@@ -6,6 +6,7 @@ vector per digit, and the question is what is left when both are added: plain su
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -13,7 +14,7 @@ from actsteer import SteeringVector, VectorBank, collect
 from reference.mnist.data import Mnist, Split
 from reference.mnist.model import SITES, train_classifier
 from reference.mnist.portrait import portrait
-from reference.mnist.self import FIXED, gated
+from reference.mnist.self import FIXED, gated, probed
 from reference.mnist.study import Budget, Edit, Study
 
 NEW = {"eight": 8, "nine": 9}
@@ -38,7 +39,8 @@ def run(data: Mnist, *, seed: int, budget: Budget) -> dict[str, Any]:
         {concept: study.trained(_with(data.train, digit), concept=concept) for concept, digit in NEW.items()}
     )
     edits["plain_sum"] = [study.strongest(alone, _pairs([step / 8 for step in range(13)]))[0]]
-    edits["gated"] = [_gated_bank(study)]
+    edits["gated"] = [_bank_of(gated, study)]
+    edits["probed"] = [_bank_of(probed, study)]
     joint = Edit(study.trained(data.train, concept="eight and nine"))
     edits["joint"] = [joint]
     edits["gated_joint"] = study.cascade(data.train, on=[joint], stages=2 * budget.stages)
@@ -68,9 +70,9 @@ def _with(train: Split, digit: int) -> Split:
     return train.of(*OLD, digit)
 
 
-def _gated_bank(study: Study) -> Edit:
-    """A vector and a gate per digit at the last site, each fitted as if the other digit were not there."""
-    single = {concept: gated(study, digit) for concept, digit in NEW.items()}
+def _bank_of(method: Callable[[Study, int], Edit], study: Study) -> Edit:
+    """A vector and a gate per digit, each fitted as if the other digit were not there."""
+    single = {concept: method(study, digit) for concept, digit in NEW.items()}
     vectors = {concept: edit.vectors for concept, edit in single.items()}
     bank = VectorBank({concept: vector for concept, vector in vectors.items() if isinstance(vector, SteeringVector)})
     return Edit(bank, dict.fromkeys(NEW, 1.0), {concept: edit.gate for concept, edit in single.items()})

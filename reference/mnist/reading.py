@@ -28,24 +28,28 @@ SELF = """One number per layer, as the published notebooks compute it, acquires 
 acquires {mean_difference.acquired} at the best strength there is. Constant vectors trained by gradient, the weights
 frozen, reach {gradient.overall} overall and acquire {gradient.acquired}; with 64 images of each digit,
 {few_shot.overall} and {few_shot.acquired}. A vector at the last layer, added only where a discriminant finds a nine,
-reaches {gated.overall}. Gated gradient puts the two together: the constant vectors, and then gated ones between 9 and
-each digit that it is still confused with; {gated_gradient.overall} overall, {gated_gradient.retained} retained,
-{gated_gradient.acquired} acquired. An edit of rank 1, h + Rᵀ(W h + b - R h) at the four layers, trained by gradient
-with the weights frozen, reaches {low_rank.overall} overall, {low_rank.retained} retained, {low_rank.acquired} acquired.
-That is no longer plain steering: at each layer it adds along one direction, but how much of it depends linearly on the
-activation. Of what it adds, in squares, {dependence} differs from image to image, where a vector adds the same to all;
-it is a small trained layer beside the frozen ones, with 201 numbers per layer where a vector has 100. The same network
-trained on all ten digits scores {ceiling.overall}."""
+reaches {gated.overall}; where nine logistic probes at an early layer, nine against each other digit, all find one,
+{probed.overall} overall, {probed.retained} retained, {probed.acquired} acquired. Gated gradient puts the two together:
+the constant vectors, and then gated ones between 9 and each digit that it is still confused with;
+{gated_gradient.overall} overall, {gated_gradient.retained} retained, {gated_gradient.acquired} acquired. An edit of
+rank 1, h + Rᵀ(W h + b - R h) at the four layers, trained by gradient with the weights frozen, reaches
+{low_rank.overall} overall, {low_rank.retained} retained, {low_rank.acquired} acquired. That is no longer plain
+steering: at each layer it adds along one direction, but how much of it depends linearly on the activation. Of what it
+adds, in squares, {dependence} differs from image to image, where a vector adds the same to all; it is a small trained
+layer beside the frozen ones, with 201 numbers per layer where a vector has 100. The same network trained on all ten
+digits scores {ceiling.overall}."""
 
 MULTI = """Two vectors that work alone do not simply add up. Trained separately and summed, each at its own best
 strength, they acquire {plain_sum.digits}, {plain_sum.overall} overall. A gate per digit keeps them apart:
-{gated.digits}, {gated.overall} overall. One vector trained for both digits reaches {joint.overall}; gated ones on top
-of it, between each new digit and what it is still confused with, {gated_joint.overall} overall,
-{gated_joint.retained} retained, {gated_joint.digits}. An edit of rank 4 at the four layers reaches {low_rank.overall}
-overall, {low_rank.retained} retained, {low_rank.digits}; it adds along four directions with strengths that depend
-linearly on the activation ({dependence} of what it adds, in squares, differs from image to image), and so decides by
-itself what the gates decide for the vectors. The means again: {mean_difference.digits} for one number per
-unit; {layer_mean.digits} for one per layer, which retains {layer_mean.retained}."""
+{gated.digits}, {gated.overall} overall; with gates of nine logistic probes each, {probed.digits}, {probed.overall}
+overall and {probed.retained} retained: what the vectors do is simple, and it is the gates that decide. One vector
+trained for both digits reaches {joint.overall}; gated ones on top of it, between each new digit and what it is still
+confused with, {gated_joint.overall} overall, {gated_joint.retained} retained, {gated_joint.digits}. An edit of rank 4
+at the four layers reaches {low_rank.overall} overall, {low_rank.retained} retained, {low_rank.digits}; it adds along
+four directions with strengths that depend linearly on the activation ({dependence} of what it adds, in squares, differs
+from image to image), and so decides by itself what the gates decide for the vectors. The means again:
+{mean_difference.digits} for one number per unit; {layer_mean.digits} for one per layer, which retains
+{layer_mean.retained}."""
 
 NOISE = """The published claim is a rise from 0.62 to 0.89 overall by noise of sigma 0.2, from a single run each. Here
 is the largest gain of each method at any sigma over no noise at all, and the spread over seeds of that difference:

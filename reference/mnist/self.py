@@ -41,6 +41,7 @@ def run(data: Mnist, *, seed: int, budget: Budget, sigma: float = 0.0) -> dict[s
     _, curves["gradient"] = study.strongest(trained, [step / 10 for step in range(-10, 31)])
     edits["gradient"] = [constant]
     edits["gated"] = [gated(study, NEW)]
+    edits["probed"] = [probed(study, NEW)]
     edits["few_shot"] = [Edit(study.trained(few(data.train, seed=seed), steps=budget.stage_steps))]
     edits["gated_gradient"] = study.cascade(data.train, on=[constant], stages=budget.stages)
     return {
@@ -56,9 +57,24 @@ def run(data: Mnist, *, seed: int, budget: Budget, sigma: float = 0.0) -> dict[s
 def gated(study: Study, digit: int) -> Edit:
     """A vector trained at the last site on the new digit alone, added where an LDA gate at that site fires."""
     own, old = study.data.train.of(digit), study.data.train.of(*study.old)
-    vector = study.trained(own, sites=SITES[-1:], steps=study.budget.last_site_steps, concept=str(digit))
     gate = study.discriminant(own.x, old.x, SITES[-1])
-    return study.best_threshold(Edit(vector, gate=gate))
+    return study.best_threshold(Edit(_at_the_last_site(study, digit), gate=gate))
+
+
+def probed(study: Study, digit: int) -> Edit:
+    """The same vector where nine logistic probes at an early site, the digit against each other one, all fire.
+
+    The site and C are those of the best held-out accuracy.
+    """
+    vector = _at_the_last_site(study, digit)
+    gates = (study.probed(digit, site, C=C) for site in SITES[:2] for C in (0.1, 1.0, 10.0))
+    return max((Edit(vector, gate=gate) for gate in gates), key=lambda edit: study.judged(edit)["overall"])
+
+
+def _at_the_last_site(study: Study, digit: int) -> SteeringVector:
+    """A vector trained on one digit alone: it makes the network say that digit, whatever it is shown."""
+    own = study.data.train.of(digit)
+    return study.trained(own, sites=SITES[-1:], steps=study.budget.last_site_steps, concept=str(digit))
 
 
 def few(train: Split, *, seed: int, shots: int = 64, each_old: int = 64) -> Split:

@@ -12,7 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from actsteer import (
+    And,
+    LogisticDirection,
     LowRank,
+    ProbeAbove,
     ProjectionAbove,
     Statistics,
     Steerer,
@@ -166,6 +169,15 @@ class Study:
             toward, away = (self._statistics(x, site) for x in (positive, negative))
         direction = WhitenedMeanDifference(shrinkage=1e-3)(positive=toward, negative=away)
         return ProjectionAbove.between(direction, positive=toward, negative=away)
+
+    def probed(self, digit: int, site: str, *, C: float) -> And:  # noqa: N803
+        """A gate for one digit: a logistic probe against each other digit at one site, all of which must fire."""
+        rows = record(self.model, self.data.train.x, sites=site, batch_size=2048, progress=False)[site]
+        of = {other: [{site: rows[self.data.train.y == other]}] for other in range(10)}
+        probe = LogisticDirection(C=C, tolerance=1e-6)
+        return And(
+            *(ProbeAbove(probe(positive=of[digit], negative=of[other])) for other in range(10) if other != digit)
+        )
 
     def best_threshold(self, edit: Edit, *, width: float = 1.0) -> Edit:
         """The same gated edit with the threshold, within `width` of where it is, that scores best overall held-out."""
