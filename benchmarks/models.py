@@ -73,14 +73,14 @@ def variants(setting: Setting) -> dict[str, Variant]:
     v = bank.combine(strengths)
     model = setting.model
     return {
-        NOISE_FLOOR: lambda: _plain(model),
-        NO_OP: lambda: _hooked(model, dict.fromkeys(v, _nothing)),
-        BY_HAND: lambda: _hooked(model, {site: _adding(v[site]) for site in v}),
-        ONE: lambda: _steered(Steerer(model, v / 2, c=2.0)),
-        MANY: lambda: _steered(Steerer(model, bank, c=strengths)),
-        PATCH: lambda: _steered(Steerer(model, v / 2, c=2.0, backend="patch")),
-        BUFFER: lambda: _steered(Steerer(model, v / 2, c=2.0, backend="buffer")),
-        FOLD: lambda: _steered(Steerer(model, v / 2, c=2.0, backend="fold")),
+        NOISE_FLOOR: lambda: plain(model),
+        NO_OP: lambda: hooked(model, dict.fromkeys(v, _nothing)),
+        BY_HAND: lambda: hooked(model, {site: _adding(v[site]) for site in v}),
+        ONE: lambda: steered(Steerer(model, v / 2, c=2.0)),
+        MANY: lambda: steered(Steerer(model, bank, c=strengths)),
+        PATCH: lambda: steered(Steerer(model, v / 2, c=2.0, backend="patch")),
+        BUFFER: lambda: steered(Steerer(model, v / 2, c=2.0, backend="buffer")),
+        FOLD: lambda: steered(Steerer(model, v / 2, c=2.0, backend="fold")),
     }
 
 
@@ -106,12 +106,12 @@ def compiled_variants(setting: Setting, eager: nn.Module, *, compiler: str) -> d
         for model in run.values():
             setting.run(model)  # compiled before anything is attached, but for the buffer
     return {
-        NOISE_FLOOR: lambda: _plain(run[id(again)]),
-        INLINE: lambda: _plain(run[id(inline)]),
-        ONE: lambda: _steered(Steerer(patched, v / 2, c=2.0), run[id(patched)]),
-        MANY: lambda: _steered(Steerer(patched, bank, c=strengths), run[id(patched)]),
-        BUFFER: lambda: _steered(buffer, run[id(buffered)]),
-        FOLD: lambda: _steered(Steerer(folded, v / 2, c=2.0, backend="fold"), run[id(folded)]),
+        NOISE_FLOOR: lambda: plain(run[id(again)]),
+        INLINE: lambda: plain(run[id(inline)]),
+        ONE: lambda: steered(Steerer(patched, v / 2, c=2.0), run[id(patched)]),
+        MANY: lambda: steered(Steerer(patched, bank, c=strengths), run[id(patched)]),
+        BUFFER: lambda: steered(buffer, run[id(buffered)]),
+        FOLD: lambda: steered(Steerer(folded, v / 2, c=2.0, backend="fold"), run[id(folded)]),
     }
 
 
@@ -146,18 +146,18 @@ def _twin(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _plain(model: nn.Module) -> Iterator[nn.Module]:
+def plain(model: nn.Module) -> Iterator[nn.Module]:
     yield model
 
 
 @contextmanager
-def _steered(steerer: Steerer, model: nn.Module | None = None) -> Iterator[nn.Module]:
+def steered(steerer: Steerer, model: nn.Module | None = None) -> Iterator[nn.Module]:
     with steerer:
         yield steerer.model if model is None else model
 
 
 @contextmanager
-def _hooked(model: nn.Module, hooks: dict[str, Callable[..., Any]]) -> Iterator[nn.Module]:
+def hooked(model: nn.Module, hooks: dict[str, Callable[..., Any]]) -> Iterator[nn.Module]:
     with ExitStack() as handles:
         for site, hook in hooks.items():
             handles.callback(model.get_submodule(site).register_forward_hook(hook).remove)

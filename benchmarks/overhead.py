@@ -15,7 +15,19 @@ from rich.console import Console
 from rich.table import Table
 
 import actsteer
-from benchmarks.models import BY_HAND, INLINE, MANY, ONE, check_equal, compiled, compiled_variants, settings, variants
+from benchmarks import interventions
+from benchmarks.models import (
+    BY_HAND,
+    INLINE,
+    MANY,
+    NOISE_FLOOR,
+    ONE,
+    check_equal,
+    compiled,
+    compiled_variants,
+    settings,
+    variants,
+)
 from benchmarks.timing import Ratio, Timing, compare, set_threads
 
 THREADS = (1, 2)
@@ -37,6 +49,12 @@ def main(
         for count in THREADS:
             console.print(f"timing {setting.name}, {count} thread(s) ...", style="dim")
             timings.append(compare(setting, ways, threads=count, rounds=repeats, seconds=seconds))
+    others: list[Timing] = []
+    for setting in every:
+        console.print(f"timing interventions on {setting.name}, 1 thread ...", style="dim")
+        made = interventions.ways(setting)
+        interventions.check_equal(setting, made)
+        others.append(compare(setting, made, threads=1, rounds=max(2, repeats // 2), seconds=seconds))
     compiler = "aot_eager" if quick else "inductor"
     for setting in every:
         # the compiler writes the number of threads into the code; and the variants of one model share a limit
@@ -48,11 +66,23 @@ def main(
             timings.append(compare(fast, ways, threads=1, rounds=repeats, seconds=seconds))
         torch.compiler.reset()
     console.print(table(timings))
+    console.print(table_of_interventions(others))
     conclusion = verdict(timings)
     console.print(conclusion)
     if out is not None:
         command = f"python -m benchmarks.overhead --repeats {repeats}" + (" --quick" if quick else "")
-        out.write_text(json.dumps(described(command) | results(timings) | {"conclusion": conclusion}, indent=2) + "\n")
+        out.write_text(
+            json.dumps(
+                described(command)
+                | results(timings)
+                | {
+                    "interventions": [dataclasses.asdict(timing) for timing in others],
+                    "conclusion": conclusion,
+                },
+                indent=2,
+            )
+            + "\n"
+        )
 
 
 def reference(timing: Timing) -> str:
@@ -97,6 +127,26 @@ def table(timings: list[Timing]) -> Table:
     for name in dict.fromkeys(name for timing in timings for name in timing.ratios):
         cells = (shown(timing.ratios[name]) if name in timing.ratios else "" for timing in timings)
         made.add_row(name, *cells)
+    return made
+
+
+def table_of_interventions(timings: list[Timing]) -> Table:
+    """One row per intervention, gate or choice of positions: its formula in a hook by hand, and the Steerer."""
+    made = Table(title="time / time of the unhooked run beside it, 1 thread: formula in a hook by hand -> Steerer")
+    made.add_column("")
+    for timing in timings:
+        made.add_column(timing.setting, justify="right")
+    made.add_row("unhooked again", *(shown(timing.ratios[NOISE_FLOOR]) for timing in timings), end_section=True)
+    for name in interventions.WAYS:
+        made.add_row(
+            name,
+            *(
+                f"{shown(t.ratios[name + interventions.BY_HAND])} -> {shown(t.ratios[name])}"
+                if name in t.ratios
+                else ""
+                for t in timings
+            ),
+        )
     return made
 
 

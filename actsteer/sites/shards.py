@@ -93,6 +93,8 @@ def _features(module: nn.Module) -> tuple[int, int]:
 
 def _columns(activation: Tensor, module: nn.Module) -> tuple[Any, list[Any]] | None:
     """(mesh, placements) of the plain output of a column-parallel module, which holds some of the features."""
+    if "torch.distributed.tensor" not in sys.modules:  # then there are no shards
+        return None
     weight: Any = getattr(module, "weight", None)
     if not isinstance(module, nn.Linear | nn.Embedding) or not _is_dtensor(weight) or _is_dtensor(activation):
         return None

@@ -43,6 +43,7 @@ class SiteEdit(Uncopied):
         "_checkpointing",
         "_concepts",
         "_dtype",
+        "_like",
         "_shape",
         "_shift",
         "_strengths",
@@ -88,6 +89,7 @@ class SiteEdit(Uncopied):
         self._asks = [passes.asks(index) for index in concepts]  # whether tokens of one row get different strengths
         self._checkpointing = checkpointing
         self._strengths: list[Tensor] = []
+        self._like: dict[int, Tensor] = {}  # directions as they were last needed
         self._shift = directions  # `constant` as it is added to outputs of this shape, dtype and state
         self._shape: torch.Size | None = None
         self._dtype: torch.dtype | None = None
@@ -253,10 +255,22 @@ class SiteEdit(Uncopied):
         real = self._real(lay, now, device=last.device)
         with _without_autocast(last.device.type):
             for index, intervention in enumerate(self.interventions):
-                c = self._strength(index, lay, now).to(last)
-                c = c if real is None else torch.where(real, c, 0.0)
-                last = intervention(last, self.directions[index].to(last), c.movedim(lay.axis, -1) if c.ndim else c)
+                c = self._strength(index, lay, now)
+                c = c if real is None else torch.where(real, c.to(last.device), 0.0)
+                if c.ndim:  # a number for all stays on the CPU, where nobody waits for it
+                    c = c.to(last).movedim(lay.axis, -1)
+                last = intervention(last, self._direction(index, last), c)
         return own_part(last.movedim(-1, lay.axis).to(activation.dtype), activation, module)
+
+    def _direction(self, index: int, like: Tensor) -> Tensor:
+        """One direction in this dtype and on this device; the same tensor as long as that is what is asked for."""
+        if _is_compiling() or self.directions.requires_grad:
+            return self.directions[index].to(like)
+        kept = self._like.get(index)
+        if kept is None or kept.dtype is not like.dtype or kept.device != like.device:
+            with torch.inference_mode(mode=False):
+                kept = self._like[index] = self.directions[index].to(like)
+        return kept
 
     def _traceable(self) -> Tensor | None:
         """What may be added to a plain output in compiled code without a look at anything else; it costs few guards."""
@@ -316,6 +330,9 @@ def _sum(directions: Float[Tensor, "k d"], strengths: Sequence[Tensor]) -> Float
     """Σ c_k v_k, (d,) or (B, d); minus zero where every c is 0, because h + (-0.0) is h bit for bit."""
     # in float32 at least, so that c · v is rounded once, to the output's dtype
     directions = directions.to(torch.promote_types(directions.dtype, torch.float32))
+    if len(strengths) == 1:
+        c = strengths[0].to(directions)
+        return torch.where((c == 0)[..., None], -0.0, c[..., None] * directions[0])
     c = torch.stack(torch.broadcast_tensors(*(strength.to(directions) for strength in strengths)))
     with _without_autocast(directions.device.type):
         total = einsum(c, directions, "k ..., k d -> ... d")

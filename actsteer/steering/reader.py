@@ -112,7 +112,7 @@ class GateReader(Uncopied):
                 wide = by_row.to(torch.promote_types(by_row.dtype, torch.float32))
                 total = torch.where(spread, wide, 0).sum(dim=1)
                 return self._decided((total / spread.sum(dim=1).clamp(min=1)).to(by_row.dtype))
-        return self._decided(reduce(by_row, "rows ... d -> rows d", "mean"))
+        return self._decided(by_row if by_row.ndim == 2 else reduce(by_row, "rows ... d -> rows d", "mean"))
 
     def _per_token_of(self, by_row: Float[Tensor, "rows *positions d"], part: Tensor) -> Tensor:
         if by_row.ndim == 2:

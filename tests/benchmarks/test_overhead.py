@@ -8,6 +8,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+from benchmarks import interventions
 from benchmarks.models import (
     BUFFER,
     BY_HAND,
@@ -43,10 +44,28 @@ def quick(tmp_path_factory):
 
 def test_the_file_says_what_ran_where(quick):
     _, found = quick
-    assert list(found) == ["command", "versions", "cpu", "timings", "conclusion"]
+    assert list(found) == ["command", "versions", "cpu", "timings", "interventions", "conclusion"]
     assert found["command"] == "python -m benchmarks.overhead --repeats 2 --quick"
     assert found["versions"]["torch"] == torch.__version__
     assert found["cpu"]["name"]
+
+
+def test_every_intervention_is_timed_beside_its_formula(quick):
+    output, found = quick
+    assert [timing["setting"] for timing in found["interventions"]] == [s.name for s in settings(quick=True)]
+    for timing, setting in zip(found["interventions"], settings(quick=True), strict=True):
+        assert timing["ratios"].keys() == interventions.ways(setting).keys()
+    assert "positions" in str(list(found["interventions"][-1]["ratios"])) and all(n in output for n in ("Rotate", "->"))
+
+
+@pytest.mark.parametrize("name", list(interventions.WAYS))
+def test_a_formula_that_is_another_one_is_not_timed(name):
+    setting = settings(quick=True)[-1]
+    made = interventions.ways(setting)
+    interventions.check_equal(setting, made)
+    wrong = made | {name + interventions.BY_HAND: made[NOISE_FLOOR]}
+    with pytest.raises(AssertionError, match="another output than its formula"):
+        interventions.check_equal(setting, wrong)
 
 
 def test_every_variant_is_timed_on_every_model_with_every_number_of_threads(quick):

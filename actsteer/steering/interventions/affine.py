@@ -31,7 +31,7 @@ class AffineAt:
     ) -> Float[Tensor, "*batch d"]:
         """The activation on its way to W h + b, which it is at c = 1; where c is 0, h itself."""
         goal = linear(activation, self.weight.to(activation), self.bias.to(activation))
-        return settled(activation, torch.lerp(activation, goal, c), c, keep_norm=self.keep_norm)
+        return settled(activation, torch.lerp(activation, goal, c.to(activation)), c, keep_norm=self.keep_norm)
 
 
 @final

@@ -7,6 +7,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor as is_functorch_wrapped
+from torch.utils.weak import WeakIdKeyDictionary
 
 from actsteer.vectors.vector import SteeringVector
 
@@ -62,10 +64,29 @@ def settled(
     if keep_norm:
         norm = edited.norm(dim=-1, keepdim=True)
         edited = edited * torch.where(norm > 0, activation.norm(dim=-1, keepdim=True) / norm, 1)
+    if c.ndim == 0 and c.device.type == "cpu" and not torch.compiler.is_compiling() and not is_functorch_wrapped(c):
+        return edited if c else activation  # no other device waits for it
     return torch.where(c == 0, activation, edited)
 
 
 def unit(direction: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
-    """v / ‖v‖; zero for zero, along which nothing is moved."""
+    """v / ‖v‖; zero for zero, along which nothing is moved. Of a direction that stays as it is, computed once."""
+    if torch.compiler.is_compiling() or direction.requires_grad or direction.is_inference():
+        return _unit(direction)
+    version: int
+    known: Tensor
+    version, known = _units.get(direction, (-1, direction))
+    if version != direction._version:
+        with torch.inference_mode(mode=False):  # so that it works in autograd later
+            known = _unit(direction)
+        _units[direction] = (direction._version, known)
+    return known
+
+
+_units: WeakIdKeyDictionary = WeakIdKeyDictionary()  # direction -> its version, and the unit direction
+
+
+def _unit(direction: Tensor) -> Tensor:
     norm = direction.norm()
-    return direction / torch.where(norm > 0, norm, 1)
+    scaled: Tensor = direction / torch.where(norm > 0, norm, 1)
+    return scaled

@@ -33,7 +33,7 @@ class ReplaceAt:
                 f"{tuple(self.values.shape)} for it; record them on a batch of this shape, or give one row (d,)"
             )
         goal = self.values.to(activation).expand_as(activation)
-        return settled(activation, torch.lerp(activation, goal, c), c, keep_norm=self.keep_norm)
+        return settled(activation, torch.lerp(activation, goal, c.to(activation)), c, keep_norm=self.keep_norm)
 
 
 @final
