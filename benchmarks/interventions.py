@@ -67,7 +67,8 @@ def check_equal(setting: Setting, made: dict[str, Variant]) -> None:
                     by_hand = setting.run(model)
                 if not torch.allclose(ours, by_hand, rtol=1e-3, atol=1e-4):
                     raise AssertionError(f"{setting.name}: {name} gives another output than its formula")
-                if torch.allclose(ours, unsteered, rtol=1e-4, atol=1e-5):
+                alone = len(setting.x) == 1  # a row that a gate may leave out
+                if not alone and torch.allclose(ours, unsteered, rtol=1e-4, atol=1e-5):
                     raise AssertionError(f"{setting.name}: {name} changes nothing, so there is nothing to time")
 
 
