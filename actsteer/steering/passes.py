@@ -54,12 +54,13 @@ class Passes:
         self.host = host
         self.positions = tuple(positions)
         self.is_encoder = is_encoder
-        self.strengths: list[PerToken | None] = [None] * len(self.positions)
+        self._by_column: list[Tensor | None] = [None] * len(self.positions)  # (B, S)
+        self._schedules: list[Schedule | None] = [None] * len(self.positions)
         self.generating: PerThread[Generating] = PerThread()
         self.readers: list[Notices] = []  # what decides anew when a pass begins
         self.edits: list[Notices] = []
         self.is_read = False  # whether a gate reads in the module
-        self._first: list[Tensor | None] = [None] * len(self.positions)  # of a schedule, the strength of step 0
+        self._first: list[Tensor | None] = [None] * len(self.positions)  # what the schedule says of step 0
         self._now: PerThread[Now] = PerThread()
         self._announced: PerThread[bool] = PerThread()  # the next pass is known already
         try:
@@ -74,12 +75,14 @@ class Passes:
 
     def asks(self, concept: int) -> bool:
         """Whether tokens of one row may get different strengths of a concept."""
-        return self.positions[concept] is not None or self.strengths[concept] is not None
+        varies = self._by_column[concept] is not None or self._first[concept] is not None
+        return varies or self.positions[concept] is not None
 
     @torch.inference_mode(mode=False)
     def set_strengths(self, strengths: Sequence[PerToken | None]) -> None:
         """New strengths per token, from the next pass on."""
-        self.strengths = list(strengths)
+        self._by_column = [own if isinstance(own, Tensor) else None for own in strengths]
+        self._schedules = [own if callable(own) else None for own in strengths]
         self._first = [None if not callable(own) else strength_at(own, 0) for own in strengths]
 
     def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -143,22 +146,25 @@ class Passes:
         return Now(tokens, real, [self._dose(index, tokens) for index in range(len(self.positions))])
 
     def _dose(self, index: int, tokens: Tokens) -> Tensor | None:
-        positions, strength = self.positions[index], self.strengths[index]
+        positions = self.positions[index]
         where = None if positions is None else chosen(positions, tokens)
-        if strength is None:
+        amounts = self._amounts(index, tokens)
+        if amounts is None:
             return where
-        amounts = self._per_token(index, strength, tokens)
         return amounts if where is None else torch.where(where.to(amounts.device), amounts, 0.0)
 
-    def _per_token(self, index: int, strength: PerToken, tokens: Tokens) -> Float[Tensor, "_ S"]:
-        if isinstance(strength, Tensor):
-            return _columns_of(strength, tokens)
-        first = self._first[index]
-        assert first is not None
+    def _amounts(self, index: int, tokens: Tokens) -> Float[Tensor, "_ S"] | None:
+        by_column, first = self._by_column[index], self._first[index]
+        if by_column is not None:
+            return _columns_of(by_column, tokens)
+        if first is None:
+            return None
         if self.generating.get() is None or self.is_encoder:
             tokens.check_known()
             return first.expand(1, tokens.length)
-        return torch.stack([first if step == 0 else strength_at(strength, step) for step in tokens.steps])[None]
+        schedule = self._schedules[index]  # a function, which compiled code must not see, or each is compiled anew
+        assert schedule is not None
+        return torch.stack([first if step == 0 else strength_at(schedule, step) for step in tokens.steps])[None]
 
 
 def _has_no_pads(mask: Tensor) -> bool:
