@@ -6,7 +6,6 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import wraps
 from threading import get_ident
 from typing import Any, final
 
@@ -18,55 +17,93 @@ from actsteer.steering.passes import Generating, Passes
 from actsteer.steering.reader import GateReader
 from actsteer.steering.tokens import Tokens
 
-_NAMES = ("generate", "generate_stream")
+_GENERATE, _STREAM, _PREPARE = "generate", "generate_stream", "prepare_inputs_for_generation"
+Around = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 
 def attach(
     model: nn.Module, passes: Sequence[Passes], readers: Sequence[GateReader], *, one_thread: bool
 ) -> Callable[[], None]:
     """Have every `generate` in the model tell the passes what it computes; returns what removes that again."""
+    teller = _Teller(passes, readers, get_ident() if one_thread else None)
+    around: dict[str, Around] = {_GENERATE: teller.generate, _STREAM: teller.stream, _PREPARE: teller.prepare}
     with ExitStack() as handles:
         hosts = (module for host in (model, passes[0].host) for module in host.modules())  # a bridge hides its model
         for module in dict.fromkeys(hosts):
-            for name in _NAMES:
-                if callable(getattr(type(module), name, None)):
-                    watched = _Watched(module, name, passes, readers, get_ident() if one_thread else None)
-                    handles.callback(watched.leave)
+            if callable(getattr(type(module), _GENERATE, None)):
+                for name, own in around.items():
+                    if callable(getattr(module, name, None)):
+                        handles.callback(_Watched(module, name, own).leave)
         return handles.pop_all().close
     raise AssertionError  # for the type checker, to whom an ExitStack might swallow an exception
 
 
 @final
-class _Watched:
-    """A module's `generate`, with the passes told."""
+class _Teller:
+    """Tells the passes, in the thread that generates."""
 
-    def __init__(
-        self,
-        module: nn.Module,
-        name: str,
-        passes: Sequence[Passes],
-        readers: Sequence[GateReader],
-        thread: int | None,
-    ) -> None:
-        self.module, self.name = module, name
+    def __init__(self, passes: Sequence[Passes], readers: Sequence[GateReader], thread: int | None) -> None:
         self._passes, self._readers, self._thread = passes, readers, thread
+
+    def generate(self, module: nn.Module, previous: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        """A call of `generate`."""
+        if self._thread not in (None, get_ident()):
+            return previous(*args, **kwargs)
+        with self._told(module, args, kwargs):
+            return previous(*args, **kwargs)
+
+    def stream(self, module: nn.Module, previous: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        """The same for a generator."""
+        if self._thread not in (None, get_ident()):
+            yield from previous(*args, **kwargs)
+            return
+        with self._told(module, args, kwargs):
+            yield from previous(*args, **kwargs)
+
+    def prepare(self, module: nn.Module, previous: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        """What transformers calls before each pass: tell of the tokens that the pass is about to compute."""
+        inputs = previous(*args, **kwargs)
+        generating = self._passes[0].generating.get()
+        if generating is not None and (tokens := _tokens(module, args, kwargs, inputs)) is not None:
+            self._passes[0].announce(generating.within(tokens))
+        return inputs
+
+    @contextmanager
+    def _told(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        outer = [passes.generating.get() for passes in self._passes]
+        generating = _generating(module, args, kwargs)
+        for passes in self._passes:
+            passes.generating.set(generating)
+        self._release()
+        try:
+            yield
+        finally:
+            for passes, own in zip(self._passes, outer, strict=True):
+                passes.generating.set(own)
+                passes.forget()
+            self._release()
+
+    def _release(self) -> None:
+        for reader in self._readers:
+            reader.release()
+
+
+@final
+class _Watched:
+    """A module's method with something around it, on the instance."""
+
+    def __init__(self, module: nn.Module, name: str, around: Around) -> None:
+        self.module, self.name, self._around = module, name, around
         self._is_gone = False
         self._owned = name in module.__dict__  # whether what was there lay on the instance, where it is put back
         self._previous: Callable[..., Any] = getattr(module, name)
-        self.__signature__ = inspect.signature(self._previous)
+        self.__signature__ = inspect.signature(self._previous)  # transformers reads there what a model takes
         module.__dict__[name] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._is_gone or self._thread not in (None, get_ident()):
+        if self._is_gone:
             return self._previous(*args, **kwargs)
-        if inspect.isgeneratorfunction(getattr(self._previous, "__func__", self._previous)):
-            return self._streamed(args, kwargs)
-        with self._told(args, kwargs):
-            return self._previous(*args, **kwargs)
-
-    def _streamed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
-        with self._told(args, kwargs):
-            yield from self._previous(*args, **kwargs)
+        return self._around(self.module, self._previous, args, kwargs)
 
     def leave(self) -> None:
         """Put back what was there; under what somebody has put there since, do nothing any more."""
@@ -78,26 +115,6 @@ class _Watched:
             else:
                 del own[self.name]
 
-    @contextmanager
-    def _told(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-        outer = [passes.generating.get() for passes in self._passes]
-        generating = _generating(self.module, args, kwargs)
-        for passes in self._passes:
-            passes.generating.set(generating)
-        self._release()
-        try:
-            with _prepared(self.module, self._passes[0], generating):
-                yield
-        finally:
-            for passes, own in zip(self._passes, outer, strict=True):
-                passes.generating.set(own)
-                passes.forget()
-            self._release()
-
-    def _release(self) -> None:
-        for reader in self._readers:
-            reader.release()
-
     def __deepcopy__(self, memo: dict[int, Any]) -> _Copied:
         previous = copy.deepcopy(self._previous, memo) if self._owned else None
         return _Copied(copy.deepcopy(self.module, memo), self.name, previous)
@@ -108,15 +125,17 @@ class _Watched:
 
 @final
 class _Copied:
-    """What stands in a copy of the module: it leaves at the first call."""
+    """What stands in a copy of the module: at the first call it leaves, and others like it."""
 
     def __init__(self, module: nn.Module, name: str, previous: Callable[..., Any] | None) -> None:
         self._module, self._name, self._previous = module, name, previous
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self._module.__dict__.pop(self._name, None)
-        if self._previous is not None:
-            self._module.__dict__[self._name] = self._previous
+        own = self._module.__dict__
+        for copied in [value for value in own.values() if isinstance(value, _Copied)]:
+            del own[copied._name]
+            if copied._previous is not None:
+                own[copied._name] = copied._previous
         return getattr(self._module, self._name)(*args, **kwargs)
 
 
@@ -134,32 +153,6 @@ def _generating(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     prompt = inputs.shape[1] if isinstance(inputs, Tensor) and inputs.ndim >= 2 else None
     known = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == prompt
     return Generating(rows=rows, prompt=prompt, mask=mask.bool() if known and isinstance(mask, Tensor) else None)
-
-
-@contextmanager
-def _prepared(module: nn.Module, passes: Passes, generating: Generating) -> Iterator[None]:
-    """While a transformers model generates: tell of each pass what it is about to compute."""
-    previous = getattr(module, "prepare_inputs_for_generation", None)
-    if not callable(previous):
-        yield
-        return
-    owned = "prepare_inputs_for_generation" in module.__dict__
-
-    @wraps(previous)
-    def prepare(*args: Any, **kwargs: Any) -> Any:
-        inputs = previous(*args, **kwargs)
-        if (tokens := _tokens(module, args, kwargs, inputs)) is not None:
-            passes.announce(generating.within(tokens))
-        return inputs
-
-    module.__dict__["prepare_inputs_for_generation"] = prepare
-    try:
-        yield
-    finally:
-        if owned:
-            module.__dict__["prepare_inputs_for_generation"] = previous
-        else:
-            module.__dict__.pop("prepare_inputs_for_generation", None)
 
 
 def _tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Any) -> Tokens | None:
