@@ -89,7 +89,7 @@ class SiteEdit(Uncopied):
         self._asks = [passes.asks(index) for index in concepts]  # whether tokens of one row get different strengths
         self._checkpointing = checkpointing
         self._strengths: list[Tensor] = []
-        self._like: dict[int, Tensor] = {}  # directions as they were last needed
+        self._like: dict[int | tuple[int, ...], Tensor] = {}  # directions as they were last needed
         self._shift = directions  # `constant` as it is added to outputs of this shape, dtype and state
         self._shape: torch.Size | None = None
         self._dtype: torch.dtype | None = None
@@ -196,7 +196,9 @@ class SiteEdit(Uncopied):
         packed = isinstance(get(value, keys[:-1]), PackedSequence) if keys else False
         row_axis = None if packed else self.layout.row_axis if activation.ndim > 2 else 0
         lay = Lay(self.place.site, shape, axis, row_axis)
-        edited = (self._add if self.is_sum else self._intervene)(module, activation, lay, self._now(lay))
+        edited = (self._add if self.is_sum else self._intervene)(
+            module, activation, lay, self._now(lay, activation.device)
+        )
         if not _is_compiling():
             cacheable = not keys and edited.__class__ is Tensor and conversion is None and not raw.is_nested
             if self._checkpointing.notice(edited) or not cacheable:
@@ -209,7 +211,7 @@ class SiteEdit(Uncopied):
         """The directions that have one strength for all tokens of a row, whatever the activation."""
         return [i for i, gate in enumerate(self.gates) if gate is None and not self._asks[i]]
 
-    def _now(self, lay: Lay) -> Now | None:
+    def _now(self, lay: Lay, device: torch.device) -> Now | None:
         """What is known of the pass that runs, if it matters."""
         now = self.passes.now
         if not any(self._asks):
@@ -221,7 +223,7 @@ class SiteEdit(Uncopied):
             )
         if now is not None and now.tokens is not None:
             return now
-        return self.passes.of_shape(*lay.rows_and_length)
+        return self.passes.of_shape(*lay.rows_and_length, device)
 
     def _add(self, module: nn.Module, activation: Tensor, lay: Lay, now: Now | None) -> Tensor:
         plain = self._plain
@@ -232,7 +234,7 @@ class SiteEdit(Uncopied):
         shift = None if delta is None else lay.vectors(delta, copies=_copies(now))
         if others:
             c = [self._strength(index, lay, now).movedim(lay.axis, -1)[..., 0] for index in others]
-            varied = _sum(self.directions[others].to(c[0].device), c).movedim(-1, lay.axis)
+            varied = _sum(self._rows(tuple(others), self.directions.dtype, c[0].device), c).movedim(-1, lay.axis)
             shift = varied if shift is None else shift.to(varied.device) + varied
         assert shift is not None
         real = self._real(lay, now, device=shift.device)
@@ -259,17 +261,18 @@ class SiteEdit(Uncopied):
                 c = c if real is None else torch.where(real, c.to(last.device), 0.0)
                 if c.ndim:  # a number for all stays on the CPU, where nobody waits for it
                     c = c.to(last).movedim(lay.axis, -1)
-                last = intervention(last, self._direction(index, last), c)
+                last = intervention(last, self._rows(index, last.dtype, last.device), c)
         return own_part(last.movedim(-1, lay.axis).to(activation.dtype), activation, module)
 
-    def _direction(self, index: int, like: Tensor) -> Tensor:
-        """One direction in this dtype and on this device; the same tensor as long as that is what is asked for."""
+    def _rows(self, which: int | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """One direction (d,), or several (k, d), in this dtype and on this device; the same tensor every time."""
+        rows = which if isinstance(which, int) else list(which)
         if _is_compiling() or self.directions.requires_grad:
-            return self.directions[index].to(like)
-        kept = self._like.get(index)
-        if kept is None or kept.dtype is not like.dtype or kept.device != like.device:
+            return self.directions[rows].to(device, dtype)
+        kept = self._like.get(which)
+        if kept is None or kept.dtype is not dtype or kept.device != device:
             with torch.inference_mode(mode=False):
-                kept = self._like[index] = self.directions[index].to(like)
+                kept = self._like[which] = self.directions[rows].to(device, dtype)
         return kept
 
     def _traceable(self) -> Tensor | None:
@@ -301,10 +304,9 @@ class SiteEdit(Uncopied):
             dose = now.doses[self._concepts[index]]
             if dose is not None:
                 parts.append(lay.needed_tokens(dose, rows=now.tokens.rows))
-        device = parts[-1].device
-        total = parts[0].to(device)
-        for part in parts[1:]:
-            total = part.to(device) * total
+        total = parts[-1]
+        for part in parts[:-1]:
+            total = total * (part.to(total.device) if part.ndim else part)  # a number for all may stay on the CPU
         return total
 
     def _real(self, lay: Lay, now: Now | None, *, device: torch.device) -> Tensor | None:

@@ -178,4 +178,4 @@ def _tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], in
         whole = torch.ones_like(ids) if mask is None else mask
         batch = {prefix + "input_ids": ids, prefix + "attention_mask": whole}
     mask = None if mask is None else mask.bool()
-    return Tokens(rows, length, start=total - length, mask=mask, batch=batch)
+    return Tokens(rows, length, start=total - length, mask=mask, batch=batch, device=fed.device)

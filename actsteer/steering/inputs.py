@@ -30,11 +30,18 @@ def tokens_of(named: Mapping[str, Any], host: nn.Module, *, is_encoder: bool, st
     """
     decodes = not is_encoder and getattr(getattr(unwrapped(host), "config", None), "is_encoder_decoder", False)
     prefix = "decoder_" if decodes else ""
-    shape = _shape(named, prefix, decodes=bool(decodes))
-    if shape is None:
+    found = _tokens(named, prefix, decodes=bool(decodes))
+    if found is None:
         return None
+    shape = found.shape[0], found.shape[1]
     mask = _mask(named, f"{prefix}attention_mask", shape, padding=not decodes)
     start, unknown = _start(named, shape[1], mask) if strict or mask is not None else (0, "")
+    if mask is None and isinstance(given := named.get(f"{prefix}attention_mask"), Tensor):
+        start = None
+        unknown = (
+            f"positions: the attention mask is {given.dtype} of shape {tuple(given.shape)}, and nobody can tell which "
+            f"tokens are pads; pass one of shape {shape} with 1 for a token and 0 for a pad"
+        )
     return Tokens(
         *shape,
         start=start,
@@ -42,36 +49,44 @@ def tokens_of(named: Mapping[str, Any], host: nn.Module, *, is_encoder: bool, st
         prompt=shape[1] if isinstance(start, int) and start == 0 else None,
         batch=named if isinstance(start, int) and start == 0 else None,
         unknown=unknown,
+        device=found.device,
     )
 
 
-def _shape(named: Mapping[str, Any], prefix: str, *, decodes: bool) -> tuple[int, int] | None:
+def _tokens(named: Mapping[str, Any], prefix: str, *, decodes: bool) -> Tensor | None:
+    """A tensor whose first axes are rows and positions."""
     for name in ("input_ids", "inputs_embeds", *(("labels",) if decodes else ())):
         found = named.get(name if name == "labels" else prefix + name)
         if isinstance(found, Tensor) and found.ndim >= 2:
-            return found.shape[0], found.shape[1]
+            return found
     if decodes:
         return None
-    first = next((value for value in named.values() if isinstance(value, Tensor)), None)
+    first: Any = next((value for value in named.values() if isinstance(value, Tensor)), None)
     if first is None or first.ndim != 2 or first.is_floating_point():
-        mask = next(
-            (named[name] for name in ("attention_mask", *_PADDING) if isinstance(named.get(name), Tensor)), None
-        )
-        return None if mask is None or mask.ndim != 2 else (mask.shape[0], mask.shape[1])
-    return first.shape[0], first.shape[1]
+        masks = (named[name] for name in ("attention_mask", *_PADDING) if isinstance(named.get(name), Tensor))
+        return next((mask for mask in masks if mask.ndim == 2), None)
+    tokens: Tensor = first
+    return tokens
 
 
 def _mask(named: Mapping[str, Any], name: str, shape: tuple[int, int], *, padding: bool) -> Bool[Tensor, "B T"] | None:
     """Where there are tokens and not pads; None if all are, or if the mask is of another kind."""
     mask: Any = named.get(name)
     if isinstance(mask, Tensor):
-        ours = mask.ndim == 2 and len(mask) == shape[0] and mask.shape[1] >= shape[1] and not mask.is_floating_point()
-        return mask.bool() if ours else None
+        ours = mask.ndim == 2 and len(mask) == shape[0] and mask.shape[1] >= shape[1]
+        return mask.bool() if ours and (not mask.is_floating_point() or _counts(mask)) else None
     found: Any = next((named[key] for key in _PADDING if isinstance(named.get(key), Tensor)), None) if padding else None
     if found is None or tuple(found.shape) != shape:
         return None
     real: Tensor = ~found if found.dtype is torch.bool else found == 0
     return real
+
+
+def _counts(mask: Tensor) -> bool:
+    """Whether a floating mask is one of ones and zeros, as far as one can tell without waiting for another device."""
+    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return bool(((mask == 0) | (mask == 1)).all()) and bool(mask.any())
 
 
 def _start(named: Mapping[str, Any], length: int, mask: Tensor | None) -> tuple[int | Tensor | None, str]:

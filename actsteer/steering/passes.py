@@ -113,12 +113,12 @@ class Passes:
         """The pass that runs; None outside of one, or where there is nothing to know."""
         return self._now.get()
 
-    def of_shape(self, rows: int, length: int) -> Now:
+    def of_shape(self, rows: int, length: int, device: torch.device) -> Now:
         """What holds for an activation of so many rows and positions, whatever the inputs were."""
         now = self.now
         if now is not None and now.tokens is not None:
             return now
-        return self._about(Tokens(rows, length, prompt=length))
+        return self._about(Tokens(rows, length, prompt=length, device=device))
 
     def _tell(self) -> None:
         for own in self.readers:
@@ -151,20 +151,21 @@ class Passes:
         amounts = self._amounts(index, tokens)
         if amounts is None:
             return where
-        return amounts if where is None else torch.where(where.to(amounts.device), amounts, 0.0)
+        return amounts if where is None else torch.where(where, amounts, 0.0)
 
     def _amounts(self, index: int, tokens: Tokens) -> Float[Tensor, "_ S"] | None:
         by_column, first = self._by_column[index], self._first[index]
         if by_column is not None:
-            return _columns_of(by_column, tokens)
+            return _columns_of(by_column, tokens).to(tokens.device)
         if first is None:
             return None
         if self.generating.get() is None or self.is_encoder:
             tokens.check_known()
-            return first.expand(1, tokens.length)
+            return first.to(tokens.device).expand(1, tokens.length)
         schedule = self._schedules[index]  # a function, which compiled code must not see, or each is compiled anew
         assert schedule is not None
-        return torch.stack([first if step == 0 else strength_at(schedule, step) for step in tokens.steps])[None]
+        amounts = torch.stack([first if step == 0 else strength_at(schedule, step) for step in tokens.steps])
+        return amounts.to(tokens.device)[None]
 
 
 def _has_no_pads(mask: Tensor) -> bool:
@@ -221,4 +222,5 @@ class Generating:
             batch=tokens.batch,
             copies=copies,
             unknown=tokens.unknown,
+            device=tokens.device,
         )

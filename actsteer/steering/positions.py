@@ -38,7 +38,7 @@ def chosen(positions: Positions, tokens: Tokens) -> Bool[Tensor, "_ S"]:
     """
     match positions:
         case "all":
-            return torch.ones(1, tokens.length, dtype=torch.bool)
+            return torch.ones(1, tokens.length, dtype=torch.bool, device=tokens.device)
         case "prompt":
             return tokens.in_prompt[None]
         case "generated":
@@ -118,7 +118,7 @@ def _masked(mask: Tensor, tokens: Tokens) -> Tensor:
         )
     if not isinstance(tokens.start, int):
         raise PositionsError("positions: a mask needs a cache whose length is a number; use model.generate")
-    own = whole[:, tokens.start : tokens.start + tokens.length]
+    own = whole.to(tokens.device)[:, tokens.start : tokens.start + tokens.length]
     return torch.nn.functional.pad(own, (0, tokens.length - own.shape[1]))
 
 

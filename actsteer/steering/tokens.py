@@ -25,9 +25,10 @@ class Tokens:
         batch: the inputs that a callable chooses positions from, of all columns so far; None if they are not known.
         copies: how many rows in a row were made from one of the caller's, as beams are.
         unknown: why something is not known.
+        device: where the inputs are.
     """
 
-    __slots__ = ("batch", "copies", "length", "mask", "prompt", "prompt_mask", "rows", "start", "unknown")
+    __slots__ = ("batch", "copies", "device", "length", "mask", "prompt", "prompt_mask", "rows", "start", "unknown")
 
     def __init__(
         self,
@@ -41,10 +42,11 @@ class Tokens:
         batch: Mapping[str, Any] | None = None,
         copies: int = 1,
         unknown: str = "",
+        device: torch.device | None = None,
     ) -> None:
         self.rows, self.length, self.start = rows, length, start
         self.mask, self.prompt, self.prompt_mask = mask, prompt, prompt_mask
-        self.batch, self.copies, self.unknown = batch, copies, unknown
+        self.batch, self.copies, self.unknown, self.device = batch, copies, unknown, device
 
     @property
     def real(self) -> Bool[Tensor, "B S"] | None:
