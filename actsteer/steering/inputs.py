@@ -15,6 +15,7 @@ from actsteer.steering.tokens import Tokens
 
 _PADDING = ("src_key_padding_mask", "key_padding_mask")  # of torch.nn: true where there is a pad
 _CACHE = re.compile(r"^(past_key_values?|past_kv_cache|past|layer_past|cache|cache_params|kv_cache|mems)$")
+MASKS = ("attention_mask", "decoder_attention_mask", *_PADDING)
 KNOWN = re.compile(rf"{_CACHE.pattern}|^(decoder_)?attention_mask$|^position_ids$|^{'$|^'.join(_PADDING)}$")
 """The names of the arguments that tell of pads, of a cache, or of positions."""
 _HINT = (

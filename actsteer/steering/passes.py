@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from actsteer.collecting.positions import Positions
 from actsteer.errors import StrengthError
 from actsteer.sites.wrappers import unwrapped
-from actsteer.steering.inputs import KNOWN, tokens_of
+from actsteer.steering.inputs import KNOWN, MASKS, tokens_of
 from actsteer.steering.per_thread import PerThread
 from actsteer.steering.positions import chosen
 from actsteer.steering.strength import Schedule, strength_at
@@ -67,6 +67,8 @@ class Passes:
             self._names = list(inspect.signature(type(unwrapped(host)).forward).parameters)[1:]
         except (TypeError, ValueError):
             self._names = []
+        places = [self._names.index(name) for name in MASKS if name in self._names]
+        self._unmasked = min(places, default=len(self._names))  # how many arguments come before any mask
 
     @property
     def sees_inputs(self) -> bool:
@@ -128,6 +130,8 @@ class Passes:
 
     def _seen(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Now | None:
         asks = any(self.asks(index) for index in range(len(self.positions))) or self.is_read
+        if not asks and self._has_no_pads(args, kwargs):
+            return None
         named = dict(zip(self._names, args, strict=False)) | dict(kwargs)
         tokens = tokens_of(named, self.host, is_encoder=self.is_encoder, strict=asks)
         if tokens is None:
@@ -138,6 +142,13 @@ class Passes:
         if not asks and (tokens.mask is None or _has_no_pads(tokens.mask)):
             return None
         return self._about(tokens)
+
+    def _has_no_pads(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether that is plain to see, as it is in most passes."""
+        if len(args) > self._unmasked:
+            return False
+        masks = [kwargs[name] for name in MASKS if kwargs.get(name) is not None]
+        return not masks or (len(masks) == 1 and masks[0] is kwargs.get("attention_mask") and _has_no_pads(masks[0]))
 
     def _about(self, tokens: Tokens) -> Now:
         real = tokens.real
@@ -168,8 +179,10 @@ class Passes:
         return amounts.to(tokens.device)[None]
 
 
-def _has_no_pads(mask: Tensor) -> bool:
+def _has_no_pads(mask: Any) -> bool:
     """Whether all are tokens, as far as one can tell without waiting for another device."""
+    if not isinstance(mask, Tensor) or mask.is_floating_point():
+        return False
     return mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all())
 
 
