@@ -183,7 +183,12 @@ class SiteEdit(Uncopied):
     def edit(self, module: nn.Module, value: Any) -> Any:
         """A module's output or its `Arguments`, with the activation edited."""
         self.fired = True
-        if self._traced_shift is not None and _is_compiling() and value.__class__ is Tensor and self.passes.now is None:
+        if (
+            self._traced_shift is not None
+            and _is_compiling()
+            and value.__class__ is Tensor
+            and not self._may_have_pads()
+        ):
             shift = self._traced_shift.to(dtype=value.dtype, device=value.device)
             if not value.is_nested and value.ndim >= shift.ndim and value.shape[-shift.ndim] == shift.shape[0]:
                 return value + shift
@@ -205,6 +210,9 @@ class SiteEdit(Uncopied):
                 self._shape = None
         edited = unpadded(edited, raw)
         return put(value, keys, edited if conversion is None else conversion.revert(edited))
+
+    def _may_have_pads(self) -> bool:
+        return self.passes.sees_inputs and self.passes.now is not None
 
     @property
     def _plain(self) -> list[int]:
@@ -237,10 +245,11 @@ class SiteEdit(Uncopied):
             varied = _sum(self._rows(tuple(others), self.directions.dtype, c[0].device), c).movedim(-1, lay.axis)
             shift = varied if shift is None else shift.to(varied.device) + varied
         assert shift is not None
+        shift = shift.to(dtype=activation.dtype, device=activation.device)
         real = self._real(lay, now, device=shift.device)
         if real is not None:
             shift = torch.where(real, shift, -0.0)
-        shift = share(shift.to(dtype=activation.dtype, device=activation.device), activation, module)
+        shift = share(shift, activation, module)
         if (
             not (_is_compiling() or others or real is not None or self._trained)
             and delta is not None

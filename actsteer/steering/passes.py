@@ -67,13 +67,10 @@ class Passes:
             self._names = list(inspect.signature(type(unwrapped(host)).forward).parameters)[1:]
         except (TypeError, ValueError):
             self._names = []
+        # whether the module may be told of pads, a cache or positions
+        self.sees_inputs = any(KNOWN.search(name) for name in self._names) or "kwargs" in self._names
         places = [self._names.index(name) for name in MASKS if name in self._names]
         self._unmasked = min(places, default=len(self._names))  # how many arguments come before any mask
-
-    @property
-    def sees_inputs(self) -> bool:
-        """Whether the module may be told of pads, a cache or positions."""
-        return any(KNOWN.search(name) for name in self._names) or "kwargs" in self._names
 
     def asks(self, concept: int) -> bool:
         """Whether tokens of one row may get different strengths of a concept."""

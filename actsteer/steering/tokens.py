@@ -58,10 +58,7 @@ class Tokens:
         """The column of each."""
         if self.start is None:
             raise PositionsError(self.unknown)
-        device = (
-            self.start.device if isinstance(self.start, Tensor) else None if self.mask is None else self.mask.device
-        )
-        return self.start + torch.arange(self.length, device=device)
+        return self.start + torch.arange(self.length, device=self.device)
 
     @property
     def numbers(self) -> Int[Tensor, "_ S"]:

@@ -1,0 +1,86 @@
+"""Nothing in a steered pass waits for the device: on one that computes nothing, asking for a number is an error."""
+
+import pytest
+import torch
+from torch import nn
+
+from actsteer import (
+    Ablate,
+    Add,
+    And,
+    Clamp,
+    CosineAbove,
+    LowRank,
+    Not,
+    ProbeAbove,
+    ProjectionAbove,
+    Rotate,
+    Soft,
+    Steerer,
+    SteeringVector,
+)
+from tests.zoo import normal
+
+SITE = "blocks.1"
+V = SteeringVector({SITE: normal(8)})
+FIRST = SteeringVector({"blocks.0": normal(8, seed=3)})
+IDS = torch.ones(3, 5, dtype=torch.long, device="meta")
+WAYS = {
+    "add": {},
+    "rows": {"c": torch.ones(3)},
+    "rows and positions": {"c": torch.ones(3, 5)},
+    "schedule": {"c": lambda step: 2.0},
+    "step": {"gate": ProjectionAbove(V, 0.0)},
+    "step at an earlier site": {"gate": CosineAbove(FIRST, 0.0)},
+    "step per token": {"gate": ProjectionAbove(V, 0.0, per="token")},
+    "probe": {"gate": ProbeAbove(V, offset=0.0)},
+    "soft": {"gate": Soft(ProjectionAbove(V, 0.0), width=1.0)},
+    "and": {"gate": And(ProjectionAbove(V, 0.0, per="token"), Not(CosineAbove(FIRST, 0.0)))},
+    "prompt": {"positions": "prompt"},
+    "first": {"positions": 0},
+    "slice": {"positions": slice(-3, None)},
+    "mask": {"positions": torch.ones(3, 5, dtype=torch.bool)},
+    "relative": {"intervention": Add(relative=True)},
+    "ablate": {"intervention": Ablate(), "gate": ProjectionAbove(V, 0.0), "positions": slice(1, None)},
+    "clamp": {"intervention": Clamp(1.0), "positions": "generated"},
+    "rotate": {"intervention": Rotate(0.5)},
+}
+
+
+class Model(nn.Module):
+    """Two blocks on tokens, which asks nothing itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(5, 8)
+        self.blocks = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    def forward(self, input_ids, attention_mask=None):
+        h = self.embed(input_ids)
+        for block in self.blocks:
+            h = block(h)
+        return h
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_no_number_is_asked_for(way, masked):
+    model = Model().double().to("meta")
+    inputs = {"input_ids": IDS} | ({"attention_mask": torch.ones_like(IDS)} if masked else {})
+    with Steerer(model, V, **way):
+        steered = model(**inputs)
+    assert steered.is_meta and steered.shape == (3, 5, 8) and steered.dtype is torch.float64
+
+
+@torch.no_grad()
+def test_no_number_is_asked_for_by_an_edit():
+    model = nn.Sequential(nn.Identity())
+    edit = LowRank({"0": (normal(2, 8), normal(2, 8), normal(2))})
+    with Steerer(model, edit, positions="last"):
+        assert model(torch.ones(3, 5, 8, device="meta")).shape == (3, 5, 8)
+
+
+def test_a_device_that_computes_nothing_notices_a_question():
+    with pytest.raises(RuntimeError, match="meta"):
+        bool(torch.ones((), device="meta"))
