@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from actsteer.collecting.positions import Positions
-from actsteer.errors import StrengthError
+from actsteer.errors import PositionsError, StrengthError
 from actsteer.sites.wrappers import unwrapped
 from actsteer.steering.inputs import KNOWN, MASKS, tokens_of
 from actsteer.steering.per_thread import PerThread
@@ -62,6 +62,7 @@ class Passes:
         self.is_read = False  # whether a gate reads in the module
         self._first: list[Tensor | None] = [None] * len(self.positions)  # what the schedule says of step 0
         self._now: PerThread[Now] = PerThread()
+        self._runs: PerThread[bool] = PerThread()
         self._announced: PerThread[bool] = PerThread()  # the next pass is known already
         try:
             self._names = list(inspect.signature(type(unwrapped(host)).forward).parameters)[1:]
@@ -86,6 +87,7 @@ class Passes:
 
     def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Before the forward pass: find out about its tokens, unless the generation has told of them already."""
+        self._runs.set(True)
         if self._announced.get():
             self._announced.set(None)
         else:
@@ -94,6 +96,7 @@ class Passes:
 
     def end(self) -> None:
         """After the forward pass."""
+        self._runs.set(None)
         self._now.set(None)
         self._tell()
 
@@ -105,6 +108,7 @@ class Passes:
     def forget(self) -> None:
         """Nothing was announced, or it did not come to a pass."""
         self._announced.set(None)
+        self._runs.set(None)
         self._now.set(None)
 
     @property
@@ -117,7 +121,17 @@ class Passes:
         now = self.now
         if now is not None and now.tokens is not None:
             return now
+        self.check_runs()
         return self._about(Tokens(rows, length, prompt=length, device=device))
+
+    def check_runs(self) -> None:
+        """PositionsError if a part of a model is called by itself, where nobody sees what the model would be given."""
+        if self.sees_inputs and not self._runs.get():
+            name = type(unwrapped(self.host)).__name__
+            raise PositionsError(
+                f"a part of the {name} was called, and not the {name} itself, so that its masks and its cache were not "
+                "seen; call the whole, or make the Steerer on the part that is called"
+            )
 
     def _tell(self) -> None:
         for own in self.readers:

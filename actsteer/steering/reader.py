@@ -103,6 +103,8 @@ class GateReader(Uncopied):
         if self._per_token:
             return self._per_token_of(by_row, part)
         now = self._passes.now
+        if now is None and by_row.ndim == 3:
+            self._passes.check_runs()
         mask = None if now is None or (part is not activation and part.is_nested) else self._prompt(now)
         if mask is not None:
             assert now is not None and now.tokens is not None

@@ -14,6 +14,7 @@ from actsteer import (
     LowRank,
     Not,
     Or,
+    PositionsError,
     ProbeAbove,
     ProjectionAbove,
     ShapeError,
@@ -370,3 +371,19 @@ def test_a_gate_does_not_read_pads(language_model, positions):
         for row, own in enumerate(REAL):
             alone = steered(language_model, {"input_ids": IDS[row : row + 1, own]}, v, **options).logits
             torch.testing.assert_close(padded[row, own], alone[0])
+
+
+def test_a_part_that_is_called_by_itself_has_no_positions(language_model):
+    """Its arguments, the mask among them, pass by the model that is steered."""
+    part, inputs = language_model.transformer, {"input_ids": IDS, "attention_mask": REAL.long()}
+    for options in ({"positions": "last"}, {"c": torch.ones(3, 5)}, {"gate": ProjectionAbove(BLOCK, 0.0)}):
+        with Steerer(language_model, BLOCK, **options):
+            whole = language_model(**inputs).logits
+            with pytest.raises(PositionsError, match="a part of the GPT2LMHeadModel was called"):
+                part(**inputs)
+            assert torch.equal(language_model(**inputs).logits, whole)
+    own = SteeringVector({"h.0": BLOCK["transformer.h.0"]})
+    with torch.no_grad(), Steerer(part, own, positions="last"):
+        steered_part = part(**inputs).last_hidden_state
+    with torch.no_grad(), Steerer(language_model, BLOCK, positions="last"):
+        assert torch.equal(language_model.lm_head(steered_part), language_model(**inputs).logits)
