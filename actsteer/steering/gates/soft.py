@@ -34,7 +34,7 @@ class Soft:
 
     __slots__ = ("gate", "width")
 
-    def __init__(self, gate: Score, *, width: float) -> None:
+    def __init__(self, gate: Score, *, width: float = 1.0) -> None:
         if not isinstance(gate, Score):
             raise TypeError(f"expected a gate with a score and a threshold, got {type(gate).__name__}")
         if not (math.isfinite(width) and width > 0):
