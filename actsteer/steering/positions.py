@@ -26,7 +26,7 @@ def check(positions: Positions) -> None:
 
 
 def chosen(positions: Positions, tokens: Tokens) -> Bool[Tensor, "_ S"]:
-    """Which of these tokens are steered, (B, S) or (1, S). Pads never are; that is left to the caller.
+    """Which of these tokens are steered, (B, S) or (1, S).
 
     "prompt" and "generated" part the tokens where the prompt ends. Indices count the real tokens of a row from the
     start of its text, so that those beyond the prompt are generated ones; negative indices, and "last", count from the
@@ -36,6 +36,12 @@ def chosen(positions: Positions, tokens: Tokens) -> Bool[Tensor, "_ S"]:
         PositionsError: they cannot be known in this pass.
         BatchError, ShapeError: a prompt that is too short for a negative index; a mask of another shape.
     """
+    found, real = _chosen(positions, tokens), tokens.real
+    return found if real is None else found & real
+
+
+def _chosen(positions: Positions, tokens: Tokens) -> Tensor:
+    """The same, and perhaps some pads."""
     match positions:
         case "all":
             return torch.ones(1, tokens.length, dtype=torch.bool, device=tokens.device)
@@ -72,7 +78,7 @@ def _nth(indices: Sequence[int], tokens: Tokens) -> Tensor:
         own = own & tokens.in_prompt if index < 0 else own
         found = own if found is None else found | own
     assert found is not None
-    return found if tokens.real is None else found & tokens.real
+    return found
 
 
 def _check_long_enough(index: int, tokens: Tokens) -> None:
@@ -110,7 +116,9 @@ def _masked(mask: Tensor, tokens: Tokens) -> Tensor:
     """A mask of the prompt's columns; what is generated after it is not in it."""
     tokens.check_known()
     assert tokens.prompt is not None
-    whole = mask[None] if mask.ndim == 1 else mask.repeat_interleave(tokens.copies, dim=0)
+    whole = mask[None] if mask.ndim == 1 else mask
+    if len(whole) > 1:
+        whole = whole.repeat_interleave(tokens.copies, dim=0)
     if whole.shape[1] != tokens.prompt or len(whole) not in (1, tokens.rows):
         raise ShapeError(
             f"positions: a mask of shape {tuple(mask.shape)} against {tokens.rows} rows of {tokens.prompt} positions; "
@@ -132,4 +140,4 @@ def _computed(mask: Any, tokens: Tokens) -> Tensor:
             f"positions: the callable gave a mask of shape {tuple(mask.shape)}, expected {tokens.rows} rows of "
             f"{tokens.start + tokens.length} positions"
         )
-    return whole[:, tokens.start :]
+    return whole.to(tokens.device)[:, tokens.start :]
