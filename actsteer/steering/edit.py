@@ -276,7 +276,7 @@ class SiteEdit(Uncopied):
     def _rows(self, which: int | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """One direction (d,), or several (k, d), in this dtype and on this device; the same tensor every time."""
         rows = which if isinstance(which, int) else list(which)
-        if _is_compiling() or self.directions.requires_grad:
+        if _is_compiling() or self._trained:  # whose directions change in place
             return self.directions[rows].to(device, dtype)
         kept = self._like.get(which)
         if kept is None or kept.dtype is not dtype or kept.device != device:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from actsteer import ProjectionAbove, Steerer, SteeringVector, VectorBank
+from actsteer import Ablate, ProjectionAbove, Steerer, SteeringVector, VectorBank
 from tests.zoo import bits, exact, identity, normal
 
 V = torch.tensor([1.0, -2.0, 0.5, 4.0])
@@ -203,6 +203,20 @@ def test_an_activation_that_saves_its_output_can_go_backward(activation):
     with Steerer(model, SteeringVector({"0": V})):
         model(x).sum().backward()
     assert torch.equal(x.grad, expected)
+
+
+@pytest.mark.parametrize(
+    "options", [{"gate": ProjectionAbove(SteeringVector({"0": torch.ones(4)}), -1e9)}, {"intervention": Ablate()}]
+)
+def test_directions_that_were_trained_and_are_frozen_again_are_not_remembered(options):
+    model, x = nn.Sequential(nn.Identity()), torch.full((2, 4), 2.0)
+    with Steerer(model, SteeringVector({"0": V}), **options) as steerer:
+        directions = steerer.requires_grad_()["0"].requires_grad_(requires_grad=False)
+        for _ in range(3):
+            with torch.no_grad():
+                directions[:, :2] *= 0.5
+            with Steerer(nn.Sequential(nn.Identity()), steerer.vectors, **options) as fresh:
+                assert torch.equal(model(x), fresh.model(x))
 
 
 # --- nothing stale -----------------------------------------------------------------------------------------------
