@@ -12,6 +12,7 @@ from tqdm.auto import trange
 from actsteer.collecting.batches import Batches, call, rows_in
 from actsteer.collecting.collect import described_axes
 from actsteer.collecting.observe import Observation
+from actsteer.collecting.positions import Positions
 from actsteer.collecting.undisturbed import undisturbed
 from actsteer.errors import LossError, SiteNotFoundError
 from actsteer.estimators.retention import divergence
@@ -49,6 +50,7 @@ def optimize(
     patience: int = ...,
     start: SteeringVector | None = ...,
     gate: AnyGate | None = ...,
+    positions: Positions | None = ...,
     axis: Axes | None = ...,
     concept: str | None = ...,
     generator: torch.Generator | None = ...,
@@ -77,6 +79,7 @@ def optimize(
     patience: int = ...,
     start: SteeringVector | None = ...,
     gate: AnyGate | None = ...,
+    positions: Positions | None = ...,
     axis: Axes | None = ...,
     concept: str | None = ...,
     generator: torch.Generator | None = ...,
@@ -105,6 +108,7 @@ def optimize(
     patience: int = 5,
     start: SteeringVector | None = None,
     gate: AnyGate | None = None,
+    positions: Positions | None = None,
     axis: Axes | None = None,
     concept: str | None = None,
     generator: torch.Generator | None = None,
@@ -133,7 +137,7 @@ def optimize(
             and 20 times in a run; the best vector or edit is returned, and training ends when `patience` looks in a row
             were not better.
         start: a vector to start from, at some or all of the sites, and no others.
-        gate: train with the steering gated, as it will be used.
+        gate, positions: train with the steering where it will be used, as for `Steerer`.
         axis: the feature axis, as for `collect`; the vector remembers it.
         concept: what the vector stands for.
         generator: makes the shuffling and an edit's first directions, and so the result, reproducible.
@@ -166,7 +170,7 @@ def optimize(
     vector = zeros_at(model, pair[0], names, axis)
     begun = in_single(vector) if start is None else in_single(vector, start)
     low_rank = None if rank is None else TrainedLowRank(vector, rank, generator)
-    steerer = Steerer(model, begun, gate=gate, axis=axis, intervention=low_rank)
+    steerer = Steerer(model, begun, gate=gate, positions=positions, axis=axis, intervention=low_rank)
     trained: Trained = TrainedVector(steerer, vector) if low_rank is None else low_rank
     if max_norm is not None:
         trained.confine(max_norm)

@@ -12,8 +12,9 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from actsteer.steering.generating import Generating
 from actsteer.steering.inputs import cached
-from actsteer.steering.passes import Generating, Passes
+from actsteer.steering.passes import Passes
 from actsteer.steering.reader import GateReader
 from actsteer.steering.tokens import Tokens
 

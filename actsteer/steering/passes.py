@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from actsteer.collecting.positions import Positions
 from actsteer.errors import PositionsError, StrengthError
 from actsteer.sites.wrappers import unwrapped
+from actsteer.steering.generating import Generating
 from actsteer.steering.inputs import KNOWN, MASKS, tokens_of
 from actsteer.steering.per_thread import PerThread
 from actsteer.steering.positions import chosen
@@ -213,38 +214,3 @@ def _columns_of(strength: Float[Tensor, "B S"], tokens: Tokens) -> Float[Tensor,
         )
     own = strength.repeat_interleave(tokens.copies, dim=0) if tokens.copies > 1 else strength
     return own[:, tokens.start : tokens.start + tokens.length]
-
-
-@final
-class Generating:
-    """A call of `generate` that is under way: where its prompt ends, as far as that is known."""
-
-    def __init__(self, *, rows: int | None, prompt: int | None, mask: Tensor | None) -> None:
-        self.rows, self.prompt, self.mask = rows, prompt, mask
-
-    def copies(self, rows: int) -> int:
-        """How many rows were made from one of the caller's."""
-        return rows // self.rows if self.rows and rows % self.rows == 0 else 1
-
-    def within(self, tokens: Tokens) -> Tokens:
-        """The tokens of a pass of this generation; the first one has the prompt, if nobody has told of it."""
-        if self.prompt is None and isinstance(tokens.start, int):
-            self.prompt = tokens.start + tokens.length
-        if self.rows is None:
-            self.rows = tokens.rows
-        copies = self.copies(tokens.rows)
-        mask = (
-            self.mask if self.mask is None or len(self.mask) == tokens.rows else self.mask.repeat_interleave(copies, 0)
-        )
-        return Tokens(
-            tokens.rows,
-            tokens.length,
-            start=tokens.start,
-            mask=tokens.mask,
-            prompt=self.prompt,
-            prompt_mask=mask,
-            batch=tokens.batch,
-            copies=copies,
-            unknown=tokens.unknown,
-            device=tokens.device,
-        )

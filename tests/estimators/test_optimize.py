@@ -174,6 +174,19 @@ def test_a_start_at_some_of_the_sites_leaves_the_others_at_zero(model):
     assert torch.allclose(v["0"], torch.zeros(4), atol=1e-6)
 
 
+@pytest.mark.parametrize("rank", [None, 1])
+def test_positions_decide_which_tokens_the_training_moves(rank):
+    model, rows = nn.Sequential(nn.Identity()), torch.zeros(4, 3, 2)
+    goal = torch.tensor([[9.0, 9.0], [1.0, 2.0], [9.0, 9.0]]).expand(4, 3, 2)
+    options = {"targets": goal, "loss": functional.mse_loss, "lr": 0.05, "steps": 400, "progress": False}
+    found = optimize(
+        model, rows, sites="0", positions=1, rank=rank, generator=torch.Generator().manual_seed(0), **options
+    )
+    with Steerer(model, found, positions=1):
+        torch.testing.assert_close(model(rows)[:, 1], goal[:, 1], rtol=0, atol=0.05)
+        assert not model(rows)[:, [0, 2]].any()
+
+
 def test_a_gate_decides_which_rows_the_training_sees():
     model = nn.Sequential(nn.Identity(), nn.Identity())
     rows = torch.tensor([[5.0, 0.0], [-5.0, 0.0]])
