@@ -12,12 +12,14 @@ from torch import nn
 from typer.testing import CliRunner
 
 import reference.mnist
+from actsteer import record
 from reference.mnist import __main__ as command
-from reference.mnist import data, suite
+from reference.mnist import data, multi, suite
 from reference.mnist.data import DataMissingError, Split, load
-from reference.mnist.model import mlp, train_classifier
+from reference.mnist.model import SITES, mlp, train_classifier
 from reference.mnist.sample import SIZES, stratified
 from reference.mnist.scores import Judge, balance, summarize
+from reference.mnist.self import probed
 from reference.mnist.study import Budget, Edit, Study, steered
 from reference.mnist.suite import SIGMAS, Task, tasks_for
 
@@ -170,6 +172,28 @@ def test_the_summary_of_one_seed_has_no_spread():
 
 
 # --- steering --------------------------------------------------------------------------------------------------------
+def test_each_digit_is_added_where_its_nine_probes_fire():
+    sample = load("bundled")
+    model = train_classifier(sample.train.of(*range(8)), seed=0, epochs=1)
+    edit = multi._bank_of(probed, Study(model, sample, (8, 9), 0, TINY))
+    assert list(edit.gate) == list(edit.c) == ["eight", "nine"]
+    x = sample.test.x[:500]
+    site, added = SITES[-1], torch.zeros(500, 1)
+    for concept, gate in edit.gate.items():
+        assert len(gate.gates) == 9
+        rows = record(model, x, sites=gate.gates[0].site, progress=False)[gate.gates[0].site]
+        fires = torch.stack([probe(rows) for probe in gate.gates]).all(dim=0)
+        assert 0 < fires.sum() < 500
+        added = added + fires[:, None] * edit.vectors[concept][site]
+    with torch.no_grad(), steered(model, [edit]):
+        found = model(x)
+    handle = model.get_submodule(site).register_forward_hook(lambda module, args, output: output + added)
+    with torch.no_grad():
+        expected = model(x)
+    handle.remove()
+    torch.testing.assert_close(found, expected)
+
+
 def test_the_weights_are_never_touched():
     data = load("bundled")
     model = train_classifier(data.train.of(*range(9)), seed=0, epochs=1)
