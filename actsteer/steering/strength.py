@@ -49,7 +49,11 @@ def strength_at(schedule: Schedule, step: int) -> Tensor:
     Raises:
         StrengthError: not one finite number.
     """
-    checked = _checked(schedule(step), f"c({step})")
+    try:
+        given = schedule(step)
+    except TypeError as error:
+        raise StrengthError(f"c({step}): expected a callable of the generation step alone; {error}") from error
+    checked = _checked(given, f"c({step})")
     if not isinstance(checked, Tensor) or checked.ndim:
         raise StrengthError(f"c({step}): expected one number for a step of the generation, got {checked}")
     return checked

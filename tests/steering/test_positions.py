@@ -258,6 +258,11 @@ def test_a_schedule_gives_one_finite_number(bad):
         Steerer(IDENTITY, V, c=lambda step: bad)
 
 
+def test_a_schedule_takes_the_step_alone():
+    with pytest.raises(StrengthError, match=r"c\(0\): expected a callable of the generation step alone"):
+        Steerer(IDENTITY, V, c=lambda: 1.0)
+
+
 def test_kinds_of_strength_follow_one_another_while_attached():
     before = state(IDENTITY)
     with Steerer(IDENTITY, V, c=1.0) as steerer:
