@@ -11,6 +11,8 @@ ActsteerError
 ├── LossError                (ValueError)    a loss that cannot be minimised
 ├── StatisticsError          (ValueError)    statistics that lack what is asked of them
 ├── FileFormatError          (ValueError)    a file that is corrupt, foreign or of a newer version
+├── ModelMismatchError       (ValueError)    a vector that was made for another model
+├── NotFoldable              (ValueError)    a steering that the weights cannot carry
 ├── OutputError              (TypeError)     a module's output in which no activation can be found
 ├── UnsupportedModelError    (TypeError)     a model in which hooks would be ignored
 ├── AttachedError            (RuntimeError)  attach on a Steerer that is attached already
@@ -64,6 +66,14 @@ class StatisticsError(ActsteerError, ValueError):
 
 class FileFormatError(ActsteerError, ValueError):
     """A file that is corrupt, foreign, or of a newer version."""
+
+
+class ModelMismatchError(ActsteerError, ValueError):
+    """A vector that was made for another model."""
+
+
+class NotFoldable(ActsteerError, ValueError):  # noqa: N818  (the contract's name)
+    """A steering that the weights cannot carry."""
 
 
 class OutputError(ActsteerError, TypeError):

@@ -166,3 +166,14 @@ def _bound(function: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> Cal
 
 
 CASES = _cases()
+
+
+def llama(*, kind: str = "Llama", **changes: Any) -> nn.Module:
+    """A tiny causal language model of a Hugging Face family that is made as Llama is, in float32."""
+    import transformers
+
+    sizes = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "initializer_range": 0.3}
+    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "max_position_embeddings": 64}
+    config = getattr(transformers, f"{kind}Config")(**(sizes | heads | special | changes))
+    return seeded(lambda: getattr(transformers, f"{kind}ForCausalLM")(config)).eval()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from actsteer.collecting import storage
 from actsteer.errors import BatchError, StatisticsError
-from actsteer.files import native
+from actsteer.files import sealed
 
 
 @final
@@ -31,7 +31,7 @@ class Checkpoint:
     def __init__(self, path: str | PathLike[str], every: int, job: Mapping[str, Any]) -> None:
         if every < 1:
             raise ValueError(f"every: expected 1 batch or more, got {every}")
-        native.check_target(path)
+        sealed.checked(path, writing=True)
         self._path, self._every, self._job = path, every, dict(job)
         self._digest = hashlib.sha256()  # of all batches so far
         self._expected = ""

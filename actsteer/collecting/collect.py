@@ -21,8 +21,9 @@ from actsteer.collecting.peers import in_step, replicas
 from actsteer.collecting.positions import Positions, described
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import StatisticsError
+from actsteer.sites import fingerprint
 from actsteer.sites.axes import Axes
-from actsteer.sites.resolve import Sites, find_sites, fingerprint
+from actsteer.sites.resolve import Sites, find_sites
 
 
 @overload
@@ -112,7 +113,7 @@ def collect(
     """
     with announced():
         names = find_sites(model, sites)
-        metadata = {"model": fingerprint(model)} | described(positions)
+        metadata = fingerprint.described(model) | described(positions)
         sums = _Sums(covariance=covariance)
         rows = None if by is None else sums.rows
         observation = Observation(model, names, sums.keep, axis=axis, positions=positions, rows=rows)

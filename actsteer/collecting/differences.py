@@ -15,8 +15,9 @@ from actsteer.collecting.observe import Observation
 from actsteer.collecting.positions import Positions, described
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import BatchError
+from actsteer.sites import fingerprint
 from actsteer.sites.axes import Axes
-from actsteer.sites.resolve import Sites, find_sites, fingerprint
+from actsteer.sites.resolve import Sites, find_sites
 
 
 def collect_differences(
@@ -79,5 +80,5 @@ def collect_differences(
             if site not in sums:
                 sums[site] = Moments.empty(one.shape[1], covariance=covariance, device=one.device)
             sums[site].update(one - other)
-    metadata = {"model": fingerprint(model)} | described(positions) | described_axes(observation.axes, axis)
+    metadata = fingerprint.described(model) | described(positions) | described_axes(observation.axes, axis)
     return Statistics({site: sums[site] for site in names}, metadata=metadata)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from actsteer.collecting.moments import Moments, Scatter
 from actsteer.errors import FileFormatError
-from actsteer.files import native
+from actsteer.files import sealed
 
 Classes: TypeAlias = dict[int | str | None, dict[str, Moments]]
 """Label -> site -> moments; all under None where there are no classes."""
@@ -31,12 +31,12 @@ def write(
             tensors |= {f"{index}/{number}/{name}": tensor for name, tensor in _tensors(own).items()}
         counts = {site: own.count for site, own in moments.items()}
         entries.append({"label": label, "counts": counts})
-    native.write(path, tensors, {"kind": kind, "classes": entries, **described})
+    sealed.write(path, tensors, {"kind": kind, "classes": entries, **described})
 
 
 def read(path: str | PathLike[str], kind: str) -> tuple[Classes, dict[str, Any]]:
     """What `write` wrote: the moments, and the document."""
-    tensors, document = native.read(path, kind=kind)
+    tensors, document = sealed.read(path, kind=kind)
     try:
         classes: Classes = {
             entry["label"]: {

@@ -70,7 +70,12 @@ def align(
                 "were they collected on the same models?"
             )
         maps[site] = (other, _weight(joint, stats_a, site, method, ridge))
-    kept = {"model", *(f"axis {other}" for other, _ in maps.values())}  # of the model that it leads to
+    kept = {
+        "model",
+        "weights",
+        "model_type",
+        *(f"axis {other}" for other, _ in maps.values()),
+    }  # of the model that it leads to
     described = {key: text for key, text in stats_b.metadata.items() if key in kept}
     return SiteMap(maps, metadata={"aligned by": method} | described)
 

@@ -15,11 +15,12 @@ from actsteer.collecting.masks import TokenMasks
 from actsteer.collecting.undisturbed import undisturbed
 from actsteer.errors import ShapeError, SiteNotFoundError, StatisticsError
 from actsteer.estimators.optimize import in_single, zeros_at
+from actsteer.sites import fingerprint
 from actsteer.sites.axes import Axes, Layout, layouts
 from actsteer.sites.listen import likely_cause, listen
 from actsteer.sites.outputs import Arguments, get, locate
 from actsteer.sites.place import Place
-from actsteer.sites.resolve import Sites, find_sites, fingerprint, resolve
+from actsteer.sites.resolve import Sites, find_sites, resolve
 from actsteer.sites.shards import full
 from actsteer.steering.steerer import Steerer
 from actsteer.vectors.bank import VectorBank
@@ -111,7 +112,7 @@ def discover(
                 found.append(leaf.detach()[0].clone())
         finally:
             remove()
-    described = zero.metadata | {"estimator": "discover", "target": looked_at, "model": fingerprint(model)}
+    described = zero.metadata | {"estimator": "discover", "target": looked_at} | fingerprint.described(model)
     rounded = {str(i): {name: v.to(zero[name].dtype)} for i, v in enumerate(found)}
     return VectorBank({i: SteeringVector(own, concept=i, metadata=described) for i, own in rounded.items()})
 

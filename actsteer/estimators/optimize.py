@@ -18,8 +18,9 @@ from actsteer.errors import LossError, SiteNotFoundError
 from actsteer.estimators.retention import divergence
 from actsteer.estimators.stream import Loss, Targets, check_loss, check_pairing, endless, once, takes_target
 from actsteer.estimators.trained import Trained, TrainedLowRank, TrainedVector
+from actsteer.sites import fingerprint
 from actsteer.sites.axes import Axes
-from actsteer.sites.resolve import Sites, find_sites, fingerprint
+from actsteer.sites.resolve import Sites, find_sites
 from actsteer.steering.gates.gate import AnyGate
 from actsteer.steering.interventions.low_rank import LowRank
 from actsteer.steering.steerer import Steerer
@@ -222,7 +223,7 @@ def optimize(
                 break
     if best is not None:
         best.restore()
-    described = {"estimator": "optimize", "model": fingerprint(model), "steps": str(step + 1)}
+    described = fingerprint.described(model) | {"estimator": "optimize", "steps": str(step + 1)}
     return trained.result(concept=concept, metadata=described | vector.metadata)
 
 

@@ -1,142 +1,122 @@
-"""The native format: one safetensors file, sealed by a SHA-256, written atomically, never pickled.
+"""The native format: vectors in a sealed safetensors file, each with a digest of its own, read when it is asked for.
 
-Tensors are named `<concept>/<site>`. The header's string metadata holds a JSON document (format version, what the
-tensors mean) and the digest of the document and every tensor, so that any altered bit is noticed.
+Tensors are named `<concept>/<site>`. The document says of every concept its metadata, the model's fingerprint, the
+intervention meant, and of every site the side and the feature axis.
 """
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
-import json
 import os
-import uuid
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, TypeAlias
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from actsteer.errors import FileFormatError
-
-VERSION = 1
-
-PlainVector: TypeAlias = tuple[Mapping[str, Tensor], Mapping[str, str]]
-"""A vector's directions (site -> tensor) and its metadata."""
+from actsteer.files import sealed
+from actsteer.files.stored import PlainVector, Stored
 
 
 def write_bank(path: str | os.PathLike[str], bank: Mapping[str, PlainVector]) -> None:
     """Write vectors, concept -> (directions, metadata), to `path`."""
-    concepts = {
-        concept: {
+    tensors: dict[str, Tensor] = {}
+    concepts: dict[str, Any] = {}
+    for concept, (directions, metadata) in bank.items():
+        own = {_key(concept, site): direction.detach().cpu() for site, direction in directions.items()}
+        tensors |= own
+        concepts[concept] = {
             "metadata": dict(metadata),
             "model": metadata.get("model"),
-            "intervention": "add",
-            "sites": {site: {"side": "output", "axis": metadata.get(f"axis {site}")} for site in directions},
+            "intervention": metadata.get("intervention", "add"),
+            "sites": {site: {"side": _side(site), "axis": metadata.get(f"axis {site}")} for site in directions},
+            "sha256": sealed.digest(own),
         }
-        for concept, (directions, metadata) in bank.items()
-    }
-    tensors = {_key(concept, site): d for concept, (directions, _) in bank.items() for site, d in directions.items()}
-    write(path, tensors, {"kind": "bank", "concepts": concepts})
+    sealed.write(path, tensors, {"kind": "bank", "concepts": concepts}, sealed_apart=tensors)
 
 
-def read_bank(path: str | os.PathLike[str]) -> dict[str, PlainVector]:
-    """Read what `write_bank` wrote: concept -> (directions, metadata)."""
-    tensors, document = read(path, kind="bank")
+def read_bank(path: str | os.PathLike[str]) -> dict[str, Stored]:
+    """What `write_bank` wrote, concept -> vector; the directions of a large file when they are asked for.
+
+    Raises:
+        FileFormatError: the file is corrupt, foreign, or of a newer version.
+    """
+    file = sealed.Sealed(path, kind="bank")
     try:
-        _refuse_other_meanings(path, document)
-        bank: dict[str, PlainVector] = {
-            concept: (
-                {site: _direction(tensors.pop(_key(concept, site))) for site in dict(entry["sites"])},
-                {str(key): str(value) for key, value in entry["metadata"].items()},
-            )
-            for concept, entry in document["concepts"].items()
-        }
-    except FileFormatError:
-        raise
+        entries = file.document["concepts"].items()
+        names = {concept: {site: _key(concept, site) for site in dict(entry["sites"])} for concept, entry in entries}
+        shapes = file.shapes()
+        bank = {concept: _stored(file, concept, entry, names[concept], shapes) for concept, entry in entries}
+        apart = {name for concept, entry in entries if "sha256" in entry for name in names[concept].values()}
     except (KeyError, AttributeError, TypeError, ValueError) as error:
-        raise FileFormatError(
-            f"{path}: the document does not describe the tensors ({error!r}); write it again"
-        ) from None
-    sizes: dict[str, int] = {}
-    for directions, _ in bank.values():
-        for site, direction in directions.items():
-            if len(direction) != sizes.setdefault(site, len(direction)):
-                raise FileFormatError(f"{path}: site {site!r} has directions of two sizes; write it again")
-    if tensors:
-        raise FileFormatError(f"{path}: tensors {sorted(tensors)} are not in the document; write it again")
+        raise _undescribed(path, error) from None
+    if rest := shapes.keys() - {name for own in names.values() for name in own.values()}:
+        raise FileFormatError(f"{path}: tensors {sorted(rest)} are not in the document; write it again")
+    file.verify(shapes.keys() - apart)
+    _check_sizes(path, bank.values())
+    if file.is_read:
+        return {concept: _read(vector) for concept, vector in bank.items()}
     return bank
 
 
-def _refuse_other_meanings(path: str | os.PathLike[str], document: Mapping[str, Any]) -> None:
-    for concept, entry in document["concepts"].items():
-        meant = {entry.get("intervention", "add"), *(site.get("side", "output") for site in entry["sites"].values())}
-        if meant - {"add", "output"}:
-            raise FileFormatError(
-                f"{path}: concept {concept!r} means {meant}, not an addition to outputs; upgrade actsteer"
-            )
+def _stored(
+    file: sealed.Sealed,
+    concept: str,
+    entry: Mapping[str, Any],
+    names: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> Stored:
+    sizes = {site: shapes[name] for site, name in names.items()}
+    if any(len(shape) != 1 for shape in sizes.values()):
+        raise ValueError(f"expected directions of shape (d,), got {sizes}")
+
+    def read() -> dict[str, Tensor]:
+        own = {name: file.tensor(name) for name in names.values()}
+        if "sha256" in entry and entry["sha256"] != sealed.digest(own):
+            raise FileFormatError(f"{file.path}: the SHA-256 of {concept!r} does not match; the file was altered")
+        try:
+            return {site: _direction(own[name]) for site, name in names.items()}
+        except ValueError as error:
+            raise _undescribed(file.path, error) from None
+
+    return Stored({site: shape[0] for site, shape in sizes.items()}, _metadata(concept, entry), read)
 
 
-def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
-    """Write tensors and a JSON document to `path`: a temporary file beside it, then a rename."""
-    target = _native_path(path)
-    text = json.dumps({"format": VERSION, **document}, ensure_ascii=True)
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    payload = save(plain, metadata={"actsteer": text, "sha256": _digest(text, plain)})
-    target = Path(os.path.realpath(target))  # a link stays a link
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("xb") as file:
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _metadata(concept: str, entry: Mapping[str, Any]) -> dict[str, str]:
+    """The metadata, with what the document says apart from it."""
+    found = {str(key): str(value) for key, value in entry["metadata"].items()}
+    sites = {site: described or {} for site, described in dict(entry["sites"]).items()}
+    for site, described in sites.items():
+        if described.get("side", _side(site)) != _side(site):
+            raise ValueError(f"concept {concept!r}: site {site!r} is not an {described['side']}")
+        if described.get("axis") is not None:
+            found.setdefault(f"axis {site}", str(described["axis"]))
+    if entry.get("intervention", "add") != "add":
+        found.setdefault("intervention", str(entry["intervention"]))
+    if entry.get("model") is not None:
+        found.setdefault("model", str(entry["model"]))
+    return found
 
 
-def read(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read tensors and document from `path`, whole and verified, or raise FileFormatError."""
-    source = _native_path(path)
-    with source.open("rb"):
-        pass  # a missing or unreadable file is the operating system's own error
-    try:
-        with safe_open(source, framework="pt") as file:
-            header: dict[str, str] = file.metadata() or {}
-            tensors: dict[str, Tensor] = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, KeyError, MemoryError) as error:
-        raise FileFormatError(f"{path}: not a readable safetensors file ({error}); is it truncated?") from None
-    if "actsteer" not in header or "sha256" not in header:
-        raise FileFormatError(f"{path}: a safetensors file that actsteer did not write; it has no actsteer header")
-    try:
-        document = json.loads(header["actsteer"])
-    except (ValueError, RecursionError):
-        raise FileFormatError(f"{path}: the header's document is not JSON; the file is corrupt") from None
-    if isinstance(document, dict) and isinstance(document.get("format"), int) and document["format"] > VERSION:
-        raise FileFormatError(
-            f"{path}: format {document['format']}, this version reads up to {VERSION}; upgrade actsteer to open it"
-        )
-    if header["sha256"] != _digest(header["actsteer"], tensors):
-        raise FileFormatError(f"{path}: the SHA-256 does not match; the file was altered after it was written")
-    if not isinstance(document, dict) or document.get("kind") != kind or document.get("format") != VERSION:
-        raise FileFormatError(f"{path}: expected a file of kind {kind!r}; it holds something else")
-    return tensors, document
+def _read(vector: Stored) -> Stored:
+    """The same vector, its directions in memory."""
+    directions = vector.read()
+    return Stored(vector.sizes, vector.metadata, lambda: directions)
 
 
-def check_target(path: str | os.PathLike[str]) -> None:
-    """Raise FileFormatError or FileNotFoundError, before any work, if nothing could be written there."""
-    folder = _native_path(path).parent
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {folder}; make it first")
+def _check_sizes(path: str | os.PathLike[str], vectors: Iterable[Stored]) -> None:
+    sizes: dict[str, int] = {}
+    for vector in vectors:
+        for site, size in vector.sizes.items():
+            if size != sizes.setdefault(site, size):
+                raise FileFormatError(f"{path}: site {site!r} has directions of two sizes; write it again")
 
 
-def _native_path(path: str | os.PathLike[str]) -> Path:
-    target = Path(path)
-    if target.suffix.lower() != ".safetensors":
-        raise FileFormatError(f"{path}: unknown format {target.suffix!r}; name the file with .safetensors")
-    return target
+def _undescribed(path: str | os.PathLike[str], error: Exception) -> FileFormatError:
+    return FileFormatError(f"{path}: the document does not describe the tensors ({error!r}); write it again")
+
+
+def _side(site: str) -> str:
+    return "input" if ":in" in site[site.rfind(":") :] else "output"
 
 
 def _key(concept: str, site: str) -> str:
@@ -145,19 +125,13 @@ def _key(concept: str, site: str) -> str:
 
 def _escaped(name: str) -> str:
     """Without control characters, of which JSON has two spellings, \\u001f and \\u001F, a single bit apart."""
-    return "".join(f"%{ord(c):02X}" if c < " " or c == "%" else c for c in name)
+    return name.translate(_ESCAPES)
+
+
+_ESCAPES = {code: f"%{code:02X}" for code in (*range(32), ord("%"))}
 
 
 def _direction(tensor: Tensor) -> Tensor:
     if tensor.ndim != 1 or not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
         raise ValueError(f"expected directions of shape (d,), floating and finite, got {tensor.dtype}, {tensor.shape}")
     return tensor
-
-
-def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(ctypes.string_at(tensor.data_ptr(), tensor.nbytes) if tensor.nbytes else b"")
-    return digest.hexdigest()

@@ -17,7 +17,8 @@ from actsteer.collecting.observe import Observation
 from actsteer.collecting.positions import described
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import UnsupportedModelError
-from actsteer.sites.resolve import Sites, find_sites, fingerprint
+from actsteer.sites import fingerprint
+from actsteer.sites.resolve import Sites, find_sites
 from actsteer.sites.wrappers import unwrapped
 
 
@@ -77,7 +78,7 @@ def collect_pairs_by_prefix(
         keeps = True
         observation.run([rest | {"attention_mask": mask, "past_key_values": cache, "use_cache": cache is not None}])
         keeps = False
-    metadata = {"model": fingerprint(model)} | described("last") | described_axes(observation.axes, None)
+    metadata = fingerprint.described(model) | described("last") | described_axes(observation.axes, None)
     toward, away = (Statistics({site: own[site] for site in names}, metadata=metadata) for own in sums)
     return toward, away
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -114,19 +113,6 @@ def runs_torch_code(module: nn.Module) -> bool:
     """Whether the module's class has its forward from torch, and not from somebody who made another of it."""
     home = getattr(getattr(type(module), "forward", None), "__module__", None)
     return isinstance(home, str) and home.startswith("torch.")
-
-
-def fingerprint(model: nn.Module) -> str:
-    """The model's class, parameter count, and a hash of its parameters' names and shapes; its numbers do not count."""
-    shapes: list[tuple[str, tuple[int, ...]]] = []
-    count, seen = 0, set()
-    for name, module in named_modules(unwrapped(model)):
-        for key, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) not in seen:  # a shared one counts once
-                seen.add(id(parameter))
-                shapes.append((f"{name}.{key}" if name else key, tuple(parameter.shape)))
-                count += parameter.numel()
-    return f"{class_name(model)}:{count}:{hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]}"
 
 
 def _items(sites: Sites) -> list[str | nn.Module | Predicate]:

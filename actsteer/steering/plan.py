@@ -20,6 +20,7 @@ from actsteer.steering.checkpointing import Checkpointing
 from actsteer.steering.edit import SiteEdit
 from actsteer.steering.gates.gate import AnyGate, Combination, leaves
 from actsteer.steering.inputs import encoder_of
+from actsteer.steering.interventions.ablate import Ablate
 from actsteer.steering.interventions.add import Add
 from actsteer.steering.interventions.intervention import Intervention, PerSite
 from actsteer.steering.passes import Passes
@@ -27,7 +28,7 @@ from actsteer.steering.positions import check as check_positions
 from actsteer.steering.reader import CombinedReader, GateReader, Reader
 from actsteer.steering.strength import Schedule
 from actsteer.vectors.bank import VectorBank
-from actsteer.vectors.vector import SteeringVector, axes_of
+from actsteer.vectors.vector import SteeringVector, axes_of, check_model
 
 Gates = AnyGate | Mapping[str, AnyGate]
 AllPositions = Positions | Mapping[str, Positions]
@@ -110,6 +111,7 @@ def make_plan(
 ) -> Plan:
     """Everything resolved and checked, as far as that is possible before the model runs."""
     places = _places(model, bank, sites)
+    check_model(model, dict(bank.items()))
     axes = _axes(bank, places, axis)
     lies = layouts(model, places, axis=axes)
     passes = _passes(model, bank, positions)
@@ -173,14 +175,27 @@ def _host(passes: tuple[Passes, ...], place: Place) -> Passes:
 
 
 def _interventions(bank: VectorBank, intervention: Interventions | None) -> list[Intervention | PerSite]:
-    """One per concept, in bank order."""
+    """One per concept, in bank order: what was asked for, else what the vector's metadata says that it is meant for."""
+    if intervention is None:
+        return [_meant(concept, vector.metadata.get("intervention", "add")) for concept, vector in bank.items()]
     if not isinstance(intervention, Mapping):
-        return [intervention or Add()] * len(bank)
+        return [intervention] * len(bank)
     _check_concepts(intervention, bank, by="intervention")
     for concept, own in intervention.items():
         if not callable(own) and not isinstance(own, PerSite):
             raise TypeError(f"intervention: expected one such as Add(), got {own!r} for {concept!r}")
-    return [intervention.get(concept, Add()) for concept in bank.concepts]
+    meant = {concept: vector.metadata.get("intervention", "add") for concept, vector in bank.items()}
+    return [intervention[concept] if concept in intervention else _meant(concept, meant[concept]) for concept in bank]
+
+
+def _meant(concept: str, name: str) -> Intervention:
+    known: dict[str, Intervention] = {"add": Add(), "ablate": Ablate()}
+    if name not in known:
+        raise UnsupportedModelError(
+            f"concept {concept!r} is meant for the intervention {name!r}, which has more to it than a name; pass "
+            "intervention=, for example intervention=Clamp(3.0)"
+        )
+    return known[name]
 
 
 def _at(intervention: Intervention | PerSite, site: str) -> Intervention:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import ItemsView, Iterator, Mapping
 from os import PathLike
-from typing import final
+from typing import Any, final
 
 import torch
 from einops import einsum
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from actsteer.errors import (
     ConceptNotFoundError,
@@ -18,8 +18,9 @@ from actsteer.errors import (
     ZeroDirectionError,
     close_names,
 )
-from actsteer.files import native
-from actsteer.vectors.vector import SteeringVector, axes_of
+from actsteer.files.stored import Stored
+from actsteer.vectors import formats
+from actsteer.vectors.vector import SteeringVector, axes_of, from_file
 
 
 @final
@@ -46,18 +47,29 @@ class VectorBank:
     __slots__ = ("_vectors",)
 
     def __init__(self, vectors: Mapping[str, SteeringVector]) -> None:
-        self._vectors = dict(vectors)
-        seen: dict[str, tuple[str, Tensor]] = {}
-        for concept, vector in self._vectors.items():
+        for concept, vector in vectors.items():
             if not (isinstance(concept, str) and isinstance(vector, SteeringVector)):
                 raise TypeError(f"a bank maps str to SteeringVector, got {concept!r}: {type(vector).__name__}")
-            for site in vector.sites:
-                direction = vector[site]
-                first, other = seen.setdefault(site, (concept, direction))
-                if other.shape != direction.shape or other.device != direction.device:
+        self._vectors: dict[str, SteeringVector | Stored] = dict(vectors)
+        self._check_fits()
+
+    @classmethod
+    def _of(cls, vectors: Mapping[str, SteeringVector | Stored]) -> VectorBank:
+        """A bank some of whose vectors are still in a file."""
+        bank = cls({})
+        bank._vectors = dict(vectors)
+        bank._check_fits()
+        return bank
+
+    def _check_fits(self) -> None:
+        seen: dict[str, tuple[str, int, torch.device]] = {}
+        for concept, vector in self._vectors.items():
+            for site, (size, device) in _sizes(vector).items():
+                first, other, there = seen.setdefault(site, (concept, size, device))
+                if (other, there) != (size, device):
                     raise ShapeError(
-                        f"site {site!r}: {first!r} has {len(other)} features on {other.device}, {concept!r} "
-                        f"{len(direction)} on {direction.device}; a bank holds vectors of one model, on one device"
+                        f"site {site!r}: {first!r} has {other} features on {there}, {concept!r} {size} on {device}; "
+                        "a bank holds vectors of one model, on one device"
                     )
 
     # --- reading -------------------------------------------------------------------------------------------------
@@ -69,12 +81,14 @@ class VectorBank:
     @property
     def sites(self) -> tuple[str, ...]:
         """Every site of every vector, in order of first appearance."""
-        return tuple(dict.fromkeys(site for vector in self._vectors.values() for site in vector.sites))
+        return tuple(dict.fromkeys(site for vector in self._vectors.values() for site in _sizes(vector)))
 
     def __getitem__(self, concept: str) -> SteeringVector:
-        if concept not in self._vectors:
-            raise ConceptNotFoundError(f"no concept {concept!r} in the bank. {close_names(concept, self._vectors)}")
-        return self._vectors[concept]
+        self._known(concept)
+        vector = self._vectors[concept]
+        if isinstance(vector, Stored):
+            vector = self._vectors[concept] = from_file(vector)
+        return vector
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._vectors)
@@ -87,7 +101,7 @@ class VectorBank:
 
     def items(self) -> ItemsView[str, SteeringVector]:
         """The pairs (concept, vector)."""
-        return self._vectors.items()
+        return {concept: self[concept] for concept in self._vectors}.items()
 
     def __repr__(self) -> str:
         return f"VectorBank(concepts={self.concepts}, sites={self.sites})"
@@ -96,11 +110,13 @@ class VectorBank:
         """Both banks in one; where both have a concept, the right one's vector stands, as in a dict."""
         if not isinstance(other, VectorBank):
             return NotImplemented
-        return VectorBank(self._vectors | other._vectors)
+        return VectorBank._of(self._vectors | other._vectors)
 
     def select(self, *concepts: str) -> VectorBank:
         """The bank of these concepts alone, in this order."""
-        return VectorBank({concept: self[concept] for concept in concepts})
+        for concept in concepts:
+            self._known(concept)
+        return VectorBank._of({concept: self._vectors[concept] for concept in concepts})
 
     # --- algebra -------------------------------------------------------------------------------------------------
     def combine(self, strengths: Mapping[str, float]) -> SteeringVector:
@@ -115,11 +131,11 @@ class VectorBank:
             directions = chosen.directions(site)
             c = directions.new_tensor([float(strength) for strength in strengths.values()])
             combined[site] = einsum(c, directions, "k, k d -> d")
-        return SteeringVector(combined, metadata=axes_of(chosen._vectors.values()))
+        return SteeringVector(combined, metadata=axes_of(vector for _, vector in chosen.items()))
 
     def directions(self, site: str) -> Float[Tensor, "k d"]:
         """The directions of all concepts at one site, stacked in bank order; zero where a vector lacks the site."""
-        found = {concept: vector[site] for concept, vector in self._vectors.items() if site in vector}
+        found = {concept: self[concept][site] for concept, vector in self._vectors.items() if site in _sizes(vector)}
         if not found:
             raise SiteNotFoundError(f"no concept has a direction at {site!r}. {close_names(site, self.sites)}")
         zero = torch.zeros_like(next(iter(found.values())))
@@ -163,7 +179,7 @@ class VectorBank:
                 concept: SteeringVector(
                     dict(zip(sizes, residual.split(list(sizes.values())), strict=True)), metadata=vector.metadata
                 )
-                for residual, (concept, vector) in zip(residuals, self._vectors.items(), strict=True)
+                for residual, (concept, vector) in zip(residuals, self.items(), strict=True)
             }
         )
 
@@ -174,20 +190,58 @@ class VectorBank:
         return torch.cat([self.directions(site) for site in self.sites], dim=1)
 
     # --- files ---------------------------------------------------------------------------------------------------
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write the bank, bit for bit and with its metadata, to a `.safetensors` file; atomic.
+    def save(self, path: str | PathLike[str], *, model: nn.Module | None = None, layer_offset: int = 0) -> None:
+        """Write the bank to a file, atomically; the suffix chooses the format.
+
+        `.safetensors` keeps everything, bit for bit. `.gguf` is the control vector of llama.cpp and repeng: one vector,
+        in float32, at the outputs of blocks, from the second one on, which it knows by their numbers.
+
+        Args:
+            model: the vector's, whose type a GGUF file names; without it, what the metadata says of it.
+            layer_offset: what to add to the number of a block, for readers who count otherwise than llama.cpp.
 
         Raises:
-            FileFormatError: the suffix names a format that cannot be written.
+            FileFormatError: the suffix names no format, or the format cannot express this.
         """
-        native.write_bank(path, {concept: ({s: v[s] for s in v}, v.metadata) for concept, v in self.items()})
+        bank = {concept: ({s: v[s] for s in v}, v.metadata) for concept, v in self.items()}
+        formats.write(path, bank, model=model, layer_offset=layer_offset)
 
     @classmethod
-    def load(cls, path: str | PathLike[str]) -> VectorBank:
-        """Read what `save` wrote. Nothing in the file is executed; a file with any altered bit is refused.
+    def load(cls, path: str | PathLike[str], model: nn.Module | None = None, *, layer_offset: int = 0) -> VectorBank:
+        """Read what `save` wrote, and the files of others; or all files that a pattern, "dir/*.safetensors", names.
+
+        Nothing in a file is executed, and one of ours with any altered bit is refused. Of a file over 16 MB,
+        or with more than 1000 directions, each vector is read, and verified, when it is asked for. A vector from a file
+        is checked when it is attached: a model of another architecture raises, one with other weights warns.
+
+        Besides `.safetensors` and `.gguf` (llama.cpp, repeng, EasySteer) it reads `.svec` (conditional activation
+        steering), the `.safetensors` of steering-lite, and `.pt` files of tensors alone.
+
+        Args:
+            path: a file, or a pattern.
+            model: where the file numbers the blocks of a model: the model that has names for them.
+            layer_offset: what the file's numbers are above those of the blocks, counted from 0.
 
         Raises:
-            FileFormatError: the file is corrupt, foreign, or of a newer version.
+            FileFormatError: a file is corrupt, of an unknown kind, or of a newer version; two have the same concept.
+            SiteNotFoundError: the model has no such block.
+            ModelMismatchError: the file was made for a model of another architecture.
         """
-        vectors = native.read_bank(path).items()
-        return cls({concept: SteeringVector(directions, metadata=meta) for concept, (directions, meta) in vectors})
+        return cls._of(formats.read(path, model=model, layer_offset=layer_offset))
+
+    def _known(self, concept: str) -> None:
+        if concept not in self._vectors:
+            raise ConceptNotFoundError(f"no concept {concept!r} in the bank. {close_names(concept, self._vectors)}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return VectorBank, (dict(self.items()),)
+
+
+def _sizes(vector: SteeringVector | Stored) -> dict[str, tuple[int, torch.device]]:
+    """Site -> features and device; what is in a file will be on the CPU."""
+    if isinstance(vector, Stored):
+        return {site: (size, _CPU) for site, size in vector.sizes.items()}
+    return {site: (len(direction), direction.device) for site, direction in vector._directions.items()}
+
+
+_CPU = torch.device("cpu")

@@ -9,10 +9,12 @@ from typing import Any, final
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from actsteer.errors import FileFormatError, ShapeError, SiteNotFoundError, ZeroDirectionError, close_names
-from actsteer.files import native
+from actsteer.files.stored import Stored
+from actsteer.sites import fingerprint
+from actsteer.vectors import formats
 from actsteer.vectors.site_map import SiteMap
 
 
@@ -42,7 +44,7 @@ class SteeringVector:
     (tensor(5.), tensor(0.))
     """
 
-    __slots__ = ("_directions", "_metadata")
+    __slots__ = ("_directions", "_is_from_file", "_metadata")
     __array_ufunc__ = None  # numpy scalars leave `scalar * vector` to us
 
     def __init__(
@@ -54,6 +56,7 @@ class SteeringVector:
     ) -> None:
         self._directions = {site: _owned(site, direction) for site, direction in directions.items()}
         self._metadata = dict(metadata or {}) | ({} if concept is None else {"concept": concept})
+        self._is_from_file = False  # and so is checked against the model that it is attached to
         for key, value in self._metadata.items():
             if not (isinstance(key, str) and isinstance(value, str)):
                 raise TypeError(f"metadata maps str to str, got {key!r}: {value!r}; convert the value with str()")
@@ -152,10 +155,7 @@ class SteeringVector:
         Raises:
             ZeroDirectionError: a site's direction is zero.
         """
-        return SteeringVector(
-            {site: _unit(direction, f"site {site!r}") for site, direction in self._directions.items()},
-            metadata=self._metadata,
-        )
+        return self._like({site: _unit(direction, f"site {site!r}") for site, direction in self._directions.items()})
 
     def cosine(self, other: SteeringVector) -> Float[Tensor, ""]:
         """The cosine of the angle over all sites, in [-1, 1]; ZeroDirectionError if either vector is zero."""
@@ -167,16 +167,16 @@ class SteeringVector:
         unit = onto._normalized()
         along = unit * (self.to(dtype=torch.float64) @ unit)
         dtype = _common_dtype([*self._directions.values(), *onto._directions.values()])
-        return SteeringVector(along.to(dtype=dtype)._directions, metadata=self._metadata)
+        return self._like(along.to(dtype=dtype)._directions)
 
     def reject(self, onto: SteeringVector) -> SteeringVector:
         """What `project` leaves, v - v.project(onto)."""
-        return SteeringVector((self - self.project(onto))._directions, metadata=self._metadata)
+        return self._like((self - self.project(onto))._directions)
 
     # --- choosing and comparing ----------------------------------------------------------------------------------
     def select(self, *sites: str) -> SteeringVector:
         """The same vector at these sites alone."""
-        return SteeringVector({site: self._direction(site) for site in sites}, metadata=self._metadata)
+        return self._like({site: self._direction(site) for site in sites})
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> SteeringVector:
         """The same vector in another dtype or on another device."""
@@ -197,31 +197,39 @@ class SteeringVector:
             SiteNotFoundError, ShapeError: a site from which no map leads, or one of another size.
         """
         carried = dict(along.carry(site, direction) for site, direction in self._directions.items())
-        kept = {key: value for key, value in self._metadata.items() if not key.startswith("axis ") and key != "model"}
+        own = ("model", "weights", "model_type")
+        kept = {key: value for key, value in self._metadata.items() if not key.startswith("axis ") and key not in own}
         return SteeringVector(carried, metadata=kept | along.metadata)
 
     # --- files ---------------------------------------------------------------------------------------------------
-    def save(self, path: str | PathLike[str]) -> None:
+    def save(self, path: str | PathLike[str], *, model: nn.Module | None = None, layer_offset: int = 0) -> None:
         """Write a bank of this one vector, under its concept's name (or "vector"); see `VectorBank.save`."""
-        native.write_bank(path, {self.concept or "vector": (self._directions, self._metadata)})
+        bank = {self.concept or "vector": (self._directions, self._metadata)}
+        formats.write(path, bank, model=model, layer_offset=layer_offset)
 
     @classmethod
-    def load(cls, path: str | PathLike[str]) -> SteeringVector:
+    def load(
+        cls, path: str | PathLike[str], model: nn.Module | None = None, *, layer_offset: int = 0
+    ) -> SteeringVector:
         """Read a file that holds exactly one vector; see `VectorBank.load`."""
-        bank = native.read_bank(path)
+        bank = formats.read(path, model=model, layer_offset=layer_offset)
         if len(bank) != 1:
             raise FileFormatError(f"{path}: expected one vector, got {list(bank)}; open it with VectorBank.load")
-        directions, metadata = next(iter(bank.values()))
-        return cls(directions, metadata=metadata)
+        return from_file(next(iter(bank.values())))
 
     # --- inside --------------------------------------------------------------------------------------------------
     def _map(self, function: Callable[[Tensor], Tensor]) -> SteeringVector:
-        return SteeringVector({s: function(d) for s, d in self._directions.items()}, metadata=self._metadata)
+        return self._like({s: function(d) for s, d in self._directions.items()})
+
+    def _like(self, directions: Mapping[str, Tensor]) -> SteeringVector:
+        """Other directions of the same concept and origin."""
+        return _rebuild(directions, self._metadata, self._is_from_file)
 
     def _zip(self, other: SteeringVector, function: Callable[[Tensor, Tensor], Tensor]) -> SteeringVector:
         shared = dict(self._metadata.items() & other._metadata.items())
         described = shared | axes_of([self, other])
-        return SteeringVector({s: function(a, b) for s, a, b in self._pairs(other)}, metadata=described)
+        directions = {s: function(a, b) for s, a, b in self._pairs(other)}
+        return _rebuild(directions, described, self._is_from_file or other._is_from_file)
 
     def _compare(self, other: SteeringVector, same: Callable[[Tensor, Tensor], bool]) -> bool:
         sizes = all(len(d) == len(other._directions.get(s, d)) for s, d in self._directions.items())
@@ -253,11 +261,29 @@ class SteeringVector:
         return scaled / scaled.norm()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self._directions, self._metadata)
+        return _rebuild, (self._directions, self._metadata, self._is_from_file)
 
 
-def _rebuild(directions: dict[str, Tensor], metadata: dict[str, str]) -> SteeringVector:
-    return SteeringVector(directions, metadata=metadata)
+def from_file(stored: Stored) -> SteeringVector:
+    """The vector that a file holds, which remembers that it is from one."""
+    return _rebuild(stored.read(), stored.metadata, True)
+
+
+def check_model(model: nn.Module, bank: Mapping[str, SteeringVector]) -> None:
+    """Raise, or warn, where a vector from a file was made for another model; see `sites.fingerprint.check`."""
+    found = {
+        tuple(vector._metadata.get(key, "") for key in ("model", "weights")): concept
+        for concept, vector in bank.items()
+        if vector._is_from_file
+    }
+    for (model_, weights), concept in found.items():
+        fingerprint.check(model, {"model": model_, "weights": weights}, what=f"the vector {concept!r}")
+
+
+def _rebuild(directions: Mapping[str, Tensor], metadata: Mapping[str, str], is_from_file: bool) -> SteeringVector:
+    vector = SteeringVector(directions, metadata=metadata)
+    vector._is_from_file = is_from_file
+    return vector
 
 
 def axes_of(vectors: Iterable[SteeringVector]) -> dict[str, str]:

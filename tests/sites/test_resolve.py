@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from actsteer import SiteNotFoundError, Steerer, SteeringVector, UnsupportedModelError, collect, find_sites
+from actsteer.sites.fingerprint import fingerprint
 from actsteer.sites.place import Place
-from actsteer.sites.resolve import fingerprint, hook_points, named_sites, resolve, select
+from actsteer.sites.resolve import hook_points, named_sites, resolve, select
 
 
 class Blocks(nn.Module):

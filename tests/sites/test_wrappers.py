@@ -14,7 +14,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from actsteer import OutputError, SiteNotFoundError, Steerer, SteeringVector, collect, find_sites, fit, optimize, record
 from actsteer.sites.axes import layout
-from actsteer.sites.resolve import fingerprint, named_sites, path_to, resolve
+from actsteer.sites.fingerprint import fingerprint
+from actsteer.sites.resolve import named_sites, path_to, resolve
 from actsteer.sites.wrappers import class_name, named_modules, slot, unwrapped, without_prefixes
 from tests.oracles import state
 

@@ -1,0 +1,213 @@
+"""The files of other projects, each into a bank with sites named for the model at hand; none of them is executed."""
+
+import json
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from actsteer import FileFormatError, SiteNotFoundError, Steerer, SteeringVector, VectorBank, collect
+from actsteer.integrations.steering_vectors import from_steering_vectors
+from tests.zoo import gpt2, llama
+
+A, B = torch.arange(16.0) / 8, -torch.ones(16)
+IDS = torch.tensor([[3, 1, 4, 1, 5]])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return llama()
+
+
+def mean(model, site, v=None):
+    """What is at a site, of the steered model or of the plain one."""
+    if v is None:
+        return collect(model, IDS, sites=site, progress=False)[site].mean
+    with Steerer(model, v):
+        return collect(model, IDS, sites=site, progress=False)[site].mean
+
+
+# --- CAST ----------------------------------------------------------------------------------------------------------
+def svec(path, **changes):
+    content = {
+        "model_type": "llama",
+        "directions": {"1": A.tolist(), "2": B.tolist()},
+        "explained_variances": {"1": 0.5},
+    }
+    path.write_text(json.dumps(content | changes))
+    return path
+
+
+def test_a_svec_is_applied_at_the_input_of_its_block(tmp_path, model):
+    bank = VectorBank.load(svec(tmp_path / "refusal.svec"), model)
+    assert bank.concepts == ("refusal",)
+    assert bank.sites == ("model.layers.1:in", "model.layers.2:in")
+    assert torch.equal(bank["refusal"]["model.layers.2:in"], B)
+    assert bank["refusal"].metadata["explained_variance 1"] == "0.5"
+    one = bank["refusal"].select("model.layers.1:in")
+    change = mean(model, "model.layers.0", None), mean(model, "model.layers.1:in", one)
+    assert torch.allclose(change[1] - change[0], A.double(), atol=1e-5)
+
+
+def test_a_svec_s_type_names_the_sites_where_there_is_no_model(tmp_path):
+    assert SteeringVector.load(svec(tmp_path / "v.svec", model_type="gpt2")).sites[0] == "transformer.h.1:in"
+    with pytest.raises(FileFormatError, match="it numbers the blocks of a mine; name them with model="):
+        SteeringVector.load(svec(tmp_path / "v.svec", model_type="mine"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"\xff", b'{"directions": []}', b'{"directions": {"x": [1]}}', b"[" * 100_000]
+    + [
+        b'{"directions": {"1": ["a"]}}',
+        b'{"directions": {}}',
+        b'{"directions": {"1": [[1]]}}',
+        b'{"directions": {"1": [1e999]}}',
+    ],
+    ids=lambda content: content[:28],
+)
+def test_what_is_no_svec_is_refused(tmp_path, content):
+    (tmp_path / "v.svec").write_bytes(content)
+    with pytest.raises(FileFormatError, match=r"v\.svec"):
+        VectorBank.load(tmp_path / "v.svec", llama())
+
+
+# --- steering-lite -------------------------------------------------------------------------------------------------
+def test_steering_lite_s_keys_are_concepts(tmp_path, model):
+    tensors = {"layer0.mean_diff": A, "layer2.mean_diff": B, "layer2.pca": A, "layer2.covariance": torch.eye(16)}
+    save_file(tensors, tmp_path / "v.safetensors")
+    bank = VectorBank.load(tmp_path / "v.safetensors", model)
+    assert {concept: v.sites for concept, v in bank.items()} == {
+        "mean_diff": ("model.layers.0", "model.layers.2"),
+        "pca": ("model.layers.2",),
+    }
+    change = mean(model, "model.layers.2"), mean(model, "model.layers.2", bank["pca"])
+    assert torch.allclose(change[1] - change[0], A.double(), atol=1e-5)
+
+
+def test_a_model_s_weights_are_no_vectors(tmp_path, model):
+    save_file({"layer0.weight": torch.eye(16)}, tmp_path / "v.safetensors")
+    with pytest.raises(FileFormatError, match="none of its tensors is a direction"):
+        VectorBank.load(tmp_path / "v.safetensors", model)
+    save_file({"layer0.v": A, "model.norm.weight": A}, tmp_path / "v.safetensors")
+    with pytest.raises(FileFormatError, match="a safetensors file that actsteer did not write"):
+        VectorBank.load(tmp_path / "v.safetensors", model)
+
+
+# --- tensors -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({0: A, 2: B}, {"v": {0: A, 2: B}}),
+        ({"0": A, "layer_2": B}, {"v": {0: A, 2: B}}),
+        ({"layers.1": A[None]}, {"v": {1: A}}),
+        (torch.stack([A, B, A]), {"v": {0: A, 1: B, 2: A}}),
+        ({"calm": {1: A}, "angry": {1: B, 2: A}}, {"calm": {1: A}, "angry": {1: B, 2: A}}),
+        ({"calm": torch.stack([A, B, A])[0], "angry": B}, {"v": {"calm": A, "angry": B}}),  # sites
+    ],
+    ids=["mapping", "names", "row", "stack", "concepts", "sites"],
+)
+def test_plain_tensors(tmp_path, model, content, expected):
+    torch.save(content, tmp_path / "v.pt")
+    bank = VectorBank.load(tmp_path / "v.pt", model)
+    assert bank.concepts == tuple(expected)
+    for concept, rows in expected.items():
+        named = {key if isinstance(key, str) else f"model.layers.{key}": row for key, row in rows.items()}
+        assert bank[concept].equal(SteeringVector(named))
+        assert bank[concept].sites == tuple(named)
+        assert bank[concept].concept == concept
+
+
+def test_the_rows_of_hidden_states_begin_with_the_embeddings(tmp_path, model):
+    torch.save(torch.stack([A, B, A, B]), tmp_path / "v.pt")
+    with pytest.raises(SiteNotFoundError, match="layer 3 would be block 3, .* which begin with the embeddings, need 1"):
+        VectorBank.load(tmp_path / "v.pt", model)
+    v = SteeringVector.load(tmp_path / "v.pt", model, layer_offset=1)
+    assert v.sites == ("model.layers.0:in", "model.layers.0", "model.layers.1", "model.layers.2")
+    assert torch.equal(v["model.layers.0"], B)
+
+
+def test_rotalabs_has_a_file_for_each_layer(tmp_path, model):
+    folder = tmp_path / "sycophancy"
+    folder.mkdir()
+    torch.save(A, folder / "layer_0.pt")
+    torch.save(B, folder / "layer_2.pt")
+    bank = VectorBank.load(folder / "layer_*.pt", model)
+    assert bank["sycophancy"].equal(SteeringVector({"model.layers.0": A, "model.layers.2": B}))
+    assert SteeringVector.load(folder / "layer_2.pt", model).sites == ("model.layers.2",)
+
+
+class Trap:
+    """What a hostile pickle does when it is loaded."""
+
+    def __reduce__(self):
+        return (open, ("trapped", "w"))
+
+
+@pytest.mark.parametrize("content", [Trap(), {0: Trap()}, SimpleNamespace(layer_activations={1: A})], ids=type)
+def test_nothing_is_unpickled_but_tensors(tmp_path, monkeypatch, model, content):
+    monkeypatch.chdir(tmp_path)
+    torch.save(content, tmp_path / "v.pt")
+    with pytest.raises(FileFormatError, match="nothing is unpickled beside them"):
+        VectorBank.load(tmp_path / "v.pt", model)
+    (tmp_path / "v.pt").write_bytes(pickle.dumps(content))
+    with pytest.raises(FileFormatError, match="nothing is unpickled beside them"):
+        VectorBank.load(tmp_path / "v.pt", model)
+    assert not (tmp_path / "trapped").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        A,
+        {},
+        [A],
+        {0: [1.0]},
+        {0: torch.ones(2, 2)},
+        {0: torch.ones(2, dtype=torch.int64)},
+        {0: A / 0},
+        torch.ones(2, 2, 2),
+    ]
+    + [{"a": {}}, 3, torch.empty(0, 4)],
+    ids=lambda content: str(content)[:30],
+)
+def test_tensors_that_are_no_directions_are_refused(tmp_path, model, content):
+    torch.save(content, tmp_path / "v.pt")
+    with pytest.raises(FileFormatError, match=r"v\.pt"):
+        VectorBank.load(tmp_path / "v.pt", model)
+
+
+@pytest.mark.parametrize("suffix", [".svec", ".pt", ".pth", ".bin"])
+def test_they_are_not_written(tmp_path, suffix):
+    with pytest.raises(FileFormatError, match="unknown format"):
+        SteeringVector({"0": A}).save(tmp_path / f"v{suffix}")
+    with pytest.raises(FileNotFoundError):
+        SteeringVector.load(tmp_path / f"v{suffix}")
+
+
+# --- steering-vectors ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("layer_type", "site"),
+    [("decoder_block", ""), ("self_attn", ".self_attn:out.0"), ("mlp", ".mlp")]
+    + [("input_layernorm", ".input_layernorm"), ("post_attention_layernorm", ".post_attention_layernorm")],
+)
+def test_an_object_of_steering_vectors(model, layer_type, site):
+    theirs = SimpleNamespace(layer_activations={0: A, 2: B}, layer_type=layer_type)
+    bank = from_steering_vectors(theirs, model=model, concept="calm")
+    assert bank.concepts == ("calm",)
+    assert bank["calm"].equal(SteeringVector({f"model.layers.0{site}": A, f"model.layers.2{site}": B}))
+    with Steerer(model, bank):
+        model(IDS)
+
+
+def test_an_object_for_another_architecture():
+    theirs = SimpleNamespace(layer_activations={1: torch.ones(8)}, layer_type="self_attn")
+    assert from_steering_vectors(theirs, model=gpt2()).sites == ("transformer.h.1.attn:out.0",)
+    with pytest.raises(SiteNotFoundError, match="layer 5"):
+        from_steering_vectors(SimpleNamespace(layer_activations={5: A}, layer_type="mlp"), model=gpt2())
+    with pytest.raises(FileFormatError, match="layer_type 'router'"):
+        from_steering_vectors(SimpleNamespace(layer_activations={1: A}, layer_type="router"), model=gpt2())
+    with pytest.raises(TypeError, match="expected a SteeringVector of steering-vectors"):
+        from_steering_vectors(A, model=gpt2())
