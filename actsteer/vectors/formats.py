@@ -157,7 +157,7 @@ def _named(path: str, concept: str, vector: Numbered, *, model: nn.Module | None
     if vector.model_hint not in ("", "unknown"):
         metadata.setdefault("model_type", vector.model_hint)
     if model is None and sites.keys() == vector.directions.keys() and not layer_offset:
-        return _stored({sites[n]: row for n, row in vector.directions.items()}, metadata)
+        return _stored({site: vector.directions[n] for n, site in sites.items()}, metadata)
     if model is not None:
         (blocks, count), kind = find_blocks(model), fingerprint.model_type(model)
         fingerprint.check(model, metadata, what=f"{path}: the vector {concept!r}")
@@ -170,7 +170,7 @@ def _named(path: str, concept: str, vector: Numbered, *, model: nn.Module | None
             f"{path}: it numbers the blocks of a {vector.model_hint or 'model of unknown type'}; name them with model="
         )
     named: dict[str, Tensor] = {}
-    for number, row in vector.directions.items():
+    for number, row in sorted(vector.directions.items()):
         block = number - layer_offset
         if not (0 if vector.side == "in" else -1) <= block < count:
             raise SiteNotFoundError(

@@ -1,22 +1,38 @@
 """The native format: what is saved is loaded bit for bit, and nothing else is loaded at all."""
 
+import copy
 import json
 import os
 import pickle
 import struct
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load, save, save_file
+from torch import nn
 
-from actsteer import FileFormatError, SteeringVector, VectorBank
+from actsteer import (
+    Add,
+    Clamp,
+    FileFormatError,
+    ModelMismatchError,
+    SiteMap,
+    Steerer,
+    SteeringVector,
+    UnsupportedModelError,
+    VectorBank,
+    fit,
+)
 from actsteer.files import sealed
 from tests.strategies import STORED, stored_banks
 
 BANK = VectorBank({"nine": SteeringVector({"2": torch.tensor([1.0, -2.0])}, concept="nine")})
+DATA = Path(__file__).parent / "data"
 ENTRY = {"sites": {"2": {}}, "metadata": {}}
 
 
@@ -162,6 +178,235 @@ def test_a_link_stays_a_link(tmp_path):
     BANK.save(link)
     assert link.is_symlink()
     assert VectorBank.load(target).concepts == ("nine",)
+
+
+# --- reading on demand -------------------------------------------------------------------------------------------
+def large(path: Path, *, concepts: int = 1500, d: int = 4, site: str = "2") -> VectorBank:
+    rows = torch.arange(concepts * d, dtype=torch.float32).reshape(concepts, d) / 8
+    bank = VectorBank({f"c{i}": SteeringVector({site: row}, concept=f"c{i}") for i, row in enumerate(rows)})
+    bank.save(path)
+    return bank
+
+
+def test_of_a_large_bank_only_what_is_asked_for_is_read(tmp_path, monkeypatch):
+    path = tmp_path / "large.safetensors"
+    bank = large(path)
+    read: list[str] = []
+    tensor = sealed.Sealed.tensor
+    monkeypatch.setattr(sealed.Sealed, "tensor", lambda self, name: read.append(name) or tensor(self, name))
+    loaded = VectorBank.load(path)
+    assert (loaded.concepts, loaded.sites, len(loaded), "c7" in loaded) == (bank.concepts, ("2",), 1500, True)
+    both = loaded.select("c9", "c7") | VectorBank({"mine": SteeringVector({"2": torch.zeros(4)})})
+    assert read == []
+    assert loaded["c7"].equal(bank["c7"])
+    assert loaded["c7"] is loaded["c7"]
+    assert read == ["c7/2"]
+    assert both.concepts == ("c9", "c7", "mine")
+    assert both["c9"].equal(bank["c9"])
+    assert read == ["c7/2", "c9/2"]
+    assert loaded.combine({"c1": 2.0})["2"].tolist() == (2 * bank["c1"])["2"].tolist()
+    assert read == ["c7/2", "c9/2", "c1/2"]
+    assert all(vector.equal(bank[concept]) for concept, vector in loaded.items())
+
+
+def test_in_a_large_bank_each_vector_is_verified_when_it_is_read(tmp_path):
+    path = tmp_path / "large.safetensors"
+    bank = large(path)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1  # a bit of the last tensor
+    path.write_bytes(content)
+    loaded = VectorBank.load(path)
+    names = sorted(bank.concepts, key=lambda name: f"{name}/2")
+    damaged = [name for name in names if not readable(loaded, name)]
+    assert len(damaged) == 1
+    with pytest.raises(FileFormatError, match=f"the SHA-256 of '{damaged[0]}' does not match"):
+        loaded[damaged[0]]
+    with pytest.raises(FileFormatError, match="the SHA-256 of"):
+        loaded.items()
+    path.write_bytes(content[:-1])
+    refuse(path, content[:-1], "is it truncated")
+
+
+def readable(bank: VectorBank, concept: str) -> bool:
+    try:
+        return bool(bank[concept])
+    except FileFormatError:
+        return False
+
+
+def test_a_large_file_that_changes_while_it_is_open_is_refused(tmp_path):
+    path = tmp_path / "large.safetensors"
+    large(path)
+    loaded = VectorBank.load(path)
+    first = loaded["c0"]
+    path.write_bytes(b"")
+    with pytest.raises(FileFormatError, match="the file has changed since it was opened; open it again"):
+        loaded["c1"]
+    assert loaded["c0"] is first
+
+
+def test_a_large_bank_is_saved_over_itself_pickled_and_copied(tmp_path):
+    path = tmp_path / "large.safetensors"
+    bank = large(path)
+    VectorBank.load(path).save(path)
+    for twin in (copy.deepcopy(VectorBank.load(path)), pickle.loads(pickle.dumps(VectorBank.load(path)))):
+        path.rename(tmp_path / "away.safetensors")
+        assert all(vector.equal(bank[concept]) for concept, vector in twin.items())
+        (tmp_path / "away.safetensors").rename(path)
+
+
+def test_a_small_file_may_change_after_it_was_read(tmp_path):
+    BANK.save(tmp_path / "b.safetensors")
+    loaded = VectorBank.load(tmp_path / "b.safetensors")
+    (tmp_path / "b.safetensors").write_bytes(b"")
+    assert loaded["nine"].equal(BANK["nine"])
+
+
+def test_a_pattern_opens_many_files(tmp_path):
+    for name in ("b", "a"):
+        VectorBank({name: SteeringVector({"2": torch.ones(2)}, concept=name)}).save(tmp_path / f"{name}.safetensors")
+    assert VectorBank.load(tmp_path / "*.safetensors").concepts == ("a", "b")
+    with pytest.raises(FileNotFoundError, match="no file has such a name"):
+        VectorBank.load(tmp_path / "x*.safetensors")
+    VectorBank({"a": SteeringVector({"2": torch.ones(2)}, concept="a")}).save(tmp_path / "c.safetensors")
+    with pytest.raises(FileFormatError, match=r"c.safetensors: the concept 'a' is in .*a.safetensors too"):
+        VectorBank.load(tmp_path / "*.safetensors")
+    VectorBank({"c": SteeringVector({"2": torch.ones(3)})}).save(tmp_path / "c.safetensors")
+    with pytest.raises(FileFormatError, match=r"site '2' has 3 features, in .*a.safetensors 2; are they of one model"):
+        VectorBank.load(tmp_path / "*.safetensors")
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_that_file(tmp_path):
+    BANK.save(tmp_path / "[ab].safetensors")
+    assert VectorBank.load(tmp_path / "[ab].safetensors").concepts == ("nine",)
+
+
+# --- the format, for ever ----------------------------------------------------------------------------------------
+def test_a_file_of_format_1_is_read_for_ever():
+    bank = VectorBank.load(DATA / "format1.safetensors")
+    assert bank.concepts == ("nine", "polite/kind 層", "refusal")
+    nine = bank["nine"]
+    assert nine.sites == ("2", "layers.0.mlp:in")
+    assert nine["2"].tolist() == [1.0, -2.0, 0.125]
+    assert nine["layers.0.mlp:in"].dtype is torch.bfloat16
+    assert nine["layers.0.mlp:in"].tolist() == [0.5, -0.0]
+    assert nine.metadata == {
+        "concept": "nine",
+        "model": "MLP:1234:0123456789abcdef",
+        "weights": "float32:0123456789abcdef",
+        "axis 2": "1",
+    }
+    assert bank["polite/kind 層"].metadata == {"concept": "polite"}
+    assert bank["refusal"].metadata == {"intervention": "ablate"}
+    assert bank["refusal"]["4"].tolist() == [1 / 3]
+    assert bank["refusal"]["4"].dtype is torch.float64
+
+
+# --- what the vectors mean ---------------------------------------------------------------------------------------
+def document(path: Path) -> dict:
+    with safe_open(path, framework="pt") as opened:
+        return json.loads(opened.metadata()["actsteer"])
+
+
+def test_the_document_says_what_the_vectors_mean(tmp_path):
+    sites = {"2": torch.ones(2), "layers.3:in": torch.ones(1), "a:out.0": torch.ones(1), "x:in.hidden": torch.ones(1)}
+    metadata = {"intervention": "ablate", "axis 2": "1", "model": "MLP:3:0123456789abcdef"}
+    SteeringVector(sites, concept="c", metadata=metadata).save(tmp_path / "v.safetensors")
+    entry = document(tmp_path / "v.safetensors")["concepts"]["c"]
+    assert entry["intervention"] == "ablate"
+    assert entry["model"] == "MLP:3:0123456789abcdef"
+    assert {site: (own["side"], own["axis"]) for site, own in entry["sites"].items()} == {
+        "2": ("output", "1"),
+        "layers.3:in": ("input", None),
+        "a:out.0": ("output", None),
+        "x:in.hidden": ("input", None),
+    }
+
+
+def test_what_the_document_alone_says_is_kept(file):
+    entry = {"sites": {"2": {"axis": 1}}, "metadata": {}, "intervention": "ablate", "model": "MLP:3:0123456789abcdef"}
+    file.write_bytes(with_seal(bank_document(concepts={"nine": entry}), {"nine/2": torch.ones(2)}))
+    assert VectorBank.load(file)["nine"].metadata == {
+        "axis 2": "1",
+        "intervention": "ablate",
+        "model": "MLP:3:0123456789abcdef",
+    }
+
+
+def test_a_vector_does_what_it_is_meant_for(tmp_path):
+    model, x = nn.Sequential(nn.Identity()), torch.tensor([[3.0, 4.0]])
+    v = SteeringVector({"0": torch.tensor([1.0, 0.0])}, concept="c", metadata={"intervention": "ablate"})
+    v.save(tmp_path / "v.safetensors")
+    for meant in (v, SteeringVector.load(tmp_path / "v.safetensors")):
+        with Steerer(model, meant):
+            assert model(x).tolist() == [[0.0, 4.0]]
+        with Steerer(model, meant, intervention=Add()):
+            assert model(x).tolist() == [[4.0, 4.0]]
+    clamped = SteeringVector({"0": torch.ones(2)}, metadata={"intervention": "clamp"})
+    with pytest.raises(UnsupportedModelError, match=r"'vector' is meant for the intervention 'clamp', .* pass interv"):
+        Steerer(model, clamped)
+    with Steerer(model, VectorBank({"c": clamped, "d": v}), intervention={"c": Clamp(0.0)}):
+        assert torch.allclose(model(x), torch.tensor([[0.0, 0.5]]))
+
+
+# --- the model's fingerprint -------------------------------------------------------------------------------------
+def made(*sizes: int, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(sizes)))
+
+
+def test_a_vector_from_a_file_is_checked_when_it_is_attached(tmp_path):
+    model, x = made(2, 3, 1), torch.randn(4, 2)
+    v = fit(model, positive=x, negative=-x, sites="0", concept="c")
+    v.save(tmp_path / "v.safetensors")
+    VectorBank({"c": v}).save(tmp_path / "b.safetensors")
+    for loaded in (SteeringVector.load(tmp_path / "v.safetensors"), VectorBank.load(tmp_path / "b.safetensors")):
+        Steerer(model, loaded)
+        Steerer(copy.deepcopy(model).to(torch.bfloat16), loaded)  # the same weights, rounded
+        with pytest.warns(UserWarning, match=r"the vector 'c' was made for a Sequential .* with other weights"):
+            Steerer(made(2, 3, 1, seed=1), loaded)
+        for other in (made(2, 3, 2), nn.Sequential(*made(2, 3), nn.ReLU(), nn.Linear(3, 1))):
+            with pytest.raises(ModelMismatchError, match="the vector 'c' was made for a Sequential with 13 parameters"):
+                Steerer(other, loaded)
+    with pytest.raises(ModelMismatchError, match=r"b.safetensors: the vector 'c' was made for"):
+        VectorBank.load(tmp_path / "b.safetensors", made(2, 3, 2))
+
+
+@pytest.mark.parametrize(
+    "derived",
+    [
+        lambda v: 2 * v,
+        lambda v: v / 2,
+        lambda v: -v,
+        lambda v: v.unit(),
+        lambda v: v.select("0"),
+        lambda v: v.to(dtype=torch.float64),
+        lambda v: v + v,
+        lambda v: v.project(v),
+        copy.deepcopy,
+        lambda v: pickle.loads(pickle.dumps(v)),
+    ],
+)
+def test_what_is_derived_from_it_is_checked_too(tmp_path, derived):
+    x = torch.randn(4, 2)
+    fit(made(2, 3, 1), positive=x, negative=-x, sites="0").save(tmp_path / "v.safetensors")
+    with pytest.raises(ModelMismatchError):
+        Steerer(made(2, 3, 2), derived(SteeringVector.load(tmp_path / "v.safetensors")))
+
+
+def test_what_was_not_in_a_file_is_not_checked():
+    """So that an experiment may carry a direction from one model to another."""
+    x = torch.randn(4, 2)
+    v = fit(made(2, 3, 1), positive=x, negative=-x, sites="0")
+    Steerer(made(2, 3, 2), v)
+
+
+def test_a_loaded_vector_is_carried_over_on_purpose(tmp_path):
+    x = torch.randn(4, 2)
+    fit(made(2, 3, 1), positive=x, negative=-x, sites="0").save(tmp_path / "v.safetensors")
+    v = SteeringVector.load(tmp_path / "v.safetensors")
+    Steerer(made(2, 3, 2), SteeringVector({site: v[site] for site in v}))
+    Steerer(made(2, 3, 2), v.transport(SiteMap({"0": ("0", torch.eye(3))})))
 
 
 # --- damage ------------------------------------------------------------------------------------------------------

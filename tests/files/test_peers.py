@@ -59,8 +59,8 @@ def test_a_svec_s_type_names_the_sites_where_there_is_no_model(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"[]", b"\xff", b'{"directions": []}', b'{"directions": {"x": [1]}}', b"[" * 100_000]
-    + [
+    [
+        *(b"", b"{", b"[]", b"\xff", b'{"directions": []}', b'{"directions": {"x": [1]}}', b"[" * 100_000),
         b'{"directions": {"1": ["a"]}}',
         b'{"directions": {}}',
         b'{"directions": {"1": [[1]]}}',
@@ -76,7 +76,12 @@ def test_what_is_no_svec_is_refused(tmp_path, content):
 
 # --- steering-lite -------------------------------------------------------------------------------------------------
 def test_steering_lite_s_keys_are_concepts(tmp_path, model):
-    tensors = {"layer0.mean_diff": A, "layer2.mean_diff": B, "layer2.pca": A, "layer2.covariance": torch.eye(16)}
+    tensors = {
+        "layer0.mean_diff": A,
+        "layer2.mean_diff": B,
+        "layer2.pca": A.clone(),
+        "layer2.covariance": torch.eye(16),
+    }
     save_file(tensors, tmp_path / "v.safetensors")
     bank = VectorBank.load(tmp_path / "v.safetensors", model)
     assert {concept: v.sites for concept, v in bank.items()} == {
@@ -91,7 +96,7 @@ def test_a_model_s_weights_are_no_vectors(tmp_path, model):
     save_file({"layer0.weight": torch.eye(16)}, tmp_path / "v.safetensors")
     with pytest.raises(FileFormatError, match="none of its tensors is a direction"):
         VectorBank.load(tmp_path / "v.safetensors", model)
-    save_file({"layer0.v": A, "model.norm.weight": A}, tmp_path / "v.safetensors")
+    save_file({"layer0.v": A, "model.norm.weight": B}, tmp_path / "v.safetensors")
     with pytest.raises(FileFormatError, match="a safetensors file that actsteer did not write"):
         VectorBank.load(tmp_path / "v.safetensors", model)
 
@@ -122,7 +127,9 @@ def test_plain_tensors(tmp_path, model, content, expected):
 
 def test_the_rows_of_hidden_states_begin_with_the_embeddings(tmp_path, model):
     torch.save(torch.stack([A, B, A, B]), tmp_path / "v.pt")
-    with pytest.raises(SiteNotFoundError, match="layer 3 would be block 3, .* which begin with the embeddings, need 1"):
+    with pytest.raises(
+        SiteNotFoundError, match=r"layer 3 would be block 3, .* which begin with the embeddings, need 1"
+    ):
         VectorBank.load(tmp_path / "v.pt", model)
     v = SteeringVector.load(tmp_path / "v.pt", model, layer_offset=1)
     assert v.sites == ("model.layers.0:in", "model.layers.0", "model.layers.1", "model.layers.2")
@@ -168,9 +175,8 @@ def test_nothing_is_unpickled_but_tensors(tmp_path, monkeypatch, model, content)
         {0: torch.ones(2, 2)},
         {0: torch.ones(2, dtype=torch.int64)},
         {0: A / 0},
-        torch.ones(2, 2, 2),
-    ]
-    + [{"a": {}}, 3, torch.empty(0, 4)],
+        *(torch.ones(2, 2, 2), {"a": {}}, 3, torch.empty(0, 4)),
+    ],
     ids=lambda content: str(content)[:30],
 )
 def test_tensors_that_are_no_directions_are_refused(tmp_path, model, content):
@@ -190,8 +196,10 @@ def test_they_are_not_written(tmp_path, suffix):
 # --- steering-vectors ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("layer_type", "site"),
-    [("decoder_block", ""), ("self_attn", ".self_attn:out.0"), ("mlp", ".mlp")]
-    + [("input_layernorm", ".input_layernorm"), ("post_attention_layernorm", ".post_attention_layernorm")],
+    [
+        *(("decoder_block", ""), ("self_attn", ".self_attn:out.0"), ("mlp", ".mlp")),
+        *(("input_layernorm", ".input_layernorm"), ("post_attention_layernorm", ".post_attention_layernorm")),
+    ],
 )
 def test_an_object_of_steering_vectors(model, layer_type, site):
     theirs = SimpleNamespace(layer_activations={0: A, 2: B}, layer_type=layer_type)

