@@ -47,6 +47,7 @@ from actsteer.estimators.ridge_direction import RidgeDirection
 from actsteer.estimators.sparse_feature import SparseFeature
 from actsteer.estimators.whitened_mean_difference import WhitenedMeanDifference
 from actsteer.sites.resolve import find_sites
+from actsteer.steering.folding.fold import fold, unfold
 from actsteer.steering.gates.cosine_above import CosineAbove
 from actsteer.steering.gates.gate import Gate
 from actsteer.steering.gates.logic import And, Not, Or
@@ -133,7 +134,9 @@ __all__ = [
     "discover",
     "find_sites",
     "fit",
+    "fold",
     "optimize",
     "record",
     "sweep",
+    "unfold",
 ]

@@ -79,6 +79,21 @@ def put(value: Any, keys: tuple[Any, ...], activation: Tensor) -> Any:
     return changed
 
 
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in a module's output or its `Arguments`, however deep, once."""
+    seen: set[int] = set()
+    stack = [value]
+    while stack:
+        part = stack.pop()
+        if id(part) in seen or part is None or isinstance(part, str | int | float):
+            continue
+        seen.add(id(part))
+        if isinstance(part, Tensor):
+            yield part
+        else:
+            stack += reversed([member for _, member in _members(part)])
+
+
 def members(activation: Tensor) -> list[Tensor]:
     """The activation as tensors that have a shape: itself, or each member of a nested one as a batch of one."""
     return [member[None] for member in activation.unbind()] if activation.is_nested else [activation]

@@ -26,6 +26,7 @@ from actsteer.steering.reader import Reader
 from actsteer.steering.spread import Lay
 
 _is_compiling = torch.compiler.is_compiling
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 _outside_of_functions: Callable[[], bool] = torch._C._is_fwd_grad_enabled  # not in one that may be a checkpoint's
 
 
@@ -43,6 +44,7 @@ class SiteEdit(Uncopied):
         "_checkpointing",
         "_concepts",
         "_dtype",
+        "_exported",
         "_like",
         "_shape",
         "_shift",
@@ -95,6 +97,12 @@ class SiteEdit(Uncopied):
         self._dtype: torch.dtype | None = None
         self._traced_shift: Tensor | None = None  # `constant` as compiled code adds it to whatever has that axis
         self._trained = False
+        self._exported: SiteEdit | None = None  # with strengths of its own, which an exported program keeps
+
+    @property
+    def concepts(self) -> Sequence[int]:
+        """The places of its concepts in the bank."""
+        return self._concepts
 
     def train_directions(self) -> Tensor:
         """The directions as a leaf tensor (k, d) that asks for gradients, from the next forward pass on."""
@@ -146,12 +154,22 @@ class SiteEdit(Uncopied):
             for tensor, value in zip([self.constant, *self._strengths], [constant, *strengths], strict=True):
                 if tensor is not None and value is not None:
                     tensor.detach().copy_(value)
+            self._exported = self._twin(constant, strengths)
         else:
             self.constant, self._strengths = constant, [strength.clone() for strength in strengths]
         self._shape = None
         self._traced_shift = self._traceable()
         if self.changed is not None:
             self.changed()
+
+    def _twin(self, constant: Tensor | None, strengths: Sequence[Tensor]) -> SiteEdit:
+        twin = object.__new__(SiteEdit)
+        for name in SiteEdit.__slots__:
+            setattr(twin, name, getattr(self, name))
+        twin.in_place, twin._exported = False, None
+        twin.constant, twin._strengths = constant, [strength.clone() for strength in strengths]
+        twin._traced_shift = twin._traceable()
+        return twin
 
     def expect(self) -> None:
         """Forget that it ever fired."""
@@ -183,6 +201,8 @@ class SiteEdit(Uncopied):
     def edit(self, module: nn.Module, value: Any) -> Any:
         """A module's output or its `Arguments`, with the activation edited."""
         self.fired = True
+        if self._exported is not None and _is_exporting():
+            return self._exported.edit(module, value)
         if (
             self._traced_shift is not None
             and _is_compiling()

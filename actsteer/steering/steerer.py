@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from types import MappingProxyType, TracebackType
 from typing import Any, final
@@ -159,6 +159,17 @@ class Steerer:
     def edits(self) -> Mapping[str, SiteEdit]:
         """Site -> its edit."""
         return self._plan.edits
+
+    @property
+    def axes(self) -> Mapping[str, int]:
+        """Site -> feature axis, where it was given now or with the vectors."""
+        return self._plan.axis
+
+    def on(self, model: nn.Module, *, sites: Sequence[str]) -> Steerer:
+        """The same steering, of another model of this architecture, at some of the sites."""
+        axes = {site: axis for site, axis in self.axes.items() if site in sites}
+        own = {name: SteeringVector({s: v[s] for s in v}, metadata=v.metadata) for name, v in self.bank.items()}
+        return Steerer(model, VectorBank(own), **(self._arguments()[2] | {"sites": sites, "axis": axes}))
 
     def choices(self) -> dict[str, Choice]:
         """Site -> the backend that would serve it now, and why.

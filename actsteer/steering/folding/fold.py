@@ -1,0 +1,256 @@
+"""Fold: write a steering into a model's weights, and prove that nothing else has changed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from actsteer.collecting.batches import call
+from actsteer.collecting.undisturbed import undisturbed
+from actsteer.errors import NotFoldable
+from actsteer.sites.axes import Axes
+from actsteer.sites.listen import listen
+from actsteer.sites.outputs import Arguments, get, locate
+from actsteer.sites.place import Place
+from actsteer.sites.resolve import Sites, resolve
+from actsteer.sites.wrappers import unwrapped
+from actsteer.steering.folding import pretrained
+from actsteer.steering.folding.affine import AffineMap, affine_maps
+from actsteer.steering.folding.layers import obstacle, write_input, write_output
+from actsteer.steering.folding.proof import Proof
+from actsteer.steering.folding.trace import Run, Trace
+from actsteer.steering.folding.undo import Undo
+from actsteer.steering.interventions.intervention import Edit
+from actsteer.steering.interventions.replace import Replace
+from actsteer.steering.plan import Interventions
+from actsteer.steering.steerer import Steerer
+from actsteer.steering.strength import Strengths, strengths_of
+from actsteer.vectors.bank import VectorBank
+from actsteer.vectors.vector import SteeringVector
+
+Model = TypeVar("Model", bound=nn.Module)
+_folded: WeakKeyDictionary[nn.Module, list[Undo]] = WeakKeyDictionary()
+
+
+def fold(
+    model: Model,
+    vectors: SteeringVector | VectorBank | Edit,
+    c: Strengths = 1.0,
+    *,
+    verify_on: Any,
+    intervention: Interventions | None = None,
+    sites: Sites | None = None,
+    axis: Axes | None = None,
+    inplace: bool = False,
+) -> Model:
+    """A copy of the model whose weights carry the steering: it runs anywhere, at no cost, without this library.
+
+    What is added to an activation goes into the bias of the layer that makes it or, in a residual stream, of the last
+    one that writes to it; or, behind a nonlinearity, into the biases of the layers that read it, b + W (c v). What
+    mixes features, as `Ablate` does, goes into the weights, (I - c v vᵀ) W with v of norm 1, of all layers that the
+    activation is the sum of. Any affine edit can be folded: `LowRank`, `Affine`, `Replace`, `Clamp` to one value.
+
+    It is not assumed that this is the same. One pass shows which layers make and read the activation, and then the
+    outputs on `verify_on` must be those of the hooked model, as near as rounding at the sites lets them be.
+
+    Args:
+        model: any `nn.Module`; it is not changed, unless `inplace`.
+        vectors, c, intervention, sites, axis: as for `Steerer`, with one strength for all rows.
+        verify_on: a batch of inputs, on which it is proved: a tensor, a tuple or a mapping.
+        inplace: change the model itself, until `unfold`.
+
+    Raises:
+        NotFoldable: no layer can carry it, with the name of what stands between; the model is as it was.
+        And what `Steerer` raises.
+
+    Source: directional ablation by weight orthogonalisation, Arditi et al. 2024.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
+    >>> v, x = SteeringVector({"1": torch.tensor([1.0, 2.0])}), torch.randn(4, 2)
+    >>> folded = fold(model, v, 3, verify_on=x)
+    >>> with Steerer(model, v, c=3):
+    ...     bool(torch.allclose(model(x), folded(x), atol=1e-5))
+    True
+    """
+    steerer = Steerer(model, vectors, c=c, intervention=intervention, sites=sites, axis=axis)
+    strengths = strengths_of(c, steerer.bank.concepts)
+    if any(not isinstance(own, Tensor) or own.ndim for own in strengths):
+        raise NotFoldable(
+            "c: weights have one strength for all rows and steps; give one number, or one for each concept"
+        )
+    maps = affine_maps(steerer.edits, [own for own in strengths if isinstance(own, Tensor)])
+    maps = {site: own for site, own in maps.items() if not own.is_identity}
+    target = model if inplace else copy.deepcopy(model)
+    undo = Undo(target)
+    if maps:
+        proof = Proof(steerer, verify_on)
+        try:
+            _Folding(target, steerer, maps, verify_on, proof).run(undo)
+            pretrained.adapt(unwrapped(target), undo)
+            if (failure := proof.failure(target)) is not None:
+                raise NotFoldable(f"with the biases that its config asks for, {failure}")
+        except BaseException:
+            undo.run()
+            raise
+    if inplace:
+        _folded.setdefault(model, []).append(undo)
+    return target
+
+
+def unfold(model: nn.Module) -> None:
+    """Take out, bit for bit, what `fold(..., inplace=True)` wrote last into this model.
+
+    Raises:
+        NotFoldable: nothing is folded into it in place; of a folded copy the plain model is the one that was copied.
+    """
+    undone = _folded.get(model)
+    if not undone:
+        raise NotFoldable(f"nothing is folded into this {type(model).__name__} in place; of a copy, use the original")
+    undone.pop().run()
+
+
+class _Folding:
+    """The sites one by one, each by the first way that is right."""
+
+    def __init__(
+        self, target: nn.Module, steerer: Steerer, maps: Mapping[str, AffineMap], batch: Any, proof: Proof
+    ) -> None:
+        self._target, self._steerer, self._maps, self._batch, self._proof = target, steerer, maps, batch, proof
+        self._trace = Trace(target, resolve(target, maps), batch)
+        self._why: dict[str, list[str]] = {}
+        self._ways = {site: self._ways_of(site) for site in self._trace.in_order()}
+
+    def run(self, undo: Undo) -> None:
+        """Fold all sites, or raise."""
+        for site, ways in self._ways.items():
+            if not ways:
+                raise NotFoldable(self._message(site))
+        for ways in self._ways.values():  # most often, the first way is right everywhere
+            ways[0](undo)
+        if self._proof.failure(self._target) is None:
+            return
+        undo.run()
+        rest = list(self._ways)
+        for site, ways in self._ways.items():
+            rest.remove(site)
+            for way in ways:
+                before = undo.mark()
+                way(undo)
+                if (failure := self._failure(rest)) is None:
+                    break
+                self._why.setdefault(site, []).append(failure)
+                undo.run(before)
+            else:
+                raise NotFoldable(self._message(site))
+
+    def _failure(self, rest: list[str]) -> str | None:
+        """What is wrong where some sites are folded and the rest still hooked."""
+        if not rest:
+            return self._proof.failure(self._target)
+        with self._steerer.on(self._target, sites=rest):
+            return self._proof.failure(self._target)
+
+    def _message(self, site: str) -> str:
+        why = "; ".join(list(dict.fromkeys(self._why.get(site, ())))[:5]) or "no layer makes or reads it"
+        return f"site {site!r} cannot be folded: {why}. Keep the Steerer, or choose another site"
+
+    def _ways_of(self, site: str) -> list[Callable[[Undo], None]]:
+        """How the site could be folded, the likeliest first."""
+        edit = self._maps[site]
+        settled = [other for other, own in self._maps.items() if other != site and edit.is_settled_by(own)]
+        found = [self._into_writers(site, edit, settled), self._into_readers(site, edit)]
+        return [way for way in found if way is not None]
+
+    def _into_writers(self, site: str, edit: AffineMap, settled: list[str]) -> Callable[[Undo], None] | None:
+        writers, others = self._trace.writers(site, settled=settled)
+        if edit.weight is None:
+            for run in writers:  # the last one that can
+                if self._can(site, run, edit, at="output"):
+                    self._why.setdefault(site, []).extend(f"{other} stands between" for other in others)
+                    return lambda undo, run=run: _written(undo, run, edit, bias=True)  # type: ignore[misc]
+            self._why.setdefault(site, []).extend(f"{other} stands between" for other in others)
+            return None
+        self._why.setdefault(site, []).extend(f"it is the sum of {other}, too" for other in others)
+        able = [self._can(site, run, edit, at="output") for run in writers]
+        if others or not all(able) or not writers:
+            return None
+
+        def write(undo: Undo) -> None:
+            for index, run in enumerate(writers):
+                _written(undo, run, edit, bias=index == 0)
+
+        return write
+
+    def _into_readers(self, site: str, edit: AffineMap) -> Callable[[Undo], None] | None:
+        own = resolve(self._target, [site])[site]
+        readers, others = self._trace.readers(site)
+        if own.side == "in" and any(run.module is own.module for run in readers):
+            readers, others = [run for run in readers if run.module is own.module], []
+        self._why.setdefault(site, []).extend(f"{other} reads it" for other in others)
+        able = [self._can(site, run, edit, at="input") for run in readers]
+        if others or not all(able) or not readers:
+            return None
+        constants = self._constants(site, edit, readers)
+        if constants is None:
+            self._why.setdefault(site, []).append("its readers see it reshaped, or not alike in every row")
+            return None
+
+        def write(undo: Undo) -> None:
+            for run in readers:
+                undo.keep(run.module, run.name)
+                write_input(run.module, edit, constants[run])
+
+        return write
+
+    def _can(self, site: str, run: Run, edit: AffineMap, *, at: Any) -> bool:
+        why = obstacle(unwrapped(self._target), run.module, edit, at=at)
+        if why is None and self._trace.times(run) > 1:
+            why = f"it runs {self._trace.times(run)} times in one pass"
+        if why is not None:
+            self._why.setdefault(site, []).append(f"{run}: {why}")
+        return why is None
+
+    @torch.no_grad()
+    def _constants(self, site: str, edit: AffineMap, readers: list[Run]) -> dict[Run, Tensor] | None:
+        """What comes to each reader where the activation is m: one row, float64; None if the rows differ."""
+        seen: dict[Run, Tensor] = {}
+
+        def notice(run: Run, place: Place, value: Any) -> None:
+            seen[run] = get(value, locate(place, value)).detach().clone()
+
+        constant = Replace({site: edit.bias})
+        axes = {site: self._steerer.axes[site]} if site in self._steerer.axes else None
+        with ExitStack() as stack:
+            stack.enter_context(undisturbed(self._target))
+            stack.enter_context(Steerer(self._target, constant, axis=axes, strict=False))
+            for run in readers:  # after the steering
+                place = Place(site=f"{run.name}:in", name=run.name, module=run.module, side="in")
+                take = partial(notice, run, place)
+                stack.callback(listen(place, lambda _, args, kwargs, take=take: take(Arguments(args, kwargs))))
+            call(self._target, self._batch)
+        found: dict[Run, Tensor] = {}
+        for run in readers:
+            if run not in seen:
+                return None
+            rank = weight.ndim if (weight := run.module._parameters["weight"]) is not None else 2
+            came = seen[run] if rank == 2 else seen[run].movedim(1 - rank, -1)  # a convolution's channels last
+            rows = came.reshape(-1, came.shape[-1])
+            if not bool((rows == rows[0]).all()):
+                return None
+            exact = len(rows[0]) == len(edit.bias) and bool((rows[0] == edit.bias.to(rows)).all())
+            if not exact and edit.weight is not None:
+                return None
+            found[run] = edit.bias if exact else rows[0].double()
+        return found
+
+
+def _written(undo: Undo, run: Run, edit: AffineMap, *, bias: bool) -> None:
+    undo.keep(run.module, run.name)
+    write_output(run.module, edit, bias=bias)

@@ -1,0 +1,89 @@
+"""Proof: that a folded model gives what the hooked one gives, but for rounding, which is measured and not assumed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from actsteer.collecting.batches import call
+from actsteer.collecting.undisturbed import undisturbed
+from actsteer.errors import NotFoldable
+from actsteer.sites.outputs import tensors_in
+from actsteer.steering.steerer import Steerer
+from actsteer.vectors.vector import SteeringVector
+
+_SLACK = 16.0  # roundings of the folded weights add up, where one at each site was measured
+
+
+class Proof:
+    """What a steered model gives on a batch, and how far rounding at its sites moves that.
+
+    Raises:
+        NotFoldable: the model gives other outputs each time, or the steering changes nothing that could be checked.
+    """
+
+    def __init__(self, steerer: Steerer, batch: Any) -> None:
+        self._batch = batch
+        model = steerer.model
+        plain = outputs(model, batch)
+        with steerer:
+            self._expected, again = outputs(model, batch), outputs(model, batch)
+            zeros = {site: torch.zeros(edit.directions.shape[1]) for site, edit in steerer.edits.items()}
+            with Steerer(model, SteeringVector(zeros), axis=steerer.axes, intervention=Rounding()):
+                rounded = outputs(model, batch)
+        least = [8 * torch.finfo(one.dtype).eps * _size(one) for one in self._expected]
+        if any(_distance(a, b) > 8 * own for a, b, own in zip(self._expected, again, least, strict=True)):
+            raise NotFoldable("the model gives other outputs each time, on the same verify_on; nothing can be proved")
+        self._tolerance = [
+            _SLACK * _distance(one, other) + own for one, other, own in zip(self._expected, rounded, least, strict=True)
+        ]
+        effects = [_distance(a, b) for a, b in zip(self._expected, plain, strict=True)]
+        if all(effect <= tolerance for effect, tolerance in zip(effects, self._tolerance, strict=True)):
+            raise NotFoldable(
+                f"on verify_on the steering moves the outputs by {max(effects):.3g}, no more than rounding can "
+                f"({max(self._tolerance):.3g}), and nothing is proved; give other inputs, or fold in float32"
+            )
+
+    def failure(self, model: nn.Module) -> str | None:
+        """How far the outputs of a model, folded and perhaps hooked, are from those that are expected; None if equal."""
+        given = outputs(model, self._batch)
+        for one, other, tolerance in zip(self._expected, given, self._tolerance, strict=True):
+            if not (distance := _distance(one, other)) <= tolerance:
+                return f"the outputs differ by {distance:.3g}, where rounding makes {tolerance:.3g}"
+        return None
+
+
+class Rounding:
+    """An intervention that does what rounding may do: scales every number by 1 ± eps."""
+
+    def __call__(self, activation: Tensor, direction: Tensor, c: Tensor) -> Tensor:
+        """The activation, rounded otherwise."""
+        generator = torch.Generator(activation.device).manual_seed(0)
+        signs = torch.randint(0, 2, activation.shape, generator=generator, device=activation.device) * 2 - 1
+        return activation * (1 + torch.finfo(activation.dtype).eps * signs.to(activation.dtype))
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, batch: Any) -> list[Tensor]:
+    """The floating tensors of a model's output on a batch, in evaluation mode."""
+    with undisturbed(model):
+        found = [tensor for tensor in tensors_in(call(model, batch)) if tensor.is_floating_point() and tensor.numel()]
+    if not found:
+        raise NotFoldable(f"{type(model).__name__} gives no floating tensors, by which a fold could be proved")
+    return [tensor.detach().clone() for tensor in found]
+
+
+def _size(one: Tensor) -> float:
+    """The largest number, infinities aside."""
+    return float(one.abs().double().masked_fill(~torch.isfinite(one), 0.0).max())
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    if one.shape != other.shape:
+        return float("inf")
+    both = torch.isfinite(one) & torch.isfinite(other)
+    if not bool((both | (one == other) | (one.isnan() & other.isnan())).all()):  # an infinity, as of a mask, stays one
+        return float("inf")
+    return float((one.double() - other.double()).abs().masked_fill(~both, 0.0).max())
