@@ -47,7 +47,7 @@ class Proof:
             )
 
     def failure(self, model: nn.Module) -> str | None:
-        """How far the outputs of a model, folded and perhaps hooked, are from those that are expected; None if equal."""
+        """How far a model's outputs, folded and perhaps hooked, are from those that are expected; None if equal."""
         given = outputs(model, self._batch)
         for one, other, tolerance in zip(self._expected, given, self._tolerance, strict=True):
             if not (distance := _distance(one, other)) <= tolerance:

@@ -179,7 +179,7 @@ class Block(nn.Module):
     def __init__(self, norm):
         super().__init__()
         self.up, self.down = nn.Linear(6, 6), nn.Linear(6, 6, bias=False)
-        self.norm = norm or nn.Identity()
+        self.norm = nn.Identity() if norm is None else norm()
 
     def forward(self, h):
         return h + self.norm(self.down(torch.relu(self.up(h))))
@@ -200,7 +200,7 @@ def test_a_norm_after_the_last_writer_is_named_unless_it_has_a_bias():
             return x / (1 + x.norm(dim=-1, keepdim=True))
 
     with pytest.raises(NotFoldable, match=r"site 'blocks.1' cannot be folded: blocks.1.norm \(Plain\) stands between"):
-        fold(net(Residual(norm=Plain()))[0], SteeringVector({"blocks.1": direction(6)}), verify_on=H)
+        fold(net(Residual(norm=Plain))[0], SteeringVector({"blocks.1": direction(6)}), verify_on=H)
     model = net(Residual())[0]
     model.blocks[1].norm = nn.LayerNorm(6)
     folded = same(model, SteeringVector({"blocks.1": direction(6)}), H)
