@@ -33,6 +33,8 @@ class Checkpointing:
         self._graphs: WeakSet[_Pass] = (
             WeakSet()
         )  # those whose backward pass may never come, for the graph may be dropped
+        if "torch._dynamo" in sys.modules:  # it would look into `notice`, and warn of what it cannot trace there
+            sys.modules["torch._dynamo"].eval_frame.skip_code(Checkpointing.notice.__code__)
 
     def notice(self, edited: Tensor) -> bool:
         """Whether this edit runs inside a checkpoint, whose backward pass is waited for, or while one is waited for.
