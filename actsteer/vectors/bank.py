@@ -197,11 +197,12 @@ class VectorBank:
         in float32, at the outputs of blocks, from the second one on, which it knows by their numbers.
 
         Args:
-            model: the vector's, whose type a GGUF file names; without it, what the metadata says of it.
+            model: the vectors' own, for which the file will be meant; without it, what the metadata says of it.
             layer_offset: what to add to the number of a block, for readers who count otherwise than llama.cpp.
 
         Raises:
             FileFormatError: the suffix names no format, or the format cannot express this.
+            ModelMismatchError: a vector was made for a model of another architecture than `model`.
         """
         bank = {concept: ({s: v[s] for s in v}, v.metadata) for concept, v in self.items()}
         formats.write(path, bank, model=model, layer_offset=layer_offset)

@@ -26,6 +26,11 @@ def write(
 ) -> None:
     """Write vectors, concept -> (directions, metadata), to a `.safetensors` or a `.gguf` file."""
     suffix = Path(path).suffix.lower()
+    if model is not None:
+        for concept, (_, metadata) in bank.items():
+            fingerprint.check(model, metadata, what=f"the vector {concept!r}")
+        known = fingerprint.described(model)
+        bank = {c: (own, metadata if "model" in metadata else metadata | known) for c, (own, metadata) in bank.items()}
     if suffix == ".safetensors":
         if layer_offset:
             raise ValueError("layer_offset is for files that number the blocks, .gguf")
@@ -89,7 +94,8 @@ def _read(path: str, model: nn.Module | None, layer_offset: int) -> dict[str, St
         return {concept: name(concept, vector) for concept, vector in peers.read_numbered(path).items()}
     found = native.read_bank(path)
     if model is not None:
-        for concept, own in found.items():
+        meant = {(own.metadata.get("model"), own.metadata.get("weights")): (c, own) for c, own in found.items()}
+        for concept, own in meant.values():
             fingerprint.check(model, own.metadata, what=f"{path}: the vector {concept!r}")
     return found
 

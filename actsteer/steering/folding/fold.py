@@ -63,7 +63,8 @@ def fold(
     Args:
         model: any `nn.Module`; it is not changed, unless `inplace`.
         vectors, c, intervention, sites, axis: as for `Steerer`, with one strength for all rows.
-        verify_on: a batch of inputs, on which it is proved: a tensor, a tuple or a mapping.
+        verify_on: a batch of inputs, on which it is proved: a tensor, a tuple or a mapping. Pads, as its attention_mask
+            shows them, are left out; folded weights steer them too, where nobody looks.
         inplace: change the model itself, until `unfold`.
 
     Raises:
@@ -92,7 +93,7 @@ def fold(
     if maps:
         proof = Proof(steerer, verify_on)
         try:
-            _Folding(target, steerer, maps, verify_on, proof).run(undo)
+            _Folding(target, steerer, maps, proof).run(undo)
             pretrained.adapt(unwrapped(target), undo)
             if (failure := proof.failure(target)) is not None:
                 raise NotFoldable(f"with the biases that its config asks for, {failure}")
@@ -119,11 +120,10 @@ def unfold(model: nn.Module) -> None:
 class _Folding:
     """The sites one by one, each by the first way that is right."""
 
-    def __init__(
-        self, target: nn.Module, steerer: Steerer, maps: Mapping[str, AffineMap], batch: Any, proof: Proof
-    ) -> None:
-        self._target, self._steerer, self._maps, self._batch, self._proof = target, steerer, maps, batch, proof
-        self._trace = Trace(target, resolve(target, maps), batch)
+    def __init__(self, target: nn.Module, steerer: Steerer, maps: Mapping[str, AffineMap], proof: Proof) -> None:
+        self._target, self._steerer, self._maps, self._proof = target, steerer, maps, proof
+        self._batch = proof.batches[0]
+        self._trace = Trace(target, resolve(target, maps), self._batch)
         self._why: dict[str, list[str]] = {}
         self._ways = {site: self._ways_of(site) for site in self._trace.in_order()}
 

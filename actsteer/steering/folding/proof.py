@@ -11,6 +11,7 @@ from actsteer.collecting.batches import call
 from actsteer.collecting.undisturbed import undisturbed
 from actsteer.errors import NotFoldable
 from actsteer.sites.outputs import tensors_in
+from actsteer.steering.folding.unpadded import unpadded
 from actsteer.steering.steerer import Steerer
 from actsteer.vectors.vector import SteeringVector
 
@@ -20,19 +21,22 @@ _SLACK = 16.0  # roundings of the folded weights add up, where one at each site 
 class Proof:
     """What a steered model gives on a batch, and how far rounding at its sites moves that.
 
+    Args:
+        batch: as for `fold`; of texts with pads the rows are taken one by one.
+
     Raises:
         NotFoldable: the model gives other outputs each time, or the steering changes nothing that could be checked.
     """
 
     def __init__(self, steerer: Steerer, batch: Any) -> None:
-        self._batch = batch
+        self.batches = unpadded(batch)
         model = steerer.model
-        plain = outputs(model, batch)
+        plain = self._outputs(model)
         with steerer:
-            self._expected, again = outputs(model, batch), outputs(model, batch)
+            self._expected, again = self._outputs(model), self._outputs(model)
             zeros = {site: torch.zeros(edit.directions.shape[1]) for site, edit in steerer.edits.items()}
             with Steerer(model, SteeringVector(zeros), axis=steerer.axes, intervention=Rounding()):
-                rounded = outputs(model, batch)
+                rounded = self._outputs(model)
         least = [8 * torch.finfo(one.dtype).eps * _size(one) for one in self._expected]
         if any(_distance(a, b) > 8 * own for a, b, own in zip(self._expected, again, least, strict=True)):
             raise NotFoldable("the model gives other outputs each time, on the same verify_on; nothing can be proved")
@@ -48,11 +52,14 @@ class Proof:
 
     def failure(self, model: nn.Module) -> str | None:
         """How far a model's outputs, folded and perhaps hooked, are from those that are expected; None if equal."""
-        given = outputs(model, self._batch)
+        given = self._outputs(model)
         for one, other, tolerance in zip(self._expected, given, self._tolerance, strict=True):
             if not (distance := _distance(one, other)) <= tolerance:
                 return f"the outputs differ by {distance:.3g}, where rounding makes {tolerance:.3g}"
         return None
+
+    def _outputs(self, model: nn.Module) -> list[Tensor]:
+        return [tensor for batch in self.batches for tensor in outputs(model, batch)]
 
 
 class Rounding:

@@ -1,0 +1,73 @@
+"""generate: a prompt's continuations, steered beside plain."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from actsteer.cli import models, options, screen
+from actsteer.cli.options import BankPath, Chat, Concepts, Device, DtypeName, ModelName, StrengthTexts, TrustRemoteCode
+from actsteer.collecting.texts import input_device, text_batches
+from actsteer.errors import UnsupportedModelError
+from actsteer.steering.steerer import Steerer
+from actsteer.vectors.bank import VectorBank
+
+
+def generate(
+    prompts: Annotated[list[str], typer.Argument(help="What the model is to go on with.", show_default=False)],
+    model: ModelName,
+    bank: BankPath,
+    c: StrengthTexts,
+    concept: Concepts = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens at most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
+    positions: Annotated[str, typer.Option(help="all, prompt, generated, last, an index, or start:stop.")] = "all",
+    chat: Chat = False,
+    device: Device = None,
+    dtype: DtypeName = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Generate text at every strength asked for, side by side with c = 0, the model as it is."""
+    strengths: list[Any] = [0.0, *options.strengths(c)]
+    where = options.positions(positions)
+    loaded = models.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    if not hasattr(loaded.model, "generate"):
+        raise UnsupportedModelError(f"{model}: {type(loaded.model).__name__} generates no text; give a language model")
+    vectors = VectorBank.load(bank, loaded.model)
+    vectors = vectors.select(*concept) if concept else vectors
+    tokenizer = loaded.tokenizer()
+    every = [Steerer(loaded.model, vectors, c=own, positions=where) for own in strengths[1:]]  # before any work
+    for prompt in prompts:
+        texts = []
+        for steerer in (None, *every):
+            torch.manual_seed(seed)
+            with ExitStack() as stack:
+                if steerer is not None:
+                    stack.enter_context(steerer)
+                texts.append(_continued(loaded.model, tokenizer, prompt, max_new_tokens, temperature, chat=chat))
+        table = Table(title=Text(prompt), title_justify="left")
+        for own in strengths:
+            table.add_column(f"c = {_shown(own)}", overflow="fold", ratio=1)
+        table.add_row(*(Text(text) for text in texts))
+        screen.out.print(table)
+
+
+def _continued(model: Any, tokenizer: Any, prompt: str, length: int, temperature: float, *, chat: bool) -> str:
+    (batch,) = text_batches(tokenizer, [prompt], chat=chat, device=input_device(model))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    drawn = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    plain = {} if temperature else {"temperature": None, "top_p": None, "top_k": None}
+    ids = model.generate(**batch, **drawn, **plain, max_new_tokens=length, pad_token_id=pad)
+    start = 0 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
+    text: str = tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+    return text
+
+
+def _shown(c: float | dict[str, float]) -> str:
+    return f"{c:g}" if isinstance(c, float) else ", ".join(f"{name} {own:g}" for name, own in c.items())

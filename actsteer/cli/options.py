@@ -1,0 +1,85 @@
+"""Options: what several commands take, each with one name and one meaning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, TypeAlias
+
+import typer
+
+from actsteer.collecting.positions import Positions
+
+Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+"""In which dtype a Hugging Face model is loaded; "auto" is the one that it was saved in."""
+
+ModelName = Annotated[
+    str,
+    typer.Option("--model", "-m", help="A Hugging Face directory or name, or module:factory.", show_default=False),
+]
+MaybeModelName = Annotated[
+    str | None, typer.Option("--model", "-m", help="The model that has names for blocks that a file numbers.")
+]
+BankPath = Annotated[str, typer.Option("--bank", "-b", help="A file of vectors, or a pattern.", show_default=False)]
+Concepts = Annotated[list[str] | None, typer.Option("--concept", help="Only this concept; may be repeated.")]
+StrengthTexts = Annotated[
+    list[str], typer.Option("-c", help="The strength: 2 for all concepts, or nine=2; may be repeated.")
+]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Texts, or rows, at a time.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Apply the tokenizer's chat template.")]
+Device = Annotated[str | None, typer.Option("--device", help="Where to run; an accelerator if there is one.")]
+DtypeName = Annotated[Dtype, typer.Option("--dtype", help="In which dtype to load a Hugging Face model.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the code that comes with a Hugging Face model.")
+]
+OutPath = Annotated[Path, typer.Option("--output", "-o", help="Where to write.", show_default=False)]
+
+
+def strengths(texts: list[str]) -> list[float | dict[str, float]]:
+    """What "-c 2 -c 4" means: two strengths; "-c nine=2 -c eight=-1": one, of two concepts.
+
+    >>> strengths(["2", "nine=2", "eight=-1"])
+    [2.0, {'nine': 2.0, 'eight': -1.0}]
+    """
+    found: list[float | dict[str, float]] = []
+    named: dict[str, float] = {}
+    for text in texts:
+        concept, equals, number = text.rpartition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            raise typer.BadParameter(f"{text!r}: expected a number, or concept=number", param_hint="-c") from None
+        if not equals:
+            found.append(value)
+            continue
+        if not named:
+            found.append(named)
+        named[concept] = value
+    return found
+
+
+def one_strength(texts: list[str]) -> float | dict[str, float]:
+    """The same where only one can be meant."""
+    found = strengths(texts)
+    if len(found) != 1:
+        raise typer.BadParameter(f"{texts}: expected one strength, or one for each concept", param_hint="-c")
+    return found[0]
+
+
+def positions(text: str) -> Positions:
+    """ "last" and the like as they are, "3" as an index, "1:4" as a slice.
+
+    >>> positions("last"), positions("-1"), positions("1:")
+    ('last', -1, slice(1, None, None))
+    """
+    try:
+        if ":" in text:
+            start, stop = text.split(":")
+            return slice(int(start) if start else None, int(stop) if stop else None)
+        return int(text)
+    except ValueError:
+        for known in ("all", "last", "prompt", "generated"):
+            if text == known:
+                return known
+    raise typer.BadParameter(
+        f"{text!r}: expected all, last, prompt, generated, an index, or start:stop", param_hint="--positions"
+    )

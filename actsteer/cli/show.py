@@ -1,0 +1,66 @@
+"""show: what a file of vectors holds."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Annotated
+
+import typer
+
+from actsteer.cli import models, screen
+from actsteer.cli.options import Concepts, MaybeModelName, TrustRemoteCode
+from actsteer.vectors.bank import VectorBank
+
+_PAIRS, _COMPARED = 20, 1000
+
+
+def show(
+    bank: Annotated[str, typer.Argument(help="Any file of vectors, or a pattern.")],
+    concept: Concepts = None,
+    model: MaybeModelName = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Show the concepts of a file, their sites and norms, and how far the concepts interfere.
+
+    Interference is the cosine between two concepts over all their sites; the strongest pairs come first.
+    """
+    vectors = read_bank(bank, concept, model=model, trust_remote_code=trust_remote_code)
+    describe(vectors)
+
+
+def read_bank(
+    path: str, concepts: list[str] | None, *, model: str | None, trust_remote_code: bool, layer_offset: int = 0
+) -> VectorBank:
+    """The vectors of a file, or some of them, with sites named for a model, of which no weights are needed."""
+    named = None if model is None else models.load(model, trust_remote_code=trust_remote_code, empty=True).model
+    bank = VectorBank.load(path, named, layer_offset=layer_offset)
+    return bank.select(*concepts) if concepts else bank
+
+
+def describe(bank: VectorBank) -> None:
+    """Print a line for every direction, one for every concept's origin, and one for every pair that interferes."""
+    rows = [
+        (concept, site, len(vector[site]), f"{float(vector[site].norm()):.4g}")
+        for concept, vector in bank.items()
+        for site in vector
+    ]
+    screen.table("concept", "site", "features", "norm", rows=rows, numbers=["features", "norm"])
+    kept = ("estimator", "intervention", "model", "model_type")
+    origins = {c: ", ".join(f"{k}: {v.metadata[k]}" for k in kept if k in v.metadata) for c, v in bank.items()}
+    if any(origins.values()):
+        screen.say("")
+        screen.table("concept", "made by", rows=origins.items())
+    present = bank.select(*(concept for concept, vector in bank.items() if float(vector.norm()) > 0))
+    if len(present) < 2:
+        return
+    screen.say("")
+    if len(present) > _COMPARED:
+        screen.say(f"interference: {len(present)} concepts are too many to compare; choose some with --concept")
+        return
+    cosines = present.cosines().tolist()
+    pairs = [(one, other, cosines[i][j]) for (i, one), (j, other) in combinations(enumerate(present.concepts), 2)]
+    pairs.sort(key=lambda pair: -abs(pair[2]))
+    rows_ = [(one, other, f"{cosine:+.3f}") for one, other, cosine in pairs[:_PAIRS]]
+    screen.table("interference", "with", "cosine", rows=rows_, numbers=["cosine"])
+    if len(pairs) > _PAIRS:
+        screen.say(f"and {len(pairs) - _PAIRS} pairs that interfere less")

@@ -1,0 +1,65 @@
+"""verify: whether a file of vectors is whole, fits a model, and does what a folded model does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from actsteer.cli import models, options, screen
+from actsteer.cli.examples import one_batch
+from actsteer.cli.options import Chat, Concepts, Device, DtypeName, TrustRemoteCode
+from actsteer.steering.folding.proof import Proof, outputs
+from actsteer.steering.steerer import Steerer
+from actsteer.vectors.bank import VectorBank
+
+
+def verify(
+    bank: Annotated[str, typer.Argument(help="Any file of vectors, or a pattern.")],
+    model: Annotated[str | None, typer.Option("--model", "-m", help="The model that is to be steered.")] = None,
+    on: Annotated[Path | None, typer.Option(help="Run on these: texts, .txt or .jsonl, or inputs.")] = None,
+    folded: Annotated[
+        str | None, typer.Option(help="What fold wrote: a directory, or .safetensors; is it the steered model?")
+    ] = None,
+    c: Annotated[list[str] | None, typer.Option("-c", help="The strength, 1 unless given.")] = None,
+    concept: Concepts = None,
+    chat: Chat = False,
+    device: Device = None,
+    dtype: DtypeName = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Verify that a file is whole, that its vectors fit a model, that every edit runs, that a folded model is the same.
+
+    Each further option asks for a further step; the exit code is 1 if one fails. Without --on no weights are loaded.
+    """
+    if (on is not None or folded is not None) and model is None:
+        raise typer.BadParameter("it takes a model to run", param_hint="--model")
+    if folded is not None and on is None:
+        raise typer.BadParameter("it takes inputs to compare outputs", param_hint="--on")
+    strength = options.one_strength(c or ["1"])
+    loaded = None
+    if model is not None:
+        loaded = models.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, empty=on is None)
+    vectors = VectorBank.load(bank, None if loaded is None else loaded.model)
+    vectors = VectorBank(dict((vectors.select(*concept) if concept else vectors).items()))  # every one is read
+    screen.say(f"whole: {bank}, {len(vectors)} concept{'s' * (len(vectors) != 1)}")
+    if loaded is None:
+        return
+    steerer = Steerer(loaded.model, vectors, c=strength)
+    screen.say(f"fits: {model}, {', '.join(steerer.sites)}")
+    if on is None:
+        return
+    batch = one_batch(on, loaded, chat=chat)
+    plain = outputs(loaded.model, batch)
+    with steerer:  # which raises if a site does not run
+        steered = outputs(loaded.model, batch)
+    moved = max(float((one - other).abs().max()) for one, other in zip(plain, steered, strict=True))
+    screen.say(f"runs: every site on {on}; the outputs move by up to {moved:.3g}")
+    if folded is None:
+        return
+    same = models.folded(folded, loaded, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    if (failure := Proof(steerer, batch).failure(same)) is not None:
+        screen.complain("error", f"{folded} is not the steered model: {failure}")
+        raise typer.Exit(1)
+    screen.say(f"folded: {folded} gives the steered model's outputs, within rounding")

@@ -1,0 +1,37 @@
+"""Unpadded: a batch of texts without its pads, which a Steerer leaves alone and folded weights cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+_MASK, _DECODER = "attention_mask", ("decoder_", "labels")
+
+
+def unpadded(batch: Any) -> list[Any]:
+    """The rows of a batch whose attention mask shows pads, each by itself and without them; else the batch as it is.
+
+    >>> import torch
+    >>> ids, mask = torch.tensor([[5, 6], [7, 0]]), torch.tensor([[1, 1], [1, 0]])
+    >>> [own["input_ids"].tolist() for own in unpadded({"input_ids": ids, "attention_mask": mask})]
+    [[[5, 6]], [[7]]]
+    """
+    if not isinstance(batch, Mapping):
+        return [batch]
+    masks = {name: batch.get(name) for name in (_MASK, f"decoder_{_MASK}")}
+    known = {name: mask for name, mask in masks.items() if isinstance(mask, Tensor) and mask.ndim == 2}
+    if all(bool(mask.all()) for mask in known.values()):
+        return [batch]
+    count = len(next(iter(known.values())))
+    return [{name: _row(name, value, row, count, known) for name, value in batch.items()} for row in range(count)]
+
+
+def _row(name: str, value: Any, row: int, count: int, masks: Mapping[str, Tensor]) -> Any:
+    """One row's tokens of what belongs to all rows."""
+    if not isinstance(value, Tensor) or not value.ndim or len(value) != count:
+        return value
+    mask = masks.get(f"decoder_{_MASK}" if name.startswith(_DECODER) else _MASK)
+    own = value[row : row + 1]
+    return own if mask is None or value.shape[:2] != mask.shape else own[:, mask[row].bool()]

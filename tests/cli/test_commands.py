@@ -1,0 +1,518 @@
+"""The commands, each as a user calls it, and against what the library itself gives."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from actsteer import MeanDifference, Steerer, SteeringVector, VectorBank, fit
+from actsteer.collecting.texts import text_batches
+
+SITE = "model.layers.1"
+
+
+def causal(folder, name="llama"):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder / name).eval()
+
+
+def tokenizer(folder):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder / "llama")
+
+
+@pytest.fixture
+def bank(folder):
+    """Two concepts at one block of the llama."""
+    model, generator = causal(folder), torch.Generator().manual_seed(3)
+    for name in ("love", "calm"):
+        v = SteeringVector({SITE: torch.randn(16, generator=generator)}, concept=name)
+        v.save(folder / f"{name}.safetensors", model=model)
+    both = VectorBank.load(folder / "[lc]*.safetensors")
+    both.save(folder / "bank.safetensors")
+    return both
+
+
+# --- sites -------------------------------------------------------------------------------------------------------
+def test_sites_of_a_directory_without_its_weights(run, folder):
+    for weights in (folder / "llama").glob("*.safetensors"):
+        weights.unlink()
+    done = run("sites", "llama", "model.layers.*.mlp*")
+    assert done.code == 0
+    assert done.lines[0] == ["site", "class", "features"]
+    assert ["model.layers.2.mlp.down_proj", "Linear", "16"] in done.lines
+    assert all(line[0].startswith("model.layers.") for line in done.lines[1:])
+
+
+def test_sites_of_a_torch_model(run):
+    for name in ("nets:build", "nets:built"):
+        done = run("sites", name)
+        assert done.lines == [["site", "class", "features"], ["0", "Linear", "8"], ["1", "ReLU"], ["2", "Linear", "3"]]
+    assert run("sites", "nets:build", "0:in").lines[1] == ["0:in", "Linear", "4"]
+
+
+def test_sites_leaves_out_what_is_never_called(run):
+    done = run("sites", "llama")
+    names = [line[0] for line in done.lines]
+    assert "model.layers" not in names
+    assert "model.layers.0" in names
+
+
+def test_a_pattern_that_selects_nothing_names_what_is_close(run):
+    done = run("sites", "llama", "model.layer.0")
+    assert done.code == 1
+    assert done.err.startswith("error: ")
+    assert "'model.layers.0'" in done.err
+    assert done.out == ""
+
+
+# --- fit ---------------------------------------------------------------------------------------------------------
+def test_fit_on_texts_is_fit(run, folder):
+    done = run(
+        "fit", "-m", "llama", "--positive", "love.txt", "--negative", "hate.txt", "--sites", SITE, "-o", "v.safetensors"
+    )
+    assert done.code == 0, done.err
+    sides = [
+        text_batches(tokenizer(folder), [line for line in (folder / name).read_text().splitlines() if line])
+        for name in ("love.txt", "hate.txt")
+    ]
+    model = causal(folder)
+    expected = fit(
+        model, positive=sides[0], negative=sides[1], sites=SITE, estimator=MeanDifference(), positions="last"
+    )
+    found = SteeringVector.load(folder / "v.safetensors", model)
+    assert found.equal(expected)
+    assert found.concept == "love"
+    assert found.metadata["estimator"] == "MeanDifference"
+    assert ["love", SITE, "16", f"{float(expected.norm()):.4g}"] in done.lines
+
+
+@pytest.mark.parametrize(
+    ("options", "keywords"),
+    [
+        (["--positions", "all"], {"positions": "all"}),
+        (["--positions", "0"], {"positions": 0}),
+        (["--positions", "1:3"], {"positions": slice(1, 3)}),
+        (["--batch-size", "1"], {"positions": "last"}),
+    ],
+)
+def test_positions_and_batches(run, folder, options, keywords):
+    files = ["--positive", "love.txt", "--negative", "hate.txt"]
+    assert run("fit", "-m", "llama", *files, "--sites", SITE, "-o", "v.safetensors", *options).code == 0
+    sides = [
+        text_batches(tokenizer(folder), [line for line in (folder / name).read_text().splitlines() if line])
+        for name in ("love.txt", "hate.txt")
+    ]
+    expected = fit(causal(folder), positive=sides[0], negative=sides[1], sites=SITE, **keywords)
+    assert SteeringVector.load(folder / "v.safetensors").allclose(expected, atol=1e-5)
+
+
+def test_conversations_go_through_the_chat_template(run, folder):
+    for name, word in (("a", "love"), ("b", "hate")):
+        lines = [json.dumps([{"role": "user", "content": f"I {word} this"}]), json.dumps(f"very {word}")]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    files = ["--positive", "a.jsonl", "--negative", "b.jsonl", "--concept", "warm"]
+    assert run("fit", "-m", "llama", *files, "--sites", SITE, "-o", "v.safetensors", "--chat").code == 0
+    texts = [[f"day I {word} this", f"day very {word}"] for word in ("love", "hate")]
+    sides = [text_batches(tokenizer(folder), own) for own in texts]
+    expected = fit(causal(folder), positive=sides[0], negative=sides[1], sites=SITE, positions="last")
+    found = SteeringVector.load(folder / "v.safetensors")
+    assert found.allclose(expected, atol=1e-6)
+    assert found.concept == "warm"
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    ["MeanDifference", "WhitenedMeanDifference", "PrincipalDirection", "RidgeDirection", "LogisticDirection"],
+)
+def test_fit_on_tensors_with_every_estimator(run, folder, estimator):
+    import nets
+
+    import actsteer
+
+    files = ["--positive", "right.pt", "--negative", "left.pt", "--sites", "1", "--sites", "2"]
+    done = run("fit", "-m", "nets:build", *files, "--estimator", estimator, "-o", "v.safetensors")
+    assert done.code == 0, done.err
+    sides = {"positive": torch.load("right.pt"), "negative": torch.load("left.pt")}
+    expected = fit(nets.build(), **sides, sites=["1", "2"], estimator=getattr(actsteer, estimator)())
+    assert SteeringVector.load(folder / "v.safetensors").allclose(expected, atol=1e-5)
+
+
+def test_inputs_by_name_and_in_safetensors(run, folder):
+    for side in ("right", "left"):
+        save_file({"input": torch.load(f"{side}.pt")}, f"{side}.safetensors")
+        torch.save({"input": torch.load(f"{side}.pt")}, f"{side}_named.pt")
+    for number, suffix in enumerate((".pt", ".safetensors", "_named.pt")):
+        files = ["--positive", f"right{suffix}", "--negative", f"left{suffix}", "--concept", "right"]
+        assert run("fit", "-m", "nets:build", *files, "--sites", "1", "-o", f"{number}.safetensors").code == 0
+    one, two, three = (SteeringVector.load(folder / f"{number}.safetensors") for number in range(3))
+    assert one.allclose(two)
+    assert one.allclose(three)
+
+
+def test_a_control_vector_at_once(run, folder):
+    files = ["--positive", "love.txt", "--negative", "hate.txt", "--sites", SITE]
+    assert run("fit", "-m", "llama", *files, "-o", "v.gguf").code == 0
+    assert SteeringVector.load(folder / "v.gguf").sites == (SITE,)
+
+
+def test_fit_says_what_is_wrong_before_any_work(run, folder, monkeypatch):
+    monkeypatch.setattr("actsteer.cli.models.load", lambda *_, **__: pytest.fail("it began to work"))
+    files = ["--positive", "love.txt", "--negative", "hate.txt", "--sites", SITE]
+    done = run("fit", "-m", "llama", *files, "-o", "v.pt")
+    assert (done.code, done.err) == (
+        1,
+        "error: v.pt: unknown format '.pt'; name the file with .safetensors or .gguf\n",
+    )
+    done = run("fit", "-m", "llama", *files, "-o", "nowhere/v.gguf")
+    assert done.code == 1
+    assert "there is no folder nowhere" in done.err
+    done = run("fit", "-m", "llama", *files, "-o", "v.gguf", "--positions", "some")
+    assert done.code == 2
+    assert "--positions" in done.err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("none.txt", None, "No such file"),
+        ("a.csv", b"x", "expected texts, .txt or .jsonl, or tensors"),
+        ("a.txt", b"\n \n", "one or more texts"),
+        ("a.jsonl", b"3\n", "one or more texts"),
+        ("a.jsonl", b"{", "Expecting property name"),
+        ("a.txt", b"\xff\xfe", "can't decode"),
+        ("a.pt", b"nothing", "only tensors are read"),
+        ("a.safetensors", b"nothing", "a.safetensors"),
+    ],
+)
+def test_examples_that_cannot_be_read(run, folder, name, content, why):
+    if content is not None:
+        (folder / name).write_bytes(content)
+    done = run("fit", "-m", "llama", "--positive", name, "--negative", "hate.txt", "--sites", SITE, "-o", "v.gguf")
+    assert done.code == 2
+    assert why in done.err
+    assert not (folder / "v.gguf").exists()
+
+
+def test_examples_are_not_unpickled(run, folder):
+    class Evil:
+        def __reduce__(self):
+            return open, (str(folder / "made"), "w")
+
+    torch.save({"input": Evil()}, folder / "evil.pt")
+    done = run(
+        "fit", "-m", "nets:build", "--positive", "evil.pt", "--negative", "left.pt", "--sites", "1", "-o", "v.gguf"
+    )
+    assert done.code == 2
+    assert "only tensors are read" in done.err
+    assert not (folder / "made").exists()
+
+
+def test_texts_for_a_model_without_a_tokenizer(run):
+    files = ["--positive", "love.txt", "--negative", "hate.txt", "--sites", "1"]
+    done = run("fit", "-m", "nets:build", *files, "-o", "v.safetensors")
+    assert done.code == 1
+    assert "of another model give tensors" in done.err
+
+
+# --- show --------------------------------------------------------------------------------------------------------
+def test_show_has_norms_and_interference(run, bank):
+    done = run("show", "bank.safetensors")
+    assert done.code == 0
+    for concept, vector in bank.items():
+        assert [concept, SITE, "16", f"{float(vector.norm()):.4g}"] in done.lines
+    assert ["calm", "love", f"{float(bank['calm'].cosine(bank['love'])):+.3f}"] in done.lines
+
+
+def test_show_a_pattern_and_one_concept(run, bank):
+    assert run("show", "[lc]*.safetensors").out == run("show", "bank.safetensors").out
+    done = run("show", "bank.safetensors", "--concept", "love")
+    assert "calm" not in done.out
+    assert "interference" not in done.out
+    done = run("show", "bank.safetensors", "--concept", "lov")
+    assert done.code == 1
+    assert "'love'" in done.err
+
+
+def test_show_the_strongest_of_many_pairs_first(run, folder):
+    rows = torch.eye(8)
+    rows[3] = rows[2] + 0.1 * rows[3]
+    rows[7] = 0
+    VectorBank({f"k{i}": SteeringVector({"1": row}) for i, row in enumerate(rows)}).save(folder / "many.safetensors")
+    done = run("show", "many.safetensors")
+    (start,) = (i for i, line in enumerate(done.lines) if line[:1] == ["interference"])
+    assert done.lines[start + 1] == ["k2", "k3", "+0.995"]
+    assert done.lines[-1] == ["and", "1", "pairs", "that", "interfere", "less"]
+    assert "k7" not in " ".join(" ".join(line) for line in done.lines[start:])
+
+
+def test_show_names_the_sites_for_a_model(run, folder):
+    torch.save(torch.ones(3, 16), folder / "rows.pt")
+    assert run("show", "rows.pt").code == 1
+    done = run("show", "rows.pt", "--model", "llama")
+    assert [line[1] for line in done.lines[1:4]] == ["model.layers.0", "model.layers.1", "model.layers.2"]
+
+
+def test_a_damaged_file_is_refused(run, folder, bank):
+    content = bytearray((folder / "bank.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "bank.safetensors").write_bytes(content)
+    done = run("show", "bank.safetensors")
+    assert done.code == 1
+    assert "SHA-256" in done.err
+    assert done.out == ""
+
+
+# --- generate ----------------------------------------------------------------------------------------------------
+def continued(folder, prompt, bank, c, **options):
+    model, own = causal(folder), tokenizer(folder)
+    ids = own(prompt, return_tensors="pt")
+    with Steerer(model, bank, c=c, **options):
+        out = model.generate(
+            ids["input_ids"], attention_mask=ids["attention_mask"], max_new_tokens=5, do_sample=False, pad_token_id=2
+        )
+    return own.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def cells(done):
+    """The columns of every table, heads and texts."""
+    lines = [line.replace("┃", "│") for line in done.out.splitlines()]
+    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
+
+
+@pytest.mark.parametrize("options", [[], ["--positions", "prompt"]])
+def test_generate_side_by_side(run, folder, bank, options):
+    done = run(
+        "generate",
+        "-m",
+        "llama",
+        "-b",
+        "bank.safetensors",
+        "-c",
+        "2",
+        "-c",
+        "-4",
+        "I love",
+        "this day",
+        "--max-new-tokens",
+        5,
+        *options,
+    )
+    assert done.code == 0, done.err
+    where = {"positions": options[-1]} if options else {}
+    expected = [["c = 0", "c = 2", "c = -4"]]
+    for prompt in ("I love", "this day"):
+        expected += [[continued(folder, prompt, bank, c, **where) for c in (0.0, 2.0, -4.0)], expected[0]]
+    assert cells(done) == [expected[0], *expected[1:-1]]
+    assert "I love" in done.out.splitlines()[0]
+    assert len(set(expected[1])) > 1
+
+
+def test_generate_with_a_strength_for_each_concept(run, folder, bank):
+    done = run(
+        "generate", "-m", "llama", "-b", "bank.safetensors", "-c", "love=3", "-c", "calm=-2", "I", "--max-new-tokens", 5
+    )
+    both = {"love": 3.0, "calm": -2.0}
+    assert cells(done) == [
+        ["c = 0", "c = love 3, calm -2"],
+        [continued(folder, "I", bank, 0.0), continued(folder, "I", bank, both)],
+    ]
+    done = run(
+        "generate", "-m", "llama", "-b", "bank.safetensors", "--concept", "calm", "-c", "1", "I", "--max-new-tokens", 5
+    )
+    assert cells(done)[1][1] == continued(folder, "I", bank.select("calm"), 1.0)
+
+
+def test_generate_at_a_temperature_repeats_with_its_seed(run, bank):
+    same = [
+        "generate",
+        "-m",
+        "llama",
+        "-b",
+        "bank.safetensors",
+        "-c",
+        "1",
+        "I",
+        "--temperature",
+        "2",
+        "--max-new-tokens",
+        8,
+    ]
+    one, two, other = run(*same, "--seed", 1), run(*same, "--seed", 1), run(*same, "--seed", 2)
+    assert one.out == two.out != other.out
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "why"),
+    [
+        (["-c", "much"], 2, "expected a number, or concept=number"),
+        (["-c", "lov=1"], 1, "'love'"),
+        (["-c", "nan"], 1, "nan"),
+        (["-c", "1", "--concept", "hate"], 1, "no concept 'hate'"),
+        ([], 2, "Missing option"),
+    ],
+)
+def test_generate_refuses_strengths_it_cannot_apply(run, bank, options, code, why):
+    done = run("generate", "-m", "llama", "-b", "bank.safetensors", *options, "I")
+    assert done.code == code
+    assert why in done.err
+    assert done.out == ""
+
+
+def test_generate_with_a_model_that_does_not(run, folder):
+    SteeringVector({"1": torch.ones(8)}).save(folder / "v.safetensors")
+    done = run("generate", "-m", "nets:build", "-b", "v.safetensors", "-c", "1", "I")
+    assert done.code == 1
+    assert "generates no text" in done.err
+
+
+def test_a_bank_of_another_model_is_refused_and_of_other_weights_warned_about(run, folder, bank):
+    from tests.zoo import llama
+
+    llama(vocab_size=16, hidden_size=32).float().save_pretrained(folder / "wide")
+    tokenizer(folder).save_pretrained(folder / "wide")
+    done = run("generate", "-m", "wide", "-b", "bank.safetensors", "-c", "1", "I")
+    assert done.code == 1
+    assert "was made for a LlamaForCausalLM" in done.err
+    model = causal(folder)
+    with torch.no_grad():
+        model.lm_head.weight += 0.5
+    model.save_pretrained(folder / "llama")
+    done = run("generate", "-m", "llama", "-b", "bank.safetensors", "-c", "1", "I", "--max-new-tokens", 2)
+    assert done.code == 0
+    assert done.err.startswith("warning: ")
+    assert "other weights" in done.err
+
+
+# --- convert -----------------------------------------------------------------------------------------------------
+def test_convert_there_and_back(run, folder, bank):
+    assert run("convert", "love.safetensors", "love.gguf").code == 0
+    assert run("convert", "love.gguf", "back.safetensors").code == 0
+    back = SteeringVector.load(folder / "back.safetensors")
+    assert back.equal(bank["love"])
+    assert back.metadata == bank["love"].metadata
+
+
+def test_convert_several_into_one_and_one_out_of_several(run, folder, bank):
+    done = run("convert", "[lc]*.safetensors", "both.safetensors")
+    assert done.out == "2 concepts written to both.safetensors: calm, love\n"
+    assert VectorBank.load(folder / "both.safetensors")["love"].equal(bank["love"])
+    done = run("convert", "both.safetensors", "one.gguf")
+    assert done.code == 1
+    assert "a GGUF file holds one vector" in done.err
+    assert run("convert", "both.safetensors", "one.gguf", "--concept", "calm").code == 0
+    assert SteeringVector.load(folder / "one.gguf").equal(bank["calm"])
+
+
+def test_convert_with_offsets(run, folder):
+    torch.save(torch.arange(4 * 16.0).reshape(4, 16), folder / "rows.pt")  # of hidden_states, the embeddings first
+    assert run("convert", "rows.pt", "v.safetensors", "--model", "llama", "--source-offset", 1).code == 0
+    v = SteeringVector.load(folder / "v.safetensors")
+    assert v.sites == ("model.layers.0:in", "model.layers.0", "model.layers.1", "model.layers.2")
+    v.select("model.layers.0").save(folder / "w.safetensors")
+    assert run("convert", "w.safetensors", "w.gguf").code == 1
+    assert run("convert", "w.safetensors", "w.gguf", "--target-offset", 1).code == 0
+    done = run("convert", "w.safetensors", "x.safetensors", "--target-offset", 1)
+    assert done.code == 2
+    assert "only a .gguf numbers the blocks" in done.err
+
+
+def test_convert_needs_a_model_that_names_the_blocks(run, folder):
+    torch.save(torch.ones(3, 16), folder / "rows.pt")
+    done = run("convert", "rows.pt", "v.safetensors")
+    assert done.code == 1
+    assert "model=" in done.err
+    assert not (folder / "v.safetensors").exists()
+
+
+# --- fold and verify ---------------------------------------------------------------------------------------------
+def test_fold_a_llama_and_verify_it(run, folder, bank):
+    done = run("fold", "-m", "llama", "-b", "bank.safetensors", "-c", "2", "--verify-on", "love.txt", "-o", "folded")
+    assert done.code == 0, done.err
+    assert done.out.startswith("proved on love.txt, written to folded\n")
+    ids = torch.tensor([[3, 4, 6]])
+    model = causal(folder)
+    with torch.no_grad(), Steerer(model, bank, c=2.0):
+        steered = model(ids).logits
+    folded = causal(folder, "folded")
+    assert torch.allclose(folded(ids).logits, steered, atol=1e-4)
+    same = ["verify", "bank.safetensors", "-m", "llama", "--on", "love.txt", "--folded", "folded"]
+    done = run(*same, "-c", "2")
+    assert done.code == 0, done.err
+    assert [line[0] for line in done.lines] == ["whole:", "fits:", "runs:", "folded:"]
+    done = run(*same, "-c", "2.5")
+    assert done.code == 1
+    assert "is not the steered model" in done.err
+    done = run(*same, "-c", "2", "--concept", "calm")
+    assert done.code == 1
+
+
+def test_fold_a_torch_model_into_its_weights(run, folder):
+    v = SteeringVector({"1": torch.ones(8)}, concept="v")
+    v.save(folder / "v.safetensors")
+    common = ["-b", "v.safetensors", "-c", "0.5", "--verify-on", "right.pt"]
+    assert run("fold", "-m", "nets:build", *common, "-o", "folded.safetensors").code == 0
+    import nets
+
+    model = nets.build()
+    with Steerer(model, v, c=0.5):
+        steered = model(torch.load("right.pt"))
+    model.load_state_dict(load_file("folded.safetensors"))
+    assert torch.allclose(model(torch.load("right.pt")), steered, atol=1e-5)
+    same = ["verify", "v.safetensors", "-m", "nets:build", "--on", "right.pt", "--folded", "folded.safetensors"]
+    assert run(*same, "-c", "0.5").code == 0
+    assert run(*same, "-c", "0.6").code == 1
+
+
+def test_fold_refuses_what_weights_cannot_carry(run, folder):
+    from tests.zoo import llama
+
+    llama(kind="Gemma2", vocab_size=16).float().save_pretrained(folder / "gemma")
+    tokenizer(folder).save_pretrained(folder / "gemma")
+    SteeringVector({SITE: torch.ones(16)}).save(folder / "v.safetensors")
+    done = run("fold", "-m", "gemma", "-b", "v.safetensors", "-c", "2", "--verify-on", "love.txt", "-o", "folded")
+    assert done.code == 1
+    assert "post_feedforward_layernorm (Gemma2RMSNorm) stands between" in done.err
+    assert not (folder / "folded").exists()
+
+
+def test_fold_writes_into_no_directory_that_holds_something(run, folder, bank):
+    common = ["fold", "-m", "llama", "-b", "bank.safetensors", "--verify-on", "love.txt"]
+    before = (folder / "llama/model.safetensors").read_bytes()
+    for output in ("llama", "love.txt"):
+        done = run(*common, "-c", "2", "-o", output)
+        assert done.code == 2
+        assert "expected a new or an empty directory" in done.err
+    assert (folder / "llama/model.safetensors").read_bytes() == before
+    done = run(*common, "-c", "2", "-c", "3", "-o", "folded")
+    assert done.code == 2
+    assert "expected one strength" in done.err
+
+
+def test_verify_step_by_step(run, folder, bank):
+    assert run("verify", "bank.safetensors").out == "whole: bank.safetensors, 2 concepts\n"
+    for weights in (folder / "llama").glob("*.safetensors"):
+        weights.rename(weights.with_suffix(".kept"))
+    done = run("verify", "bank.safetensors", "-m", "llama")
+    assert done.lines[1] == ["fits:", "llama,", SITE]
+    done = run("verify", "bank.safetensors", "-m", "nets:build")
+    assert done.code == 1
+    assert "was made for a LlamaForCausalLM" in done.err
+    assert run("verify", "bank.safetensors", "--on", "love.txt").code == 2
+    assert run("verify", "bank.safetensors", "-m", "llama", "--folded", "x").code == 2
+
+
+def test_verify_finds_an_edit_that_never_runs(run, folder):
+    (folder / "idle.py").write_text(
+        "from torch import nn\n\n\nclass Idle(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.used, self.idle = nn.Linear(4, 4), nn.Linear(4, 4)\n\n    def forward(self, x):\n"
+        "        return self.used(x)\n"
+    )
+    SteeringVector({"idle": torch.ones(4)}).save(folder / "v.safetensors")
+    done = run("verify", "v.safetensors", "-m", "idle:Idle", "--on", "right.pt")
+    assert done.code == 1
+    assert [line[0] for line in done.lines] == ["whole:", "fits:"]
+    assert "the model ran, but these sites did not" in done.err
