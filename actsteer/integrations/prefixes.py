@@ -44,10 +44,7 @@ def collect_pairs_by_prefix(
     """
     from transformers import DynamicCache
 
-    if "past_key_values" not in inspect.signature(type(unwrapped(model)).forward).parameters:
-        raise UnsupportedModelError(
-            f"{type(unwrapped(model)).__name__} takes no past_key_values; pass share_prefix=False"
-        )
+    key = _cache_argument(unwrapped(model))
     names = find_sites(model, sites)
     sums: list[dict[str, Moments]] = [{}, {}]
     keeps = False
@@ -73,14 +70,23 @@ def collect_pairs_by_prefix(
             heads, owners = torch.stack([text[:shared] for text in texts]).unique(dim=0, return_inverse=True)
             cache = DynamicCache(config=config)
             inputs = {"input_ids": heads.to(device), "attention_mask": torch.ones_like(heads).to(device)}
-            observation.run([inputs | {"past_key_values": cache, "use_cache": True}])
+            observation.run([inputs | {key: cache, "use_cache": True}])
             cache.batch_select_indices(owners.to(device))
         keeps = True
-        observation.run([rest | {"attention_mask": mask, "past_key_values": cache, "use_cache": cache is not None}])
+        observation.run([rest | {"attention_mask": mask, key: cache, "use_cache": cache is not None}])
         keeps = False
     metadata = fingerprint.described(model) | described("last") | described_axes(observation.axes, None)
     toward, away = (Statistics({site: own[site] for site in names}, metadata=metadata) for own in sums)
     return toward, away
+
+
+def _cache_argument(model: nn.Module) -> str:
+    """The name by which the model takes a cache of keys and values: it is `cache` since transformers 5.24."""
+    parameters = inspect.signature(type(model).forward).parameters
+    name = next((name for name in ("cache", "past_key_values") if name in parameters), None)
+    if name is None or getattr(model, "_is_stateful", False):  # whose cache is a state, in which pads would count
+        raise UnsupportedModelError(f"{type(model).__name__} takes no past_key_values; pass share_prefix=False")
+    return name
 
 
 def _agreeing(one: Tensor, other: Tensor) -> int:

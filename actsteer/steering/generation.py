@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from actsteer.steering.generating import Generating
-from actsteer.steering.inputs import cached
+from actsteer.steering.inputs import cache_in, cached
 from actsteer.steering.passes import Passes
 from actsteer.steering.reader import GateReader
 from actsteer.steering.tokens import Tokens
@@ -149,7 +149,7 @@ def _generating(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     mask = kwargs.get("attention_mask")
     if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
         inputs, mask = kwargs.get("decoder_input_ids"), kwargs.get("decoder_attention_mask")
-    elif kwargs.get("past_key_values") is not None:
+    elif cache_in(kwargs)[1] is not None:
         inputs = mask = None
     prompt = inputs.shape[1] if isinstance(inputs, Tensor) and inputs.ndim >= 2 else None
     known = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == prompt
@@ -172,7 +172,7 @@ def _tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], in
     elif kwargs.get("next_sequence_length") is not None and isinstance(ids, Tensor):
         total = ids.shape[1]
     else:
-        seen = cached(kwargs.get("past_key_values"))
+        seen = cached(cache_in(kwargs)[1])
         total = length + (int(seen) if seen is not None else 0)
     batch = None
     if isinstance(ids, Tensor) and ids.shape[1] == total:

@@ -92,7 +92,7 @@ def _counts(mask: Tensor) -> bool:
 
 def _start(named: Mapping[str, Any], length: int, mask: Tensor | None) -> tuple[int | Tensor | None, str]:
     """How many columns lie in the cache, and what to say where that, or the end of the prompt, is not known."""
-    name, cache = next(((n, v) for n, v in named.items() if _CACHE.match(n) and v is not None), ("", None))
+    name, cache = cache_in(named)
     if cache is not None:
         seen = cached(cache)
         if seen is None and mask is not None and mask.shape[1] > length:
@@ -127,6 +127,13 @@ def encoder_of(model: nn.Module) -> nn.Module | None:
     encoder = get() if callable(get) else None
     inside = any(module is encoder for module in inner.modules())
     return encoder if isinstance(encoder, nn.Module) and encoder is not inner and inside else None
+
+
+def cache_in(named: Mapping[str, Any]) -> tuple[str, Any]:
+    """The cache among arguments, and its name, which differs from library to library and from version to version."""
+    return next(
+        ((name, value) for name, value in named.items() if _CACHE.match(name) and value is not None), ("", None)
+    )
 
 
 def cached(cache: Any) -> int | Tensor | None:
