@@ -44,6 +44,21 @@ def undisturbed(model: nn.Module, *, frozen: bool = False) -> Iterator[None]:
             config.use_cache = True
 
 
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """The buffers, which a forward pass may count in, as they were."""
+    before = [(m, key, own, own.clone()) for m in model.modules() for key, own in m._buffers.items() if own is not None]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, key, own, value in before:
+                if module._buffers.get(key) is not own:
+                    module._buffers[key] = own
+                if not torch.equal(own, value):
+                    own.copy_(value)
+
+
 def _configurations(model: nn.Module) -> list[Any]:
     """The configurations of transformers' models that have a key-value cache."""
     found = [module.__dict__.get("config") for module in model.modules()]

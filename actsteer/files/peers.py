@@ -29,8 +29,8 @@ _LAYER = re.compile(r"(?:layers?)?[._]?(\d{1,5})")
 def read_svec(path: str | os.PathLike[str]) -> dict[str, Numbered]:
     """A `.svec`: {"model_type": ..., "directions": {"<layer>": [...]}}; the concept is the file's name."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        rows = {int(layer): torch.tensor(row, dtype=torch.float32) for layer, row in content["directions"].items()}
+        content = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_once)
+        rows = {_digits(layer): torch.tensor(row, dtype=torch.float32) for layer, row in content["directions"].items()}
         variances = {f"explained_variance {n}": str(x) for n, x in content.get("explained_variances", {}).items()}
         hint = str(content.get("model_type", ""))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, RuntimeError) as error:
@@ -50,8 +50,9 @@ def read_numbered(path: str | os.PathLike[str]) -> dict[str, Numbered]:
         layer, key = name.split(".", 1) if name.count(".") == 1 else name.rsplit(".", 1)
         if (number := _LAYER.fullmatch(layer)) is None:
             raise FileFormatError(f"{path}: {name!r}: expected layer<N>.<key>")
-        if tensor.ndim == 1 and tensor.is_floating_point():  # others are a method's own state
-            found.setdefault(key, {})[int(number[1])] = tensor
+        row = tensor.reshape(-1) if tensor.ndim == 2 and len(tensor) == 1 else tensor
+        if row.ndim == 1 and row.is_floating_point():  # others are a method's own state
+            _put(path, found.setdefault(key, {}), int(number[1]), row)
     if not found:
         raise FileFormatError(f"{path}: none of its tensors is a direction of shape (d,)")
     return {key: Numbered(_checked(path, rows)) for key, rows in found.items()}
@@ -84,8 +85,32 @@ def _vector(path: str | os.PathLike[str], content: Any) -> Numbered | dict[str, 
     rows = {key: row.reshape(-1) if row.ndim == 2 and len(row) == 1 else row for key, row in content.items()}
     numbers = {key: _LAYER.fullmatch(str(key)) for key in rows}
     if all(numbers.values()):
-        return Numbered(_checked(path, {int(found[1]): rows[key] for key, found in numbers.items() if found}))
+        by_number: dict[int, Tensor] = {}
+        for key, found in numbers.items():
+            if found:
+                _put(path, by_number, int(found[1]), rows[key])
+        return Numbered(_checked(path, by_number))
     return {str(key): row for key, row in _checked(path, rows).items()}
+
+
+def _put(path: str | os.PathLike[str], rows: dict[int, Tensor], number: int, row: Tensor) -> None:
+    if number in rows:
+        raise FileFormatError(f"{path}: layer {number} is there twice, under two names")
+    rows[number] = row
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object none of whose names is there twice."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name is there twice")
+    return found
+
+
+def _digits(layer: str) -> int:
+    if not (layer.isascii() and layer.isdecimal() and str(int(layer)) == layer):
+        raise ValueError(f"expected a layer's number, got {layer!r}")
+    return int(layer)
 
 
 def _checked(path: str | os.PathLike[str], rows: Mapping[Any, Tensor]) -> dict[Any, Tensor]:

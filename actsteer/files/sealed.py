@@ -91,7 +91,7 @@ class Sealed:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, kind: str) -> None:
-        self.path = checked(path)
+        self.path = checked(path).absolute()  # whatever the current folder is when more of it is read
         with self.path.open("rb") as opened:  # a missing or unreadable file is the operating system's own error
             self._stamp = _stamp(os.fstat(opened.fileno()))
         with self._reading():

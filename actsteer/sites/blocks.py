@@ -14,6 +14,7 @@ _BLOCK = re.compile(
     r"(?P<blocks>(?:.+\.)?(?:layers?|h|blocks?))\.(?P<number>\d+)"
     r"(?P<side>|:out|:out\.0|\.hook_resid_post|:in|:in\.hidden_states|:in\.0|\.hook_resid_pre)"
 )
+_INSIDE = re.compile(r"(^|\.)(layers?|h|blocks?)\.\d+\.")  # a list inside a block
 _BY_TYPE = {  # a config's model_type -> where its causal language model has them, if not in model.layers
     **dict.fromkeys(("gpt2", "gptj", "gpt_neo", "gpt_bigcode", "bloom", "falcon", "codegen", "qwen"), "transformer.h"),
     **dict.fromkeys(("mpt", "dbrx"), "transformer.blocks"),
@@ -75,11 +76,11 @@ def block_of(site: str) -> tuple[str, int] | None:
 
     The input of block N is the output of block N - 1.
 
-    >>> block_of("model.layers.14"), block_of("transformer.h.3:in"), block_of("model.layers.14.mlp")
+    >>> block_of("model.layers.14"), block_of("transformer.h.3:in"), block_of("model.layers.14.mlp.layers.1")
     (('model.layers', 14), ('transformer.h', 2), None)
     """
     found = _BLOCK.fullmatch(site)
-    if found is None:
+    if found is None or _INSIDE.search(found["blocks"]):
         return None
     before = ":in" in found["side"] or found["side"] == ".hook_resid_pre"
     return found["blocks"], int(found["number"]) - before

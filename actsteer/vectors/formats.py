@@ -176,8 +176,12 @@ def _named(path: str, concept: str, vector: Numbered, *, model: nn.Module | None
             f"{path}: it numbers the blocks of a {vector.model_hint or 'model of unknown type'}; name them with model="
         )
     named: dict[str, Tensor] = {}
+    ours = (
+        {} if layer_offset else {number: block_of(site) for number, site in sites.items()}
+    )  # which we wrote ourselves
     for number, row in sorted(vector.directions.items()):
-        block = number - layer_offset
+        at = ours.get(number)
+        block = number - layer_offset if at is None else at[1]
         if not (0 if vector.side == "in" else -1) <= block < count:
             raise SiteNotFoundError(
                 f"{path}: layer {number} would be block {block}, and the model has {blocks}.0 to {blocks}.{count - 1}; "

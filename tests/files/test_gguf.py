@@ -125,6 +125,8 @@ def test_layer_offset_shifts_the_numbers_both_ways(tmp_path):
     V.save(tmp_path / "v.gguf", layer_offset=1)
     assert [t.name for t in gguf.GGUFReader(tmp_path / "v.gguf").tensors] == ["direction.2", "direction.4"]
     assert SteeringVector.load(tmp_path / "v.gguf", llama(num_hidden_layers=4), layer_offset=1).sites == V.sites
+    for model in (None, llama(num_hidden_layers=4)):  # the file says which sites are meant
+        assert SteeringVector.load(tmp_path / "v.gguf", model).sites == V.sites
     SteeringVector({"model.layers.0": torch.ones(2)}).save(tmp_path / "v.gguf", layer_offset=1)  # at last
     with pytest.raises(ValueError, match="layer_offset is for files that number the blocks"):
         V.save(tmp_path / "v.safetensors", layer_offset=1)

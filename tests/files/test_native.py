@@ -209,6 +209,14 @@ def test_of_a_large_bank_only_what_is_asked_for_is_read(tmp_path, monkeypatch):
     assert all(vector.equal(bank[concept]) for concept, vector in loaded.items())
 
 
+def test_a_large_bank_is_read_on_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bank = large(Path("large.safetensors"))
+    loaded = VectorBank.load("large.safetensors")
+    monkeypatch.chdir(tmp_path.parent)
+    assert loaded["c7"].equal(bank["c7"])
+
+
 def test_in_a_large_bank_each_vector_is_verified_when_it_is_read(tmp_path):
     path = tmp_path / "large.safetensors"
     bank = large(path)

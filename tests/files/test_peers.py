@@ -62,6 +62,9 @@ def test_a_svec_s_type_names_the_sites_where_there_is_no_model(tmp_path):
     [
         *(b"", b"{", b"[]", b"\xff", b'{"directions": []}', b'{"directions": {"x": [1]}}', b"[" * 100_000),
         b'{"directions": {"1": ["a"]}}',
+        b'{"directions": {"1": [1], "1": [2]}}',
+        b'{"directions": {"01": [1]}}',
+        b'{"directions": {"1_0": [1]}}',
         b'{"directions": {}}',
         b'{"directions": {"1": [[1]]}}',
         b'{"directions": {"1": [1e999]}}',
@@ -79,7 +82,7 @@ def test_steering_lite_s_keys_are_concepts(tmp_path, model):
     tensors = {
         "layer0.mean_diff": A,
         "layer2.mean_diff": B,
-        "layer2.pca": A.clone(),
+        "layer2.pca": A[None].clone(),
         "layer2.covariance": torch.eye(16),
     }
     save_file(tensors, tmp_path / "v.safetensors")
@@ -90,6 +93,14 @@ def test_steering_lite_s_keys_are_concepts(tmp_path, model):
     }
     change = mean(model, "model.layers.2"), mean(model, "model.layers.2", bank["pca"])
     assert torch.allclose(change[1] - change[0], A.double(), atol=1e-5)
+
+
+def test_a_layer_that_is_there_twice_is_refused(tmp_path, model):
+    save_file({"layer1.v": A, "layers1.v": B}, tmp_path / "v.safetensors")
+    torch.save({"layer_1": A, 1: B}, tmp_path / "v.pt")
+    for name in ("v.safetensors", "v.pt"):
+        with pytest.raises(FileFormatError, match="layer 1 is there twice, under two names"):
+            VectorBank.load(tmp_path / name, model)
 
 
 def test_a_model_s_weights_are_no_vectors(tmp_path, model):

@@ -74,6 +74,8 @@ def test_models_in_which_it_is_open_are_refused():
         ("blocks.5.hook_resid_pre", ("blocks", 4)),
         ("encoder.layer.7", ("encoder.layer", 7)),
         ("model.layers.3.mlp", None),
+        ("model.layers.3.mlp.layers.1", None),
+        ("layers.0.blocks.1", None),
         ("model.layers.3:out.1", None),
         ("model.layers", None),
         ("3", None),

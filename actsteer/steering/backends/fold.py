@@ -77,6 +77,11 @@ def obstacle(edit: SiteEdit, model: nn.Module) -> str | None:
     return None
 
 
+def is_folded(module: nn.Module) -> bool:
+    """Whether an edit is folded into this module now."""
+    return id(module) in _folds
+
+
 @final
 class _Fold:
     """A module's own bias, and what is folded into it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -13,17 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from actsteer.collecting.batches import call
-from actsteer.collecting.undisturbed import undisturbed
-from actsteer.errors import NotFoldable
+from actsteer.collecting.undisturbed import buffers_kept, undisturbed
+from actsteer.errors import AttachedError, NotFoldable
 from actsteer.sites.axes import Axes
 from actsteer.sites.listen import listen
 from actsteer.sites.outputs import Arguments, get, locate
 from actsteer.sites.place import Place
 from actsteer.sites.resolve import Sites, resolve
 from actsteer.sites.wrappers import unwrapped
+from actsteer.steering.backends import fold as backend
 from actsteer.steering.folding import pretrained
 from actsteer.steering.folding.affine import AffineMap, affine_maps
-from actsteer.steering.folding.layers import obstacle, write_input, write_output
+from actsteer.steering.folding.layers import kind_of, obstacle, write_input, write_output
 from actsteer.steering.folding.proof import Proof
 from actsteer.steering.folding.trace import Run, Trace
 from actsteer.steering.folding.undo import Undo
@@ -58,7 +60,9 @@ def fold(
     activation is the sum of. Any affine edit can be folded: `LowRank`, `Affine`, `Replace`, `Clamp` to one value.
 
     It is not assumed that this is the same. One pass shows which layers make and read the activation, and then the
-    outputs on `verify_on` must be those of the hooked model, as near as rounding at the sites lets them be.
+    outputs on `verify_on` must be those of the hooked model, as near as rounding at the sites lets them be. What the
+    pass cannot show is not proved: a branch that other inputs take (layers that did not run are warned about), what a
+    comparison decides, or a call that goes past the layer, as `inputs_embeds` goes past an embedding.
 
     Args:
         model: any `nn.Module`; it is not changed, unless `inplace`.
@@ -69,7 +73,11 @@ def fold(
 
     Raises:
         NotFoldable: no layer can carry it, with the name of what stands between; the model is as it was.
+        AttachedError: `inplace`, while the fold backend has changed the model's biases.
         And what `Steerer` raises.
+
+    Warns:
+        UserWarning: some layers did not run on `verify_on`; give inputs that reach them.
 
     Source: directional ablation by weight orthogonalisation, Arditi et al. 2024.
 
@@ -88,19 +96,31 @@ def fold(
         )
     maps = affine_maps(steerer.edits, [own for own in strengths if isinstance(own, Tensor)])
     maps = {site: own for site, own in maps.items() if not own.is_identity}
-    target = model if inplace else copy.deepcopy(model)
-    undo = Undo(target)
-    if maps:
-        proof = Proof(steerer, verify_on)
-        try:
-            _Folding(target, steerer, maps, proof).run(undo)
-            pretrained.adapt(unwrapped(target), undo)
-            if (failure := proof.failure(target)) is not None:
-                raise NotFoldable(f"with the biases that its config asks for, {failure}")
-        except BaseException:
-            undo.run()
-            raise
     if inplace:
+        _check_free(model)
+    target = model if inplace else _copied(model)
+    undo = Undo()
+    if maps:
+        with buffers_kept(model), buffers_kept(target):
+            proof = Proof(steerer, verify_on)
+            try:
+                folding = _Folding(target, steerer, maps, proof)
+                folding.run(undo)
+                pretrained.adapt(target, undo)
+                if (failure := proof.failure(target)) is not None:
+                    raise NotFoldable(f"with the biases that its config asks for, {failure}")
+            except BaseException:
+                undo.run()
+                raise
+        if folding.idle:
+            warnings.warn(
+                f"{', '.join(folding.idle[:3])}{' and more' * (len(folding.idle) > 3)} did not run on verify_on, and "
+                "whether they would be steered is not proved; give inputs that reach them",
+                UserWarning,
+                stacklevel=2,
+            )
+    if inplace:
+        undo.leave()
         _folded.setdefault(model, []).append(undo)
     return target
 
@@ -109,12 +129,30 @@ def unfold(model: nn.Module) -> None:
     """Take out, bit for bit, what `fold(..., inplace=True)` wrote last into this model.
 
     Raises:
-        NotFoldable: nothing is folded into it in place; of a folded copy the plain model is the one that was copied.
+        NotFoldable: nothing is folded into it in place (of a folded copy the plain model is the one that was copied),
+            or what was folded into has been changed since, by training perhaps.
+        AttachedError: the fold backend has changed its biases.
     """
     undone = _folded.get(model)
     if not undone:
         raise NotFoldable(f"nothing is folded into this {type(model).__name__} in place; of a copy, use the original")
+    _check_free(model)
+    undone[-1].check()
     undone.pop().run()
+    if undone:
+        undone[-1].leave()
+
+
+def _check_free(model: nn.Module) -> None:
+    if any(backend.is_folded(module) for module in model.modules()):
+        raise AttachedError("a Steerer with backend='fold' is attached to this model; detach it first")
+
+
+def _copied(model: Model) -> Model:
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:
+        raise NotFoldable(f"{type(model).__name__} cannot be copied ({error}); fold with inplace=True") from None
 
 
 class _Folding:
@@ -124,6 +162,8 @@ class _Folding:
         self._target, self._steerer, self._maps, self._proof = target, steerer, maps, proof
         self._batch = proof.batches[0]
         self._trace = Trace(target, resolve(target, maps), self._batch)
+        self.idle = self._trace.idle
+        """The layers that had no part in the pass."""
         self._why: dict[str, list[str]] = {}
         self._ways = {site: self._ways_of(site) for site in self._trace.in_order()}
 
@@ -189,10 +229,7 @@ class _Folding:
         return write
 
     def _into_readers(self, site: str, edit: AffineMap) -> Callable[[Undo], None] | None:
-        own = resolve(self._target, [site])[site]
         readers, others = self._trace.readers(site)
-        if own.side == "in" and any(run.module is own.module for run in readers):
-            readers, others = [run for run in readers if run.module is own.module], []
         self._why.setdefault(site, []).extend(f"{other} reads it" for other in others)
         able = [self._can(site, run, edit, at="input") for run in readers]
         if others or not all(able) or not readers:
@@ -204,7 +241,7 @@ class _Folding:
 
         def write(undo: Undo) -> None:
             for run in readers:
-                undo.keep(run.module, run.name)
+                undo.keep(run.module, run.name, *_written_to(edit))
                 write_input(run.module, edit, constants[run])
 
         return write
@@ -252,5 +289,10 @@ class _Folding:
 
 
 def _written(undo: Undo, run: Run, edit: AffineMap, *, bias: bool) -> None:
-    undo.keep(run.module, run.name)
+    undo.keep(run.module, run.name, *_written_to(edit, embedding=kind_of(run.module) == "embedding"))
     write_output(run.module, edit, bias=bias)
+
+
+def _written_to(edit: AffineMap, *, embedding: bool = False) -> tuple[str, ...]:
+    """The parameters that change."""
+    return ("weight",) if embedding else ("bias",) if edit.weight is None else ("weight", "bias")

@@ -42,6 +42,8 @@ def obstacle(model: nn.Module, module: nn.Module, edit: AffineMap, *, at: Litera
     changed = [
         own for own in (weight if edit.weight is not None or kind == "embedding" else None, bias) if own is not None
     ]
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it has hooks, and nobody knows what they do"
     if is_sharded(module):
         return "its parameters are sharded"
     if any(parameter.is_meta for parameter in module._parameters.values() if parameter is not None):
@@ -50,8 +52,9 @@ def obstacle(model: nn.Module, module: nn.Module, edit: AffineMap, *, at: Litera
         return "its parameters are quantised, or of another class than torch's"
     if weight is not None and (not weight.is_floating_point() or weight.dtype.itemsize < 2):
         return f"its weight is quantised, {weight.dtype}"
-    if weight is None and (edit.weight is not None or at == "input"):
-        return "its weight is parametrised"
+    for name in getattr(module, "parametrizations", ()):
+        if name == "bias" or edit.weight is not None or at == "input":
+            return f"its {name} is parametrised"
     if (name := _sharer(model, module, changed)) is not None:
         return f"its weights are tied to {name}"
     if kind == "embedding":
@@ -84,7 +87,7 @@ def _input_obstacle(module: nn.Module, kind: Kind, edit: AffineMap) -> str | Non
 def write_output(module: nn.Module, edit: AffineMap, *, bias: bool = True) -> None:
     """W -> M W and b -> M b + m, or M b alone; the parameters change in place, a missing bias is created."""
     kind = kind_of(module)
-    weight = module._parameters["weight"]
+    weight = module._parameters.get("weight")
     added = edit.bias if bias else torch.zeros_like(edit.bias)
     if kind == "embedding":
         assert weight is not None
@@ -138,7 +141,8 @@ def _made_bias(module: nn.Module, size: int) -> Tensor:
     """The module's bias, made of zeros where it had none."""
     bias = module._parameters["bias"]
     if bias is None:
-        like = next(own for own in (*module._parameters.values(), torch.empty(0)) if own is not None)
+        known = (*module.parameters(), *module.buffers(), torch.empty(0))  # of a norm without a weight, the statistics
+        like = next(own for own in known if own.is_floating_point())
         bias = nn.Parameter(like.new_zeros(size), requires_grad=like.requires_grad)
         module._parameters["bias"] = bias
     return bias

@@ -19,31 +19,50 @@ _FLAGS = ("mlp_bias", "attention_bias", "use_bias", "bias", "qkv_bias", "use_mlp
 def adapt(model: nn.Module, undo: Undo) -> None:
     """Have the config ask for the biases that a fold has created, and create those that come with them, of zeros.
 
-    Where the architecture has no place for them, `save_pretrained` of this model raises from now on.
+    Where the architecture has no place for them, `save_pretrained` raises from now on: of the model, and of the models
+    that are parts of it.
     """
-    host: Any = model
-    if not undo.created or not hasattr(host, "save_pretrained") or not hasattr(host, "config"):
-        return
-    have = set(model.state_dict())
+    hosts: list[tuple[str, Any]] = [
+        (f"{name}." if name else "", module)
+        for name, module in model.named_modules()
+        if hasattr(module, "save_pretrained") and hasattr(module, "config")
+    ]
+    adapted: list[tuple[str, Any]] = []
+    for prefix, host in hosts:  # the outer ones first
+        created = [name for name in undo.created if name.startswith(prefix)]
+        if not created or any(prefix.startswith(other) and host.config is outer for other, outer in adapted):
+            continue
+        if _adapted(host, undo):
+            adapted.append((prefix, host.config))
+        else:
+            _refuse_to_save(host, created, undo)
+
+
+def _adapted(host: Any, undo: Undo) -> bool:
+    """Whether a config of this class asks for all the biases that there are; then it does now."""
+    have = set(host.state_dict())
     flags = [flag for flag in _FLAGS if getattr(host.config, flag, None) is False]
     for asked in chain.from_iterable(combinations(flags, count) for count in (0, 1, 2)):
         shapes = _shapes(host, asked)
         missing = shapes.keys() - have
-        if have <= shapes.keys() and all(_can_create(model, name) for name in missing):
+        if have <= shapes.keys() and all(_can_create(host, name) for name in missing):
             for name in sorted(missing):
-                _create(model, name, shapes[name], undo)
+                _create(host, name, shapes[name], undo)
             for flag in asked:
                 setattr(host.config, flag, True)
                 undo.then(partial(setattr, host.config, flag, False))
-            return
-    names = ", ".join(undo.created)
+            return True
+    return False
+
+
+def _refuse_to_save(host: nn.Module, created: list[str], undo: Undo) -> None:
     why = (
-        f"a {type(model).__name__} has no place for the biases {names}, so that from_pretrained would leave the "
-        "steering out. Save the vector for llama.cpp instead, v.save('name.gguf', model=model), or for actsteer as "
-        ".safetensors; torch.save, torch.export and ONNX keep the biases"
+        f"a {type(host).__name__} has no place for the biases {', '.join(created)}, so that from_pretrained would "
+        "leave the steering out. Save the vector for llama.cpp instead, v.save('name.gguf', model=model), or for "
+        "actsteer as .safetensors; torch.save, torch.export and ONNX keep the biases"
     )
-    model.__dict__["save_pretrained"] = partial(_refuse, why)
-    undo.then(partial(model.__dict__.pop, "save_pretrained", None))
+    host.__dict__["save_pretrained"] = partial(_refuse, why)
+    undo.then(partial(host.__dict__.pop, "save_pretrained", None))
 
 
 def _refuse(why: str, *_: object, **__: object) -> NoReturn:
@@ -70,7 +89,7 @@ def _can_create(model: nn.Module, name: str) -> bool:
 
 def _create(model: nn.Module, name: str, shape: torch.Size, undo: Undo) -> None:
     module = model.get_submodule(name.rpartition(".")[0])
-    undo.keep(module, name.rpartition(".")[0])
+    undo.keep(module, name.rpartition(".")[0], "bias")
     weight = module._parameters["weight"]
     assert weight is not None
     module._parameters["bias"] = nn.Parameter(weight.new_zeros(shape), requires_grad=weight.requires_grad)

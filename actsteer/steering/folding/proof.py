@@ -11,7 +11,7 @@ from actsteer.collecting.batches import call
 from actsteer.collecting.undisturbed import undisturbed
 from actsteer.errors import NotFoldable
 from actsteer.sites.outputs import tensors_in
-from actsteer.steering.folding.unpadded import unpadded
+from actsteer.steering.folding.unpadded import at_tokens, unpadded
 from actsteer.steering.steerer import Steerer
 from actsteer.vectors.vector import SteeringVector
 
@@ -30,6 +30,7 @@ class Proof:
 
     def __init__(self, steerer: Steerer, batch: Any) -> None:
         self.batches = unpadded(batch)
+        self._padded = None if self.batches[0] is batch else batch
         model = steerer.model
         plain = self._outputs(model)
         with steerer:
@@ -37,7 +38,7 @@ class Proof:
             zeros = {site: torch.zeros(edit.directions.shape[1]) for site, edit in steerer.edits.items()}
             with Steerer(model, SteeringVector(zeros), axis=steerer.axes, intervention=Rounding()):
                 rounded = self._outputs(model)
-        least = [8 * torch.finfo(one.dtype).eps * _size(one) for one in self._expected]
+        least = [8 * _eps(one) * _size(one) for one in self._expected]
         if any(_distance(a, b) > 8 * own for a, b, own in zip(self._expected, again, least, strict=True)):
             raise NotFoldable("the model gives other outputs each time, on the same verify_on; nothing can be proved")
         self._tolerance = [
@@ -59,7 +60,9 @@ class Proof:
         return None
 
     def _outputs(self, model: nn.Module) -> list[Tensor]:
-        return [tensor for batch in self.batches for tensor in outputs(model, batch)]
+        """Of every row without its pads; and of all rows with them, where there are tokens."""
+        found = [tensor for batch in self.batches for tensor in outputs(model, batch)]
+        return found if self._padded is None else found + at_tokens(outputs(model, self._padded), self._padded)
 
 
 class Rounding:
@@ -74,17 +77,22 @@ class Rounding:
 
 @torch.no_grad()
 def outputs(model: nn.Module, batch: Any) -> list[Tensor]:
-    """The floating tensors of a model's output on a batch, in evaluation mode."""
+    """The tensors of a model's output on a batch, in evaluation mode."""
     with undisturbed(model):
-        found = [tensor for tensor in tensors_in(call(model, batch)) if tensor.is_floating_point() and tensor.numel()]
-    if not found:
+        found = [tensor for tensor in tensors_in(call(model, batch)) if tensor.numel()]
+    if not any(tensor.is_floating_point() for tensor in found):
         raise NotFoldable(f"{type(model).__name__} gives no floating tensors, by which a fold could be proved")
-    return [tensor.detach().clone() for tensor in found]
+    return [(torch.view_as_real(tensor) if tensor.is_complex() else tensor).detach().clone() for tensor in found]
+
+
+def _eps(one: Tensor) -> float:
+    """How far rounding moves a number, relative to it; whole numbers are what they are, or other ones."""
+    return torch.finfo(one.dtype).eps if one.is_floating_point() else 0.0
 
 
 def _size(one: Tensor) -> float:
     """The largest number, infinities aside."""
-    return float(one.abs().double().masked_fill(~torch.isfinite(one), 0.0).max())
+    return float(one.double().abs().masked_fill(~torch.isfinite(one), 0.0).max())
 
 
 def _distance(one: Tensor, other: Tensor) -> float:

@@ -14,8 +14,7 @@ from torch.autograd.graph import Node, saved_tensors_hooks
 from actsteer.collecting.batches import call
 from actsteer.collecting.undisturbed import undisturbed
 from actsteer.errors import NotFoldable
-from actsteer.sites.listen import listen
-from actsteer.sites.outputs import Arguments, get, locate, tensors_in
+from actsteer.sites.outputs import Arguments, get, locate, put, tensors_in
 from actsteer.sites.place import Place
 from actsteer.sites.wrappers import named_modules
 from actsteer.steering.folding.layers import kind_of
@@ -54,21 +53,32 @@ class Trace:
         self.sites: dict[str, Node] = {}
         self._runs: list[Run] = []
         self._order: dict[str, int] = {}
+        if any(parameter.is_inference() for parameter in model.parameters()):
+            raise NotFoldable("the model was made in inference mode, where nothing can be traced; make it outside")
         with ExitStack() as stack:
             stack.enter_context(undisturbed(model))
             stack.enter_context(_gradients(model))
             stack.enter_context(saved_tensors_hooks(_forget, _forget))  # nobody goes backward
+            inputs = {site: place for site, place in places.items() if place.side == "in"}
+            for site, place in inputs.items():  # before the module's own inputs are looked at
+                notice = self._noticing(site, place)
+                stack.callback(place.module.register_forward_pre_hook(notice, with_kwargs=True).remove)
             for name, module in {id(m): (n, m) for n, m in reversed(list(named_modules(model)))}.values():
                 self._follow(stack, name, module)
             for site, place in places.items():
-                stack.callback(listen(place, self._noticing(site, place)))
+                if site not in inputs:
+                    stack.callback(place.module.register_forward_hook(self._noticing(site, place)).remove)
             output = call(model, _tracked(batch))
         if missing := [site for site in places if site not in self.sites]:
             raise NotFoldable(
                 f"sites {missing} did not run on verify_on, or without gradients; nothing is known of them"
             )
         self.returned = {tensor.grad_fn for tensor in tensors_in(output) if tensor.grad_fn is not None}
-        self._read_by = _reversed(self.returned)
+        counts = self.returned | _reversed(self.returned).keys()
+        if cut := [site for site, node in self.sites.items() if node not in counts]:
+            raise NotFoldable(f"sites {cut}: the outputs do not depend on them in a way that autograd sees")
+        self._read_by = _reversed(self.returned | {run.output for run in self._runs if run.output is not None})
+        self.idle = _idle(model, self._read_by)
         self._made: dict[Node, list[Run]] = {}
         for run in self._runs:
             if run.output is not None:
@@ -88,6 +98,8 @@ class Trace:
     def writers(self, site: str, *, settled: Iterable[str] = ()) -> tuple[list[Run], list[str]]:
         """The layers whose outputs the activation is the sum of, the last one first; and what else it is the sum of.
 
+        Without `settled`, a layer whose output is read elsewhere too counts as something else.
+
         Args:
             settled: sites past which nothing need be known.
         """
@@ -104,13 +116,34 @@ class Trace:
             runs = self._made.get(node, ())
             maker = next((run for run in runs if not list(run.module.children())), maker)
             is_sum = node.name() == "AddBackward0" and getattr(node, "_saved_alpha", 1) == 1
+            if is_sum and any(other is None for other, _ in node.next_functions):
+                others.append("something that autograd does not see")
             if layers := [run for run in runs if kind_of(run.module) is not None]:
                 found.append(layers[0])
             elif node.name() in _VIEWS or is_sum:
                 stack += [(other, None if is_sum else maker) for other, _ in node.next_functions if other is not None]
             else:
                 others.append(self._described(node) if maker is None else str(maker))
+        if not ends:
+            elsewhere = {run: self._read_elsewhere(run, site, within=seen) for run in found}
+            others += [f"{reader}, which reads {run} too," for run, reader in elsewhere.items() if reader is not None]
+            found = [run for run in found if elsewhere[run] is None]
         return sorted(found, key=lambda run: -run.order), others
+
+    def _read_elsewhere(self, run: Run, site: str, *, within: set[Node]) -> str | None:
+        """What reads a layer's output past the site; None if all of it comes to the site."""
+        stack = [run.output] if run.output is not None else []
+        while stack:
+            node = stack.pop()
+            if node is self.sites[site]:
+                continue
+            if node in self.returned:
+                return "the output"
+            for reader in self._read_by.get(node, ()):
+                if reader not in within:
+                    return self._reader({node}, reader)
+                stack.append(reader)
+        return None
 
     def readers(self, site: str) -> tuple[list[Run], list[str]]:
         """The layers that read the activation; and what else reads it."""
@@ -164,16 +197,27 @@ class Trace:
         stack.callback(module.register_forward_hook(after).remove)
 
     def _noticing(self, site: str, place: Place) -> Any:
-        def notice(_: nn.Module, args: tuple[Any, ...], value: Any) -> None:
+        def notice(_: nn.Module, args: tuple[Any, ...], value: Any) -> Any:
             whole = Arguments(args, value) if place.side == "in" else value
-            node = get(whole, locate(place, whole)).grad_fn
+            keys = locate(place, whole)
+            copied = get(whole, keys).clone()  # a node of its own, so that who reads it has not read what it came from
             if site in self.sites:
                 raise NotFoldable(f"site {site!r} runs more than once in one pass, and has one set of weights")
-            if node is not None:
-                self.sites[site] = node
+            if copied.grad_fn is not None:
+                self.sites[site] = copied.grad_fn
                 self._order[site] = len(self._runs)
+            whole = put(whole, keys, copied)
+            return tuple(whole) if place.side == "in" else whole
 
         return notice
+
+
+def _idle(model: nn.Module, read_by: Mapping[Node, object]) -> list[str]:
+    """The modules with parameters of their own none of which had a part in the pass."""
+    used = {id(getattr(node, "variable", None)) for node in read_by}
+    own = {name: [p for p in module._parameters.values() if p is not None] for name, module in named_modules(model)}
+    known = {name: [p for p in found if p.requires_grad or p.is_floating_point()] for name, found in own.items()}
+    return [name for name, found in known.items() if found and not any(id(p) in used for p in found)]
 
 
 def _forget(_: Any) -> Any:

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from actsteer.errors import NotFoldable
+from actsteer.files.sealed import digest
 
 
 class Undo:
     """The parameters that were changed, as they were; taken back from the last to the first."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self) -> None:
         self.created: list[str] = []
         """The names of the biases that were not there before."""
         self._steps: list[tuple[Callable[[], None], int]] = []
+        self._kept: list[tuple[nn.Module, str, str]] = []
+        self._left: list[tuple[nn.Module, str, str, Tensor | None, str]] = []
 
-    def keep(self, module: nn.Module, name: str) -> None:
-        """Remember a module's own parameters, before they are changed."""
-        kept = {key: None if own is None else (own, own.detach().clone()) for key, own in module._parameters.items()}
-        self.then(lambda: _restore(module, kept))
-        if "bias" in module._parameters and module._parameters["bias"] is None:
-            self.created.append(f"{name}.bias" if name else "bias")
+    def keep(self, module: nn.Module, name: str, *keys: str) -> None:
+        """Remember a module's own parameters of these names, before they are changed."""
+        for key in keys:
+            own = module._parameters.get(key)
+            value = None if own is None else own.detach().clone()
+            self.then(lambda key=key, own=own, value=value: _restore(module, key, own, value))  # type: ignore[misc]
+            self._kept.append((module, name, key))
+            if key == "bias" and own is None:
+                self.created.append(f"{name}.bias" if name else "bias")
 
     def then(self, step: Callable[[], None]) -> None:
         """Remember how to take back something else."""
@@ -38,12 +46,29 @@ class Undo:
             step()
             del self.created[created:]
 
+    def leave(self) -> None:
+        """Remember how the fold has left the parameters."""
+        found = {(id(module), key): (module, name, key) for module, name, key in self._kept}
+        self._left = [(*one, own := one[0]._parameters.get(one[2]), _digest(own)) for one in found.values()]
+
+    def check(self) -> None:
+        """NotFoldable, if somebody has changed or replaced the parameters since, whose work would be lost."""
+        for module, name, key, own, numbers in self._left:
+            now = module._parameters.get(key)
+            if now is not own or _digest(now) != numbers:
+                raise NotFoldable(
+                    f"{name}.{key} was changed or replaced after the fold, and to unfold would undo that too; load the "
+                    "plain weights instead"
+                )
+
+
+def _digest(parameter: Tensor | None) -> str:
+    return "" if parameter is None else digest({"": parameter.detach().cpu()})
+
 
 @torch.no_grad()
-def _restore(module: nn.Module, kept: Mapping[str, tuple[Tensor, Tensor] | None]) -> None:
-    for key, was in kept.items():
-        if was is None:
-            module._parameters[key] = None
-        else:
-            parameter, value = was
-            parameter.copy_(value)
+def _restore(module: nn.Module, key: str, own: Tensor | None, value: Tensor | None) -> None:
+    if own is None or value is None:
+        module._parameters[key] = None
+    else:
+        own.copy_(value)

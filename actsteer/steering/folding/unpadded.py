@@ -25,7 +25,19 @@ def unpadded(batch: Any) -> list[Any]:
     if all(bool(mask.all()) for mask in known.values()):
         return [batch]
     count = len(next(iter(known.values())))
-    return [{name: _row(name, value, row, count, known) for name, value in batch.items()} for row in range(count)]
+    rows = [row for row in range(count) if all(bool(mask[row].any()) for mask in known.values())]
+    return [{name: _row(name, value, row, count, known) for name, value in batch.items()} for row in rows]
+
+
+def at_tokens(outputs: list[Tensor], batch: Mapping[str, Any]) -> list[Tensor]:
+    """Of the outputs of a batch with pads, what stands at its tokens; whole, where there is one for every row."""
+    found: list[Tensor] = []
+    for own in outputs:
+        masks = [batch.get(f"decoder_{_MASK}"), batch.get(_MASK)]
+        at = [mask.bool() for mask in masks if isinstance(mask, Tensor) and mask.shape == own.shape[:2]]
+        if at or own.ndim <= 2:  # others, such as attention weights, are of pads too
+            found.append(own[at[0]] if at else own)
+    return found
 
 
 def _row(name: str, value: Any, row: int, count: int, masks: Mapping[str, Tensor]) -> Any:
