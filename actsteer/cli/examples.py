@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,37 +18,60 @@ from actsteer.cli.models import Loaded
 from actsteer.collecting.batches import Batches
 from actsteer.collecting.texts import input_device, text_batches
 
+_TENSORS = "expected a tensor, a tuple of them, or a mapping name -> tensor"
 
-def read(path: Path) -> list[Any] | Tensor | tuple[Tensor, ...] | dict[str, Tensor]:
+
+def read(path: Path) -> Any:
     """`.txt`: a text a line; `.jsonl`: a string or a conversation a line; `.safetensors`, `.pt`: the model's inputs.
 
     Raises:
-        typer.BadParameter: no such file, or not what its suffix says.
+        typer.BadParameter: not what its suffix says.
     """
     try:
-        if path.suffix in (".txt", ".jsonl"):
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-            texts = [json.loads(line) for line in lines] if path.suffix == ".jsonl" else lines
-            if not texts or not all(isinstance(text, str | list) for text in texts):
-                raise ValueError("expected one or more texts, or conversations, a line each")
-            return texts
-        if path.suffix == ".safetensors":
-            named = load_file(path)
-            return next(iter(named.values())) if len(named) == 1 else named
-        if path.suffix in (".pt", ".pth"):
-            found: Any = torch.load(path, map_location="cpu", weights_only=True)
-            if not _is_input(found):
-                raise ValueError("expected a tensor, a tuple of them, or a mapping name -> tensor")
-            return tuple(found) if isinstance(found, list) else found
-    except (OSError, ValueError, SafetensorError, RuntimeError, KeyError, EOFError) as error:
+        match path.suffix.lower():
+            case ".txt" | ".jsonl" as suffix:
+                return _texts(path, is_json=suffix == ".jsonl")
+            case ".safetensors":
+                return _inputs(load_file(path))
+            case ".pt" | ".pth":
+                try:
+                    return _inputs(torch.load(path, map_location="cpu", weights_only=True))
+                except Exception:
+                    raise ValueError(f"{_TENSORS}, and nothing is unpickled beside them") from None
+            case _:
+                raise ValueError("expected texts, .txt or .jsonl, or tensors, .safetensors or .pt")
+    except (OSError, ValueError, SafetensorError) as error:
         raise typer.BadParameter(f"{path}: {error}", param_hint="FILE") from None
-    except Exception as error:  # torch.load, of what it will not unpickle
-        raise typer.BadParameter(
-            f"{path}: only tensors are read ({str(error).splitlines()[0]})", param_hint="FILE"
-        ) from None
-    raise typer.BadParameter(
-        f"{path}: expected texts, .txt or .jsonl, or tensors, .safetensors or .pt", param_hint="FILE"
-    )
+
+
+def _texts(path: Path, *, is_json: bool) -> list[Any]:
+    texts: list[Any] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+        line = line.removesuffix("\r")
+        if line.strip():
+            try:
+                texts.append(_checked(json.loads(line)) if is_json else line)
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from None
+    if not texts:
+        raise ValueError("expected one or more texts, a line each")
+    return texts
+
+
+def _checked(text: Any) -> Any:
+    """A text, or the messages of a conversation."""
+    roles = {"role", "content"}
+    is_conversation = isinstance(text, list) and text and all(isinstance(m, dict) and roles <= m.keys() for m in text)
+    if not isinstance(text, str) and not is_conversation:
+        raise ValueError('expected a string, or messages [{"role": ..., "content": ...}, ...]')
+    return text
+
+
+def _inputs(found: Any) -> Any:
+    parts = found.values() if isinstance(found, dict) else found if isinstance(found, tuple | list) else [found]
+    if not len(parts) or not all(isinstance(part, Tensor) for part in parts):
+        raise ValueError(_TENSORS)
+    return tuple(found) if isinstance(found, list) else found
 
 
 def batches(path: Path, loaded: Loaded, *, batch_size: int, chat: bool = False) -> tuple[Batches, bool]:
@@ -54,11 +79,20 @@ def batches(path: Path, loaded: Loaded, *, batch_size: int, chat: bool = False) 
     found = read(path)
     device = input_device(loaded.model)
     if isinstance(found, list):
-        return text_batches(loaded.tokenizer(), found, batch_size=batch_size, chat=chat, device=device), True
+        tokenizer = loaded.tokenizer()
+        if not chat and any(not isinstance(text, str) for text in found):
+            raise typer.BadParameter(f"{path}: it has conversations, which need --chat", param_hint="FILE")
+        if chat and not getattr(tokenizer, "chat_template", None):
+            raise typer.BadParameter("the model's tokenizer has no chat template", param_hint="--chat")
+        texts = text_batches(tokenizer, found, batch_size=batch_size, chat=chat, device=device)
+        return _with_decoder(texts, loaded), True
     if isinstance(found, Tensor):
         return found.to(device), False
     if isinstance(found, dict):
-        return [{name: tensor.to(device) for name, tensor in found.items()}], False
+        named = {name: tensor.to(device) for name, tensor in found.items()}
+        if len(named) == 1 and not named.keys() & inspect.signature(loaded.model.forward).parameters.keys():
+            return next(iter(named.values())), False  # a tensor that had to have a name in its file
+        return [named], False
     return [tuple(tensor.to(device) for tensor in found)], False
 
 
@@ -68,6 +102,10 @@ def one_batch(path: Path, loaded: Loaded, *, chat: bool = False) -> Any:
     return found if isinstance(found, Tensor) else next(iter(found))
 
 
-def _is_input(found: Any) -> bool:
-    parts = found.values() if isinstance(found, dict) else found if isinstance(found, tuple | list) else [found]
-    return bool(len(parts)) and all(isinstance(part, Tensor) for part in parts)
+def _with_decoder(texts: Iterable[dict[str, Tensor]], loaded: Loaded) -> Batches:
+    """The texts for the encoder, and for the decoder, if there is one, the token with which it starts."""
+    config: Any = getattr(loaded.model, "config", None)
+    if not getattr(config, "is_encoder_decoder", False):
+        return texts
+    start = config.decoder_start_token_id if config.decoder_start_token_id is not None else config.bos_token_id
+    return [batch | {"decoder_input_ids": torch.full_like(batch["input_ids"][:, :1], start or 0)} for batch in texts]

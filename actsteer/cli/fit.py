@@ -12,7 +12,6 @@ from actsteer.cli.examples import batches
 from actsteer.cli.options import BatchSize, Chat, Device, DtypeName, ModelName, OutPath, TrustRemoteCode
 from actsteer.cli.show import describe
 from actsteer.collecting.positions import Positions
-from actsteer.errors import FileFormatError
 from actsteer.estimators import fit as fitting
 from actsteer.estimators.logistic_direction import LogisticDirection
 from actsteer.estimators.mean_difference import MeanDifference
@@ -33,8 +32,8 @@ _FILE = "Texts, .txt or .jsonl, a line each; or inputs, .safetensors or .pt."
 
 def fit(
     model: ModelName,
-    positive: Annotated[Path, typer.Option(help=f"Examples of the concept. {_FILE}", show_default=False)],
-    negative: Annotated[Path, typer.Option(help="Examples without it.", show_default=False)],
+    positive: Annotated[Path, typer.Option(help=f"Examples of the concept. {_FILE}", **options.READ)],
+    negative: Annotated[Path, typer.Option(help="Examples without it.", **options.READ)],
     sites: Annotated[list[str], typer.Option(help="A name, a glob or re:EXPRESSION; repeatable.", show_default=False)],
     output: OutPath,
     concept: Annotated[str | None, typer.Option(help="What the vector stands for; the positive file's name.")] = None,
@@ -49,7 +48,7 @@ def fit(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Fit the vector that points from the negative examples to the positive ones, and write it to a file."""
-    _check_output(output)
+    options.check_output(output, ".safetensors", ".gguf", inputs=(positive, negative))
     asked = None if positions is None else options.positions(positions)
     loaded = models.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     toward, are_texts = batches(positive, loaded, batch_size=batch_size, chat=chat)
@@ -65,14 +64,8 @@ def fit(
         positions=chosen,
         batch_size=batch_size,
     )
+    if not float(vector.norm()):
+        screen.complain("warning", "the vector is zero: both sides are alike at these sites")
     vector.save(output, model=loaded.model)
     describe(VectorBank({vector.concept or "vector": vector}))
     screen.say(f"written to {output}")
-
-
-def _check_output(path: Path) -> None:
-    """Before any work."""
-    if path.suffix.lower() not in (".safetensors", ".gguf"):
-        raise FileFormatError(f"{path}: unknown format {path.suffix!r}; name the file with .safetensors or .gguf")
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {path.parent}; make it first")

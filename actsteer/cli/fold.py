@@ -31,7 +31,7 @@ def fold(
     bank: BankPath,
     c: StrengthTexts,
     verify_on: Annotated[
-        Path, typer.Option(help="On which it is proved: texts, .txt or .jsonl, or inputs.", show_default=False)
+        Path, typer.Option(help="On which it is proved: texts, .txt or .jsonl, or inputs.", **options.READ)
     ],
     output: OutPath,
     concept: Concepts = None,
@@ -46,32 +46,39 @@ def fold(
     .safetensors file of its weights.
     """
     strength = options.one_strength(c)
+    options.check_bank(bank)
+    _check_new(output)
     loaded = models.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     host: Any = loaded.model
     is_pretrained = hasattr(host, "save_pretrained")
-    _check_output(output, is_pretrained=is_pretrained)
+    if is_pretrained == (output.suffix.lower() == ".safetensors"):
+        wanted = "a name for a directory" if is_pretrained else "a name with .safetensors for the weights"
+        raise typer.BadParameter(f"{output}: expected {wanted}", param_hint="output")
+    companions = loaded.companions()
     vectors = VectorBank.load(bank, loaded.model)
     vectors = vectors.select(*concept) if concept else vectors
     batch = one_batch(verify_on, loaded, chat=chat)
     before = set(host.state_dict())
     folding.fold(loaded.model, vectors, strength, verify_on=batch, inplace=True)
-    if is_pretrained:
-        host.save_pretrained(output)
-        loaded.tokenizer().save_pretrained(output)
-    else:
-        with replacing(output) as temporary:
+    with replacing(output) as temporary:
+        if is_pretrained:
+            for part in (host, *companions):
+                part.save_pretrained(temporary)
+            if output.is_dir():
+                output.rmdir()  # an empty one
+        else:
             save_model(host, str(temporary))
     created = sorted(set(host.state_dict()) - before)
     screen.say(f"proved on {verify_on}, written to {output}")
     if created:
-        screen.say(f"it has {len(created)} new biases, {created[0]} the first")
+        names = f"{', '.join(created[:3])}{', ...' * (len(created) > 3)}"
+        where = "its config asks for them" if is_pretrained else "make the model with them before loading, bias=True"
+        screen.say(f"it has {len(created)} new bias{'es' * (len(created) != 1)} ({names}); {where}")
 
 
-def _check_output(path: Path, *, is_pretrained: bool) -> None:
-    """Before any work."""
+def _check_new(path: Path) -> None:
+    """Before any work: nothing that is there is written over."""
     if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {path.parent}; make it first")
-    if is_pretrained and path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise typer.BadParameter(f"{path}: expected a new or an empty directory", param_hint="--output")
-    if not is_pretrained and path.suffix != ".safetensors":
-        raise typer.BadParameter(f"{path}: expected a name with .safetensors for the weights", param_hint="--output")
+        raise typer.BadParameter(f"{path}: there is no folder {path.parent}; make it first", param_hint="output")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise typer.BadParameter(f"{path}: it is there already; choose a new name", param_hint="output")

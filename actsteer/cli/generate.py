@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.table import Table
-from rich.text import Text
 
 from actsteer.cli import models, options, screen
 from actsteer.cli.options import BankPath, Chat, Concepts, Device, DtypeName, ModelName, StrengthTexts, TrustRemoteCode
@@ -36,6 +35,7 @@ def generate(
     """Generate text at every strength asked for, side by side with c = 0, the model as it is."""
     strengths: list[Any] = [0.0, *options.strengths(c)]
     where = options.positions(positions)
+    options.check_bank(bank)
     loaded = models.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     if not hasattr(loaded.model, "generate"):
         raise UnsupportedModelError(f"{model}: {type(loaded.model).__name__} generates no text; give a language model")
@@ -51,10 +51,10 @@ def generate(
                 if steerer is not None:
                     stack.enter_context(steerer)
                 texts.append(_continued(loaded.model, tokenizer, prompt, max_new_tokens, temperature, chat=chat))
-        table = Table(title=Text(prompt), title_justify="left")
+        table = Table(title=screen.plain(prompt), title_justify="left")
         for own in strengths:
-            table.add_column(f"c = {_shown(own)}", overflow="fold", ratio=1)
-        table.add_row(*(Text(text) for text in texts))
+            table.add_column(screen.plain(f"c = {_shown(own)}"), overflow="fold", ratio=1)
+        table.add_row(*(screen.plain(text, keep="\n") for text in texts))
         screen.out.print(table)
 
 

@@ -1,16 +1,32 @@
-"""main: the entry point. What the user can mend is one line on stderr, and an exit code: 1, or 2 for wrong usage."""
+"""main: the entry point. What goes wrong is one line on stderr, and an exit code: 1, or 2 for wrong usage."""
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 import warnings
 from typing import Any
 
 from actsteer.errors import ActsteerError
 
+_TRACEBACK = "ACTSTEER_TRACEBACK"
+
 
 def main() -> None:
     """Run the command line."""
+    try:
+        _run()
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell has it
+
+
+def _run() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without Unicode
+    if not sys.stderr.isatty() and "COLUMNS" not in os.environ:
+        os.environ.setdefault("TERMINAL_WIDTH", "160")  # of typer's messages
     try:
         from actsteer.cli import screen
         from actsteer.cli.app import app
@@ -27,8 +43,17 @@ def main() -> None:
         warnings.showwarning = show
         try:
             app()
-        except (ActsteerError, OSError, ImportError) as error:
-            if isinstance(error, ImportError) and "actsteer[" not in str(error):
-                raise  # of the user's own model, and not of an extra of ours
-            screen.complain("error", str(error))
+        except Exception as error:
+            if os.environ.get(_TRACEBACK):
+                raise
+            screen.complain("error", _described(error))
             sys.exit(1)
+
+
+def _described(error: Exception) -> str:
+    """The message; of what is not one of this library's errors also its kind, and where it was raised."""
+    if isinstance(error, ActsteerError | OSError) or "actsteer[" in str(error):
+        return str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}; with {_TRACEBACK}=1 in the environment, all of the traceback"

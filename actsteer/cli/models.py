@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 import importlib
 import sys
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import typer
 from safetensors import SafetensorError
-from safetensors.torch import load_model
+from safetensors.torch import load_file, load_model
 from torch import nn
 
 from actsteer.cli import screen
@@ -23,10 +25,11 @@ from actsteer.errors import FileFormatError, UnsupportedModelError
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in evaluation mode, and what makes its tokenizer when texts are read."""
+    """A model in evaluation mode, and what gives its tokenizer, and all that is saved with it, when asked for."""
 
     model: nn.Module
     tokenizer: Callable[[], Any]
+    companions: Callable[[], list[Any]]
 
 
 def load(
@@ -43,13 +46,15 @@ def load(
         empty: of a Hugging Face model only the names and shapes, without its weights.
 
     Raises:
-        typer.BadParameter: there is no such model.
+        typer.BadParameter: there is no such model, or no such device.
+        UnsupportedModelError: what should make the model fails.
     """
+    where = _device(device)
     if ":" in name and not Path(name).exists():
+        if dtype != "auto":
+            raise typer.BadParameter(f"{name}: its factory chooses the dtype", param_hint="--dtype")
         model = _made(name)
-        return Loaded((model if device is None else model.to(device)).eval(), lambda: _no_tokenizer(name))
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise typer.BadParameter(f"{name}: there is no such directory", param_hint="MODEL")
+        return Loaded((model if device is None else model.to(where)).eval(), lambda: _no_tokenizer(name), lambda: [])
     try:
         import transformers
     except ImportError:
@@ -58,29 +63,65 @@ def load(
         ) from None
     if not screen.err.is_terminal:
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise typer.BadParameter(f"{name}: there is no such directory", param_hint="MODEL")
+    remote: Any = {"trust_remote_code": trust_remote_code}
     try:
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(name, **remote)
         kind = _class_of(config, trust_remote_code)
         if empty:
             with torch.device("meta"):
-                model = (
-                    kind.from_config(config, trust_remote_code=trust_remote_code) if _is_auto(kind) else kind(config)
-                )
+                model = kind.from_config(config, **remote) if _is_auto(kind) else kind(config)
         else:
-            model = kind.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code, weights_only=True)
-            model = model.to(device or _accelerator())
+            model = kind.from_pretrained(name, dtype=dtype, weights_only=True, **remote).to(where)
     except (OSError, ValueError, KeyError) as error:
-        raise typer.BadParameter(f"{name}: {str(error).strip() or type(error).__name__}", param_hint="MODEL") from None
-    return Loaded(
-        model.eval(), lambda: transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    )
+        known = "" if Path(name).is_dir() else "there is no such folder, and no such model was found: "
+        reason = str(error).strip() or type(error).__name__
+        raise typer.BadParameter(
+            f"{name}: {known}{reason}\nExpected a Hugging Face directory or name, or module:factory", param_hint="MODEL"
+        ) from None
+    return Loaded(model.eval(), lambda: _tokenizer(name, remote), lambda: _companions(name, remote))
+
+
+def _tokenizer(name: str, remote: dict[str, bool]) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, **remote)
+    except (OSError, ValueError, KeyError):
+        _no_tokenizer(name)
+
+
+def _companions(name: str, remote: dict[str, bool]) -> list[Any]:
+    """What is saved with the model: its tokenizer, its image processor or feature extractor, if it has them."""
+    import transformers
+
+    found: list[Any] = []
+    for kind in (transformers.AutoTokenizer, transformers.AutoImageProcessor, transformers.AutoFeatureExtractor):
+        with suppress(OSError, ValueError, KeyError, ImportError):
+            found.append(kind.from_pretrained(name, **remote))
+    return found
+
+
+def check_folded(name: str) -> None:
+    """Before any work: whether there is such a file or model.
+
+    Raises:
+        typer.BadParameter: there is none.
+    """
+    if not Path(name).exists() and (Path(name).suffix == ".safetensors" or (":" not in name and "/" not in name)):
+        raise typer.BadParameter(f"{name}: there is no such file or directory", param_hint="--folded")
 
 
 def folded(name: str, loaded: Loaded, *, device: str | None, dtype: Dtype, trust_remote_code: bool) -> nn.Module:
     """A model of its own, or a `.safetensors` file of the weights of one like `loaded`."""
-    if Path(name).suffix != ".safetensors":
+    if Path(name).suffix != ".safetensors" or Path(name).is_dir():
         return load(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code).model
     model = copy.deepcopy(loaded.model)
+    for key, tensor in load_file(name).items():
+        owner, _, own = key.rpartition(".")
+        if own == "bias" and key not in model.state_dict() and owner in dict(model.named_modules()):
+            model.get_submodule(owner).register_parameter(own, nn.Parameter(torch.empty_like(tensor)))
     try:
         load_model(model, name)
     except (RuntimeError, SafetensorError) as error:
@@ -91,26 +132,40 @@ def folded(name: str, loaded: Loaded, *, device: str | None, dtype: Dtype, trust
 def _made(name: str) -> nn.Module:
     """What `module:factory` names, the current folder's modules included."""
     home, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in (*home.split("."), *attribute.split("."))):
+        raise typer.BadParameter(f"{name}: expected module:factory, as in nets:build", param_hint="MODEL")
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)  # as `python -m` has it
     try:
         found: Any = importlib.import_module(home)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{home}.".startswith(f"{error.name}."):
-            raise  # the module is there, and what it needs is not
-        raise typer.BadParameter(
-            f"{name}: no folder, and no module {home!r} here or installed; expected a Hugging Face directory or name, "
-            "or module:factory",
-            param_hint="MODEL",
-        ) from None
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{home}.".startswith(f"{error.name}."):
+            raise typer.BadParameter(
+                f"{name}: no folder, and no module {home!r} here or installed; expected a Hugging Face directory or "
+                "name, or module:factory",
+                param_hint="MODEL",
+            ) from None
+        raise _failed(name, error) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise typer.BadParameter(f"{name}: {home!r} has no {attribute!r}", param_hint="MODEL")
         found = getattr(found, part)
-    model = found() if not isinstance(found, nn.Module) and callable(found) else found
+    try:
+        model = found() if not isinstance(found, nn.Module) and callable(found) else found
+    except Exception as error:
+        raise _failed(name, error) from error
     if not isinstance(model, nn.Module):
         raise typer.BadParameter(f"{name}: expected a torch.nn.Module, got {type(model).__name__}", param_hint="MODEL")
     return model
+
+
+def _failed(name: str, error: Exception) -> UnsupportedModelError:
+    """What the user's own code has raised, and where."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" in {frames[-1].filename}:{frames[-1].lineno}" if len(frames) > 1 else ""
+    return UnsupportedModelError(
+        f"{name} raised {type(error).__name__}: {error}{where}; expected a model, or what makes one without arguments"
+    )
 
 
 def _class_of(config: Any, trust_remote_code: bool) -> Any:
@@ -130,12 +185,22 @@ def _is_auto(kind: Any) -> bool:
     return not issubclass(kind, nn.Module)
 
 
-def _accelerator() -> torch.device:
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return found or torch.device("cpu")
+def _device(name: str | None) -> torch.device:
+    """The device of this name or, without one, the accelerator if there is one."""
+    if name is None:
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device("cpu")
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise typer.BadParameter(f"{name}: there is no such device here ({reason})", param_hint="--device") from None
+    if device.type == "meta":
+        raise typer.BadParameter("meta: nothing can be computed there", param_hint="--device")
+    return device
 
 
-def _no_tokenizer(name: str) -> Any:
+def _no_tokenizer(name: str) -> NoReturn:
     raise UnsupportedModelError(
-        f"{name}: texts need a Hugging Face model with a tokenizer; of another model give tensors, .safetensors or .pt"
+        f"{name} has no tokenizer, and texts need one; give tensors, .safetensors or .pt, as the model takes them"
     )

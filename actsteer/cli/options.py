@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import typer
 
@@ -24,6 +26,8 @@ Concepts = Annotated[list[str] | None, typer.Option("--concept", help="Only this
 StrengthTexts = Annotated[
     list[str], typer.Option("-c", help="The strength: 2 for all concepts, or nine=2; may be repeated.")
 ]
+READ: Any = {"exists": True, "dir_okay": False, "readable": True, "show_default": False}
+"""What every file that is read as examples must be."""
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Texts, or rows, at a time.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Apply the tokenizer's chat template.")]
 Device = Annotated[str | None, typer.Option("--device", help="Where to run; an accelerator if there is one.")]
@@ -32,6 +36,30 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the code that comes with a Hugging Face model.")
 ]
 OutPath = Annotated[Path, typer.Option("--output", "-o", help="Where to write.", show_default=False)]
+
+
+def check_output(path: Path, *suffixes: str, inputs: Sequence[str | Path] = ()) -> None:
+    """Before any work: whether something can be written there, and is not what is read.
+
+    Raises:
+        typer.BadParameter: another suffix, no such folder, or one of the inputs.
+    """
+    if path.suffix.lower() not in suffixes:
+        raise typer.BadParameter(f"{path}: expected a name with {' or '.join(suffixes)}", param_hint="output")
+    if not path.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{path}: there is no folder {path.parent}; make it first", param_hint="output")
+    if any(Path(own).resolve() == path.resolve() for own in inputs):
+        raise typer.BadParameter(f"{path}: it is read, and would be lost; choose another name", param_hint="output")
+
+
+def check_bank(path: str) -> None:
+    """Before any work: whether there is such a file.
+
+    Raises:
+        typer.BadParameter: there is none.
+    """
+    if not glob.has_magic(path) and not Path(path).is_file():
+        raise typer.BadParameter(f"{path}: there is no such file", param_hint="bank")
 
 
 def strengths(texts: list[str]) -> list[float | dict[str, float]]:
@@ -51,6 +79,8 @@ def strengths(texts: list[str]) -> list[float | dict[str, float]]:
         if not equals:
             found.append(value)
             continue
+        if concept in named:
+            raise typer.BadParameter(f"{text!r}: {concept!r} has a strength already", param_hint="-c")
         if not named:
             found.append(named)
         named[concept] = value

@@ -18,7 +18,9 @@ from actsteer.vectors.bank import VectorBank
 def verify(
     bank: Annotated[str, typer.Argument(help="Any file of vectors, or a pattern.")],
     model: Annotated[str | None, typer.Option("--model", "-m", help="The model that is to be steered.")] = None,
-    on: Annotated[Path | None, typer.Option(help="Run on these: texts, .txt or .jsonl, or inputs.")] = None,
+    on: Annotated[
+        Path | None, typer.Option(help="Run on these: texts, .txt or .jsonl, or inputs.", **options.READ)
+    ] = None,
     folded: Annotated[
         str | None, typer.Option(help="What fold wrote: a directory, or .safetensors; is it the steered model?")
     ] = None,
@@ -37,6 +39,9 @@ def verify(
         raise typer.BadParameter("it takes a model to run", param_hint="--model")
     if folded is not None and on is None:
         raise typer.BadParameter("it takes inputs to compare outputs", param_hint="--on")
+    options.check_bank(bank)
+    if folded is not None:
+        models.check_folded(folded)
     strength = options.one_strength(c or ["1"])
     loaded = None
     if model is not None:
@@ -55,6 +60,9 @@ def verify(
     with steerer:  # which raises if a site does not run
         steered = outputs(loaded.model, batch)
     moved = max(float((one - other).abs().max()) for one, other in zip(plain, steered, strict=True))
+    if not moved < float("inf"):
+        screen.complain("error", f"at c = {strength} the outputs are no numbers any more ({moved})")
+        raise typer.Exit(1)
     screen.say(f"runs: every site on {on}; the outputs move by up to {moved:.3g}")
     if folded is None:
         return

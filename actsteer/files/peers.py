@@ -65,9 +65,8 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Numbered | dict[str,
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FileFormatError(
-            f"{path}: expected tensors, and nothing is unpickled beside them ({reason}); save the tensors alone"
+            f"{path}: expected tensors, and nothing is unpickled beside them ({type(error).__name__}); save them alone"
         ) from None
     stem = Path(path).stem
     if isinstance(content, Tensor) and content.ndim == 1 and (number := re.fullmatch(r"layers?_?(\d{1,5})", stem)):

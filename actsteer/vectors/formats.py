@@ -92,6 +92,8 @@ def _read(path: str, model: nn.Module | None, layer_offset: int) -> dict[str, St
         }
     if not sealed.is_sealed(path) and peers.is_numbered(path):
         return {concept: name(concept, vector) for concept, vector in peers.read_numbered(path).items()}
+    if layer_offset:
+        raise ValueError(f"{path}: it has names, and layer_offset is for files that number the blocks")
     found = native.read_bank(path)
     if model is not None:
         meant = {(own.metadata.get("model"), own.metadata.get("weights")): (c, own) for c, own in found.items()}

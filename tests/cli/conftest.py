@@ -28,6 +28,29 @@ needs = None
 
 def broken():
     import a_module_that_is_not_there
+
+
+def asks(what):
+    return built
+
+
+def other():
+    return nn.Sequential(nn.Linear(5, 2))
+
+
+def without_biases():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8, bias=False), nn.ReLU(), nn.Linear(8, 3, bias=False))
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(4, 2), nn.Linear(4, 2), nn.Identity()
+
+    def forward(self, x=None, y=None):
+        return self.c((0 if x is None else self.a(x)) + (0 if y is None else self.b(y)))
 '''
 
 

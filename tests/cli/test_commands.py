@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from actsteer import MeanDifference, Steerer, SteeringVector, VectorBank, fit
 from actsteer.collecting.texts import text_batches
+from tests.cli.test_main import shell
 
 SITE = "model.layers.1"
 
@@ -163,13 +164,28 @@ def test_fit_says_what_is_wrong_before_any_work(run, folder, monkeypatch):
     monkeypatch.setattr("actsteer.cli.models.load", lambda *_, **__: pytest.fail("it began to work"))
     files = ["--positive", "love.txt", "--negative", "hate.txt", "--sites", SITE]
     done = run("fit", "-m", "llama", *files, "-o", "v.pt")
-    assert (done.code, done.err) == (
-        1,
-        "error: v.pt: unknown format '.pt'; name the file with .safetensors or .gguf\n",
-    )
+    assert done.code == 2
+    assert "v.pt: expected a name with .safetensors or .gguf" in done.err
     done = run("fit", "-m", "llama", *files, "-o", "nowhere/v.gguf")
-    assert done.code == 1
+    assert done.code == 2
     assert "there is no folder nowhere" in done.err
+    assert run("fit", "-m", "llama", *files, "-o", "nowhere/v.gguf", "--device", "nowhere").code == 2
+    done = run("fit", "-m", "n:b", "--positive", "v.safetensors", *files[2:], "-o", "v.safetensors")
+    assert done.code == 2  # there is no such file
+    for name in ("generate", "fold", "verify", "show", "convert"):
+        options = {
+            "generate": ["-m", "llama", "-b", "none.gguf", "-c", "1", "I"],
+            "fold": ["-m", "llama", "-b", "none.gguf", "-c", "1", "--verify-on", "love.txt", "-o", "new"],
+            "verify": ["none.gguf", "-m", "llama"],
+            "show": ["none.gguf", "-m", "llama"],
+            "convert": ["none.gguf", "new.gguf", "-m", "llama"],
+        }
+        done = run(name, *options[name])
+        assert done.code == 2
+        assert "none.gguf: there is no such file" in done.err
+    done = run("verify", "love.txt", "-m", "llama", "--on", "love.txt", "--folded", "none.safetensors")
+    assert done.code == 2
+    assert "none.safetensors: there is no such file" in done.err
     done = run("fit", "-m", "llama", *files, "-o", "v.gguf", "--positions", "some")
     assert done.code == 2
     assert "--positions" in done.err
@@ -178,13 +194,15 @@ def test_fit_says_what_is_wrong_before_any_work(run, folder, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content", "why"),
     [
-        ("none.txt", None, "No such file"),
+        ("none.txt", None, "does not exist"),
         ("a.csv", b"x", "expected texts, .txt or .jsonl, or tensors"),
         ("a.txt", b"\n \n", "one or more texts"),
-        ("a.jsonl", b"3\n", "one or more texts"),
+        ("a.jsonl", b'"I"\n\n3\n', "line 3: expected a string, or messages"),
+        ("a.jsonl", b'[{"role": "user"}]', "expected a string, or messages"),
+        ("a.jsonl", b'[{"role": "user", "content": "I"}]', "which need --chat"),
         ("a.jsonl", b"{", "Expecting property name"),
         ("a.txt", b"\xff\xfe", "can't decode"),
-        ("a.pt", b"nothing", "only tensors are read"),
+        ("a.pt", b"nothing", "nothing is unpickled beside them"),
         ("a.safetensors", b"nothing", "a.safetensors"),
     ],
 )
@@ -207,7 +225,7 @@ def test_examples_are_not_unpickled(run, folder):
         "fit", "-m", "nets:build", "--positive", "evil.pt", "--negative", "left.pt", "--sites", "1", "-o", "v.gguf"
     )
     assert done.code == 2
-    assert "only tensors are read" in done.err
+    assert "nothing is unpickled beside them" in done.err
     assert not (folder / "made").exists()
 
 
@@ -215,7 +233,7 @@ def test_texts_for_a_model_without_a_tokenizer(run):
     files = ["--positive", "love.txt", "--negative", "hate.txt", "--sites", "1"]
     done = run("fit", "-m", "nets:build", *files, "-o", "v.safetensors")
     assert done.code == 1
-    assert "of another model give tensors" in done.err
+    assert "has no tokenizer, and texts need one; give tensors" in done.err
 
 
 # --- show --------------------------------------------------------------------------------------------------------
@@ -485,7 +503,7 @@ def test_fold_writes_into_no_directory_that_holds_something(run, folder, bank):
     for output in ("llama", "love.txt"):
         done = run(*common, "-c", "2", "-o", output)
         assert done.code == 2
-        assert "expected a new or an empty directory" in done.err
+        assert "it is there already" in done.err
     assert (folder / "llama/model.safetensors").read_bytes() == before
     done = run(*common, "-c", "2", "-c", "3", "-o", "folded")
     assert done.code == 2
@@ -516,3 +534,153 @@ def test_verify_finds_an_edit_that_never_runs(run, folder):
     assert done.code == 1
     assert [line[0] for line in done.lines] == ["whole:", "fits:"]
     assert "the model ran, but these sites did not" in done.err
+
+
+# --- what a new user ran into ----------------------------------------------------------------------------------------
+def test_a_fold_that_makes_infinities_is_refused(run, folder, bank):
+    done = run("fold", "-m", "llama", "-b", "bank.safetensors", "-c", "1e39", "--verify-on", "love.txt", "-o", "big")
+    assert done.code == 1
+    assert "infinite or nan; c is too large" in done.err
+    assert not (folder / "big").exists()
+    done = run("verify", "bank.safetensors", "-m", "llama", "--on", "love.txt", "-c", "1e39")
+    assert done.code == 1
+    assert "no numbers any more" in done.err
+
+
+def test_a_model_without_a_tokenizer_is_folded_too(run, folder, bank):
+    for file in (folder / "llama").glob("*token*"):
+        file.unlink()
+    torch.save({"input_ids": torch.tensor([[3, 4, 6]])}, folder / "ids.pt")
+    command = ["fold", "-m", "llama", "-b", "bank.safetensors", "-c", "2", "-o", "folded"]
+    done = run(*command, "--verify-on", "love.txt")
+    assert done.code == 1
+    assert "llama has no tokenizer" in done.err
+    assert not (folder / "folded").exists()
+    assert run(*command, "--verify-on", "ids.pt").code == 0
+    assert sorted(path.name for path in (folder / "folded").iterdir())[:1] == ["config.json"]
+    done = run("verify", "bank.safetensors", "-m", "llama", "-c", "2", "--on", "ids.pt", "--folded", "folded")
+    assert done.code == 0
+
+
+def test_a_fold_that_fails_to_be_saved_leaves_nothing(run, folder, bank, monkeypatch):
+    from transformers import PreTrainedTokenizerFast
+
+    def full(*_, **__):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
+    before = sorted(path.name for path in folder.iterdir())
+    done = run("fold", "-m", "llama", "-b", "bank.safetensors", "-c", "2", "--verify-on", "love.txt", "-o", "folded")
+    assert (done.code, done.err) == (1, "error: no space left\n")
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_new_biases_of_a_torch_model_are_named_and_verified(run, folder):
+    SteeringVector({"0": torch.ones(8)}, concept="v").save(folder / "v.safetensors")
+    common = ["-c", "2", "-m", "nets:without_biases"]
+    done = run("fold", *common, "-b", "v.safetensors", "--verify-on", "right.pt", "-o", "folded.safetensors")
+    assert "it has 1 new bias (0.bias); make the model with them before loading" in done.out
+    done = run("verify", "v.safetensors", *common, "--on", "right.pt", "--folded", "folded.safetensors")
+    assert done.code == 0, done.err
+
+
+def test_a_single_named_tensor_is_the_argument_of_that_name(run, folder):
+    import nets
+
+    for side in ("right", "left"):
+        save_file({"y": torch.load(f"{side}.pt")}, f"{side}.safetensors")
+    files = ["--positive", "right.safetensors", "--negative", "left.safetensors"]
+    assert run("fit", "-m", "nets:Two", *files, "--sites", "c", "-o", "v.safetensors").code == 0
+    sides = {name: [{"y": torch.load(f"{side}.pt")}] for name, side in (("positive", "right"), ("negative", "left"))}
+    assert SteeringVector.load(folder / "v.safetensors").allclose(fit(nets.Two(), **sides, sites="c"))
+
+
+def test_brackets_and_control_characters_stay_text(run, folder):
+    model = causal(folder)
+    for concept in ("[/x]", "[bold]x[/bold]", "a\x1b[31mb\nc"):
+        SteeringVector({SITE: torch.ones(16)}, concept=concept).save(folder / "odd.safetensors", model=model)
+        shown = run("show", "odd.safetensors").out
+        assert "\x1b" not in shown
+        command = ["generate", "-m", "llama", "-b", "odd.safetensors", "-c", f"{concept}=1", "--max-new-tokens", 1]
+        made = run(*command, "I [/y]").out
+        assert "I [/y]" in made
+        written = concept.replace("\x1b", "\\x1b").replace("\n", "\\x0a")
+        assert written in shown
+        assert f"c = {written} 1" in made
+
+
+def test_lines_end_where_files_end_them(run, folder):
+    texts = ["I love\u2028this", "day\x0bis good"]
+    (folder / "a.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(texts).encode())
+    (folder / "b.jsonl").write_text("\n".join(json.dumps(text, ensure_ascii=False) for text in texts))
+    for name in ("a.txt", "b.jsonl"):
+        files = ["--positive", name, "--negative", "hate.txt", "--concept", "v"]
+        assert run("fit", "-m", "llama", *files, "--sites", SITE, "-o", f"{name}.safetensors").code == 0
+    sides = [text_batches(tokenizer(folder), own) for own in (texts, (folder / "hate.txt").read_text().splitlines())]
+    expected = fit(causal(folder), positive=sides[0], negative=sides[1], sites=SITE, positions="last")
+    for name in ("a.txt", "b.jsonl"):
+        assert SteeringVector.load(folder / f"{name}.safetensors").equal(expected)
+
+
+def test_nothing_that_is_read_is_written_over(run, folder, bank):
+    content = (folder / "bank.safetensors").read_bytes()
+    common = ["--verify-on", "right.pt", "-c", "1"]
+    assert run("fold", "-m", "nets:build", "-b", "bank.safetensors", *common, "-o", "bank.safetensors").code == 2
+    assert run("convert", "bank.safetensors", "bank.safetensors").code == 2
+    save_file({"input": torch.load("right.pt")}, "right.safetensors")
+    files = ["--positive", "right.safetensors", "--negative", "left.pt", "--sites", "1"]
+    assert run("fit", "-m", "nets:build", *files, "-o", "right.safetensors").code == 2
+    assert (folder / "bank.safetensors").read_bytes() == content
+
+
+def test_an_encoder_and_decoder_from_fit_to_verify(run, folder):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 16, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+    config = T5Config(**sizes, decoder_start_token_id=0, pad_token_id=2, eos_token_id=None)
+    T5ForConditionalGeneration(config).save_pretrained(folder / "t5")
+    tokenizer(folder).save_pretrained(folder / "t5")
+    for site in ("encoder.block.0.layer.1.DenseReluDense.wi", "decoder.block.0"):
+        files = ["--positive", "love.txt", "--negative", "hate.txt", "--sites", f"{site}{':out.0' * (site[0] == 'd')}"]
+        done = run("fit", "-m", "t5", *files, "-o", "v.safetensors")
+        assert done.code == 0, done.err
+        assert run("generate", "-m", "t5", "-b", "v.safetensors", "-c", "2", "I", "--max-new-tokens", 2).code == 0
+        done = run("verify", "v.safetensors", "-m", "t5", "--on", "love.txt", "-c", "2")
+        assert done.code == 0, done.err
+
+
+def test_options_that_would_be_ignored_are_refused(run, folder, bank):
+    assert run("sites", "nets:build").code == 0
+    files = ["--positive", "right.pt", "--negative", "left.pt", "--sites", "1", "-o", "v.safetensors"]
+    assert run("fit", "-m", "nets:build", *files, "--dtype", "bfloat16").code == 2
+    done = run("convert", "bank.safetensors", "new.safetensors", "--source-offset", 1)
+    assert done.code == 1
+    assert "it has names" in done.err
+    done = run("generate", "-m", "llama", "-b", "bank.safetensors", "-c", "love=1", "-c", "love=2", "I")
+    assert done.code == 2
+    assert "'love' has a strength already" in done.err
+    done = run("generate", "-m", "llama", "-b", "bank.safetensors", "-c", "1", "I", "--chat")
+    assert done.code == 0
+
+
+def test_sides_that_are_alike_are_warned_about(run):
+    files = ["--positive", "right.pt", "--negative", "right.pt", "--sites", "1", "-o", "v.safetensors"]
+    done = run("fit", "-m", "nets:build", *files)
+    assert done.code == 0
+    assert done.err == "warning: the vector is zero: both sides are alike at these sites\n"
+
+
+def test_capitals_in_suffixes(run, folder):
+    for old, new in (("love.txt", "LOVE.TXT"), ("right.pt", "RIGHT.PT"), ("left.pt", "LEFT.PT")):
+        (folder / old).rename(folder / new)
+    files = ["--positive", "RIGHT.PT", "--negative", "LEFT.PT", "--sites", "1"]
+    assert run("fit", "-m", "nets:build", *files, "-o", "V.SAFETENSORS").code == 0
+    files = ["--positive", "LOVE.TXT", "--negative", "hate.txt", "--sites", SITE]
+    assert run("fit", "-m", "llama", *files, "-o", "w.safetensors").code == 0
+
+
+def test_a_narrow_screen_does_not_fold_names(folder):
+    done = shell("sites", "llama", cwd=folder, COLUMNS="20")
+    assert "model.layers.2.post_attention_layernorm  LlamaRMSNorm" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) > 60

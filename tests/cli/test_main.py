@@ -80,6 +80,9 @@ def test_wrong_usage_exits_with_2(run, arguments):
         ("nothing:build", "no module 'nothing'"),
         ("nets:nothing", "has no 'nothing'"),
         ("nets:number", "expected a torch.nn.Module, got int"),
+        (":build", "expected module:factory"),
+        ("../nets:build", "expected module:factory"),
+        ("nowhere", "there is no such folder, and no such model was found"),
         ("empty", "empty"),
         ("silly", "silly"),
         ("remote", "trust_remote_code"),
@@ -99,9 +102,54 @@ def test_a_model_that_is_not_there(run, folder, monkeypatch, name, why):
     assert "remote code ran" not in done.err
 
 
-def test_a_user_s_own_error_keeps_its_traceback(run):
-    with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):
-        run("fit", "-m", "nets:broken", "--positive", "a.pt", "--negative", "b.pt", "--sites", "1", "-o", "v.gguf")
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("nets:broken", "raised ModuleNotFoundError: No module named 'a_module_that_is_not_there' in "),
+        ("nets:asks", "raised TypeError: asks() missing 1 required positional argument"),
+        ("silly:build", "raised SyntaxError"),
+        ("needs:build", "raised ModuleNotFoundError: No module named 'a_module_that_is_not_there' in "),
+    ],
+)
+def test_a_user_s_own_error_says_where_it_was(run, folder, name, why):
+    (folder / "silly.py").write_text("def build(:")
+    (folder / "needs.py").write_text("import a_module_that_is_not_there")
+    done = run("sites", name)
+    assert done.code == 1
+    assert why in done.err
+    assert done.err.count("\n") == 1
+
+
+def test_what_a_model_raises_is_one_line_or_on_demand_all_of_it(run, monkeypatch):
+    command = [
+        "fit",
+        "-m",
+        "nets:other",
+        "--positive",
+        "right.pt",
+        "--negative",
+        "left.pt",
+        "--sites",
+        "0",
+        "-o",
+        "v.gguf",
+    ]
+    done = run(*command)
+    assert done.code == 1
+    assert done.err.startswith("error: RuntimeError: mat1 and mat2 shapes cannot be multiplied")
+    monkeypatch.setenv("ACTSTEER_TRACEBACK", "1")
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        run(*command)
+
+
+def test_stopping_it_is_no_error(run, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("actsteer.cli.models.load", interrupted)
+    done = run("sites", "llama")
+    assert done.code == 130
+    assert "Traceback" not in done.err
 
 
 @pytest.mark.parametrize("extra", ["typer", "rich"])

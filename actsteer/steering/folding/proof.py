@@ -44,6 +44,11 @@ class Proof:
         self._tolerance = [
             _SLACK * _distance(one, other) + own for one, other, own in zip(self._expected, rounded, least, strict=True)
         ]
+        if lost := [one for one, other in zip(self._expected, plain, strict=True) if _lost(one, other)]:
+            raise NotFoldable(
+                f"the steering makes {sum(int((~torch.isfinite(one)).sum()) for one in lost)} numbers of the outputs "
+                "infinite or nan; c is too large"
+            )
         effects = [_distance(a, b) for a, b in zip(self._expected, plain, strict=True)]
         if all(effect <= tolerance for effect, tolerance in zip(effects, self._tolerance, strict=True)):
             raise NotFoldable(
@@ -83,6 +88,11 @@ def outputs(model: nn.Module, batch: Any) -> list[Tensor]:
     if not any(tensor.is_floating_point() for tensor in found):
         raise NotFoldable(f"{type(model).__name__} gives no floating tensors, by which a fold could be proved")
     return [(torch.view_as_real(tensor) if tensor.is_complex() else tensor).detach().clone() for tensor in found]
+
+
+def _lost(steered: Tensor, plain: Tensor) -> bool:
+    """Whether numbers have become infinite or nan."""
+    return steered.shape == plain.shape and bool((torch.isfinite(plain) & ~torch.isfinite(steered)).any())
 
 
 def _eps(one: Tensor) -> float:
