@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
-import sys
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model
 from torch import nn
 
-from actsteer.cli import screen
+from actsteer.cli import factory, screen
 from actsteer.cli.options import Dtype
 from actsteer.errors import FileFormatError, UnsupportedModelError
 
@@ -53,7 +50,7 @@ def load(
     if ":" in name and not Path(name).exists():
         if dtype != "auto":
             raise typer.BadParameter(f"{name}: its factory chooses the dtype", param_hint="--dtype")
-        model = _made(name)
+        model = factory.make(name)
         return Loaded((model if device is None else model.to(where)).eval(), lambda: _no_tokenizer(name), lambda: [])
     try:
         import transformers
@@ -127,45 +124,6 @@ def folded(name: str, loaded: Loaded, *, device: str | None, dtype: Dtype, trust
     except (RuntimeError, SafetensorError) as error:
         raise FileFormatError(f"{name}: not the weights of this {type(model).__name__} ({error})") from None
     return model
-
-
-def _made(name: str) -> nn.Module:
-    """What `module:factory` names, the current folder's modules included."""
-    home, _, attribute = name.partition(":")
-    if not all(part.isidentifier() for part in (*home.split("."), *attribute.split("."))):
-        raise typer.BadParameter(f"{name}: expected module:factory, as in nets:build", param_hint="MODEL")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)  # as `python -m` has it
-    try:
-        found: Any = importlib.import_module(home)
-    except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and error.name and f"{home}.".startswith(f"{error.name}."):
-            raise typer.BadParameter(
-                f"{name}: no folder, and no module {home!r} here or installed; expected a Hugging Face directory or "
-                "name, or module:factory",
-                param_hint="MODEL",
-            ) from None
-        raise _failed(name, error) from error
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise typer.BadParameter(f"{name}: {home!r} has no {attribute!r}", param_hint="MODEL")
-        found = getattr(found, part)
-    try:
-        model = found() if not isinstance(found, nn.Module) and callable(found) else found
-    except Exception as error:
-        raise _failed(name, error) from error
-    if not isinstance(model, nn.Module):
-        raise typer.BadParameter(f"{name}: expected a torch.nn.Module, got {type(model).__name__}", param_hint="MODEL")
-    return model
-
-
-def _failed(name: str, error: Exception) -> UnsupportedModelError:
-    """What the user's own code has raised, and where."""
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" in {frames[-1].filename}:{frames[-1].lineno}" if len(frames) > 1 else ""
-    return UnsupportedModelError(
-        f"{name} raised {type(error).__name__}: {error}{where}; expected a model, or what makes one without arguments"
-    )
 
 
 def _class_of(config: Any, trust_remote_code: bool) -> Any:

@@ -1,5 +1,6 @@
 """The command itself: help, completion, exit codes, models that are not there; some of it in a process of its own."""
 
+import json
 import os
 import subprocess
 import sys
@@ -100,6 +101,41 @@ def test_a_model_that_is_not_there(run, folder, monkeypatch, name, why):
     assert done.code == 2
     assert why in done.err
     assert "remote code ran" not in done.err
+
+
+REMOTE = """
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+
+class Config(PretrainedConfig):
+    model_type = "mine_alone"
+
+
+class Mine(PreTrainedModel):
+    config_class = Config
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.middle = nn.Linear(4, 4)
+        self.post_init()
+"""
+
+
+@pytest.mark.slow
+def test_remote_code_runs_when_it_is_asked_for_alone(folder, tmp_path):
+    (folder / "remote").mkdir()
+    auto = {"AutoConfig": "code.Config", "AutoModel": "code.Mine"}
+    (folder / "remote/config.json").write_text(json.dumps({"model_type": "mine_alone", "auto_map": auto}))
+    (folder / "remote/code.py").write_text(REMOTE)
+    refused, done = (
+        shell("sites", "remote", *flags, cwd=folder, HF_MODULES_CACHE=str(tmp_path / "modules"))
+        for flags in ([], ["--trust-remote-code"])
+    )
+    assert refused.returncode == 2
+    assert "trust_remote_code" in refused.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["site", "class", "features", "middle", "Linear", "4"]
 
 
 @pytest.mark.parametrize(

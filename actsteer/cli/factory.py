@@ -1,0 +1,53 @@
+"""Factory: `module:factory`, any torch model that Python can import, or make without arguments."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import typer
+from torch import nn
+
+from actsteer.errors import UnsupportedModelError
+
+
+def make(name: str) -> nn.Module:
+    """What `module:factory` names, the current folder's modules included."""
+    home, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in (*home.split("."), *attribute.split("."))):
+        raise typer.BadParameter(f"{name}: expected module:factory, as in nets:build", param_hint="MODEL")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)  # as `python -m` has it
+    try:
+        found: Any = importlib.import_module(home)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{home}.".startswith(f"{error.name}."):
+            raise typer.BadParameter(
+                f"{name}: no folder, and no module {home!r} here or installed; expected a Hugging Face directory or "
+                "name, or module:factory",
+                param_hint="MODEL",
+            ) from None
+        raise _failed(name, error) from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise typer.BadParameter(f"{name}: {home!r} has no {attribute!r}", param_hint="MODEL")
+        found = getattr(found, part)
+    try:
+        model = found() if not isinstance(found, nn.Module) and callable(found) else found
+    except Exception as error:
+        raise _failed(name, error) from error
+    if not isinstance(model, nn.Module):
+        raise typer.BadParameter(f"{name}: expected a torch.nn.Module, got {type(model).__name__}", param_hint="MODEL")
+    return model
+
+
+def _failed(name: str, error: Exception) -> UnsupportedModelError:
+    """What the user's own code has raised, and where."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" in {frames[-1].filename}:{frames[-1].lineno}" if len(frames) > 1 else ""
+    return UnsupportedModelError(
+        f"{name} raised {type(error).__name__}: {error}{where}; expected a model, or what makes one without arguments"
+    )
