@@ -380,6 +380,18 @@ def test_a_vector_from_a_file_is_checked_when_it_is_attached(tmp_path):
         VectorBank.load(tmp_path / "b.safetensors", made(2, 3, 2))
 
 
+def test_the_model_may_be_named_when_saving(tmp_path):
+    model, v = made(2, 3, 1), SteeringVector({"0": torch.ones(3)}, concept="c")
+    v.save(tmp_path / "v.safetensors", model=model)
+    loaded = SteeringVector.load(tmp_path / "v.safetensors", model)
+    assert loaded.equal(v) and loaded.metadata["model"].startswith("Sequential:13:") and "model" not in v.metadata
+    with pytest.raises(ModelMismatchError, match="the vector 'c' was made for"):
+        Steerer(made(2, 3, 2), loaded)
+    with pytest.raises(ModelMismatchError, match="the vector 'c' was made for"):
+        loaded.save(tmp_path / "w.safetensors", model=made(2, 3, 2))
+    assert not (tmp_path / "w.safetensors").exists()
+
+
 @pytest.mark.parametrize(
     "derived",
     [
