@@ -10,7 +10,7 @@ import typer
 from actsteer.cli import models, options, screen
 from actsteer.cli.examples import one_batch
 from actsteer.cli.options import Chat, Concepts, Device, DtypeName, TrustRemoteCode
-from actsteer.steering.folding.proof import Proof, outputs
+from actsteer.steering.folding.proof import Proof, distance, outputs
 from actsteer.steering.steerer import Steerer
 from actsteer.vectors.bank import VectorBank
 
@@ -59,9 +59,9 @@ def verify(
     plain = outputs(loaded.model, batch)
     with steerer:  # which raises if a site does not run
         steered = outputs(loaded.model, batch)
-    moved = max(float((one - other).abs().max()) for one, other in zip(plain, steered, strict=True))
-    if not moved < float("inf"):
-        screen.complain("error", f"at c = {strength} the outputs are no numbers any more ({moved})")
+    moved = max(distance(one, other) for one, other in zip(plain, steered, strict=True))
+    if moved == float("inf"):
+        screen.complain("error", f"at c = {strength} the outputs are no numbers any more")
         raise typer.Exit(1)
     screen.say(f"runs: every site on {on}; the outputs move by up to {moved:.3g}")
     if folded is None:

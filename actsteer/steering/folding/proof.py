@@ -39,17 +39,17 @@ class Proof:
             with Steerer(model, SteeringVector(zeros), axis=steerer.axes, intervention=Rounding()):
                 rounded = self._outputs(model)
         least = [8 * _eps(one) * _size(one) for one in self._expected]
-        if any(_distance(a, b) > 8 * own for a, b, own in zip(self._expected, again, least, strict=True)):
+        if any(distance(a, b) > 8 * own for a, b, own in zip(self._expected, again, least, strict=True)):
             raise NotFoldable("the model gives other outputs each time, on the same verify_on; nothing can be proved")
         self._tolerance = [
-            _SLACK * _distance(one, other) + own for one, other, own in zip(self._expected, rounded, least, strict=True)
+            _SLACK * distance(one, other) + own for one, other, own in zip(self._expected, rounded, least, strict=True)
         ]
         if lost := [one for one, other in zip(self._expected, plain, strict=True) if _lost(one, other)]:
             raise NotFoldable(
                 f"the steering makes {sum(int((~torch.isfinite(one)).sum()) for one in lost)} numbers of the outputs "
                 "infinite or nan; c is too large"
             )
-        effects = [_distance(a, b) for a, b in zip(self._expected, plain, strict=True)]
+        effects = [distance(a, b) for a, b in zip(self._expected, plain, strict=True)]
         if all(effect <= tolerance for effect, tolerance in zip(effects, self._tolerance, strict=True)):
             raise NotFoldable(
                 f"on verify_on the steering moves the outputs by {max(effects):.3g}, no more than rounding can "
@@ -60,8 +60,8 @@ class Proof:
         """How far a model's outputs, folded and perhaps hooked, are from those that are expected; None if equal."""
         given = self._outputs(model)
         for one, other, tolerance in zip(self._expected, given, self._tolerance, strict=True):
-            if not (distance := _distance(one, other)) <= tolerance:
-                return f"the outputs differ by {distance:.3g}, where rounding makes {tolerance:.3g}"
+            if not (apart := distance(one, other)) <= tolerance:
+                return f"the outputs differ by {apart:.3g}, where rounding makes {tolerance:.3g}"
         return None
 
     def _outputs(self, model: nn.Module) -> list[Tensor]:
@@ -105,7 +105,8 @@ def _size(one: Tensor) -> float:
     return float(one.double().abs().masked_fill(~torch.isfinite(one), 0.0).max())
 
 
-def _distance(one: Tensor, other: Tensor) -> float:
+def distance(one: Tensor, other: Tensor) -> float:
+    """The largest difference; infinite where one has a number and the other an infinity, or they have other shapes."""
     if one.shape != other.shape:
         return float("inf")
     both = torch.isfinite(one) & torch.isfinite(other)
