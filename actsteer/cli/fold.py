@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,14 +61,16 @@ def fold(
     batch = one_batch(verify_on, loaded, chat=chat)
     before = set(host.state_dict())
     folding.fold(loaded.model, vectors, strength, verify_on=batch, inplace=True)
-    with replacing(output) as temporary:
-        if is_pretrained:
+    if is_pretrained:
+        with tempfile.TemporaryDirectory(dir=output.resolve().parent, prefix=".actsteer-") as temporary:
             for part in (host, *companions):
                 part.save_pretrained(temporary)
-            if output.is_dir():
-                output.rmdir()  # an empty one
-        else:
-            save_model(host, str(temporary))
+            output.mkdir(exist_ok=True)
+            for own in Path(temporary).iterdir():
+                own.replace(output / own.name)
+    else:
+        with replacing(output) as temporary_file:
+            save_model(host, str(temporary_file))
     created = sorted(set(host.state_dict()) - before)
     screen.say(f"proved on {verify_on}, written to {output}")
     if created:

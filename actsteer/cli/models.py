@@ -71,7 +71,7 @@ def load(
                 model = kind.from_config(config, **remote) if _is_auto(kind) else kind(config)
         else:
             model = kind.from_pretrained(name, dtype=dtype, weights_only=True, **remote).to(where)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         known = "" if Path(name).is_dir() else "there is no such folder, and no such model was found: "
         reason = str(error).strip() or type(error).__name__
         raise typer.BadParameter(
@@ -106,13 +106,17 @@ def check_folded(name: str) -> None:
     Raises:
         typer.BadParameter: there is none.
     """
-    if not Path(name).exists() and (Path(name).suffix == ".safetensors" or (":" not in name and "/" not in name)):
+    path, is_weights = Path(name), Path(name).suffix.lower() == ".safetensors"
+    is_path = is_weights or name.startswith((".", "/", "~")) or (":" not in name and "/" not in name)
+    if not path.exists() and is_path:
         raise typer.BadParameter(f"{name}: there is no such file or directory", param_hint="--folded")
+    if path.is_file() and not is_weights:
+        raise typer.BadParameter(f"{name}: expected a directory, or weights, .safetensors", param_hint="--folded")
 
 
 def folded(name: str, loaded: Loaded, *, device: str | None, dtype: Dtype, trust_remote_code: bool) -> nn.Module:
     """A model of its own, or a `.safetensors` file of the weights of one like `loaded`."""
-    if Path(name).suffix != ".safetensors" or Path(name).is_dir():
+    if Path(name).suffix.lower() != ".safetensors" or Path(name).is_dir():
         return load(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code).model
     model = copy.deepcopy(loaded.model)
     for key, tensor in load_file(name).items():

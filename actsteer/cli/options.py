@@ -48,7 +48,9 @@ def check_output(path: Path, *suffixes: str, inputs: Sequence[str | Path] = ()) 
         raise typer.BadParameter(f"{path}: expected a name with {' or '.join(suffixes)}", param_hint="output")
     if not path.absolute().parent.is_dir():
         raise typer.BadParameter(f"{path}: there is no folder {path.parent}; make it first", param_hint="output")
-    if any(Path(own).resolve() == path.resolve() for own in inputs):
+    patterns = [name for name in map(str, inputs) if not Path(name).exists()]
+    read = {*map(str, inputs), *(name for pattern in patterns for name in glob.glob(pattern))}  # noqa: PTH207
+    if any(Path(name).resolve() == path.resolve() for name in read):
         raise typer.BadParameter(f"{path}: it is read, and would be lost; choose another name", param_hint="output")
 
 

@@ -10,7 +10,7 @@ import typer
 from actsteer.cli import models, options, screen
 from actsteer.cli.examples import one_batch
 from actsteer.cli.options import Chat, Concepts, Device, DtypeName, TrustRemoteCode
-from actsteer.steering.folding.proof import Proof, distance, outputs
+from actsteer.steering.folding.proof import Proof, distance, is_lost, outputs
 from actsteer.steering.steerer import Steerer
 from actsteer.vectors.bank import VectorBank
 
@@ -59,15 +59,18 @@ def verify(
     plain = outputs(loaded.model, batch)
     with steerer:  # which raises if a site does not run
         steered = outputs(loaded.model, batch)
-    moved = max(distance(one, other) for one, other in zip(plain, steered, strict=True))
-    if moved == float("inf"):
+    pairs = list(zip(steered, plain, strict=True))
+    if any(is_lost(one, other) for one, other in pairs):
         screen.complain("error", f"at c = {strength} the outputs are no numbers any more")
         raise typer.Exit(1)
+    moved = max((apart for one, other in pairs if (apart := distance(one, other)) != float("inf")), default=0.0)
     screen.say(f"runs: every site on {on}; the outputs move by up to {moved:.3g}")
     if folded is None:
         return
     same = models.folded(folded, loaded, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     if (failure := Proof(steerer, batch).failure(same)) is not None:
-        screen.complain("error", f"{folded} is not the steered model: {failure}")
+        kinds = [next((p.dtype for p in m.parameters()), None) for m in (loaded.model, same)]
+        hint = "" if kinds[0] == kinds[1] else f"; the model is {kinds[0]}, the folded one {kinds[1]}: pass --dtype"
+        screen.complain("error", f"{folded} is not the steered model: {failure}{hint}")
         raise typer.Exit(1)
     screen.say(f"folded: {folded} gives the steered model's outputs, within rounding")

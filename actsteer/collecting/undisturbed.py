@@ -47,15 +47,16 @@ def undisturbed(model: nn.Module, *, frozen: bool = False) -> Iterator[None]:
 @contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
     """The buffers, which a forward pass may count in, as they were."""
-    before = [(m, key, own, own.clone()) for m in model.modules() for key, own in m._buffers.items() if own is not None]
+    held = [(m, key, own) for m in model.modules() for key, own in m._buffers.items() if own is not None]
+    before = [(*one, one[2].clone(), one[2]._version) for one in held if not (one[2].is_meta or one[2].is_inference())]
     try:
         yield
     finally:
         with torch.no_grad():
-            for module, key, own, value in before:
+            for module, key, own, value, version in before:
                 if module._buffers.get(key) is not own:
                     module._buffers[key] = own
-                if not torch.equal(own, value):
+                if own._version != version:
                     own.copy_(value)
 
 

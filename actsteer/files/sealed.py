@@ -6,7 +6,6 @@ import ctypes
 import hashlib
 import json
 import os
-import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -49,16 +48,13 @@ def write(
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A temporary path beside `target`, of a file or folder, that takes its place on leaving without an error; a link
-    stays a link."""
+    """A temporary path beside `target` that takes its place on leaving without an error; a link stays a link."""
     target = Path(os.path.realpath(target))
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
         yield temporary
         temporary.replace(target)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
 
 

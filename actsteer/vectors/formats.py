@@ -86,20 +86,27 @@ def _read(path: str, model: nn.Module | None, layer_offset: int) -> dict[str, St
     if suffix == ".svec":
         return {concept: name(concept, vector) for concept, vector in peers.read_svec(path).items()}
     if suffix != ".safetensors":
+        tensors = peers.read_tensors(path)
+        if layer_offset and not all(isinstance(own, Numbered) for own in tensors.values()):
+            raise _unnumbered(path)
         return {
             concept: name(concept, own) if isinstance(own, Numbered) else _stored(own, {"concept": concept})
-            for concept, own in peers.read_tensors(path).items()
+            for concept, own in tensors.items()
         }
     if not sealed.is_sealed(path) and peers.is_numbered(path):
         return {concept: name(concept, vector) for concept, vector in peers.read_numbered(path).items()}
     if layer_offset:
-        raise ValueError(f"{path}: it has names, and layer_offset is for files that number the blocks")
+        raise _unnumbered(path)
     found = native.read_bank(path)
     if model is not None:
         meant = {(own.metadata.get("model"), own.metadata.get("weights")): (c, own) for c, own in found.items()}
         for concept, own in meant.values():
             fingerprint.check(model, own.metadata, what=f"{path}: the vector {concept!r}")
     return found
+
+
+def _unnumbered(path: str) -> FileFormatError:
+    return FileFormatError(f"{path}: it names its sites, and an offset is for files that number the blocks")
 
 
 def _numbered(

@@ -101,21 +101,22 @@ def fold(
     target = model if inplace else _copied(model)
     undo = Undo()
     if maps:
-        with buffers_kept(model), buffers_kept(target):
-            proof = Proof(steerer, verify_on)
-            try:
+        try:
+            with buffers_kept(model), buffers_kept(target):
+                proof = Proof(steerer, verify_on)
                 folding = _Folding(target, steerer, maps, proof)
                 folding.run(undo)
                 pretrained.adapt(target, undo)
                 if (failure := proof.failure(target)) is not None:
                     raise NotFoldable(f"with the biases that its config asks for, {failure}")
-            except BaseException:
-                undo.run()
-                raise
+        except BaseException:
+            undo.run()
+            raise
         if folding.idle:
+            names = ", ".join(name or "the model" for name in folding.idle[:3]) + " and more" * (len(folding.idle) > 3)
             warnings.warn(
-                f"{', '.join(folding.idle[:3])}{' and more' * (len(folding.idle) > 3)} did not run on verify_on, and "
-                "whether they would be steered is not proved; give inputs that reach them",
+                f"{names} did not run on verify_on, and whether they would be steered is not proved; give inputs that "
+                "reach them",
                 UserWarning,
                 stacklevel=2,
             )
@@ -139,8 +140,6 @@ def unfold(model: nn.Module) -> None:
     _check_free(model)
     undone[-1].check()
     undone.pop().run()
-    if undone:
-        undone[-1].leave()
 
 
 def _check_free(model: nn.Module) -> None:
@@ -217,7 +216,7 @@ class _Folding:
                     return lambda undo, run=run: _written(undo, run, edit, bias=True)  # type: ignore[misc]
             self._why.setdefault(site, []).extend(f"{other} stands between" for other in others)
             return None
-        self._why.setdefault(site, []).extend(f"it is the sum of {other}, too" for other in others)
+        self._why.setdefault(site, []).extend(f"{other} has a part in it" for other in others)
         able = [self._can(site, run, edit, at="output") for run in writers]
         if others or not all(able) or not writers:
             return None

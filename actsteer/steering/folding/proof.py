@@ -44,11 +44,8 @@ class Proof:
         self._tolerance = [
             _SLACK * distance(one, other) + own for one, other, own in zip(self._expected, rounded, least, strict=True)
         ]
-        if lost := [one for one, other in zip(self._expected, plain, strict=True) if _lost(one, other)]:
-            raise NotFoldable(
-                f"the steering makes {sum(int((~torch.isfinite(one)).sum()) for one in lost)} numbers of the outputs "
-                "infinite or nan; c is too large"
-            )
+        if any(is_lost(one, other) for one, other in zip(self._expected, plain, strict=True)):
+            raise NotFoldable("the steering makes numbers of the outputs infinite or nan; c is too large")
         effects = [distance(a, b) for a, b in zip(self._expected, plain, strict=True)]
         if all(effect <= tolerance for effect, tolerance in zip(effects, self._tolerance, strict=True)):
             raise NotFoldable(
@@ -59,14 +56,16 @@ class Proof:
     def failure(self, model: nn.Module) -> str | None:
         """How far a model's outputs, folded and perhaps hooked, are from those that are expected; None if equal."""
         given = self._outputs(model)
-        for one, other, tolerance in zip(self._expected, given, self._tolerance, strict=True):
+        for index, (one, other, tolerance) in enumerate(zip(self._expected, given, self._tolerance, strict=True)):
             if not (apart := distance(one, other)) <= tolerance:
-                return f"the outputs differ by {apart:.3g}, where rounding makes {tolerance:.3g}"
+                pads = " on the rows with their pads (give them without)" * (index >= self._alone)
+                return f"the outputs differ by {apart:.3g}{pads}, where rounding makes {tolerance:.3g}"
         return None
 
     def _outputs(self, model: nn.Module) -> list[Tensor]:
         """Of every row without its pads; and of all rows with them, where there are tokens."""
         found = [tensor for batch in self.batches for tensor in outputs(model, batch)]
+        self._alone = len(found)
         return found if self._padded is None else found + at_tokens(outputs(model, self._padded), self._padded)
 
 
@@ -90,9 +89,10 @@ def outputs(model: nn.Module, batch: Any) -> list[Tensor]:
     return [(torch.view_as_real(tensor) if tensor.is_complex() else tensor).detach().clone() for tensor in found]
 
 
-def _lost(steered: Tensor, plain: Tensor) -> bool:
-    """Whether numbers have become infinite or nan."""
-    return steered.shape == plain.shape and bool((torch.isfinite(plain) & ~torch.isfinite(steered)).any())
+def is_lost(steered: Tensor, plain: Tensor) -> bool:
+    """Whether numbers have become nan, or more of them infinite; a mask may make as many others infinite."""
+    nans, infinite = ([int(kind(one).sum()) for one in (steered, plain)] for kind in (torch.isnan, torch.isinf))
+    return steered.shape == plain.shape and (nans[0] > nans[1] or infinite[0] > infinite[1])
 
 
 def _eps(one: Tensor) -> float:

@@ -78,7 +78,8 @@ class Trace:
         if cut := [site for site, node in self.sites.items() if node not in counts]:
             raise NotFoldable(f"sites {cut}: the outputs do not depend on them in a way that autograd sees")
         self._read_by = _reversed(self.returned | {run.output for run in self._runs if run.output is not None})
-        self.idle = _idle(model, self._read_by)
+        ran = {id(run.module) for run in self._runs}
+        self.idle = [name for name, module in _unused(model, self._read_by) if id(module) not in ran]
         self._made: dict[Node, list[Run]] = {}
         for run in self._runs:
             if run.output is not None:
@@ -126,7 +127,7 @@ class Trace:
                 others.append(self._described(node) if maker is None else str(maker))
         if not ends:
             elsewhere = {run: self._read_elsewhere(run, site, within=seen) for run in found}
-            others += [f"{reader}, which reads {run} too," for run, reader in elsewhere.items() if reader is not None]
+            others += [f"{reader}, which reads {run} too" for run, reader in elsewhere.items() if reader is not None]
             found = [run for run in found if elsewhere[run] is None]
         return sorted(found, key=lambda run: -run.order), others
 
@@ -141,7 +142,8 @@ class Trace:
                 return "the output"
             for reader in self._read_by.get(node, ()):
                 if reader not in within:
-                    return self._reader({node}, reader)
+                    known = [r for r in self._runs if node in r.inputs and reader in _product(r)]
+                    return str(known[0]) if known else self._described(reader)
                 stack.append(reader)
         return None
 
@@ -212,12 +214,13 @@ class Trace:
         return notice
 
 
-def _idle(model: nn.Module, read_by: Mapping[Node, object]) -> list[str]:
-    """The modules with parameters of their own none of which had a part in the pass."""
+def _unused(model: nn.Module, read_by: Mapping[Node, object]) -> Iterator[tuple[str, nn.Module]]:
+    """The modules with parameters of their own none of which autograd has seen."""
     used = {id(getattr(node, "variable", None)) for node in read_by}
-    own = {name: [p for p in module._parameters.values() if p is not None] for name, module in named_modules(model)}
-    known = {name: [p for p in found if p.requires_grad or p.is_floating_point()] for name, found in own.items()}
-    return [name for name, found in known.items() if found and not any(id(p) in used for p in found)]
+    for name, module in named_modules(model):
+        own = [p for p in module._parameters.values() if p is not None and p.is_floating_point()]
+        if own and not any(id(p) in used for p in own):
+            yield name, module
 
 
 def _forget(_: Any) -> Any:

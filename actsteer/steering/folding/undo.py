@@ -55,7 +55,7 @@ class Undo:
         """NotFoldable, if somebody has changed or replaced the parameters since, whose work would be lost."""
         for module, name, key, own, numbers in self._left:
             now = module._parameters.get(key)
-            if now is not own or _digest(now) != numbers:
+            if (now is None) != (own is None) or _digest(now) != numbers:
                 raise NotFoldable(
                     f"{name}.{key} was changed or replaced after the fold, and to unfold would undo that too; load the "
                     "plain weights instead"
@@ -68,7 +68,8 @@ def _digest(parameter: Tensor | None) -> str:
 
 @torch.no_grad()
 def _restore(module: nn.Module, key: str, own: Tensor | None, value: Tensor | None) -> None:
+    now = module._parameters.get(key)
     if own is None or value is None:
         module._parameters[key] = None
     else:
-        own.copy_(value)
+        (own if now is None else now).copy_(value)

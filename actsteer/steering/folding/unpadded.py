@@ -33,10 +33,12 @@ def at_tokens(outputs: list[Tensor], batch: Mapping[str, Any]) -> list[Tensor]:
     """Of the outputs of a batch with pads, what stands at its tokens; whole, where there is one for every row."""
     found: list[Tensor] = []
     for own in outputs:
-        masks = [batch.get(f"decoder_{_MASK}"), batch.get(_MASK)]
-        at = [mask.bool() for mask in masks if isinstance(mask, Tensor) and mask.shape == own.shape[:2]]
-        if at or own.ndim <= 2:  # others, such as attention weights, are of pads too
-            found.append(own[at[0]] if at else own)
+        known = [batch.get(f"decoder_{_MASK}"), batch.get(_MASK)]
+        masks = [mask.bool() for mask in known if isinstance(mask, Tensor) and mask.ndim == 2]
+        shaped = [mask for mask in masks if mask.shape == own.shape[:2]]
+        flat = [mask.reshape(-1) for mask in masks if own.ndim and mask.numel() == len(own)]  # all tokens in a row
+        if shaped or flat or own.ndim <= 2:  # others, such as attention weights, are of pads too
+            found.append(own[(shaped or flat)[0]] if shaped or flat else own)
     return found
 
 
@@ -45,5 +47,7 @@ def _row(name: str, value: Any, row: int, count: int, masks: Mapping[str, Tensor
     if not isinstance(value, Tensor) or not value.ndim or len(value) != count:
         return value
     mask = masks.get(f"decoder_{_MASK}" if name.startswith(_DECODER) else _MASK)
+    if name == "labels" and mask is None:  # of the tokens themselves, where there is no decoder
+        mask = masks.get(_MASK)
     own = value[row : row + 1]
     return own if mask is None or value.shape[:2] != mask.shape else own[:, mask[row].bool()]

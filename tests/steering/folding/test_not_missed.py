@@ -185,12 +185,50 @@ def test_unfolding_does_not_undo_what_was_trained_since():
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
-def test_unfolding_a_model_whose_parameters_were_replaced_is_refused():
+def test_unfolding_a_model_whose_parameters_were_replaced():
     model, v = small(), SteeringVector({"1": direction(6)})
+    plain = model(X)
     fold(model, v, verify_on=X, inplace=True)
     model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    unfold(model)  # the same numbers in other tensors
+    assert torch.equal(model(X), plain)
+    fold(model, v, verify_on=X, inplace=True)
+    model.load_state_dict({name: tensor + 1 for name, tensor in model.state_dict().items()}, assign=True)
     with pytest.raises(NotFoldable, match="was changed or replaced"):
         unfold(model)
+
+
+def test_training_between_two_folds_is_not_undone():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    fold(model, SteeringVector({"1": direction(6)}), verify_on=X, inplace=True)
+    with torch.no_grad():
+        model[2].bias += 1
+    fold(model, SteeringVector({"3": direction(6)}), verify_on=X, inplace=True)
+    unfold(model)
+    with pytest.raises(NotFoldable, match=r"2\.bias was changed"):
+        unfold(model)
+
+
+def test_a_sparse_buffer_is_left_alone():
+    model = Net(lambda m, x: m.head(torch.relu(torch.sparse.mm(m.table, m.site(m.l(x))))))
+    model.table = torch.eye(8).to_sparse()
+    plain = model(X)
+    fold_of(model, V, X, inplace=True)
+    unfold(model)
+    assert torch.equal(model(X), plain)
+
+
+def test_layers_that_run_without_gradients_have_run():
+    def forward(m, x):
+        with torch.no_grad():
+            hidden = m.other(m.l(x))
+        return m.head(torch.tanh(m.site(m.head.weight.sum() * 0 + hidden)))
+
+    model = Net(forward)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fold(model, SteeringVector({"head": direction(3)}), verify_on=X)
 
 
 def test_two_folds_in_place_are_undone_one_by_one():
