@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from actsteer.cli import options, screen
+from actsteer.cli import banks, models, options, screen
 from actsteer.cli.options import Concepts, MaybeModelName, TrustRemoteCode
-from actsteer.cli.show import read_bank
 
 
 def convert(
@@ -31,6 +30,8 @@ def convert(
     if target_offset and target.suffix.lower() != ".gguf":
         raise typer.BadParameter("only a .gguf numbers the blocks", param_hint="--target-offset")
     options.check_output(target, ".safetensors", ".gguf", inputs=[source])
-    bank = read_bank(source, concept, model=model, trust_remote_code=trust_remote_code, layer_offset=source_offset)
+    banks.check(source)
+    named = models.names(model, trust_remote_code=trust_remote_code)
+    bank = banks.read(source, named, concept, layer_offset=source_offset)
     bank.save(target, layer_offset=target_offset)
     screen.say(f"{len(bank)} concept{'s' * (len(bank) != 1)} written to {target}: {', '.join(bank.concepts)}")

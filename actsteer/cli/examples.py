@@ -47,7 +47,6 @@ def read(path: Path) -> Any:
 def _texts(path: Path, *, is_json: bool) -> list[Any]:
     texts: list[Any] = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
-        line = line.removesuffix("\r")
         if line.strip():
             try:
                 texts.append(_checked(json.loads(line)) if is_json else line)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from safetensors.torch import save_model
 
-from actsteer.cli import models, options, screen
+from actsteer.cli import banks, models, options, screen
 from actsteer.cli.examples import one_batch
 from actsteer.cli.options import (
     BankPath,
@@ -24,7 +24,6 @@ from actsteer.cli.options import (
 )
 from actsteer.files.sealed import replacing
 from actsteer.steering.folding import fold as folding
-from actsteer.vectors.bank import VectorBank
 
 
 def fold(
@@ -47,7 +46,7 @@ def fold(
     .safetensors file of its weights.
     """
     strength = options.one_strength(c)
-    options.check_bank(bank)
+    banks.check(bank)
     _check_new(output)
     loaded = models.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     host: Any = loaded.model
@@ -56,8 +55,7 @@ def fold(
         wanted = "a name for a directory" if is_pretrained else "a name with .safetensors for the weights"
         raise typer.BadParameter(f"{output}: expected {wanted}", param_hint="output")
     companions = loaded.companions()
-    vectors = VectorBank.load(bank, loaded.model)
-    vectors = vectors.select(*concept) if concept else vectors
+    vectors = banks.read(bank, loaded.model, concept)
     batch = one_batch(verify_on, loaded, chat=chat)
     before = set(host.state_dict())
     folding.fold(loaded.model, vectors, strength, verify_on=batch, inplace=True)

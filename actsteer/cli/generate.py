@@ -9,12 +9,11 @@ import torch
 import typer
 from rich.table import Table
 
-from actsteer.cli import models, options, screen
+from actsteer.cli import banks, models, options, screen
 from actsteer.cli.options import BankPath, Chat, Concepts, Device, DtypeName, ModelName, StrengthTexts, TrustRemoteCode
 from actsteer.collecting.texts import input_device, text_batches
 from actsteer.errors import UnsupportedModelError
 from actsteer.steering.steerer import Steerer
-from actsteer.vectors.bank import VectorBank
 
 
 def generate(
@@ -35,12 +34,11 @@ def generate(
     """Generate text at every strength asked for, side by side with c = 0, the model as it is."""
     strengths: list[Any] = [0.0, *options.strengths(c)]
     where = options.positions(positions)
-    options.check_bank(bank)
+    banks.check(bank)
     loaded = models.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     if not hasattr(loaded.model, "generate"):
         raise UnsupportedModelError(f"{model}: {type(loaded.model).__name__} generates no text; give a language model")
-    vectors = VectorBank.load(bank, loaded.model)
-    vectors = vectors.select(*concept) if concept else vectors
+    vectors = banks.read(bank, loaded.model, concept)
     tokenizer = loaded.tokenizer()
     every = [Steerer(loaded.model, vectors, c=own, positions=where) for own in strengths[1:]]  # before any work
     for prompt in prompts:

@@ -80,6 +80,11 @@ def load(
     return Loaded(model.eval(), lambda: _tokenizer(name, remote), lambda: _companions(name, remote))
 
 
+def names(name: str | None, *, trust_remote_code: bool) -> nn.Module | None:
+    """The model that names a file's blocks, without its weights, if one was given."""
+    return None if name is None else load(name, trust_remote_code=trust_remote_code, empty=True).model
+
+
 def _tokenizer(name: str, remote: dict[str, bool]) -> Any:
     from transformers import AutoTokenizer
 

@@ -54,16 +54,6 @@ def check_output(path: Path, *suffixes: str, inputs: Sequence[str | Path] = ()) 
         raise typer.BadParameter(f"{path}: it is read, and would be lost; choose another name", param_hint="output")
 
 
-def check_bank(path: str) -> None:
-    """Before any work: whether there is such a file.
-
-    Raises:
-        typer.BadParameter: there is none.
-    """
-    if not glob.has_magic(path) and not Path(path).is_file():
-        raise typer.BadParameter(f"{path}: there is no such file", param_hint="bank")
-
-
 def strengths(texts: list[str]) -> list[float | dict[str, float]]:
     """What "-c 2 -c 4" means: two strengths; "-c nine=2 -c eight=-1": one, of two concepts.
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from actsteer.cli import models, options, screen
+from actsteer.cli import banks, models, screen
 from actsteer.cli.options import Concepts, MaybeModelName, TrustRemoteCode
 from actsteer.vectors.bank import VectorBank
 
@@ -24,18 +24,8 @@ def show(
 
     Interference is the cosine between two concepts over all their sites; the strongest pairs come first.
     """
-    vectors = read_bank(bank, concept, model=model, trust_remote_code=trust_remote_code)
-    describe(vectors)
-
-
-def read_bank(
-    path: str, concepts: list[str] | None, *, model: str | None, trust_remote_code: bool, layer_offset: int = 0
-) -> VectorBank:
-    """The vectors of a file, or some of them, with sites named for a model, of which no weights are needed."""
-    options.check_bank(path)
-    named = None if model is None else models.load(model, trust_remote_code=trust_remote_code, empty=True).model
-    bank = VectorBank.load(path, named, layer_offset=layer_offset)
-    return bank.select(*concepts) if concepts else bank
+    banks.check(bank)
+    describe(banks.read(bank, models.names(model, trust_remote_code=trust_remote_code), concept))
 
 
 def describe(bank: VectorBank) -> None:

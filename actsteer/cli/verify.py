@@ -7,12 +7,11 @@ from typing import Annotated
 
 import typer
 
-from actsteer.cli import models, options, screen
+from actsteer.cli import banks, models, options, screen
 from actsteer.cli.examples import one_batch
 from actsteer.cli.options import Chat, Concepts, Device, DtypeName, TrustRemoteCode
 from actsteer.steering.folding.proof import Proof, distance, is_lost, outputs
 from actsteer.steering.steerer import Steerer
-from actsteer.vectors.bank import VectorBank
 
 
 def verify(
@@ -39,15 +38,15 @@ def verify(
         raise typer.BadParameter("it takes a model to run", param_hint="--model")
     if folded is not None and on is None:
         raise typer.BadParameter("it takes inputs to compare outputs", param_hint="--on")
-    options.check_bank(bank)
+    banks.check(bank)
     if folded is not None:
         models.check_folded(folded)
     strength = options.one_strength(c or ["1"])
     loaded = None
     if model is not None:
         loaded = models.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, empty=on is None)
-    vectors = VectorBank.load(bank, None if loaded is None else loaded.model)
-    vectors = VectorBank(dict((vectors.select(*concept) if concept else vectors).items()))  # every one is read
+    vectors = banks.read(bank, None if loaded is None else loaded.model, concept)
+    vectors.items()  # every one is read
     screen.say(f"whole: {bank}, {len(vectors)} concept{'s' * (len(vectors) != 1)}")
     if loaded is None:
         return

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor
 
-PlainVector: TypeAlias = tuple[Mapping[str, Tensor], dict[str, str]]
+PlainVector: TypeAlias = tuple[Mapping[str, Tensor], Mapping[str, str]]
 """A vector's directions (site -> tensor) and its metadata."""
 
 

@@ -30,7 +30,9 @@ def write(
         for concept, (_, metadata) in bank.items():
             fingerprint.check(model, metadata, what=f"the vector {concept!r}")
         known = fingerprint.described(model)
-        bank = {c: (own, metadata if "model" in metadata else metadata | known) for c, (own, metadata) in bank.items()}
+        bank = {
+            c: (own, metadata if "model" in metadata else {**metadata, **known}) for c, (own, metadata) in bank.items()
+        }
     if suffix == ".safetensors":
         if layer_offset:
             raise ValueError("layer_offset is for files that number the blocks, .gguf")
@@ -185,9 +187,7 @@ def _named(path: str, concept: str, vector: Numbered, *, model: nn.Module | None
             f"{path}: it numbers the blocks of a {vector.model_hint or 'model of unknown type'}; name them with model="
         )
     named: dict[str, Tensor] = {}
-    ours = (
-        {} if layer_offset else {number: block_of(site) for number, site in sites.items()}
-    )  # which we wrote ourselves
+    ours = {} if layer_offset else {number: block_of(site) for number, site in sites.items()}  # in a file of our own
     for number, row in sorted(vector.directions.items()):
         at = ours.get(number)
         block = number - layer_offset if at is None else at[1]

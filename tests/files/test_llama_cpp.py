@@ -32,6 +32,7 @@ def check(model, folder, *, site, norm, tolerance):
     finally:
         other.close()
     error = {shift: float((logits - steered).abs().max()) for shift, logits in there.items()}
+    print(f"differences at block N - 1, N, N + 1: {error}; steered by {float((steered - plain).abs().max()):.3g}")
     assert error[0] < tolerance, error
     assert min(error[-1], error[1]) > 10 * tolerance, error
     assert (steered - plain).abs().max() > 10 * tolerance

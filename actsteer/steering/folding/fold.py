@@ -106,7 +106,7 @@ def fold(
                 proof = Proof(steerer, verify_on)
                 folding = _Folding(target, steerer, maps, proof)
                 folding.run(undo)
-                pretrained.adapt(target, undo)
+                pretrained.adapt(unwrapped(target), undo)
                 if (failure := proof.failure(target)) is not None:
                     raise NotFoldable(f"with the biases that its config asks for, {failure}")
         except BaseException:

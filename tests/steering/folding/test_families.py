@@ -55,4 +55,5 @@ def test_what_is_folded_holds_on_other_inputs(build, folded_at_least):
                     error = (folded(**other)[0] - steered).abs().max() / steered.abs().max()
                 assert error < 1e-4, (where, intervention)
                 count += 1
+    print(f"{count} folded, none of them wrong on other inputs")
     assert count >= folded_at_least
