@@ -684,3 +684,74 @@ def test_a_narrow_screen_does_not_fold_names(folder):
     done = shell("sites", "llama", cwd=folder, COLUMNS="20")
     assert "model.layers.2.post_attention_layernorm  LlamaRMSNorm" in done.stdout
     assert max(map(len, done.stdout.splitlines())) > 60
+
+
+def test_a_pattern_that_would_be_written_over_is_refused(run, folder, bank):
+    (folder / "q").mkdir()
+    for name in ("love", "calm"):
+        (folder / f"{name}.safetensors").rename(folder / f"q/{name}.safetensors")
+    content = (folder / "q/calm.safetensors").read_bytes()
+    done = run("convert", "q/*.safetensors", "q/calm.safetensors")
+    assert done.code == 2
+    assert "it is read, and would be lost" in done.err
+    assert (folder / "q/calm.safetensors").read_bytes() == content
+    assert run("convert", "q/*.safetensors", "q/all.safetensors").code == 0
+
+
+@pytest.mark.parametrize("where", ["empty", "link", "."])
+def test_a_fold_goes_into_an_empty_directory(run, folder, bank, monkeypatch, where):
+    (folder / "empty").mkdir()
+    (folder / "link").symlink_to("empty")
+    if where == ".":
+        monkeypatch.chdir(folder / "empty")
+    model, vectors, texts = (folder / name for name in ("llama", "bank.safetensors", "love.txt"))
+    done = run("fold", "-m", model, "-b", vectors, "-c", "2", "--verify-on", texts, "-o", where)
+    assert done.code == 0, done.err
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+        path.name for path in (folder / "empty").iterdir()
+    }
+    assert (folder / "link").is_symlink()
+    assert not list(folder.glob(".actsteer-*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("./none", "no such file or directory"), ("nets.py", "expected a directory")]
+)
+def test_what_cannot_be_a_folded_model_is_refused_before_any_work(run, folder, bank, name, why):
+    done = run("verify", "bank.safetensors", "-m", "llama", "--on", "love.txt", "--folded", name)
+    assert done.code == 2
+    assert why in done.err
+    assert done.out == ""
+
+
+def test_a_folded_model_of_another_dtype_asks_for_it(run, folder, bank):
+    common = ["-m", "llama", "-c", "2", "--dtype", "bfloat16"]
+    done = run("fold", *common, "-b", "bank.safetensors", "--verify-on", "love.txt", "-o", "half")
+    assert done.code == 0, done.err
+    same = ["verify", "bank.safetensors", "--on", "love.txt", "--folded", "half", *common]
+    assert run(*same).code == 0
+    done = run(*same[:-2])
+    assert done.code == 1
+    assert "pass --dtype" in done.err
+
+
+def test_verify_takes_outputs_of_every_kind(run, folder):
+    (folder / "kinds.py").write_text(
+        "import torch\nfrom torch import nn\n\n\nclass Kinds(nn.Module):\n    def __init__(self):\n"
+        "        super().__init__()\n        torch.manual_seed(0)\n        self.l = nn.Linear(4, 3)\n\n"
+        "    def forward(self, x):\n        y = self.l(x)\n        masked = y.clone()\n"
+        "        masked[:, 0] = float('-inf')\n        return y, masked, y > 0, y[y > 0]\n"
+    )
+    SteeringVector({"l": torch.ones(3)}).save(folder / "v.safetensors")
+    done = run("verify", "v.safetensors", "-m", "kinds:Kinds", "--on", "right.pt", "-c", "2")
+    assert done.code == 0, done.err
+    assert "the outputs move by up to 2" in done.out
+
+
+def test_a_truncated_checkpoint_is_no_traceback(run, folder, bank):
+    weights = folder / "llama/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    done = run("verify", "bank.safetensors", "-m", "llama", "--on", "love.txt")
+    assert done.code == 2
+    assert "llama: " in done.err
+    assert "Traceback" not in done.err

@@ -37,6 +37,7 @@ from actsteer import (
     collect,
     find_sites,
     fit,
+    fold,
     optimize,
     record,
 )
@@ -453,6 +454,14 @@ def fold_and_patch_are_refused() -> None:
         v = SteeringVector({"up": WIDE})
         refused(lambda: Steerer(build(), v, backend="fold"), "its parameters are sharded")  # noqa: B023
         refused(lambda: Steerer(build(), v, backend="patch"), "its parameters are sharded")  # noqa: B023
+
+
+@check
+def a_fold_into_sharded_weights_is_refused() -> None:
+    x = torch.ones(3, 4, 4, dtype=torch.float64)
+    for build in (local, fsdp, fsdp_at_the_root):
+        model = build()
+        refused(lambda: fold(model, SteeringVector({"up": WIDE}), verify_on=x, inplace=True), "are sharded")  # noqa: B023
 
 
 def main(rank: int, store: str, results: str) -> None:

@@ -42,8 +42,6 @@ def obstacle(model: nn.Module, module: nn.Module, edit: AffineMap, *, at: Litera
     changed = [
         own for own in (weight if edit.weight is not None or kind == "embedding" else None, bias) if own is not None
     ]
-    if module._forward_hooks or module._forward_pre_hooks:
-        return "it has hooks, and nobody knows what they do"
     if is_sharded(module):
         return "its parameters are sharded"
     if any(parameter.is_meta for parameter in module._parameters.values() if parameter is not None):
@@ -52,6 +50,8 @@ def obstacle(model: nn.Module, module: nn.Module, edit: AffineMap, *, at: Litera
         return "its parameters are quantised, or of another class than torch's"
     if weight is not None and (not weight.is_floating_point() or weight.dtype.itemsize < 2):
         return f"its weight is quantised, {weight.dtype}"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it has hooks, and nobody knows what they do"
     for name in getattr(module, "parametrizations", ()):
         if name == "bias" or edit.weight is not None or at == "input":
             return f"its {name} is parametrised"

@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 from actsteer import Ablate, AttachedError, NotFoldable, Steerer, SteeringVector, UnsupportedModelError, fold, unfold
+from actsteer.steering.folding.affine import AffineMap
+from actsteer.steering.folding.layers import obstacle
 from tests.zoo import llama
 
 X = torch.randn(8, 4, generator=torch.Generator().manual_seed(5))
@@ -349,3 +351,92 @@ def inference():
 def test_what_cannot_be_folded_says_so(model, options, why):
     with pytest.raises(NotFoldable, match=why):
         fold(model(), SteeringVector({"1": direction(4)}), verify_on=X, **options)
+
+
+# --- outputs of many kinds -------------------------------------------------------------------------------------------
+def top_two(m, x):
+    logits = m.head(torch.tanh(m.other(m.site(m.l(x)))))
+    return logits.masked_fill(logits < logits.topk(2, -1).values[:, -1:], float("-inf"))
+
+
+def test_infinities_by_design_may_be_elsewhere():
+    model = Net(top_two)
+    plain = model(X).isinf()
+    with torch.no_grad(), Steerer(model, V, c=9.0):
+        steered = model(X)
+    assert not torch.equal(plain, steered.isinf()) and plain.sum() == steered.isinf().sum()
+    folded = fold(model, V, 9.0, verify_on=X)
+    assert torch.allclose(folded(X), steered, atol=1e-5)
+
+
+def test_a_fold_that_gives_more_infinities_or_nan_is_refused():
+    with pytest.raises(NotFoldable, match="infinite or nan; c is too large"):
+        fold_of(Net(lambda m, x: m.head(m.site(m.l(x)))), V, X, 1e39)
+    with pytest.raises(NotFoldable, match="infinite or nan; c is too large"):
+        fold_of(Net(lambda m, x: m.head(torch.log(6 + m.site(m.l(x))))), V, X, 100.0)
+
+
+class Routed(nn.Module):
+    """Gives the logits of every token of every row in one row, as routers of experts do."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.l, self.head = nn.Embedding(9, 4), nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        hidden = self.head(torch.tanh(self.l(self.embed(input_ids))))
+        if labels is None:
+            return hidden, hidden.flatten(0, 1)
+        return nn.functional.cross_entropy(hidden.flatten(0, 1), labels.flatten()), hidden
+
+
+PADDED = {"input_ids": torch.tensor([[3, 4, 5], [6, 0, 0]]), "attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0]])}
+
+
+class Shifted(Routed):
+    """What pads hold comes to all rows, and so to those of the tokens."""
+
+    def forward(self, input_ids, attention_mask=None):
+        hidden = self.head(torch.tanh(self.l(self.embed(input_ids))))
+        return hidden + hidden.mean(dim=1, keepdim=True)
+
+
+def test_pads_of_outputs_without_rows_do_not_count():
+    model, v = Routed(), SteeringVector({"l": direction(6)})
+    assert torch.equal(fold(model, v, verify_on=PADDED).head.weight, model.head.weight)
+    with pytest.raises(NotFoldable, match="on the rows with their pads"):
+        fold(Shifted(), v, verify_on=PADDED)
+
+
+def test_labels_lose_the_pads_of_their_tokens():
+    model, v = Routed(), SteeringVector({"l": direction(6)})
+    fold(model, v, verify_on=PADDED | {"labels": torch.tensor([[0, 1, 2], [1, -100, -100]])})
+
+
+# --- wrapped, quantised, elsewhere -----------------------------------------------------------------------------------
+def test_a_compiled_model_s_checkpoint_asks_for_the_biases_too(tmp_path):
+    torch.compiler.reset()
+    ids = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
+    v = SteeringVector({"model.layers.1": direction(16)})
+    folded = fold(torch.compile(llama().float(), backend="eager"), v, 2.0, verify_on=ids)
+    assert folded._orig_mod.config.mlp_bias
+    with pytest.raises(UnsupportedModelError, match="has no place for the biases"):
+        fold(torch.compile(llama(kind="Qwen2").float(), backend="eager"), v, verify_on=ids)._orig_mod.save_pretrained(
+            tmp_path
+        )
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda layer: layer.weight.data.to(torch.float8_e4m3fn), "its weight is quantised, torch.float8_e4m3fn"),
+        (lambda layer: layer.weight.data.to("meta"), "its parameters are not on this device"),
+    ],
+)
+def test_weights_that_cannot_be_written(change, why):
+    layer = nn.Linear(4, 6, bias=False)
+    layer.weight = nn.Parameter(change(layer), requires_grad=False)
+    edit = AffineMap(torch.eye(6, dtype=torch.float64), torch.ones(6, dtype=torch.float64))
+    assert obstacle(nn.Sequential(layer), layer, edit, at="output") == why
