@@ -16,6 +16,11 @@ def is_sharded(module: nn.Module) -> bool:
     return any(_is_dtensor(parameter) for parameter in module._parameters.values())
 
 
+def is_gathered_now_and_then(module: nn.Module) -> bool:
+    """Whether FSDP has the module, and between passes perhaps whole parameters, which it lets go again."""
+    return any(kind.__module__.startswith("torch.distributed.fsdp") for kind in type(module).__mro__)
+
+
 def full_shape(activation: Tensor, module: nn.Module) -> tuple[int, ...]:
     """The shape of the whole activation, of which this process may hold some features."""
     if _columns(activation, module) is not None:

@@ -21,7 +21,8 @@ from actsteer.sites.listen import listen
 from actsteer.sites.outputs import Arguments, get, locate
 from actsteer.sites.place import Place
 from actsteer.sites.resolve import Sites, resolve
-from actsteer.sites.wrappers import unwrapped
+from actsteer.sites.shards import is_gathered_now_and_then
+from actsteer.sites.wrappers import named_modules, unwrapped
 from actsteer.steering.backends import fold as backend
 from actsteer.steering.folding import pretrained
 from actsteer.steering.folding.affine import AffineMap, affine_maps
@@ -96,6 +97,8 @@ def fold(
         )
     maps = affine_maps(steerer.edits, [own for own in strengths if isinstance(own, Tensor)])
     maps = {site: own for site, own in maps.items() if not own.is_identity}
+    if (name := next((n for n, m in named_modules(model) if is_gathered_now_and_then(m)), None)) is not None:
+        raise NotFoldable(f"{name or 'the model'}: its parameters are sharded; fold the model before FSDP shards it")
     if inplace:
         _check_free(model)
     target = model if inplace else _copied(model)
