@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from actsteer import Steerer, SteeringVector, fold
-from actsteer.steering.folding.unpadded import unpadded
+from actsteer.steering.folding.unpadded import at_tokens, unpadded
 from tests.zoo import llama, normal
 
 LEFT = {
@@ -29,6 +29,14 @@ def test_an_encoder_and_a_decoder_have_a_mask_each():
     one, _ = unpadded(batch | {"decoder_attention_mask": torch.tensor([[1, 0], [1, 1]])})
     assert one["decoder_input_ids"].tolist() == [[1]] and one["labels"].tolist() == [[5]]
     assert one["input_ids"].tolist() == [[5, 9]]
+
+
+def test_of_outputs_only_what_stands_at_tokens_counts():
+    logits, flat, pooled, weights = torch.rand(2, 4, 3), torch.rand(8, 3, 2), torch.rand(2, 3), torch.rand(2, 5, 4, 4)
+    real = LEFT["attention_mask"].bool()
+    found = at_tokens([logits, flat, pooled, weights], LEFT)
+    assert [tuple(own.shape) for own in found] == [(6, 3), (6, 3, 2), (2, 3)]  # the weights are of pads too
+    assert torch.equal(found[0], logits[real]) and torch.equal(found[1], flat[real.flatten()])
 
 
 @pytest.mark.parametrize(
