@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from typing import Any, final
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 from actsteer.collecting.batches import call, first_shape, rows_in
 from actsteer.collecting.masks import TokenMasks
@@ -20,11 +20,10 @@ from actsteer.collecting.stop import Stop, Stopper
 from actsteer.collecting.undisturbed import inference_for, undisturbed, usable_later
 from actsteer.errors import BatchError, ShapeError, StatisticsError
 from actsteer.sites.axes import Axes, Layout, layouts
+from actsteer.sites.lens import Frame, Lens, packed_rows
 from actsteer.sites.listen import likely_cause, listen
-from actsteer.sites.outputs import Arguments, get, locate, members
 from actsteer.sites.place import Place
 from actsteer.sites.resolve import resolve
-from actsteer.sites.shards import full
 
 Keep = Callable[[str, Float[Tensor, "n d"], Int[Tensor, " n"]], None]
 """Called with a site, rows of its activations, and for each of them the row of the batch that it is from."""
@@ -118,42 +117,34 @@ class _Listener:
     asked: int | None  # the number of its rows, if it matters from which each activation is
 
     def __init__(self, place: Place, layout: Layout, keep: Keep, axes: dict[str, int]) -> None:
-        self.place, self._layout, self._keep, self._axes = place, layout, keep, axes
-        self._axis = -1
+        self.place, self._keep, self._axes = place, keep, axes
+        self._lens = Lens(place, layout)
 
     def __call__(self, module: nn.Module, args: Any, last: Any) -> None:
         """`last` is the output or, at an input, the keyword arguments."""
         if not self.hears:
             return
-        value = Arguments(args, last) if self.place.side == "in" else last
-        keys = locate(self.place, value)
-        holder = get(value, keys[:-1]) if keys else None
-        activation = get(value, keys)
+        view = self._lens.heard(module, args, last)
+        nested, packed = view.raw.is_nested, view.packed
         with torch.inference_mode(mode=False), torch.no_grad():
-            for index, part in enumerate(members(activation)):
-                whole = self._whole(module, part)
-                if isinstance(holder, PackedSequence):
-                    rows, owners = self._everything(whole, "is packed"), _owners(holder)
+            for index, (whole, frame) in enumerate(view.rows()):
+                self._notice_axis(frame)
+                if packed is not None:
+                    rows, owners = self._everything(whole, "is packed"), packed_rows(packed)
                 else:
-                    rows, owners = self._rows(whole, nested=activation.is_nested)
+                    rows, owners = self._rows(whole, frame, nested=nested)
                 if len(rows):
-                    self._keep(self.place.site, rows, owners + index if activation.is_nested else owners)
+                    self._keep(self.place.site, rows, owners + index if nested else owners)
         self.stopper.ran(self.place.site, has_begun=self.place.side == "in")
 
-    def _whole(self, module: nn.Module, part: Tensor) -> Tensor:
-        """The activation as its users see it, with the features last."""
-        whole = full(part, module, site=self.place.site)
-        if (conversion := getattr(module, "hook_conversion", None)) is not None:
-            whole = conversion.convert(whole)
-        axis = self._axis = self._layout.feature_axis(tuple(whole.shape), size=None, site=self.place.site)
-        own = self._layout.axis
-        self._axes[self.place.site] = own if own is not None else -1 if axis == whole.ndim - 1 else axis
-        return whole.movedim(axis, -1)
+    def _notice_axis(self, frame: Frame) -> None:
+        known = self._lens.layout.axis
+        self._axes[self.place.site] = known if known is not None else -1 if frame.is_last else frame.axis
 
-    def _rows(self, whole: Float[Tensor, "*shape d"], *, nested: bool) -> tuple[Tensor, Tensor]:
+    def _rows(self, whole: Float[Tensor, "*shape d"], frame: Frame, *, nested: bool) -> tuple[Tensor, Tensor]:
         """The activations at the positions that are asked for, and their rows."""
         site, ordered = self.place.site, isinstance(self.positions, str) and self.positions in ("all", "prompt")
-        by_row = self._by_row(whole, nested=nested, matters=not ordered or self.asked is not None)
+        by_row = self._by_row(whole, frame, nested=nested, matters=not ordered or self.asked is not None)
         shape = tuple(by_row.shape[:2]) if whole.ndim > 2 else (len(by_row),)
         real = None if nested or whole.ndim > 3 else self.masks.at(site, shape)
         if real is not None and real.shape != by_row.shape[:2]:  # the tokens of all rows in a line
@@ -174,14 +165,13 @@ class _Listener:
             return rearrange(by_row, "b s d -> (b s) d"), owners
         return pick(by_row, real, self.positions)
 
-    def _by_row(self, whole: Float[Tensor, "*shape d"], *, nested: bool, matters: bool) -> Float[Tensor, "rows s d"]:
+    def _by_row(
+        self, whole: Float[Tensor, "*shape d"], frame: Frame, *, nested: bool, matters: bool
+    ) -> Float[Tensor, "rows s d"]:
         """The activation with the rows first and the positions, however many axes they have, second."""
-        row_axis = self._layout.row_axis if whole.ndim > 2 and not nested else 0
-        if whole.ndim < 2 or row_axis == self._axis:  # one row alone
-            return whole.reshape(1, -1, whole.shape[-1])
-        if whole.ndim == 2:
-            return whole[:, None]
-        if self.doubtful and matters and not nested and whole.ndim == 3:
+        if nested:
+            frame = replace(frame, row_axis=0)
+        if self.doubtful and matters and not nested and whole.ndim == 3 and frame.row_axis != frame.axis:
             rows = self.asked if self.asked is not None else self.masks.rows
             if rows not in whole.shape[:2] or whole.shape[0] == whole.shape[1]:
                 raise ShapeError(
@@ -189,8 +179,12 @@ class _Listener:
                     f"which axis of an activation of shape {tuple(whole.shape)} holds the rows; choose a site inside "
                     "of them"
                 )
-            row_axis = whole.shape.index(rows)
-        return whole.movedim(row_axis - (row_axis > self._axis), 0).flatten(1, -2)
+            by_row = whole.movedim(whole.shape.index(rows), 0)
+        elif (found := frame.rows_first(whole)) is None or whole.ndim < 2:  # one row alone
+            return whole.reshape(1, -1, whole.shape[-1])
+        else:
+            by_row = found
+        return by_row[:, None] if by_row.ndim == 2 else by_row.flatten(1, -2)
 
     def _everything(self, whole: Tensor, why: str) -> Tensor:
         if isinstance(self.positions, str) and self.positions in ("all", "prompt"):
@@ -199,9 +193,3 @@ class _Listener:
             f"site {self.place.site!r}: positions={self.positions!r} of an activation that {why}; choose a site whose "
             "activation has the shape (rows, positions, d), or positions='all'"
         )
-
-
-def _owners(packed: PackedSequence) -> Tensor:
-    """The row of the batch of every element."""
-    owners = torch.cat([torch.arange(int(size)) for size in packed.batch_sizes])
-    return owners if packed.sorted_indices is None else packed.sorted_indices.cpu()[owners]

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from actsteer.collecting.batches import call
 from actsteer.collecting.undisturbed import buffers_kept, undisturbed
 from actsteer.errors import AttachedError, NotFoldable
-from actsteer.sites.axes import Axes
+from actsteer.sites.axes import Axes, Layout
+from actsteer.sites.containers import Arguments
+from actsteer.sites.lens import Lens
 from actsteer.sites.listen import listen
-from actsteer.sites.outputs import Arguments, get, locate
 from actsteer.sites.place import Place
 from actsteer.sites.resolve import Sites, resolve
 from actsteer.sites.shards import is_gathered_now_and_then
@@ -262,7 +263,7 @@ class _Folding:
         seen: dict[Run, Tensor] = {}
 
         def notice(run: Run, place: Place, value: Any) -> None:
-            seen[run] = get(value, locate(place, value)).detach().clone()
+            seen[run] = Lens(place, Layout(None)).read(run.module, value).raw.detach().clone()
 
         constant = Replace({site: edit.bias})
         axes = {site: self._steerer.axes[site]} if site in self._steerer.axes else None

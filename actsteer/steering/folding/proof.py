@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from actsteer.collecting.batches import call
 from actsteer.collecting.undisturbed import undisturbed
 from actsteer.errors import NotFoldable
-from actsteer.sites.outputs import tensors_in
+from actsteer.sites.containers import tensors_in
 from actsteer.steering.folding.unpadded import at_tokens, unpadded
 from actsteer.steering.steerer import Steerer
 from actsteer.vectors.vector import SteeringVector
