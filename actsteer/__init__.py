@@ -59,7 +59,8 @@ from actsteer.steering.interventions.add import Add
 from actsteer.steering.interventions.affine import Affine
 from actsteer.steering.interventions.chain import Chain
 from actsteer.steering.interventions.clamp import Clamp
-from actsteer.steering.interventions.intervention import Intervention
+from actsteer.steering.interventions.intervention import Edit, Intervention, PerSite
+from actsteer.steering.interventions.keep_norm import KeepNorm
 from actsteer.steering.interventions.low_rank import LowRank
 from actsteer.steering.interventions.replace import Replace
 from actsteer.steering.interventions.rotate import Rotate
@@ -88,11 +89,13 @@ __all__ = [
     "CosineAbove",
     "CrossMoments",
     "DistributedError",
+    "Edit",
     "Estimator",
     "FileFormatError",
     "Gate",
     "GateError",
     "Intervention",
+    "KeepNorm",
     "LayerMean",
     "LogisticDirection",
     "LossError",
@@ -105,6 +108,7 @@ __all__ = [
     "NullSpace",
     "Or",
     "OutputError",
+    "PerSite",
     "PositionsError",
     "PrincipalDirection",
     "ProbeAbove",

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from actsteer.errors import ShapeError, SiteNotFoundError, close_names
-from actsteer.steering.interventions.intervention import moved
 from actsteer.vectors.vector import SteeringVector
 
 
@@ -24,15 +23,13 @@ class LowRankAt:
     reads: Float[Tensor, "r d"]
     adds: Float[Tensor, "r d"]
     offsets: Float[Tensor, " r"]
-    keep_norm: bool = False
 
     def __call__(
         self, activation: Float[Tensor, "*batch d"], direction: Float[Tensor, " d"], c: Float[Tensor, ...]
     ) -> Float[Tensor, "*batch d"]:
-        """The edited activation; where c is 0, h itself. The direction is not used."""
+        """The edited activation; the direction is not used."""
         reads, adds, offsets = (part.to(activation) for part in (self.reads, self.adds, self.offsets))
-        change = linear(linear(activation, reads, offsets), adds.T)
-        return moved(activation, change, c, keep_norm=self.keep_norm)
+        return activation + c * linear(linear(activation, reads, offsets), adds.T)
 
 
 @final
@@ -45,7 +42,6 @@ class LowRank:
 
     Args:
         sites: site -> (A, U, b), of shapes (r, d), (r, d) and (r,).
-        keep_norm: scale the result to the norm of h.
         concept, metadata: as for a `SteeringVector`.
 
     Raises:
@@ -64,14 +60,12 @@ class LowRank:
         self,
         sites: Mapping[str, tuple[Tensor, Tensor, Tensor]],
         *,
-        keep_norm: bool = False,
         concept: str | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         if not sites:
             raise ShapeError("expected one site or more, got none")
-        self._keep_norm = keep_norm
-        self._parts = {site: _owned(site, parts, keep_norm=keep_norm) for site, parts in sites.items()}
+        self._parts = {site: _owned(site, parts) for site, parts in sites.items()}
         self._metadata = dict(metadata or {}) | ({} if concept is None else {"concept": concept})
 
     @property
@@ -101,11 +95,11 @@ class LowRank:
 
     def at(self, site: str) -> LowRankAt:
         """The edit of one site, a copy."""
-        return _owned(site, self[site], keep_norm=self._keep_norm)
+        return _owned(site, self[site])
 
     def described(self, metadata: Mapping[str, str]) -> LowRank:
         """The same edit with other metadata."""
-        return LowRank({site: self[site] for site in self._parts}, keep_norm=self._keep_norm, metadata=metadata)
+        return LowRank({site: self[site] for site in self._parts}, metadata=metadata)
 
     def __getitem__(self, site: str) -> tuple[Tensor, Tensor, Tensor]:
         """Copies of (A, U, b) at a site."""
@@ -118,7 +112,7 @@ class LowRank:
         return f"LowRank(rank={self.rank}, sites={self.sites}, concept={self.concept!r})"
 
 
-def _owned(site: str, parts: Sequence[Tensor], *, keep_norm: bool) -> LowRankAt:
+def _owned(site: str, parts: Sequence[Tensor]) -> LowRankAt:
     if len(parts) != 3 or not all(isinstance(part, Tensor) for part in parts):
         raise ShapeError(f"site {site!r}: expected three tensors, A, U and b, got {[type(p).__name__ for p in parts]}")
     reads, adds, offsets = parts
@@ -128,4 +122,4 @@ def _owned(site: str, parts: Sequence[Tensor], *, keep_norm: bool) -> LowRankAt:
     if not all(part.is_floating_point() and bool(part.isfinite().all()) for part in (reads, adds, offsets)):
         raise ShapeError(f"site {site!r}: expected finite floating tensors; did a loss diverge?")
     with torch.inference_mode(mode=False):  # so that they work in autograd later
-        return LowRankAt(reads.detach().clone(), adds.detach().clone(), offsets.detach().clone(), keep_norm)
+        return LowRankAt(reads.detach().clone(), adds.detach().clone(), offsets.detach().clone())
