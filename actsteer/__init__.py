@@ -40,16 +40,18 @@ from actsteer.estimators.fit import fit
 from actsteer.estimators.layer_mean import LayerMean
 from actsteer.estimators.logistic_direction import LogisticDirection
 from actsteer.estimators.mean_difference import MeanDifference
+from actsteer.estimators.moment_matching import MomentMatching
 from actsteer.estimators.null_space import NullSpace
 from actsteer.estimators.optimize import optimize
 from actsteer.estimators.principal_direction import PrincipalDirection
 from actsteer.estimators.ridge_direction import RidgeDirection
+from actsteer.estimators.rows import Rows
 from actsteer.estimators.sparse_feature import SparseFeature
 from actsteer.estimators.whitened_mean_difference import WhitenedMeanDifference
 from actsteer.sites.resolve import find_sites
 from actsteer.steering.folding.fold import fold, unfold
 from actsteer.steering.gates.cosine_above import CosineAbove
-from actsteer.steering.gates.gate import Gate
+from actsteer.steering.gates.gate import Combination, Gate, ScoredGate
 from actsteer.steering.gates.logic import And, Not, Or
 from actsteer.steering.gates.probe_above import ProbeAbove
 from actsteer.steering.gates.projection_above import ProjectionAbove
@@ -84,6 +86,7 @@ __all__ = [
     "Chain",
     "Clamp",
     "ClassStatistics",
+    "Combination",
     "ConceptErasure",
     "ConceptNotFoundError",
     "CosineAbove",
@@ -102,6 +105,7 @@ __all__ = [
     "LowRank",
     "MeanDifference",
     "ModelMismatchError",
+    "MomentMatching",
     "Moments",
     "Not",
     "NotFoldable",
@@ -116,6 +120,8 @@ __all__ = [
     "Replace",
     "RidgeDirection",
     "Rotate",
+    "Rows",
+    "ScoredGate",
     "ShapeError",
     "SiteMap",
     "SiteNotFoundError",

@@ -13,7 +13,7 @@ from actsteer.collecting.statistics import Statistics
 from actsteer.estimators.estimator import check_alike, described
 from actsteer.steering.interventions.affine import Affine
 
-Matched: TypeAlias = Literal["means", "covariance"]
+Matched: TypeAlias = Literal["means", "variances", "covariance"]
 
 
 @final
@@ -21,9 +21,10 @@ class MomentMatching:
     """W h + b with b = μ₊ - W μ₋, so that the negative side's activations get the positive side's moments.
 
         means        W = 1
+        variances    W = diag(σ₊ / σ₋), feature by feature
         covariance   W = Σ₋^-½ (Σ₋^½ Σ₊ Σ₋^½)^½ Σ₋^-½, the map that moves Gaussian rows least
 
-    Directions in which the negative side does not vary stay as they are.
+    Features and directions in which the negative side does not vary stay as they are.
 
     Args:
         match: up to which moments both sides become alike; it is also what is collected.
@@ -60,6 +61,9 @@ class MomentMatching:
     def _weight(self, positive: Moments, negative: Moments) -> Float[Tensor, "d d"]:
         if self.reads == "means":
             return torch.eye(positive.d).to(positive.mean)
+        if self.reads == "variances":
+            source, target = negative.variance, positive.variance
+            return torch.where(source > 0, target / source, 1).sqrt().diag()
         return _transport(negative.covariance, positive.covariance)
 
 

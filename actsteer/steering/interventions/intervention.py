@@ -15,7 +15,7 @@ from actsteer.vectors.vector import SteeringVector
 
 @runtime_checkable
 class Intervention(Protocol):
-    """How one direction `(d,)` edits activations `(*batch, d)`: any pure function of plain tensors, from `Add` to yours.
+    """How one direction `(d,)` edits activations `(*batch, d)`: any pure function of plain tensors.
 
     It edits every row by itself: no row may change what happens to another. The Steerer does the rest: it puts the
     features last, computes in float32 at least and outside of autocast, rounds once to the activation's dtype, leaves
