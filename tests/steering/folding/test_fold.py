@@ -342,7 +342,7 @@ def quantised():
             lambda: net(nn.Linear(4, 4), nn.Tanh()),
             "0",
             {"intervention": Add(relative=True)},
-            "KeepNorm is not an affine map",
+            "Add is not an affine map",
         ),
         (
             lambda: net(nn.Linear(4, 4), nn.Tanh()),
