@@ -44,9 +44,11 @@ from actsteer.estimators.moment_matching import MomentMatching
 from actsteer.estimators.null_space import NullSpace
 from actsteer.estimators.optimize import optimize
 from actsteer.estimators.principal_direction import PrincipalDirection
+from actsteer.estimators.retention import Retain
 from actsteer.estimators.ridge_direction import RidgeDirection
 from actsteer.estimators.rows import Rows
 from actsteer.estimators.sparse_feature import SparseFeature
+from actsteer.estimators.validation import Validation
 from actsteer.estimators.whitened_mean_difference import WhitenedMeanDifference
 from actsteer.sites.resolve import find_sites
 from actsteer.steering.folding.fold import fold, unfold
@@ -118,6 +120,7 @@ __all__ = [
     "ProbeAbove",
     "ProjectionAbove",
     "Replace",
+    "Retain",
     "RidgeDirection",
     "Rotate",
     "Rows",
@@ -134,6 +137,7 @@ __all__ = [
     "SteeringVector",
     "StrengthError",
     "UnsupportedModelError",
+    "Validation",
     "VectorBank",
     "WhitenedMeanDifference",
     "ZeroDirectionError",

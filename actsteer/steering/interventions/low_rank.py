@@ -36,12 +36,13 @@ class LowRankAt:
 class LowRank:
     """h + c · Uᵀ(A h + b) at every site: what is added has r directions, and how much of each depends on h linearly.
 
-    `Steerer(model, edit, c=...)` takes it in the place of vectors. `optimize(..., rank=r)` trains one, as ReFT's
-    h + Rᵀ(W h + b - R h) with A = W - R and U = R (Wu et al. 2024); `ConceptErasure` fits one (LEACE, Belrose et al.
-    2023). With A = 0 it is plain steering by `constant`. A value: it copies what comes in and what goes out.
+    `Steerer(model, edit, c=...)` takes it in the place of vectors. `optimize(..., train=LowRank(rank=r))` trains one:
+    ReFT's h + Rᵀ(W h + b - R h) with A = W - R and U = R (Wu et al. 2024); `ConceptErasure` fits one (LEACE, Belrose et
+    al. 2023). With A = 0 it is plain steering by `constant`. A value: it copies what comes in and what goes out.
 
     Args:
         sites: site -> (A, U, b), of shapes (r, d), (r, d) and (r,).
+        rank: r, in the place of sites: an edit that has none yet, for `optimize` to train.
         concept, metadata: as for a `SteeringVector`.
 
     Raises:
@@ -58,14 +59,18 @@ class LowRank:
 
     def __init__(
         self,
-        sites: Mapping[str, tuple[Tensor, Tensor, Tensor]],
+        sites: Mapping[str, tuple[Tensor, Tensor, Tensor]] | None = None,
         *,
+        rank: int | None = None,
         concept: str | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        if not sites:
-            raise ShapeError("expected one site or more, got none")
-        self._parts = {site: _owned(site, parts) for site, parts in sites.items()}
+        if bool(sites) == (rank is not None):
+            raise ShapeError("expected one site or more, or rank= for an edit that is yet to be trained, and not both")
+        if rank is not None and rank < 1:
+            raise ValueError(f"rank: expected 1 or more, got {rank}")
+        self._parts = {site: _owned(site, parts) for site, parts in (sites or {}).items()}
+        self._rank = rank or max(len(part.offsets) for part in self._parts.values())
         self._metadata = dict(metadata or {}) | ({} if concept is None else {"concept": concept})
 
     @property
@@ -86,7 +91,7 @@ class LowRank:
     @property
     def rank(self) -> int:
         """The largest number of directions at any site."""
-        return max(len(part.offsets) for part in self._parts.values())
+        return self._rank
 
     @property
     def constant(self) -> SteeringVector:
@@ -99,7 +104,8 @@ class LowRank:
 
     def described(self, metadata: Mapping[str, str]) -> LowRank:
         """The same edit with other metadata."""
-        return LowRank({site: self[site] for site in self._parts}, metadata=metadata)
+        parts = {site: self[site] for site in self._parts}
+        return LowRank(parts, rank=None if parts else self._rank, metadata=metadata)
 
     def __getitem__(self, site: str) -> tuple[Tensor, Tensor, Tensor]:
         """Copies of (A, U, b) at a site."""
