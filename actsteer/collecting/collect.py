@@ -15,7 +15,7 @@ from actsteer.collecting.checkpoint import Checkpoint, code_of, weights
 from actsteer.collecting.classes import ClassStatistics, Label
 from actsteer.collecting.labels import Labels, labelled
 from actsteer.collecting.meeting import announced, is_alone
-from actsteer.collecting.moments import Moments
+from actsteer.collecting.moments import Covariance, Moments
 from actsteer.collecting.observe import Observation
 from actsteer.collecting.peers import in_step, replicas
 from actsteer.collecting.positions import Positions, described
@@ -32,7 +32,7 @@ def collect(
     batches: Batches,
     *,
     sites: Sites,
-    covariance: bool = ...,
+    covariance: Covariance = ...,
     by: None = ...,
     positions: Positions = ...,
     axis: Axes | None = ...,
@@ -49,7 +49,7 @@ def collect(
     batches: Batches,
     *,
     sites: Sites,
-    covariance: bool = ...,
+    covariance: Covariance = ...,
     by: Labels,
     positions: Positions = ...,
     axis: Axes | None = ...,
@@ -65,7 +65,7 @@ def collect(
     batches: Batches,
     *,
     sites: Sites,
-    covariance: bool = False,
+    covariance: Covariance = False,
     by: Labels | None = None,
     positions: Positions = "all",
     axis: Axes | None = None,
@@ -74,7 +74,7 @@ def collect(
     every: int = 100,
     progress: bool = True,
 ) -> Statistics | ClassStatistics:
-    """Count, mean and, when asked for, covariance of the activations at each site, in one pass and float64.
+    """Count, mean and, when asked for, variance or covariance of the activations at each site, in one pass and float64.
 
     The model runs in evaluation mode and inference mode, each batch once, and is left as it was found. A pass ends at
     the deepest site where it is certain that no site would run again; what lies behind it, hooks included, is not
@@ -84,7 +84,8 @@ def collect(
     Args:
         batches: an iterable of model inputs, or one tensor that is split by `batch_size`.
         sites: names, globs or a predicate, as for `find_sites`.
-        covariance: also keep the (d, d) scatter: O(d^2) memory instead of O(d).
+        covariance: also keep the (d, d) scatter: O(d^2) memory instead of O(d); with "diagonal" the variance of each
+            feature alone, in O(d).
         by: the class of every row, for statistics by class: one label per row for one tensor; an iterable with the
             labels of each batch; the place where the batches carry them (a position in a tuple or a key in a mapping,
             which the model is then not given); or a function of the batch.
@@ -120,7 +121,12 @@ def collect(
         stream = iterate(batches, batch_size=batch_size, progress=progress, label="collect")
         pairs: Iterable[tuple[Any, Any]] = ((batch, None) for batch in stream) if by is None else labelled(stream, by)
         if checkpoint is not None:
-            job = metadata | {"sites": list(names), "covariance": covariance, "by": by is not None, "axis": repr(axis)}
+            job: dict[str, Any] = metadata | {
+                "sites": list(names),
+                "covariance": covariance,
+                "by": by is not None,
+                "axis": repr(axis),
+            }
             job |= {"weights": weights(model), "rank": 0 if is_alone() else dist.get_rank()}
             job |= {"batch_size": batch_size} if isinstance(batches, Tensor) else {}
             job |= {"positions code": code_of(positions)} if callable(positions) else {}
@@ -150,7 +156,7 @@ def described_axes(axes: Mapping[str, int], given: Axes | None) -> dict[str, str
 class _Sums:
     """The moments of every class at every site, as they grow."""
 
-    def __init__(self, *, covariance: bool) -> None:
+    def __init__(self, *, covariance: Covariance) -> None:
         self.classes: dict[Label | None, dict[str, Moments]] = {}
         self._covariance = covariance
         self._labels: list[Label] | None = None

@@ -10,7 +10,7 @@ from torch import nn
 
 from actsteer.collecting.batches import Batches, iterate
 from actsteer.collecting.collect import described_axes
-from actsteer.collecting.moments import Moments
+from actsteer.collecting.moments import Covariance, Moments
 from actsteer.collecting.observe import Observation
 from actsteer.collecting.positions import Positions, described
 from actsteer.collecting.statistics import Statistics
@@ -26,7 +26,7 @@ def collect_differences(
     negative: Batches,
     *,
     sites: Sites,
-    covariance: bool = True,
+    covariance: Covariance = True,
     positions: Positions = "all",
     axis: Axes | None = None,
     batch_size: int = 256,

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from actsteer.collecting.meeting import Group, is_alone, meet
-from actsteer.collecting.moments import Moments, Scatter, moved_sums
+from actsteer.collecting.moments import Covariance, Moments, Scatter, moved_sums
 from actsteer.errors import DistributedError
 
 Classes: TypeAlias = dict[Any, dict[str, Moments]]
@@ -48,7 +48,7 @@ def reduce(
     device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend(group) else "cpu"
     merged: Classes = {label: {} for label in labels}
     for site, size in sizes.items():
-        empty = Moments.empty(size, covariance=all(header.covariance for header in headers), device=device)
+        empty = Moments.empty(size, covariance=headers[0].covariance, device=device)
         parts = [own[label][site] if counted and label in own else empty for label in labels]
         counts = torch.tensor([[h.counts.get(label, {}).get(site, 0) for label in labels] for h in headers]).double()
         means = torch.stack([torch.stack([part._origin, part._offset]).to(device) for part in parts])
@@ -79,6 +79,10 @@ def _merged(part: Moments, counts: Tensor, means: Tensor, empty: Moments, group:
         for tensor in (second, third, fourth):
             dist.all_reduce(tensor, group=group)
         merged._scatter = Scatter(second, third, fourth)
+    if part._squares is not None:
+        shift = (part._origin.to(origin.device) - origin) + part._offset.to(origin.device) - offset
+        merged._squares = part._squares.to(origin.device) + shift.square() * part.count
+        dist.all_reduce(merged._squares, group=group)
     return merged
 
 
@@ -87,7 +91,7 @@ class _Header:
 
     def __init__(self, sizes: dict[str, int], counts: dict[Any, dict[str, int]], metadata: dict[str, str]) -> None:
         self.sizes, self.counts, self.metadata = sizes, counts, metadata
-        self.covariance = True
+        self.covariance: Covariance = False
 
     @classmethod
     def of(cls, classes: Classes, metadata: Mapping[str, str], counted: bool) -> _Header:
@@ -97,7 +101,7 @@ class _Header:
             label: {site: own.count if counted else 0 for site, own in moments.items()}
             for label, moments in classes.items()
         }
-        header.covariance = all(own.has_covariance for moments in classes.values() for own in moments.values())
+        header.covariance = next(iter(first.values())).kept if first else False
         return header
 
 
@@ -112,6 +116,7 @@ def _check_alike(headers: Sequence[_Header], ranks: Sequence[int]) -> None:
         for name, first, own in (
             ("sites of sizes", headers[0].sizes, header.sizes),
             ("metadata", headers[0].metadata, header.metadata),
+            ("covariance", headers[0].covariance, header.covariance),
         ):
             if first != own:
                 raise DistributedError(

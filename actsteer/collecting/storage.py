@@ -52,22 +52,24 @@ def read(path: str | PathLike[str], kind: str) -> tuple[Classes, dict[str, Any]]
     return classes, document
 
 
-_NAMES = ("origin", "offset", "second", "third", "fourth")
+_NAMES = ("origin", "offset", "squares", "second", "third", "fourth")
 
 
 def _tensors(moments: Moments) -> dict[str, Tensor]:
     found = {"origin": moments._origin, "offset": moments._offset}
     if (sums := moments._scatter) is not None:
         found |= {"second": sums.second, "third": sums.third, "fourth": sums.fourth}
+    if moments._squares is not None:
+        found["squares"] = moments._squares
     return found
 
 
 def _moments(count: int, tensors: Mapping[str, Tensor | None]) -> Moments:
-    origin, offset, second, third, fourth = (tensors[name] for name in _NAMES)
+    origin, offset, squares, second, third, fourth = (tensors[name] for name in _NAMES)
     if origin is None or offset is None or any(t is not None and t.dtype != torch.float64 for t in tensors.values()):
         raise ValueError("a tensor is missing, or not float64")
     made = Moments(count, origin)
-    made._offset = offset
+    made._offset, made._squares = offset, squares
     if second is not None and third is not None and fourth is not None:
         made._scatter = Scatter(second, third, fourth)
     return made

@@ -6,6 +6,7 @@ from typing import final
 
 from actsteer.collecting.classes import ClassStatistics
 from actsteer.errors import StatisticsError
+from actsteer.estimators.estimator import Reads
 from actsteer.estimators.mean_difference import MeanDifference
 from actsteer.vectors.bank import VectorBank
 from actsteer.vectors.vector import SteeringVector
@@ -31,7 +32,7 @@ class Centroids:
     (('0', '1', '2'), tensor([3.]))
     """
 
-    needs_covariance = False
+    reads: Reads = "means"
 
     def __call__(self, classes: ClassStatistics) -> VectorBank:
         """The bank of all classes, in the order of the labels."""

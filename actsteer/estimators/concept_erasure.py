@@ -12,7 +12,7 @@ from actsteer.collecting.classes import ClassStatistics
 from actsteer.collecting.moments import Moments
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import StatisticsError
-from actsteer.estimators.estimator import check_alike
+from actsteer.estimators.estimator import Reads, check_alike
 from actsteer.steering.interventions.low_rank import LowRank
 
 
@@ -41,7 +41,7 @@ class ConceptErasure:
     tensor([[4., 5.], [4., 5.]])
     """
 
-    needs_covariance = True
+    reads: Reads = "covariance"
 
     def __init__(self, *, tolerance: float = 1e-10) -> None:
         if not 0 <= tolerance < 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import final
 
 from actsteer.collecting.statistics import Statistics
-from actsteer.estimators.estimator import estimate
+from actsteer.estimators.estimator import Reads, estimate
 from actsteer.vectors.vector import SteeringVector
 
 
@@ -23,7 +23,7 @@ class LayerMean:
     tensor([2., 2.])
     """
 
-    needs_covariance = False
+    reads: Reads = "means"
 
     def __call__(self, *, positive: Statistics, negative: Statistics) -> SteeringVector:
         """The vector of layer means at every site."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from actsteer.collecting.moments import Moments
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import ShapeError, SiteNotFoundError, StatisticsError, close_names
-from actsteer.estimators.estimator import check_finite
+from actsteer.estimators.estimator import Reads, check_finite
 from actsteer.steering.interventions.low_rank import LowRank
 from actsteer.vectors.vector import SteeringVector
 
@@ -46,7 +46,7 @@ class NullSpace:
             [7., 0.]])
     """
 
-    needs_covariance = True
+    reads: Reads = "covariance"
 
     def __init__(self, vector: SteeringVector, *, tolerance: float = 1e-6, ridge: float = 1e-6) -> None:
         if not (0 <= tolerance < 1 and ridge > 0):

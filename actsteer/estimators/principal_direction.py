@@ -10,7 +10,7 @@ from torch import Tensor
 from actsteer.collecting.moments import Moments
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import StatisticsError
-from actsteer.estimators.estimator import estimate
+from actsteer.estimators.estimator import Reads, estimate
 from actsteer.vectors.vector import SteeringVector
 
 
@@ -37,10 +37,9 @@ class PrincipalDirection:
     tensor([1.0000, 0.0100])
     """
 
-    needs_covariance = True
-
     def __init__(self, *, paired: bool = False) -> None:
         self.paired = paired
+        self.reads: Reads = "pairs" if paired else "covariance"
 
     def __call__(self, *, positive: Statistics, negative: Statistics) -> SteeringVector:
         """The principal direction at every site."""

@@ -1,17 +1,39 @@
-"""Retention: how far a steered model's answers on other data have moved from its own."""
+"""Retention: how far a steered model's answers on other data have moved from those of the unsteered model."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
-from actsteer.collecting.batches import call
+from actsteer.collecting.batches import Batches, call
 from actsteer.errors import LossError
 from actsteer.steering.steerer import Steerer
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Retain:
+    """Other data, on which the answers are to stay: adds weight · KL(unsteered ‖ steered) to the loss of `optimize`.
+
+    Args:
+        batches: as for `collect`; each step takes one batch.
+        weight: against the loss, per nat.
+
+    Source: learning without forgetting, Li & Hoiem 2016.
+    """
+
+    batches: Batches
+    weight: float = field(default=1.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.weight) and self.weight >= 0):
+            raise ValueError(f"weight: expected a number >= 0, got {self.weight}")
 
 
 def divergence(model: nn.Module, steerer: Steerer, batch: Any) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from actsteer.collecting.batches import iterate
 from actsteer.collecting.collect import described_axes
-from actsteer.collecting.moments import Moments
+from actsteer.collecting.moments import Covariance, Moments
 from actsteer.collecting.observe import Observation
 from actsteer.collecting.positions import described
 from actsteer.collecting.statistics import Statistics
@@ -28,7 +28,7 @@ def collect_pairs_by_prefix(
     negative: Sequence[Tensor],
     *,
     sites: Sites,
-    covariance: bool,
+    covariance: Covariance,
     batch_size: int,
     device: torch.device | None,
     progress: bool,

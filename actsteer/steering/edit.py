@@ -10,8 +10,9 @@ import torch
 from einops import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
-from actsteer.errors import StrengthError, UnsupportedModelError
+from actsteer.errors import ShapeError, StrengthError, UnsupportedModelError
 from actsteer.sites.axes import Layout
 from actsteer.sites.containers import Arguments
 from actsteer.sites.lens import Frame, Lens, View
@@ -76,7 +77,7 @@ class SiteEdit(Uncopied):
         self.lens = Lens(place, layout, size=directions.shape[1])
         self.directions = directions
         self.interventions = interventions
-        self.is_sum = all(isinstance(own, Add) and own.is_plain for own in interventions)  # of terms without h
+        self.is_sum = all(isinstance(own, Add) and not own.relative for own in interventions)  # of terms without h
         self.fired: bool | None = False  # None: nobody can know, for it is folded into the weights
         self.in_place = False  # new strengths are written into the tensors that compiled code reads already
         self.changed: Callable[[], None] | None = None  # called after new strengths
@@ -278,7 +279,7 @@ class SiteEdit(Uncopied):
                 c = c if real is None else torch.where(real, c.to(last.device), 0.0)
                 if c.ndim:  # a number for all stays on the CPU, where nobody waits for it
                     c = c.to(last).movedim(view.frame.axis, -1)
-                last = intervention(last, self._rows(index, last.dtype, last.device), c)
+                last = _edited(intervention, last, self._rows(index, last.dtype, last.device), c)
         return view.part_of(last)
 
     def _rows(self, which: int | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -358,6 +359,26 @@ def _sum(directions: Float[Tensor, "k d"], strengths: Sequence[Tensor]) -> Float
     with _without_autocast(directions.device.type):
         total = einsum(c, directions, "k ..., k d -> ... d")
     return torch.where((c == 0).all(dim=0)[..., None], -0.0, total)
+
+
+def _edited(
+    intervention: Intervention,
+    activation: Float[Tensor, "*batch d"],
+    direction: Float[Tensor, " d"],
+    c: Float[Tensor, ...],
+) -> Float[Tensor, "*batch d"]:
+    """What the intervention makes of the activation; where c is 0, the activation as it is, bit for bit."""
+    # a number on the CPU is looked at; no other device waits for one
+    is_known = c.ndim == 0 and c.device.type == "cpu" and not _is_compiling() and not is_functorch_wrapped_tensor(c)
+    if is_known and not c:
+        return activation
+    edited = intervention(activation, direction, c)
+    if edited.shape != activation.shape:
+        raise ShapeError(
+            f"intervention {intervention!r}: expected an activation of the shape that it was given, "
+            f"{tuple(activation.shape)}, got {tuple(edited.shape)}"
+        )
+    return edited if is_known else torch.where(c == 0, activation, edited)
 
 
 def _without_autocast(kind: str) -> AbstractContextManager[Any]:

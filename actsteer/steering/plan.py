@@ -22,7 +22,7 @@ from actsteer.steering.gates.gate import AnyGate, Combination, leaves
 from actsteer.steering.inputs import encoder_of
 from actsteer.steering.interventions.ablate import Ablate
 from actsteer.steering.interventions.add import Add
-from actsteer.steering.interventions.intervention import Intervention, PerSite
+from actsteer.steering.interventions.intervention import Intervention, PerSite, at_site
 from actsteer.steering.passes import Passes
 from actsteer.steering.positions import check as check_positions
 from actsteer.steering.reader import CombinedReader, GateReader, Reader
@@ -134,7 +134,7 @@ def make_plan(
             lies[site],
             directions,
             concepts=concepts[site],
-            interventions=[_at(interventions[index], site) for index in concepts[site]],
+            interventions=[at_site(interventions[index], site) for index in concepts[site]],
             gates=[readers[index] for index in concepts[site]],
             passes=_host(passes, place),
             checkpointing=checkpointing,
@@ -196,10 +196,6 @@ def _meant(concept: str, name: str) -> Intervention:
             "intervention=, for example intervention=Clamp(3.0)"
         )
     return known[name]
-
-
-def _at(intervention: Intervention | PerSite, site: str) -> Intervention:
-    return intervention.at(site) if isinstance(intervention, PerSite) else intervention
 
 
 def _places(model: nn.Module, bank: VectorBank, sites: Sites | None) -> dict[str, Place]:

@@ -47,7 +47,7 @@ class GateReader(Uncopied):
         self.lens = Lens(place, layout)
         self._weights: PerThread[Tensor] = PerThread()
         self._passes = passes
-        self._per_token = getattr(gate, "per", "sequence") == "token"
+        self._per_token = gate.per == "token"
 
     def __call__(self, module: nn.Module, args: Any, last: Any) -> None:
         """Decide; `last` is the output, or the keyword arguments."""

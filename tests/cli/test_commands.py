@@ -1,6 +1,7 @@
 """The commands, each as a user calls it, and against what the library itself gives."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -140,6 +141,50 @@ def test_fit_on_tensors_with_every_estimator(run, folder, estimator):
     sides = {"positive": torch.load("right.pt"), "negative": torch.load("left.pt")}
     expected = fit(nets.build(), **sides, sites=["1", "2"], estimator=getattr(actsteer, estimator)())
     assert SteeringVector.load(folder / "v.safetensors").allclose(expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["Signs", "ready"])
+def test_fit_with_an_estimator_of_the_users(run, folder, name):
+    import nets
+
+    files = ["--positive", "right.pt", "--negative", "left.pt", "--sites", "1"]
+    done = run("fit", "-m", "nets:build", *files, "--estimator", f"own.estimators:{name}", "-o", "v.safetensors")
+    assert done.code == 0, done.err
+    from own.estimators import Signs
+
+    sides = {"positive": torch.load("right.pt"), "negative": torch.load("left.pt")}
+    expected = fit(nets.build(), **sides, sites="1", estimator=Signs())
+    found = SteeringVector.load(folder / "v.safetensors", nets.build())
+    assert found.equal(expected) and found.concept == "right"
+    assert found.metadata["estimator"] == "own.estimators:Signs"
+    assert "estimator: own.estimators:Signs" in run("show", "v.safetensors").out
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "why"),
+    [
+        ("Median", 2, "Median: expected MeanDifference, WhitenedMeanDifference, .*, or yours as module:Class"),
+        ("own.estimators:Nothing", 2, "'own.estimators' has no 'Nothing'"),
+        ("own.nothing:Signs", 2, "no module 'own.nothing' here or installed; expected module:Class"),
+        ("own.estimators:Unready", 2, "expected an object with `reads`, one of 'means'"),
+        ("own.estimators:Needs", 1, "own.estimators:Needs raised TypeError: .*'what'"),
+        ("nets:number", 2, "expected an object with `reads`.*got int"),
+    ],
+)
+def test_an_estimator_that_cannot_be_had_is_named_before_any_work(run, folder, monkeypatch, name, code, why):
+    monkeypatch.setattr("actsteer.cli.models.load", lambda *_, **__: pytest.fail("it began to work"))
+    files = ["--positive", "right.pt", "--negative", "left.pt", "--sites", "1"]
+    done = run("fit", "-m", "nets:build", *files, "--estimator", name, "-o", "v.safetensors")
+    assert done.code == code
+    assert re.search(why, " ".join(done.err.split()))
+
+
+def test_an_edit_has_no_file_and_that_is_said(run, folder):
+    files = ["--positive", "right.pt", "--negative", "left.pt", "--sites", "1"]
+    done = run("fit", "-m", "nets:build", *files, "--estimator", "own.estimators:erasure", "-o", "v.safetensors")
+    assert done.code == 2
+    assert "it gives an edit, LowRank, and a file holds vectors; call fit in Python" in done.err
+    assert not (folder / "v.safetensors").exists()
 
 
 def test_inputs_by_name_and_in_safetensors(run, folder):

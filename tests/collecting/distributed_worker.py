@@ -129,6 +129,20 @@ def means_alone_come_together_too() -> None:
 
 
 @check
+def variances_alone_come_together_too() -> None:
+    seen = gather(model(), data()[rank::world], covariance="diagonal").all_reduce()
+    torch.testing.assert_close(seen["2"].variance, truth()["2"].variance, rtol=1e-12, atol=1e-12)
+
+
+@check
+def a_covariance_on_one_rank_alone_is_refused_by_all() -> None:
+    for kept in (False, "diagonal"):
+        own = gather(model(), data(), covariance=True if rank == 1 else kept)
+        fails(own.all_reduce, DistributedError, f"rank 1 has the covariance True, rank 0 {kept}")
+    every_rank_has_the_statistics_of_all()
+
+
+@check
 def shares_of_any_size() -> None:
     cuts = [0, 1, *[20 + i for i in range(world - 2)], 24]
     same(gather(model(), data()[cuts[rank] : cuts[rank + 1]]).all_reduce(), truth())

@@ -33,8 +33,9 @@ OWN = torch.tensor([[0.5, 2.0], [4.0, 2.0], [2.0, -1.0]])
 def raw(moments):
     """All numbers of some moments, as bit patterns."""
     tensors = [moments.mean] if moments.count else []
-    tensors += [moments.scatter, moments.fourth] if moments.has_covariance else []
-    return moments.count, moments.d, [bits(tensor).tolist() for tensor in tensors]
+    tensors += [moments.scatter, moments.fourth] if moments.kept is True else []
+    tensors += [moments.variance] if moments.kept == "diagonal" and moments.count > 1 else []
+    return moments.kept, moments.count, moments.d, [bits(tensor).tolist() for tensor in tensors]
 
 
 def same(one, other):
@@ -60,8 +61,10 @@ def any_statistics(draw):
     for site in draw(st.lists(names, unique=True, max_size=3)):
         d = draw(st.integers(1, 3))
         rows = draw(stored(d * 4, torch.float32)).reshape(4, d)
-        own = Moments.of(rows[:2], covariance=draw(st.booleans()))
-        moments[site] = own.update(rows[2:]) if draw(st.booleans()) else own.merge(Moments.of(rows[2:]))
+        kept = draw(st.sampled_from([False, True, "diagonal"]))
+        own = Moments.of(rows[:2], covariance=kept)
+        more = Moments.of(rows[2:], covariance=kept)
+        moments[site] = own.update(rows[2:]) if draw(st.booleans()) else own.merge(more)
     return Statistics(moments, metadata=draw(st.dictionaries(names, names, max_size=2)))
 
 
@@ -271,6 +274,27 @@ def test_classes_of_other_sites_or_models_do_not_go_together(by_class):
         other_model = collect(nn.Sequential(nn.Linear(2, 3, bias=False), nn.ReLU()).double(), X, sites="*", by=labels)
         with pytest.raises(StatisticsError):
             by_class.merge(other_model)
+
+
+def test_variances_go_wherever_covariances_go(tmp_path):
+    whole = torch.var(MODEL(X), dim=0)
+    plain, full = (collect(MODEL, X, sites="1", covariance=kept) for kept in ("diagonal", True))
+    assert_allclose(plain["1"].variance, whole.detach(), rtol=1e-13)
+    assert_allclose(full["1"].variance, plain["1"].variance, rtol=1e-13)
+    classes = collect(MODEL, X, sites="1", by=LABELS, covariance="diagonal")
+    classes.save(tmp_path / "classes.safetensors")
+    loaded = ClassStatistics.load(tmp_path / "classes.safetensors")
+    assert_allclose(loaded.total()["1"].variance, whole.detach(), rtol=1e-13)
+    assert torch.equal((-plain)["1"].variance, plain["1"].variance)
+    assert same(plain.all_reduce(), plain)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_parts_with_a_covariance_on_one_side_alone_do_not_merge(kept):
+    one, other = (collect(MODEL, X, sites="*", covariance=covariance) for covariance in (kept, "diagonal"))
+    for parts in ((one, other), (other, one)):
+        with pytest.raises(StatisticsError, match="collect both alike"):
+            parts[0].merge(parts[1])
 
 
 def test_outside_of_a_process_group_reducing_changes_nothing(by_class):

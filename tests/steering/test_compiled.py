@@ -227,7 +227,7 @@ class Times:
 class Positive:
     """A gate: rows whose first feature at its site is positive."""
 
-    site = "0"
+    site, per = "0", "sequence"
 
     def __call__(self, rows: Tensor) -> Tensor:
         return rows[:, 0] > 0

@@ -45,6 +45,8 @@ def steered(model, x, vectors, **options):
 class Weight:
     """A gate of the user's own: how much, by any function of the rows."""
 
+    per = "sequence"
+
     def __init__(self, site, function):
         self.site = site
         self.function = function

@@ -1,12 +1,10 @@
 """Interventions: pure functions of plain tensors."""
 
-import pytest
 import torch
 from hypothesis import given, settings
 
 from actsteer import Add, Intervention
 from tests.strategies import eighths, scalars
-from tests.zoo import bits
 
 H, V = torch.ones(3, 2), torch.tensor([1.0, -1.0])
 
@@ -43,9 +41,3 @@ def test_add_changes_nothing_in_place():
     Add()(h, v, torch.tensor(2.0))
     assert torch.equal(h, H)
     assert torch.equal(v, V)
-
-
-@pytest.mark.parametrize("zero", [0.0, -0.0])
-def test_add_with_strength_zero_is_the_identity_bit_for_bit(zero):
-    h = torch.tensor([[0.0, -0.0], [-0.0, 0.0]])
-    assert torch.equal(bits(Add()(h, V, torch.tensor(zero))), bits(h))

@@ -509,7 +509,7 @@ def test_a_keeper_that_cannot_be_registered_leaves_no_patch(monkeypatch):
 class Raises:
     """An intervention, or a gate at "0", that fails."""
 
-    site = "0"
+    site, per = "0", "sequence"
 
     def __init__(self, error):
         self.error = error

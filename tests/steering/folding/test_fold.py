@@ -14,6 +14,7 @@ from actsteer import (
     Affine,
     Clamp,
     ConceptNotFoundError,
+    KeepNorm,
     LowRank,
     NotFoldable,
     ProjectionAbove,
@@ -346,8 +347,8 @@ def quantised():
         (
             lambda: net(nn.Linear(4, 4), nn.Tanh()),
             "0",
-            {"intervention": Add(keep_norm=True)},
-            "Add is not an affine map",
+            {"intervention": KeepNorm(Add())},
+            "KeepNorm is not an affine map",
         ),
     ],
 )
