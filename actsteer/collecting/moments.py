@@ -73,15 +73,15 @@ class Moments:
                 f"expected a mean of shape (d,), and a scatter of shape (d, d) or its diagonal, (d,); got {shapes}"
             )
         self.count = count
-        self._origin = _exact(mean).clone()
+        self._origin = exact(mean).clone()
         self._offset = torch.zeros_like(self._origin)
         self._scatter: Scatter | None = None
         self._squares: Tensor | None = None  # the diagonal of the scatter, where it is kept alone
         if scatter is not None and scatter.ndim == 1:
-            self._squares = _exact(scatter).clone()
+            self._squares = exact(scatter).clone()
         elif scatter is not None:  # the higher moments, by which estimators judge how sure it is, are not known
             unknown = torch.full_like(self._origin, torch.nan)
-            self._scatter = Scatter(_exact(scatter).clone(), unknown, unknown.sum())
+            self._scatter = Scatter(exact(scatter).clone(), unknown, unknown.sum())
         self._shared = False
 
     @classmethod
@@ -186,7 +186,7 @@ class Moments:
             self._unshare()
         for block in rows.detach().split(BLOCK):
             if len(block):
-                self._absorb(_exact(block).to(self._origin.device))
+                self._absorb(exact(block).to(self._origin.device))
         return self
 
     def merge(self, other: Moments) -> Moments:
@@ -288,6 +288,6 @@ def moved_sums(sums: Scatter, count: int, shift: Float[Tensor, " d"]) -> tuple[T
     return third, fourth
 
 
-def _exact(tensor: Tensor) -> Tensor:
+def exact(tensor: Tensor) -> Tensor:
     """In float64, on a device that has it."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()

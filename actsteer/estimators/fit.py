@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from actsteer.collecting.batches import Batches, iterate
 from actsteer.collecting.collect import collect
-from actsteer.collecting.differences import collect_differences
+from actsteer.collecting.pairs import collect_differences
 from actsteer.collecting.positions import Positions
 from actsteer.collecting.record import record
 from actsteer.errors import BatchError
@@ -43,6 +43,7 @@ def fit(
     positions: Positions = "all",
     axis: Axes | None = None,
     batch_size: int = 256,
+    stop: bool = True,
     progress: bool = True,
 ) -> Result:
     """Collect statistics on both sides and estimate the vector that points from negative to positive.
@@ -55,6 +56,7 @@ def fit(
         concept: what the vector stands for.
         positions: which positions of a sequence count, as for `collect`.
         axis: the feature axis, as for `collect`; the vector remembers it.
+        stop: whether passes end with the last site, as for `collect`.
 
     Returns:
         What the estimator gives: a SteeringVector or, from `ConceptErasure`, a LowRank edit.
@@ -68,7 +70,8 @@ def fit(
     'one'
     """
     chosen = cast("Fits[Result]", estimator or MeanDifference())
-    options: dict[str, Any] = {"sites": sites, "positions": positions, "axis": axis, "batch_size": batch_size}
+    options: dict[str, Any] = {"sites": sites, "positions": positions, "axis": axis}
+    options |= {"batch_size": batch_size, "stop": stop}
     described: dict[str, str] = {}
     if getattr(chosen, "paired", False):
         toward: Any = collect_differences(model, positive, negative, progress=progress, **options)

@@ -11,9 +11,9 @@ from tqdm.auto import trange
 
 from actsteer.collecting.batches import Batches, call, rows_in
 from actsteer.collecting.collect import described_axes
-from actsteer.collecting.observe import Observation
+from actsteer.collecting.eval_mode import eval_mode
+from actsteer.collecting.observe import Observation, Step
 from actsteer.collecting.positions import Positions
-from actsteer.collecting.undisturbed import undisturbed
 from actsteer.errors import LossError, SiteNotFoundError
 from actsteer.estimators.retention import divergence
 from actsteer.estimators.stream import Loss, Targets, check_loss, check_pairing, endless, once, takes_target
@@ -191,7 +191,7 @@ def optimize(
         return sum(rows * value for rows, value in seen) / sum(rows for rows, _ in seen)
 
     best = None if validation is None else _Best(trained, patience)
-    with undisturbed(model, frozen=True), torch.enable_grad(), steerer:
+    with eval_mode(model, frozen=True), torch.enable_grad(), steerer:
         if best is not None:
             best.has_passed(validated())  # the start may be best
         bar = trange(steps, desc="optimize", unit="step", disable=not progress, delay=2.0)
@@ -276,6 +276,6 @@ def zeros_at(model: nn.Module, batch: Any, names: tuple[str, ...], axis: Axes | 
     def keep(site: str, rows: Tensor, owners: Tensor) -> None:
         zeros[site] = rows.new_zeros(rows.shape[1])
 
-    observation = Observation(model, names, keep, axis=axis, positions="all")
-    observation.run([batch])
+    observation = Observation(model, names, axis=axis, positions="all", stop=True)
+    observation.run([Step(batch, keep)])
     return SteeringVector({site: zeros[site] for site in names}, metadata=described_axes(observation.axes, axis))
