@@ -15,11 +15,10 @@ from actsteer.collecting.batches import Batches, iterate
 from actsteer.collecting.checkpoint import Checkpoint, code_of, weights
 from actsteer.collecting.classes import ClassStatistics, Label
 from actsteer.collecting.labels import Labels, labelled
-from actsteer.collecting.meeting import announced, is_alone
 from actsteer.collecting.moments import Covariance, Moments
 from actsteer.collecting.observe import Observation, Step
-from actsteer.collecting.peers import in_step, replicas
 from actsteer.collecting.positions import Positions, described
+from actsteer.collecting.processes import announced, in_step, is_alone, replicas
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import StatisticsError
 from actsteer.sites import fingerprint
@@ -85,7 +84,7 @@ def collect(
     the last one, hooks included, is not called then. Every 32nd pass runs whole again, and raises if a site ran more
     often. A model of which a part behind the last site writes what it reads at its next batch needs `stop=False`:
     nothing else can tell. Inside a `with Steerer(...)` block the steered activations are collected. Under
-    torch.distributed each process collects its own share, and `all_reduce` brings them together.
+    torch.distributed each process collects its own share, which may be empty, and `all_reduce` brings them together.
 
     Args:
         batches: an iterable of model inputs, or one tensor that is split by `batch_size`.
@@ -125,7 +124,8 @@ def collect(
         metadata = fingerprint.described(model) | described(positions)
         sums = _Sums(covariance=covariance)
         observation = Observation(model, names, axis=axis, positions=positions, stop=stop)
-        stream = iterate(batches, batch_size=batch_size, progress=progress, label="collect")
+        is_share = not is_alone()  # which may be empty
+        stream = iterate(batches, batch_size=batch_size, progress=progress, label="collect", may_be_empty=is_share)
         pairs: Iterable[tuple[Any, Any]] = ((batch, None) for batch in stream) if by is None else labelled(stream, by)
         if checkpoint is not None:
             job: dict[str, Any] = metadata | {
@@ -143,14 +143,17 @@ def collect(
             saved.axes = observation.axes
             pairs = saved.unseen(pairs)
         observation.run(sums.steps(in_step(pairs, model)))
-        sums.check(names)
-    described_by = metadata | described_axes(observation.axes, axis)
-    same = replicas(model)
-    made = {
-        label: Statistics({site: own[site] for site in names}, metadata=described_by, replicas=same)
-        for label, own in sums.classes.items()
-    }
-    return made[None] if by is None else ClassStatistics({key: own for key, own in made.items() if key is not None})
+        sums.check(names, may_be_empty=is_share)
+    described_by, same = metadata | described_axes(observation.axes, axis), replicas(model)
+
+    def made(moments: Mapping[str, Moments]) -> Statistics:
+        return Statistics({site: moments[site] for site in names}, metadata=described_by, replicas=same)
+
+    nothing = dict.fromkeys(names, Moments.empty(0, covariance=covariance))
+    if by is None:
+        return made(sums.classes.get(None, nothing))
+    classes = {label: made(own) for label, own in sums.classes.items() if label is not None}
+    return ClassStatistics(classes, nothing=made(nothing))
 
 
 def described_axes(axes: Mapping[str, int], given: Axes | None) -> dict[str, str]:
@@ -183,9 +186,9 @@ class _Sums:
         for label, part in zip(labels, parts, strict=True):
             self._add(label, site, part)
 
-    def check(self, names: Iterable[str]) -> None:
+    def check(self, names: Iterable[str], *, may_be_empty: bool) -> None:
         """Raise StatisticsError unless every class has finite moments at every site."""
-        classes = self.classes or {None: {}}
+        classes = self.classes or ({} if may_be_empty else {None: {}})
         for moments in classes.values():
             if empty := [site for site in names if site not in moments]:
                 raise StatisticsError(f"sites {empty} saw no rows; is every batch empty?")

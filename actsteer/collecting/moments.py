@@ -87,7 +87,7 @@ class Moments:
     @classmethod
     @torch.inference_mode(mode=False)
     def empty(cls, d: int, *, covariance: Covariance = False, device: torch.device | str | None = None) -> Moments:
-        """The moments of no rows of d features: what merges with any other without changing it."""
+        """The moments of no rows of d features, 0 if that is not known: they change no others by merging."""
         if not isinstance(covariance, bool) and covariance != "diagonal":
             raise ValueError(f"covariance: expected False, True or 'diagonal', got {covariance!r}")
         made = cls(0, torch.zeros(d, dtype=torch.float64, device=device))
@@ -195,10 +195,10 @@ class Moments:
         Raises:
             ShapeError, StatisticsError: other features; a covariance on one side alone.
         """
-        if self.d != other.d:
+        if self.d != other.d and self.d and other.d:
             raise ShapeError(f"{self.d} features against {other.d}; were they collected on one model?")
         if not (self.count and other.count):
-            return (other if other.count else self).copy()
+            return (other if other.count or not self.d else self).copy()
         if self.kept != other.kept:
             raise StatisticsError(
                 f"one part has covariance={self.kept!r}, the other {other.kept!r}; collect both alike"

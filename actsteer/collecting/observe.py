@@ -89,7 +89,7 @@ class Observation:
         silent = [
             f"{site!r} ({likely_cause(self._model, p)})" for site, p in self._places.items() if site not in self.axes
         ]
-        if silent:
+        if silent and self._stopper.passes:
             raise StatisticsError(f"these sites never ran: {'; '.join(silent)}")
 
     @contextmanager

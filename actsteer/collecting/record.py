@@ -7,10 +7,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from actsteer.collecting.batches import Batches, iterate
-from actsteer.collecting.meeting import announced
 from actsteer.collecting.observe import Observation, Step
-from actsteer.collecting.peers import in_step
 from actsteer.collecting.positions import Positions
+from actsteer.collecting.processes import announced, in_step
 from actsteer.errors import StatisticsError
 from actsteer.sites.axes import Axes
 from actsteer.sites.resolve import Sites, find_sites

@@ -31,15 +31,16 @@ class Stopper:
     def __init__(self, sites: Iterable[str], *, allowed: bool) -> None:
         self._sites = tuple(sites)
         self._once = allowed  # whether each site runs once in a pass, as far as is known
-        self._number = 0  # of the present pass
+        self.passes = 0
+        """How many have begun."""
         self._times: dict[str, int] = {}
         self._ends_early = False
 
     def begin(self) -> None:
         """A new forward pass."""
-        self._number += 1
+        self.passes += 1
         self._times = dict.fromkeys(self._sites, 0)
-        self._ends_early = self._once and self._number > 1 and self._number % EVERY != 0
+        self._ends_early = self._once and self.passes > 1 and self.passes % EVERY != 0
 
     def ran(self, site: str) -> None:
         """This site has run, and been seen; raises `Stop` if the pass ends here."""
@@ -53,11 +54,11 @@ class Stopper:
         Raises:
             StatisticsError: passes ended early, and a site runs more than once in this one.
         """
-        if self._number == 1:
+        if self.passes == 1:
             self._once = self._once and all(times == 1 for times in self._times.values())
         elif self._once and (more := [site for site, times in self._times.items() if times > 1]):
             raise StatisticsError(
-                f"pass {self._number}: the sites {more} ran more than once, but once in the first pass; earlier passes "
+                f"pass {self.passes}: the sites {more} ran more than once, but once in the first pass; earlier passes "
                 "ended when every site had run, and may have missed some; start again with stop=False"
             )
 
