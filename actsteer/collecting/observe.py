@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from einops import rearrange
@@ -14,10 +14,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from actsteer.collecting.batches import call, first_shape, rows_in
+from actsteer.collecting.eval_mode import eval_mode
 from actsteer.collecting.masks import TokenMasks
 from actsteer.collecting.positions import Positions, check, pick
-from actsteer.collecting.stop import Stop, Stopper
-from actsteer.collecting.undisturbed import inference_for, undisturbed, usable_later
+from actsteer.collecting.stop import Stop, Stopper, must_finish
 from actsteer.errors import BatchError, ShapeError, StatisticsError
 from actsteer.sites.axes import Axes, Layout, layouts
 from actsteer.sites.lens import Frame, Lens, packed_rows
@@ -26,70 +26,69 @@ from actsteer.sites.place import Place
 from actsteer.sites.resolve import resolve
 
 Keep = Callable[[str, Float[Tensor, "n d"], Int[Tensor, " n"]], None]
-"""Called with a site, rows of its activations, and for each of them the row of the batch that it is from."""
+"""Called with a site, rows of its activations, and for each of them the row of the batch that it is from; in normal
+mode, so that what it makes works in autograd later, with tensors that the model may edit in place afterwards."""
+
+
+class Step(NamedTuple):
+    """A forward pass: on what, and who is given what is seen in it."""
+
+    batch: Any
+    keep: Keep
+    rows: int | None = None
+    """How many rows the batch has, for a caller to whom it matters from which each activation is."""
 
 
 @final
 class Observation:
-    """What is seen at the sites when batches run, each of them once and, where that is certain to lose nothing, no
-    further than the last site.
+    """What is seen at the sites when batches run, each of them once and, if `stop`, no further than the last site.
 
     Args:
-        keep: is called in normal mode, where what it makes works in autograd later, with tensors that the model may
-            edit in place afterwards.
-        rows: how many rows the present batch has, for a caller to whom it matters from which each activation is.
+        stop: whether a pass may end early; see `Stopper`.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        names: Iterable[str],
-        keep: Keep,
-        *,
-        axis: Axes | None,
-        positions: Positions,
-        rows: Callable[[], int] | None = None,
+        self, model: nn.Module, names: Iterable[str], *, axis: Axes | None, positions: Positions, stop: bool
     ) -> None:
         check(positions)
-        self._model, self._positions, self._rows = model, positions, rows
+        self._model, self._positions = model, positions
         self._sequence_first = any(getattr(module, "batch_first", None) is False for module in model.modules())
         self._places = resolve(model, names)
         lies = layouts(model, self._places, axis=axis)
         self.axes: dict[str, int] = {}
         """Site -> the axis along which its features lay."""
-        self._listeners = [_Listener(place, lies[site], keep, self.axes) for site, place in self._places.items()]
+        self._stopper = Stopper(self._places, allowed=stop and not must_finish(model))
+        self._listeners = [
+            _Listener(place, lies[site], self._stopper, self.axes) for site, place in self._places.items()
+        ]
         for listener in self._listeners:
             listener.doubtful = self._sequence_first and lies[listener.place.site].row_axis == 0
 
-    def run(self, batches: Iterable[Any], *, after: Callable[[], None] = lambda: None) -> None:
-        """Run each batch, and call `after`.
+    def run(self, steps: Iterable[Step]) -> None:
+        """Run one step after another; each is taken once the one before it is over.
 
         Raises:
-            StatisticsError: a site has never run.
+            StatisticsError: a site has never run, or runs more often than in the first pass.
         """
-        stopper = Stopper(self._model, {site: place.module for site, place in self._places.items()}, call)
-        inference = inference_for(self._model)
-        with undisturbed(self._model), usable_later(self._model), ExitStack() as handles:
+        with eval_mode(self._model), ExitStack() as handles:
             for listener in self._listeners:
-                listener.stopper = stopper
                 handles.callback(listen(listener.place, listener))
-            for batch in batches:
+            for batch, keep, rows in steps:
                 positions = self._positions(batch) if callable(self._positions) else self._positions
                 check(positions)
                 masks = TokenMasks(self._model, batch, explicit=isinstance(positions, Tensor))
-                asked = None if self._rows is None else self._rows()
                 for listener in self._listeners:
-                    listener.positions, listener.masks, listener.asked = positions, masks, asked
+                    listener.keep, listener.positions, listener.masks, listener.asked = keep, positions, masks, rows
                     listener.given = None if self._sequence_first else rows_in(batch)
                     listener.tokens = () if self._sequence_first else first_shape(batch)[:2]
-                stopper.begin()
-                with suppress(Stop), inference(), self._listening():
+                self._stopper.begin()
+                with suppress(Stop), torch.no_grad(), self._listening():
                     call(self._model, batch)
-                after()
+                self._stopper.end()
         silent = [
             f"{site!r} ({likely_cause(self._model, p)})" for site, p in self._places.items() if site not in self.axes
         ]
-        if silent:
+        if silent and self._stopper.passes:
             raise StatisticsError(f"these sites never ran: {'; '.join(silent)}")
 
     @contextmanager
@@ -108,7 +107,7 @@ class _Listener:
     """A hook that hands the activations of a site on, as rows."""
 
     hears = False  # not when the model runs for another reason, such as to make the next batch
-    stopper: Stopper
+    keep: Keep
     positions: Positions
     masks: TokenMasks
     doubtful: bool  # whether the first axis may hold the positions and not the rows
@@ -116,8 +115,8 @@ class _Listener:
     tokens: tuple[int, ...]  # its rows and positions, as far as its shape tells
     asked: int | None  # the number of its rows, if it matters from which each activation is
 
-    def __init__(self, place: Place, layout: Layout, keep: Keep, axes: dict[str, int]) -> None:
-        self.place, self._keep, self._axes = place, keep, axes
+    def __init__(self, place: Place, layout: Layout, stopper: Stopper, axes: dict[str, int]) -> None:
+        self.place, self._stopper, self._axes = place, stopper, axes
         self._lens = Lens(place, layout)
 
     def __call__(self, module: nn.Module, args: Any, last: Any) -> None:
@@ -134,8 +133,8 @@ class _Listener:
                 else:
                     rows, owners = self._rows(whole, frame, nested=nested)
                 if len(rows):
-                    self._keep(self.place.site, rows, owners + index if nested else owners)
-        self.stopper.ran(self.place.site, has_begun=self.place.side == "in")
+                    self.keep(self.place.site, rows, owners + index if nested else owners)
+        self._stopper.ran(self.place.site)
 
     def _notice_axis(self, frame: Frame) -> None:
         known = self._lens.layout.axis

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from tqdm.auto import trange
 
 from actsteer.collecting.batches import Batches, call, iterate
+from actsteer.collecting.eval_mode import eval_mode
 from actsteer.collecting.masks import TokenMasks
-from actsteer.collecting.undisturbed import undisturbed
 from actsteer.errors import ShapeError, SiteNotFoundError, StatisticsError
 from actsteer.estimators.optimize import in_single, zeros_at
 from actsteer.sites import fingerprint
@@ -82,7 +82,7 @@ def discover(
     place = resolve(model, [looked_at])[looked_at]
     reader = _Reader(place, layouts(model, {looked_at: place}, axis=None)[looked_at])
     steerer = Steerer(model, in_single(zero), axis=axis)
-    with undisturbed(model, frozen=True), torch.enable_grad(), steerer:
+    with eval_mode(model, frozen=True), torch.enable_grad(), steerer:
         leaf = steerer.requires_grad_()[name]
         remove = listen(place, reader)
         try:

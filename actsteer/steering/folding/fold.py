@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from actsteer.collecting.batches import call
-from actsteer.collecting.undisturbed import buffers_kept, undisturbed
+from actsteer.collecting.eval_mode import buffers_kept, eval_mode
 from actsteer.errors import AttachedError, NotFoldable
 from actsteer.sites.axes import Axes, Layout
 from actsteer.sites.containers import Arguments
@@ -268,7 +268,7 @@ class _Folding:
         constant = Replace({site: edit.bias})
         axes = {site: self._steerer.axes[site]} if site in self._steerer.axes else None
         with ExitStack() as stack:
-            stack.enter_context(undisturbed(self._target))
+            stack.enter_context(eval_mode(self._target))
             stack.enter_context(Steerer(self._target, constant, axis=axes, strict=False))
             for run in readers:  # after the steering
                 place = Place(site=f"{run.name}:in", name=run.name, module=run.module, side="in")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, saved_tensors_hooks
 
 from actsteer.collecting.batches import call
-from actsteer.collecting.undisturbed import undisturbed
+from actsteer.collecting.eval_mode import eval_mode
 from actsteer.errors import NotFoldable
 from actsteer.sites.axes import Layout
 from actsteer.sites.containers import Arguments, tensors_in
@@ -58,7 +58,7 @@ class Trace:
         if any(parameter.is_inference() for parameter in model.parameters()):
             raise NotFoldable("the model was made in inference mode, where nothing can be traced; make it outside")
         with ExitStack() as stack:
-            stack.enter_context(undisturbed(model))
+            stack.enter_context(eval_mode(model))
             stack.enter_context(_gradients(model))
             stack.enter_context(saved_tensors_hooks(_forget, _forget))  # nobody goes backward
             inputs = {site: place for site, place in places.items() if place.side == "in"}
