@@ -174,9 +174,13 @@ class _Sums:
         """What is to run for the batches, each with the labels of its rows."""
         for batch, labels in pairs:
             if labels is None:
-                yield Step(batch, lambda site, rows, owners: self._add(None, site, rows))
+                yield Step(batch, self._keep_all)
             else:
                 yield Step(batch, partial(self._keep, *_coded(labels)), len(labels))
+
+    def _keep_all(self, site: str, rows: Tensor, owners: Tensor) -> None:
+        """Take in rows of a site that belong to no class."""
+        self._add(None, site, rows)
 
     def _keep(self, labels: list[Label], codes: Tensor, site: str, rows: Tensor, owners: Tensor) -> None:
         """Take in rows of a site; `owners` tells of which row of the batch each is, `codes` the class of that one."""
