@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from actsteer.collecting.batches import Batches, iterate
-from actsteer.collecting.checkpoint import Checkpoint, code_of, weights
 from actsteer.collecting.classes import ClassStatistics, Label
 from actsteer.collecting.labels import Labels, labelled
 from actsteer.collecting.meeting import announced, is_alone
@@ -19,6 +18,7 @@ from actsteer.collecting.moments import Moments
 from actsteer.collecting.observe import Observation
 from actsteer.collecting.peers import in_step, replicas
 from actsteer.collecting.positions import Positions, described
+from actsteer.collecting.resume import Checkpoint, code_of, weights
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import StatisticsError
 from actsteer.sites import fingerprint

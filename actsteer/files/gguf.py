@@ -16,7 +16,7 @@ from torch import Tensor
 
 from actsteer.errors import FileFormatError
 from actsteer.files import sealed
-from actsteer.files.stored import Numbered
+from actsteer.files.lazy import Numbered
 
 _ARCHITECTURE = "controlvector"
 _OWN = "actsteer"

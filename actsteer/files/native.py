@@ -14,7 +14,7 @@ from torch import Tensor
 
 from actsteer.errors import FileFormatError
 from actsteer.files import sealed
-from actsteer.files.stored import PlainVector, Stored
+from actsteer.files.lazy import PlainVector, Stored
 
 
 def write_bank(path: str | os.PathLike[str], bank: Mapping[str, PlainVector]) -> None:

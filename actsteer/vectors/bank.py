@@ -18,7 +18,7 @@ from actsteer.errors import (
     ZeroDirectionError,
     close_names,
 )
-from actsteer.files.stored import Stored
+from actsteer.files.lazy import Stored
 from actsteer.vectors import formats
 from actsteer.vectors.vector import SteeringVector, axes_of, from_file
 

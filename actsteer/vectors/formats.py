@@ -12,13 +12,13 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from actsteer.errors import FileFormatError, SiteNotFoundError
-from actsteer.files import gguf, native, peers, sealed
-from actsteer.files.stored import Numbered, PlainVector, Stored
+from actsteer.files import foreign, gguf, native, sealed
+from actsteer.files.lazy import Numbered, PlainVector, Stored
 from actsteer.sites import fingerprint
 from actsteer.sites.blocks import block_of, blocks_of_type, find_blocks
 
 AnyPath = str | os.PathLike[str]
-_SUFFIXES = (".safetensors", ".gguf", *peers.SUFFIXES)
+_SUFFIXES = (".safetensors", ".gguf", *foreign.SUFFIXES)
 
 
 def write(
@@ -77,7 +77,7 @@ def _read(path: str, model: nn.Module | None, layer_offset: int) -> dict[str, St
     if suffix not in _SUFFIXES:
         raise FileFormatError(
             f"{path}: unknown format {suffix!r}; name the file with .safetensors or .gguf; of others there are "
-            f"{', '.join(peers.SUFFIXES)}"
+            f"{', '.join(foreign.SUFFIXES)}"
         )
     name: Callable[[str, Numbered], Stored] = lambda concept, vector: _named(  # noqa: E731
         path, concept, vector, model=model, layer_offset=layer_offset
@@ -86,17 +86,17 @@ def _read(path: str, model: nn.Module | None, layer_offset: int) -> dict[str, St
         vector = gguf.read(path)
         return {_concept(path, vector): name(_concept(path, vector), vector)}
     if suffix == ".svec":
-        return {concept: name(concept, vector) for concept, vector in peers.read_svec(path).items()}
+        return {concept: name(concept, vector) for concept, vector in foreign.read_svec(path).items()}
     if suffix != ".safetensors":
-        tensors = peers.read_tensors(path)
+        tensors = foreign.read_tensors(path)
         if layer_offset and not all(isinstance(own, Numbered) for own in tensors.values()):
             raise _unnumbered(path)
         return {
             concept: name(concept, own) if isinstance(own, Numbered) else _stored(own, {"concept": concept})
             for concept, own in tensors.items()
         }
-    if not sealed.is_sealed(path) and peers.is_numbered(path):
-        return {concept: name(concept, vector) for concept, vector in peers.read_numbered(path).items()}
+    if not sealed.is_sealed(path) and foreign.is_numbered(path):
+        return {concept: name(concept, vector) for concept, vector in foreign.read_numbered(path).items()}
     if layer_offset:
         raise _unnumbered(path)
     found = native.read_bank(path)

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from actsteer.errors import FileFormatError, ShapeError, SiteNotFoundError, ZeroDirectionError, close_names
-from actsteer.files.stored import Stored
+from actsteer.files.lazy import Stored
 from actsteer.sites import fingerprint
 from actsteer.vectors import formats
 from actsteer.vectors.site_map import SiteMap

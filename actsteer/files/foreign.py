@@ -1,4 +1,4 @@
-"""Peers: the files of other projects, read into vectors by block number; nothing in them is executed.
+"""Foreign: the files of other projects, read into vectors by block number; nothing in them is executed.
 
 - `.svec` of IBM's conditional activation steering: JSON, applied at the input of a block.
 - `.safetensors` of steering-lite: tensors `layer<N>.<key>`.
@@ -20,7 +20,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from actsteer.errors import FileFormatError
-from actsteer.files.stored import Numbered
+from actsteer.files.lazy import Numbered
 
 SUFFIXES = (".svec", ".pt", ".pth", ".bin")
 _LAYER = re.compile(r"(?:layers?)?[._]?(\d{1,5})")

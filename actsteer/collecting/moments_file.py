@@ -1,4 +1,4 @@
-"""Storage: moments to and from a sealed safetensors file, bit for bit."""
+"""Moments file: moments to and from a sealed safetensors file, bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stored: what a file says of a vector, by sites (and read on demand), or by the numbers of a model's blocks."""
+"""Lazy: what a file says of a vector, by sites (and read on demand), or by the numbers of a model's blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoint: sums on disk, so that a pass over the data resumes where it was stopped."""
+"""Resume: sums on disk, so that a pass over the data goes on where it was stopped."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from actsteer.collecting import storage
+from actsteer.collecting import moments_file
 from actsteer.errors import BatchError, StatisticsError
 from actsteer.files import sealed
 
@@ -35,14 +35,14 @@ class Checkpoint:
         self._path, self._every, self._job = path, every, dict(job)
         self._digest = hashlib.sha256()  # of all batches so far
         self._expected = ""
-        self.classes: storage.Classes = {}
+        self.classes: moments_file.Classes = {}
         self.axes: dict[str, int] = {}
         self.done = 0
         if Path(path).exists():
             self._resume()
 
     def _resume(self) -> None:
-        self.classes, document = storage.read(self._path, "checkpoint")
+        self.classes, document = moments_file.read(self._path, "checkpoint")
         if document["job"] != self._job:
             changed = [k for k in self._job if document["job"].get(k) != self._job[k]]
             raise StatisticsError(
@@ -81,7 +81,7 @@ class Checkpoint:
 
     def _write(self) -> None:
         document = {"job": self._job, "axes": self.axes, "done": self.done, "batches": self._digest.hexdigest()}
-        storage.write(self._path, "checkpoint", self.classes, document)
+        moments_file.write(self._path, "checkpoint", self.classes, document)
 
 
 def weights(model: nn.Module) -> str:
