@@ -46,6 +46,7 @@ from actsteer.estimators.principal_direction import PrincipalDirection
 from actsteer.estimators.ridge_direction import RidgeDirection
 from actsteer.estimators.sparse_feature import SparseFeature
 from actsteer.estimators.whitened_mean_difference import WhitenedMeanDifference
+from actsteer.files.formats import FORMATS, Format
 from actsteer.sites.resolve import find_sites
 from actsteer.steering.folding.fold import fold, unfold
 from actsteer.steering.gates.cosine_above import CosineAbove
@@ -72,6 +73,7 @@ from actsteer.vectors.vector import SteeringVector
 __version__ = "0.1.0"
 
 __all__ = [
+    "FORMATS",
     "Ablate",
     "ActsteerError",
     "Add",
@@ -90,6 +92,7 @@ __all__ = [
     "DistributedError",
     "Estimator",
     "FileFormatError",
+    "Format",
     "Gate",
     "GateError",
     "Intervention",

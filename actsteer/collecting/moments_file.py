@@ -35,16 +35,29 @@ def write(
 
 
 def read(path: str | PathLike[str], kind: str) -> tuple[Classes, dict[str, Any]]:
-    """What `write` wrote: the moments, and the document."""
+    """What `write` wrote: the moments, and the document.
+
+    Every shape and type is checked: a seal tells an altered file from a whole one, and not who has written it.
+
+    Raises:
+        FileFormatError: the file is corrupt, foreign, or of a newer version.
+    """
     tensors, document = sealed.read(path, kind=kind)
     try:
-        classes: Classes = {
-            entry["label"]: {
-                site: _moments(int(count), {name: tensors.get(f"{index}/{number}/{name}") for name in _NAMES})
-                for number, (site, count) in enumerate(entry["counts"].items())
-            }
-            for index, entry in enumerate(document["classes"])
-        }
+        classes: Classes = {}
+        sizes: dict[str, int | None] = {}
+        for index, entry in enumerate(document["classes"]):
+            label, own = entry["label"], {}
+            for number, (site, count) in enumerate(entry["counts"].items()):
+                parts = {name: tensors.pop(f"{index}/{number}/{name}", None) for name in _NAMES}
+                own[site] = _moments(count, parts, d=sizes.setdefault(site, None))
+                sizes[site] = own[site].d
+            if type(label) not in (int, str, type(None)) or label in classes:
+                raise ValueError(f"expected a label for each class, got {label!r}")
+            classes[label] = own
+        _check(kind, classes, document)
+        if tensors:
+            raise ValueError(f"{sorted(tensors)} are tensors of no site")
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise FileFormatError(
             f"{path}: the document does not describe the tensors ({error!r}); collect again"
@@ -62,12 +75,36 @@ def _tensors(moments: Moments) -> dict[str, Tensor]:
     return found
 
 
-def _moments(count: int, tensors: Mapping[str, Tensor | None]) -> Moments:
+def _moments(count: Any, tensors: Mapping[str, Tensor | None], *, d: int | None) -> Moments:
+    """Moments of `d` features, if that is known."""
+    if type(count) is not int or count < 0:
+        raise ValueError(f"expected a count, got {count!r}")
+    found = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     origin, offset, second, third, fourth = (tensors[name] for name in _NAMES)
-    if origin is None or offset is None or any(t is not None and t.dtype != torch.float64 for t in tensors.values()):
-        raise ValueError("a tensor is missing, or not float64")
+    if origin is None or offset is None or len(found) not in (2, len(_NAMES)):
+        raise ValueError(f"expected {_NAMES}, or the first two of them, got {sorted(found)}")
+    size = len(origin) if d is None and origin.ndim else d
+    shapes = {"origin": (size,), "offset": (size,), "second": (size, size), "third": (size,), "fourth": ()}
+    for name, tensor in found.items():
+        if tensor.dtype != torch.float64 or tuple(tensor.shape) != shapes[name]:
+            raise ValueError(
+                f"{name}: expected float64 of shape {shapes[name]}, got {tensor.dtype} {tuple(tensor.shape)}"
+            )
     made = Moments(count, origin)
     made._offset = offset
     if second is not None and third is not None and fourth is not None:
         made._scatter = Scatter(second, third, fourth)
     return made
+
+
+def _check(kind: str, classes: Classes, document: Mapping[str, Any]) -> None:
+    """Raise ValueError unless there are the classes and the metadata that files of this kind have."""
+    if None in classes and len(classes) > 1:
+        raise ValueError("rows with classes and rows without")
+    if kind == "checkpoint":
+        return
+    if (None in classes) != (kind == "statistics") or not classes:
+        raise ValueError(f"expected {'no ' if kind == 'statistics' else ''}classes, got {list(classes)}")
+    metadata = document["metadata"]
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError(f"expected metadata of strings, got {metadata!r}")

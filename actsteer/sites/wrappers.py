@@ -14,13 +14,32 @@ _SLOTS = {  # by the class's name, so that none of them need be imported
     "AveragedModel": "module",
     "FullyShardedDataParallel": "_fsdp_wrapped_module",
     "ActivationWrapper": "_checkpoint_wrapped_module",
+    "PeftModel": "base_model",  # of peft, which holds a tuner that holds the base model
+    "BaseTuner": "model",
 }
-_PREFIX = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)|^module(?=\.)")
+_ADAPTED = {"BaseTunerLayer": "base_layer", "AuxiliaryTrainingWrapper": "original_module"}  # peft's, of one layer
+_PREFIX = re.compile(
+    r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)|^(module|base_model\.model)(?=\.)"
+)
 
 
 def slot(module: nn.Module) -> str | None:
     """The name under which a wrapper holds what it wraps; None for any other module."""
     return next((_SLOTS[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in _SLOTS), None)
+
+
+def without_adapters(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """As `named_modules`, with every layer to which peft has added an adapter as it was before."""
+    adapted = next((_ADAPTED[kind.__name__] for kind in type(model).__mro__ if kind.__name__ in _ADAPTED), None)
+    base = None if adapted is None else model._modules.get(adapted)
+    if base is not None:
+        yield from without_adapters(base, name)
+        return
+    yield name, model
+    for key, child in model._modules.items():
+        if child is not None:
+            inner = "" if key == slot(model) else key
+            yield from without_adapters(child, ".".join(part for part in (name, inner) if part))
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -181,7 +181,7 @@ def test_nothing_is_unpickled_but_tensors(tmp_path, monkeypatch, model, content)
     [
         A,
         {},
-        [A],
+        [1.0],
         {0: [1.0]},
         {0: torch.ones(2, 2)},
         {0: torch.ones(2, dtype=torch.int64)},
@@ -198,7 +198,7 @@ def test_tensors_that_are_no_directions_are_refused(tmp_path, model, content):
 
 @pytest.mark.parametrize("suffix", [".svec", ".pt", ".pth", ".bin"])
 def test_they_are_not_written(tmp_path, suffix):
-    with pytest.raises(FileFormatError, match="unknown format"):
+    with pytest.raises(FileFormatError, match=f"{suffix} is only read; name the file with .safetensors or .gguf"):
         SteeringVector({"0": A}).save(tmp_path / f"v{suffix}")
     with pytest.raises(FileNotFoundError):
         SteeringVector.load(tmp_path / f"v{suffix}")

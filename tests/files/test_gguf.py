@@ -196,15 +196,15 @@ def test_it_is_checked_against_the_model_like_any_other_file(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "why"),
     [
-        ({"direction.1": np.float64([1])}, "direction.1: expected F32 of shape .d,., got F64"),
-        ({"direction.1": np.float16([1])}, "direction.1: expected F32 of shape .d,., got F16"),
-        ({"direction.1": np.float32([[1, 2], [3, 4]])}, "expected F32 of shape"),
+        ({"direction.1": np.int32([1])}, "direction.1: expected F16, .*, F64 of shape .d,. or .1, d., got I32"),
+        ({"direction.1": np.float32([[1, 2], [3, 4]])}, r"expected F16, .* of shape .* got F32 of shape \(2, 2\)"),
+        ({"direction.1": np.float32([[1], [2]])}, r"got F32 of shape \(2, 1\)"),
         ({"direction.1": np.float32([np.nan])}, "direction.1 is not finite"),
         ({"direction.1": np.float32([1]), "direction.2": np.float32([1, 2])}, "the directions have several sizes"),
         ({"direction.x": np.float32([1])}, "expected direction.N, with a number"),
         ({"direction.01": np.float32([1])}, "expected direction.N, with a number"),
-        ({"weight": np.float32([1])}, "expected tensors direction.N, and no others"),
-        ({}, "expected tensors direction.N, and no others"),
+        ({"weight": np.float32([1])}, r"expected tensors direction.N, got \['weight'\]"),
+        ({}, r"expected tensors direction.N, got \[\]"),
     ],
     ids=str,
 )
