@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 
 from torch import nn
 
@@ -28,10 +28,20 @@ def slot(module: nn.Module) -> str | None:
     return next((_SLOTS[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in _SLOTS), None)
 
 
+def inside_adapters(modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """With what the names begin of what peft has put into layers, which no pattern selects."""
+    kinds = {kind for kind in {type(module) for module in modules.values()} if _adapted(kind) is not None}
+    return tuple(f"{name}." for name, module in modules.items() if type(module) in kinds) if kinds else ()
+
+
+def _adapted(kind: type[nn.Module]) -> str | None:
+    """Under which name a layer of this class, if it has an adapter, holds what was there before."""
+    return next((_ADAPTED[base.__name__] for base in kind.__mro__ if base.__name__ in _ADAPTED), None)
+
+
 def without_adapters(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """As `named_modules`, with every layer to which peft has added an adapter as it was before."""
-    adapted = next((_ADAPTED[kind.__name__] for kind in type(model).__mro__ if kind.__name__ in _ADAPTED), None)
-    base = None if adapted is None else model._modules.get(adapted)
+    base = model._modules.get(_adapted(type(model)) or "")
     if base is not None:
         yield from without_adapters(base, name)
         return

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from actsteer.errors import FileFormatError, ShapeError, SiteNotFoundError, ZeroDirectionError, close_names
 from actsteer.files.formats import Format
 from actsteer.files.lazy import Stored
+from actsteer.files.untrusted import not_dense
 from actsteer.sites import fingerprint
 from actsteer.vectors import on_disk
 from actsteer.vectors.site_map import SiteMap
@@ -322,7 +323,11 @@ def _owned(site: str, direction: Tensor) -> Tensor:
         raise TypeError(f"a site is a module's name, a str; got {site!r}")
     if not isinstance(direction, Tensor):
         raise TypeError(f"site {site!r}: expected a tensor of shape (d,), got {type(direction).__name__}")
-    if direction.ndim != 1 or not direction.is_floating_point():
+    if (problem := not_dense(direction)) is not None:
+        raise ShapeError(
+            f"site {site!r}: expected a 1-D floating tensor of shape (d,), got {direction.dtype}: {problem}"
+        )
+    if direction.ndim != 1:
         raise ShapeError(
             f"site {site!r}: expected a 1-D floating tensor of shape (d,), got {direction.dtype} of shape "
             f"{tuple(direction.shape)}; a direction has one number per feature"
