@@ -28,7 +28,7 @@ from actsteer.files.lazy import Named, Numbered
 from actsteer.files.untrusted import not_plain
 
 SUFFIX = (".pt", ".pth", ".bin")
-_NAME = re.compile(r"(?:(?P<concept>.+)_)??(?:vec_)?layers?_?(?P<layer>-?\d{1,5})(?:_(?P<rest>.+))?")
+_NAME = re.compile(r"(?:(?P<concept>.+?)_)??(?:vec_)?layers?_?(?P<layer>-?\d{1,5})(?:_(?P<rest>.+))?")
 _SHARED = 1000  # one tensor may have many names: how many times the file's size its directions may take
 _LOCK = threading.Lock()  # torch has one list of what may be in a file
 
