@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from actsteer.collecting.batches import Batches, iterate
-from actsteer.collecting.checkpoint import Checkpoint, code_of, weights
 from actsteer.collecting.classes import ClassStatistics, Label
 from actsteer.collecting.labels import Labels, labelled
 from actsteer.collecting.moments import Covariance, Moments
 from actsteer.collecting.observe import Observation, Step
 from actsteer.collecting.positions import Positions, described
 from actsteer.collecting.processes import announced, in_step, is_alone, replicas
+from actsteer.collecting.resume import Checkpoint, code_of, weights
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import StatisticsError
 from actsteer.sites import fingerprint
@@ -197,9 +197,10 @@ class _Sums:
             if empty := [site for site in names if site not in moments]:
                 raise StatisticsError(f"sites {empty} saw no rows; is every batch empty?")
             for site, seen in moments.items():
-                if not bool(torch.isfinite(seen.mean).all()):
+                if not seen.is_finite:
                     raise StatisticsError(
-                        f"site {site!r}: the activations are not finite; look for inf or nan in the data"
+                        f"site {site!r}: the activations are not finite; look for inf or nan in the data, or for "
+                        "numbers of which the squares are too large for float64"
                     )
 
     def _add(self, label: Label | None, site: str, rows: Tensor) -> None:

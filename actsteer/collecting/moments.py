@@ -162,6 +162,13 @@ class Moments:
         """The sum of ‖x - mean‖⁴ over the rows, 0-dim; nan if the moments were made from a scatter alone."""
         return self._sums().fourth.clone()
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether the mean is, and what was collected beside it: sums of squares overflow before their terms do."""
+        squares = self._squares if self._scatter is None else self._scatter.second.diagonal()  # the largest, by Cauchy
+        parts = [self._origin, self._offset] if squares is None else [self._origin, self._offset, squares]
+        return all(bool(part.isfinite().all()) for part in parts)
+
     def _degrees(self, name: str) -> int:
         if self.count < 2:
             raise StatisticsError(f"the {name} of a single row is not defined; collect at least two")
