@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from numbers import Real
 from os import PathLike
 from typing import Any, final
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from actsteer.errors import FileFormatError, ShapeError, SiteNotFoundError, ZeroDirectionError, close_names
 from actsteer.files.stored import Stored
-from actsteer.sites import fingerprint
 from actsteer.vectors import formats
 from actsteer.vectors.site_map import SiteMap
 
@@ -269,17 +268,6 @@ def from_file(stored: Stored) -> SteeringVector:
     return _rebuild(stored.read(), stored.metadata, True)
 
 
-def check_model(model: nn.Module, bank: Mapping[str, SteeringVector]) -> None:
-    """Raise, or warn, where a vector from a file was made for another model; see `sites.fingerprint.check`."""
-    found = {
-        tuple(vector._metadata.get(key, "") for key in ("model", "weights")): concept
-        for concept, vector in bank.items()
-        if vector._is_from_file
-    }
-    for (model_, weights), concept in found.items():
-        fingerprint.check(model, {"model": model_, "weights": weights}, what=f"the vector {concept!r}")
-
-
 def _rebuild(directions: Mapping[str, Tensor], metadata: Mapping[str, str], is_from_file: bool) -> SteeringVector:
     vector = SteeringVector(directions, metadata=metadata)
     vector._is_from_file = is_from_file
@@ -292,14 +280,22 @@ def axes_of(vectors: Iterable[SteeringVector]) -> dict[str, str]:
     Raises:
         ShapeError: two of them have different axes at one site.
     """
+    return axes_in((vector._directions, vector._metadata) for vector in vectors)
+
+
+def axes_in(
+    described: Iterable[tuple[Container[str], Mapping[str, str]]], asked: Container[str] | None = None
+) -> dict[str, str]:
+    """`axes_of` vectors whose sites and metadata are given; all the keys, or those asked for."""
     axes: dict[str, str] = {}
-    for vector in vectors:
-        for site in vector:
-            axis = vector.metadata.get(f"axis {site}")
-            if axis is not None and axes.setdefault(f"axis {site}", axis) != axis:
+    for sites, metadata in described:
+        for key, axis in metadata.items():
+            if not key.startswith("axis ") or (asked is not None and key not in asked):
+                continue
+            if (site := key[5:]) in sites and axes.setdefault(key, axis) != axis:
                 raise ShapeError(
-                    f"site {site!r}: the vectors were collected along different axes, {axes[f'axis {site}']} and "
-                    f"{axis}; collect them along one"
+                    f"site {site!r}: the vectors were collected along different axes, {axes[key]} and {axis}; collect "
+                    "them along one"
                 )
     return axes
 
