@@ -168,21 +168,21 @@ class SiteEdit(Uncopied):
                 "same number of rows; install it with a strength of the shape that is to come"
             )
 
-    def set_strengths(self, strengths: PerConcept, *, every: bool) -> None:
+    def set_strengths(self, strengths: PerConcept, *, every: bool, idle: bool) -> None:
         """New strengths of its concepts, from the next forward pass on.
 
         Args:
             every: whether a concept of strength 0 counts too: compiled code, or a gradient, waits for it.
+            idle: whether no concept has a strength, at any site; then those that had one stay, at 0, and what was
+                compiled with them is still right.
         """
         terms, others = strengths.parts(self._apart if self.is_sum else None, every=every)
         self._given, self._terms = strengths, terms
         constant = None if terms is None else terms.sum(self._directions_of(terms))
-        if (
-            terms is None and not others
-        ):  # those that had a strength stay, at 0, as what was compiled with them needs it
+        if idle and not every:
             others = self._others
-            if self.is_sum and (self.constant is not None or not others):
-                constant = self._zero()
+        if terms is None and self.is_sum and (not others or (idle and self.constant is not None)):
+            constant = self._zero()
         if others != self._others:
             self._others, self._like = others, {}
             self._varied = self._stack.rows(others) if others else None

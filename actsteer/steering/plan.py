@@ -73,9 +73,10 @@ class Plan:
                 edit.check_strengths(own)
         for passes in self.passes:
             passes.set_strengths(strengths, every=self._every)
+        idle = not strengths.active()
         for own, edits in here:
             for edit in edits:
-                edit.set_strengths(own, every=self._every)
+                edit.set_strengths(own, every=self._every, idle=idle)
         self._strengths = strengths
 
     def silence(self) -> None:
