@@ -444,7 +444,7 @@ TARGETS = [
     ("actsteer.steering.backends.patch.attach", 4),
     ("actsteer.steering.backends.patch.Patch.add", 4),
     ("actsteer.steering.backends.patch.Patch.of", 4),
-    ("actsteer.steering.backends.fold.attach", 3),
+    ("actsteer.steering.backends.bias.attach", 3),
     ("actsteer.steering.edit.SiteEdit.set_strengths", 3),
     ("actsteer.steering.edit.SiteEdit.expect", 3),
 ]
