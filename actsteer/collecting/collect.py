@@ -174,9 +174,13 @@ class _Sums:
         """What is to run for the batches, each with the labels of its rows."""
         for batch, labels in pairs:
             if labels is None:
-                yield Step(batch, lambda site, rows, owners: self._add(None, site, rows))
+                yield Step(batch, self._keep_all)
             else:
                 yield Step(batch, partial(self._keep, *_coded(labels)), len(labels))
+
+    def _keep_all(self, site: str, rows: Tensor, owners: Tensor) -> None:
+        """Take in rows of a site that belong to no class."""
+        self._add(None, site, rows)
 
     def _keep(self, labels: list[Label], codes: Tensor, site: str, rows: Tensor, owners: Tensor) -> None:
         """Take in rows of a site; `owners` tells of which row of the batch each is, `codes` the class of that one."""
@@ -193,9 +197,10 @@ class _Sums:
             if empty := [site for site in names if site not in moments]:
                 raise StatisticsError(f"sites {empty} saw no rows; is every batch empty?")
             for site, seen in moments.items():
-                if not bool(torch.isfinite(seen.mean).all()):
+                if not seen.is_finite:
                     raise StatisticsError(
-                        f"site {site!r}: the activations are not finite; look for inf or nan in the data"
+                        f"site {site!r}: the activations are not finite; look for inf or nan in the data, or for "
+                        "numbers of which the squares are too large for float64"
                     )
 
     def _add(self, label: Label | None, site: str, rows: Tensor) -> None:

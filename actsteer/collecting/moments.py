@@ -61,7 +61,7 @@ class Moments:
     [8.0, 0.0]
     """
 
-    __slots__ = ("_offset", "_origin", "_scatter", "_shared", "_squares", "count")
+    __slots__ = ("_buffer", "_offset", "_origin", "_scatter", "_shared", "_squares", "count", "dtype")
 
     @torch.inference_mode(mode=False)  # what is kept must work in autograd later
     def __init__(
@@ -73,6 +73,9 @@ class Moments:
                 f"expected a mean of shape (d,), and a scatter of shape (d, d) or its diagonal, (d,); got {shapes}"
             )
         self.count = count
+        self.dtype: torch.dtype | None = mean.dtype if count else None
+        """The dtype of the rows; None before there are any."""
+        self._buffer: Tensor | None = None
         self._origin = exact(mean).clone()
         self._offset = torch.zeros_like(self._origin)
         self._scatter: Scatter | None = None
@@ -159,6 +162,13 @@ class Moments:
         """The sum of ‖x - mean‖⁴ over the rows, 0-dim; nan if the moments were made from a scatter alone."""
         return self._sums().fourth.clone()
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether the mean is, and what was collected beside it: sums of squares overflow before their terms do."""
+        squares = self._squares if self._scatter is None else self._scatter.second.diagonal()  # the largest, by Cauchy
+        parts = [self._origin, self._offset] if squares is None else [self._origin, self._offset, squares]
+        return all(bool(part.isfinite().all()) for part in parts)
+
     def _degrees(self, name: str) -> int:
         if self.count < 2:
             raise StatisticsError(f"the {name} of a single row is not defined; collect at least two")
@@ -180,13 +190,20 @@ class Moments:
         Raises:
             ShapeError: not rows of d features.
         """
-        if rows.ndim != 2 or rows.shape[1] != self.d:
+        if rows.ndim != 2 or rows.shape[1] != self._origin.shape[0]:
             raise ShapeError(f"expected rows of shape (n, {self.d}), got {tuple(rows.shape)}; is it the same model?")
-        if len(rows):
-            self._unshare()
-        for block in rows.detach().split(BLOCK):
-            if len(block):
-                self._absorb(exact(block).to(self._origin.device))
+        count = rows.shape[0]
+        if count:
+            self.dtype = rows.dtype if self.dtype is None else torch.promote_types(self.dtype, rows.dtype)
+            if self._shared:
+                self._unshare()
+            if type(rows) is not Tensor or rows.requires_grad:
+                rows = rows.detach().as_subclass(Tensor)
+            if self._scatter is None and self._squares is None:
+                self._absorb_mean(rows, count)
+            else:
+                for block in rows.split(BLOCK):
+                    self._absorb(exact(block).to(self._origin.device))
         return self
 
     def merge(self, other: Moments) -> Moments:
@@ -207,6 +224,7 @@ class Moments:
         count = self.count + other.count
         moved = (other._origin.to(device) - self._origin) + (other._offset.to(device) - self._offset)
         merged = Moments(count, self._origin)
+        merged.dtype = torch.promote_types(self.dtype or torch.float64, other.dtype or torch.float64)
         merged._offset = self._offset + moved * (other.count / count)
         if self._scatter is not None and other._scatter is not None:
             ours, theirs = (self._scatter, self.count), (other._scatter.to(device), other.count)
@@ -223,7 +241,8 @@ class Moments:
     def copy(self) -> Moments:
         """The same moments; its tensors become its own when either is updated."""
         copied = Moments.__new__(Moments)
-        copied.count, copied._origin, copied._offset = self.count, self._origin, self._offset
+        copied.count, copied.dtype, copied._buffer = self.count, self.dtype, None
+        copied._origin, copied._offset = self._origin, self._offset
         copied._scatter, copied._squares = self._scatter, self._squares
         copied._shared = self._shared = True
         return copied
@@ -231,7 +250,7 @@ class Moments:
     def __neg__(self) -> Moments:
         """The moments of the negated rows."""
         negated = Moments(self.count, -self._origin)
-        negated._offset = -self._offset
+        negated._offset, negated.dtype = -self._offset, self.dtype
         if (sums := self._scatter) is not None:
             negated._scatter = Scatter(sums.second.clone(), -sums.third, sums.fourth.clone())
         negated._squares = None if self._squares is None else self._squares.clone()
@@ -242,11 +261,26 @@ class Moments:
 
     @torch.inference_mode(mode=False)
     def _unshare(self) -> None:
-        if self._shared:
-            self._origin, self._offset = self._origin.clone(), self._offset.clone()
-            self._scatter = None if self._scatter is None else self._scatter.clone()
-            self._squares = None if self._squares is None else self._squares.clone()
-            self._shared = False
+        self._origin, self._offset = self._origin.clone(), self._offset.clone()
+        self._scatter = None if self._scatter is None else self._scatter.clone()
+        self._squares = None if self._squares is None else self._squares.clone()
+        self._shared = False
+
+    def _absorb_mean(self, rows: Float[Tensor, "n d"], count: int) -> None:
+        """In place, in a buffer that is kept: it costs little more than the sum of the rows."""
+        if self._buffer is None:
+            with torch.inference_mode(mode=False):
+                self._buffer = torch.empty_like(self._origin)
+        if rows.device != self._origin.device:
+            rows = exact(rows).to(self._origin.device)
+        total = torch.sum(rows, 0, dtype=torch.float64, out=self._buffer)
+        if not self.count:
+            torch.div(total, count, out=self._origin)
+            self._offset.zero_()
+        else:
+            total.sub_(self._origin, alpha=count).sub_(self._offset, alpha=count)
+            self._offset.add_(total, alpha=1 / (self.count + count))
+        self.count += count
 
     @torch.inference_mode(mode=False)
     @torch.no_grad()
@@ -289,5 +323,6 @@ def moved_sums(sums: Scatter, count: int, shift: Float[Tensor, " d"]) -> tuple[T
 
 
 def exact(tensor: Tensor) -> Tensor:
-    """In float64, on a device that has it."""
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+    """A plain tensor in float64, on a device that has it."""
+    plain = tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
+    return (plain.cpu() if plain.device.type == "mps" else plain).double()

@@ -30,7 +30,8 @@ def write(
         for number, own in enumerate(moments.values()):
             tensors |= {f"{index}/{number}/{name}": tensor for name, tensor in _tensors(own).items()}
         counts = {site: own.count for site, own in moments.items()}
-        entries.append({"label": label, "counts": counts})
+        dtypes = {site: None if own.dtype is None else str(own.dtype)[6:] for site, own in moments.items()}
+        entries.append({"label": label, "counts": counts, "dtypes": dtypes})
     sealed.write(path, tensors, {"kind": kind, "classes": entries, **described})
 
 
@@ -51,6 +52,7 @@ def read(path: str | PathLike[str], kind: str) -> tuple[Classes, dict[str, Any]]
             for number, (site, count) in enumerate(entry["counts"].items()):
                 parts = {name: tensors.pop(f"{index}/{number}/{name}", None) for name in _NAMES}
                 own[site] = _moments(count, parts, d=sizes.setdefault(site, None))
+                own[site].dtype = _dtype(entry["dtypes"][site])
                 sizes[site] = own[site].d
             if type(label) not in (int, str, type(None)) or label in classes:
                 raise ValueError(f"expected a label for each class, got {label!r}")
@@ -66,6 +68,8 @@ def read(path: str | PathLike[str], kind: str) -> tuple[Classes, dict[str, Any]]
 
 
 _NAMES = ("origin", "offset", "squares", "second", "third", "fourth")
+_KEPT = ({"squares"}, {"second", "third", "fourth"}, set[str]())
+"""Beside origin and offset: variances, a covariance, or nothing."""
 
 
 def _tensors(moments: Moments) -> dict[str, Tensor]:
@@ -83,21 +87,11 @@ def _moments(count: Any, tensors: Mapping[str, Tensor | None], *, d: int | None)
         raise ValueError(f"expected a count, got {count!r}")
     found = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     origin, offset, squares, second, third, fourth = (tensors[name] for name in _NAMES)
-    scattered = {"second", "third", "fourth"}
-    rest = found.keys() - {"origin", "offset"}
-    if origin is None or offset is None or rest not in (set(), {"squares"}, scattered):
-        raise ValueError(
-            f"expected origin and offset, alone or with squares or {sorted(scattered)}, got {sorted(found)}"
-        )
+    if origin is None or offset is None or found.keys() - {"origin", "offset"} not in _KEPT:
+        raise ValueError(f"expected origin and offset, and one of {_KEPT}, got {sorted(found)}")
     size = len(origin) if d is None and origin.ndim else d
-    shapes = {
-        "origin": (size,),
-        "offset": (size,),
-        "squares": (size,),
-        "second": (size, size),
-        "third": (size,),
-        "fourth": (),
-    }
+    shapes: dict[str, tuple[int | None, ...]] = {"origin": (size,), "offset": (size,), "squares": (size,)}
+    shapes |= {"second": (size, size), "third": (size,), "fourth": ()}
     for name, tensor in found.items():
         if tensor.dtype != torch.float64 or tuple(tensor.shape) != shapes[name]:
             raise ValueError(
@@ -108,6 +102,16 @@ def _moments(count: Any, tensors: Mapping[str, Tensor | None], *, d: int | None)
     if second is not None and third is not None and fourth is not None:
         made._scatter = Scatter(second, third, fourth)
     return made
+
+
+def _dtype(name: Any) -> torch.dtype | None:
+    """The dtype of this name; None of no rows."""
+    if name is None:
+        return None
+    found = getattr(torch, name) if isinstance(name, str) else None
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"expected a floating dtype, got {name!r}")
+    return found
 
 
 def _check(kind: str, classes: Classes, document: Mapping[str, Any]) -> None:

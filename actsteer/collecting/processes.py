@@ -265,6 +265,7 @@ def reduce(
             for index, (label, part) in enumerate(zip(labels, parts, strict=True)):
                 each = torch.stack([e[index] for e in everyone])
                 merged[label][site] = _merged(part, counts[:, index].double(), each, empty, group)
+                merged[label][site].dtype = kind.dtypes.get(site)
         return merged, kind.metadata, ranks
 
 
@@ -298,6 +299,7 @@ class _Header(NamedTuple):
     """Site -> features; 0 where this process has seen no rows."""
     counts: dict[Any, dict[str, int]]
     covariance: Covariance
+    dtypes: dict[str, torch.dtype]
     metadata: dict[str, str]
     by_class: bool
 
@@ -311,6 +313,7 @@ class _Header(NamedTuple):
                 for label, moments in classes.items()
             },
             next((own.kept for own in first.values()), False),
+            {site: own.dtype for site, own in first.items() if own.dtype is not None},
             dict(metadata),
             by_class,
         )
@@ -325,7 +328,7 @@ class _Header(NamedTuple):
         sizes = other.sizes if not self.sizes or self.sizes.keys() == other.sizes.keys() else self.sizes
         axes = {key: value for key, value in other.metadata.items() if key.startswith("axis ")}
         covariance = self.covariance if self.sizes else other.covariance
-        return self._replace(sizes=sizes, metadata=axes | self.metadata, covariance=covariance)
+        return self._replace(sizes=sizes, metadata=axes | self.metadata, covariance=covariance, dtypes=other.dtypes)
 
 
 def _gathered(header: _Header, group: Group) -> list[_Header]:
@@ -350,6 +353,7 @@ def _agreed(headers: Sequence[_Header], ranks: Sequence[int]) -> _Header:
             ("sites of sizes", first.sizes, own.sizes),
             ("metadata", first.metadata, own.metadata),
             ("covariance", first.covariance, own.covariance),
+            ("dtypes", first.dtypes, own.dtypes),
             ("classes", first.by_class, own.by_class),
         ):
             if expected != got:

@@ -34,19 +34,22 @@ class Stopper:
         self.passes = 0
         """How many have begun."""
         self._times: dict[str, int] = {}
+        self._left = 0  # sites that have not run in it
         self._ends_early = False
 
     def begin(self) -> None:
         """A new forward pass."""
         self.passes += 1
-        self._times = dict.fromkeys(self._sites, 0)
+        self._times, self._left = dict.fromkeys(self._sites, 0), len(self._sites)
         self._ends_early = self._once and self.passes > 1 and self.passes % EVERY != 0
 
     def ran(self, site: str) -> None:
         """This site has run, and been seen; raises `Stop` if the pass ends here."""
         self._times[site] += 1
-        if self._ends_early and all(self._times.values()):
-            raise Stop
+        if self._times[site] == 1:
+            self._left -= 1
+            if not self._left and self._ends_early:
+                raise Stop
 
     def end(self) -> None:
         """The pass is over.

@@ -293,6 +293,14 @@ def test_activations_that_are_not_finite_are_refused(number):
         collect(IDENTITY, bad, sites="0", batch_size=1)
 
 
+@pytest.mark.parametrize("kept", ["diagonal", True])
+def test_covariances_that_are_not_finite_are_refused(kept):
+    large = torch.tensor([[1e200, 0.0], [-1e200, 1.0]], dtype=torch.float64)
+    assert collect(IDENTITY, large, sites="0")["0"].mean.tolist() == [0, 0.5]
+    with pytest.raises(StatisticsError, match=r"site '0': the activations are not finite.*squares are too large"):
+        collect(IDENTITY, large, sites="0", covariance=kept)
+
+
 def test_a_site_that_never_runs_is_named():
     model = Two()
     model.unused = nn.ReLU()

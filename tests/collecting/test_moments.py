@@ -329,3 +329,20 @@ def test_moments_can_be_made_from_the_diagonal_of_a_scatter():
 def test_another_word_for_what_is_kept_is_refused(wrong):
     with pytest.raises(ValueError, match="expected False, True or 'diagonal'"):
         Moments.of(X, covariance=wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_moments_know_the_dtype_of_their_rows(dtype):
+    own = Moments.of(X.to(dtype), covariance=True)
+    assert own.dtype is (-own).dtype is own.copy().dtype is own.merge(Moments.empty(2)).dtype is dtype
+    assert own.merge(Moments.of(X.double(), covariance=True)).dtype is torch.float64
+    assert Moments.empty(2).dtype is None
+
+
+@given(eighths(9, 3), st.lists(st.integers(1, 8), unique=True).map(sorted))
+def test_means_alone_are_those_of_the_covariances(rows, cuts):
+    grown, whole = Moments.empty(3), Moments.of(rows, covariance=True)
+    for part in torch.tensor_split(rows, cuts):
+        grown.update(part)
+    assert grown.count == whole.count
+    assert_allclose(grown.mean, whole.mean, atol=1e-14)
