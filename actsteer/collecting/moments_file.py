@@ -31,7 +31,7 @@ def write(
             tensors |= {f"{index}/{number}/{name}": tensor for name, tensor in _tensors(own).items()}
         counts = {site: own.count for site, own in moments.items()}
         entries.append({"label": label, "counts": counts})
-    sealed.write(path, tensors, {"kind": kind, "classes": entries, **described})
+    sealed.write(sealed.checked(path), tensors, {"kind": kind, "classes": entries, **described})
 
 
 def read(path: str | PathLike[str], kind: str) -> tuple[Classes, dict[str, Any]]:
@@ -42,7 +42,7 @@ def read(path: str | PathLike[str], kind: str) -> tuple[Classes, dict[str, Any]]
     Raises:
         FileFormatError: the file is corrupt, foreign, or of a newer version.
     """
-    tensors, document = sealed.read(path, kind=kind)
+    tensors, document = sealed.read(sealed.checked(path), kind=kind)
     try:
         classes: Classes = {}
         sizes: dict[str, int | None] = {}
