@@ -77,7 +77,7 @@ def _tensors(moments: Moments) -> dict[str, Tensor]:
 
 def _moments(count: Any, tensors: Mapping[str, Tensor | None], *, d: int | None) -> Moments:
     """Moments of `d` features, if that is known."""
-    if type(count) is not int or count < 0:
+    if type(count) is not int or not 0 <= count < 2**63:
         raise ValueError(f"expected a count, got {count!r}")
     found = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     origin, offset, second, third, fourth = (tensors[name] for name in _NAMES)
@@ -105,6 +105,8 @@ def _check(kind: str, classes: Classes, document: Mapping[str, Any]) -> None:
         return
     if (None in classes) != (kind == "statistics") or not classes:
         raise ValueError(f"expected {'no ' if kind == 'statistics' else ''}classes, got {list(classes)}")
+    if len({tuple(own) for own in classes.values()}) > 1:
+        raise ValueError("the classes have different sites")
     metadata = document["metadata"]
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise ValueError(f"expected metadata of strings, got {metadata!r}")
