@@ -459,9 +459,7 @@ def test_convert_writes_over_what_it_made_and_nothing_else(run, folder, bank):
         "lite.safetensors": lambda path: save_file({"layer1.v": torch.ones(16)}, path),
         "text.safetensors": lambda path: path.write_text("mine"),
         "text.gguf": lambda path: path.write_text("mine"),
-        "theirs.gguf": lambda path: path.write_bytes(
-            (Path(__file__).parent.parent / "files/data/repeng.gguf").read_bytes()
-        ),
+        "theirs.gguf": lambda path: path.write_bytes(REPENG.read_bytes()),
         "empty.gguf": Path.touch,
     }
     for name, write in others.items():
