@@ -6,7 +6,6 @@ from typing import final
 
 from actsteer.collecting.classes import ClassStatistics
 from actsteer.errors import StatisticsError
-from actsteer.estimators.estimator import Reads
 from actsteer.estimators.mean_difference import MeanDifference
 from actsteer.vectors.bank import VectorBank
 from actsteer.vectors.vector import SteeringVector
@@ -31,8 +30,6 @@ class Centroids:
     >>> bank.concepts, bank["2"]["2"]
     (('0', '1', '2'), tensor([3.]))
     """
-
-    reads: Reads = "means"
 
     def __call__(self, classes: ClassStatistics) -> VectorBank:
         """The bank of all classes, in the order of the labels."""

@@ -291,7 +291,7 @@ class SiteEdit(Uncopied):
                 c = c if real is None else torch.where(real, c.to(last.device), 0.0)
                 if c.ndim:  # a number for all stays on the CPU, where nobody waits for it
                     c = c.to(last).movedim(lay.axis, -1)
-                last = _edited(intervention, last, self._rows(index, last.dtype, last.device), c)
+                last = edited_by(intervention, last, self._rows(index, last.dtype, last.device), c)
         return own_part(last.movedim(-1, lay.axis).to(activation.dtype), activation, module)
 
     def _rows(self, which: int | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -371,7 +371,7 @@ def _sum(directions: Float[Tensor, "k d"], strengths: Sequence[Tensor]) -> Float
     return torch.where((c == 0).all(dim=0)[..., None], -0.0, total)
 
 
-def _edited(
+def edited_by(
     intervention: Intervention,
     activation: Float[Tensor, "*batch d"],
     direction: Float[Tensor, " d"],

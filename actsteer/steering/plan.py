@@ -22,7 +22,7 @@ from actsteer.steering.gates.gate import AnyGate, Combination, leaves
 from actsteer.steering.inputs import encoder_of
 from actsteer.steering.interventions.ablate import Ablate
 from actsteer.steering.interventions.add import Add
-from actsteer.steering.interventions.intervention import Intervention, PerSite, at_site
+from actsteer.steering.interventions.intervention import Intervention, PerSite, at_site, check_intervention
 from actsteer.steering.passes import Passes
 from actsteer.steering.positions import check as check_positions
 from actsteer.steering.reader import CombinedReader, GateReader, Reader
@@ -179,11 +179,11 @@ def _interventions(bank: VectorBank, intervention: Interventions | None) -> list
     if intervention is None:
         return [_meant(concept, vector.metadata.get("intervention", "add")) for concept, vector in bank.items()]
     if not isinstance(intervention, Mapping):
+        check_intervention(intervention, by="intervention")
         return [intervention] * len(bank)
     _check_concepts(intervention, bank, by="intervention")
-    for concept, own in intervention.items():
-        if not callable(own) and not isinstance(own, PerSite):
-            raise TypeError(f"intervention: expected one such as Add(), got {own!r} for {concept!r}")
+    for concept, named in intervention.items():
+        check_intervention(named, by=f"intervention of {concept!r}")
     meant = {concept: vector.metadata.get("intervention", "add") for concept, vector in bank.items()}
     return [intervention[concept] if concept in intervention else _meant(concept, meant[concept]) for concept in bank]
 

@@ -8,7 +8,7 @@ from typing import final
 from jaxtyping import Float
 from torch import Tensor
 
-from actsteer.steering.interventions.intervention import Intervention, PerSite, at_site
+from actsteer.steering.interventions.intervention import Intervention, PerSite, at_site, check_intervention
 
 
 @final
@@ -29,8 +29,7 @@ class Chain:
 
     def __init__(self, *interventions: Intervention | PerSite) -> None:
         for intervention in interventions:
-            if not isinstance(intervention, Intervention | PerSite):
-                raise TypeError(f"Chain: expected interventions such as Add(), got {intervention!r}")
+            check_intervention(intervention, by="Chain")
         object.__setattr__(self, "interventions", interventions)
 
     def __call__(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -72,6 +72,16 @@ class Edit(PerSite, Protocol):
 def at_site(intervention: Intervention | PerSite, site: str) -> Intervention:
     """The intervention at one site: another at each if it is `PerSite`, else the same at all."""
     return intervention.at(site) if isinstance(intervention, PerSite) else intervention
+
+
+def check_intervention(intervention: Any, *, by: str) -> None:
+    """TypeError unless it is an intervention, the same at all sites or another at each."""
+    if isinstance(intervention, type):
+        raise TypeError(f"{by}: expected an object, got the class {intervention.__name__}; call it first")
+    if not isinstance(intervention, Intervention | PerSite):
+        raise TypeError(
+            f"{by}: expected one such as Add(), called with (activation, direction, c); got {intervention!r}"
+        )
 
 
 def unit(direction: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
