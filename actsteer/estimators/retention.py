@@ -64,6 +64,6 @@ def _logits(output: Any) -> Tensor:
         found = found[0]
     if not isinstance(found, Tensor) or not found.ndim:
         raise LossError(
-            f"retain: expected an output with logits, got {type(output).__name__}; put a term of your own into the loss"
+            f"retain: expected an output with logits, got {type(output).__name__}; put a term into the loss instead"
         )
     return found.float()

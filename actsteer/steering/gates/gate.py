@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 Per: TypeAlias = Literal["sequence", "token"]
-"""Whether a gate decides once for a sequence, from the mean over its prompt, or for each token by itself."""
+"""Whether a gate decides once for a sequence, from the mean over its prompt, or anew for each token."""
 
 
 @runtime_checkable

@@ -16,8 +16,8 @@ from actsteer.steering.interventions.intervention import Intervention, PerSite, 
 class Chain:
     """Several interventions by one direction in the order given, each with the same c.
 
-    `Chain(Ablate(), Add())` puts a row at c along the direction, whatever it had there, if c is 1; where they do not
-    commute, the order counts.
+    With c = 1, `Chain(Ablate(), Add())` replaces what a row has along the direction by the direction itself. The order
+    counts where two interventions do not commute.
 
     >>> import torch
     >>> from actsteer import Ablate, Add

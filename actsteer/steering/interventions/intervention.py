@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -64,7 +64,7 @@ class Edit(PerSite, Protocol):
         """What it makes of an activation of zero at c = 1: a vector with the edit's sites, sizes and metadata."""
         ...
 
-    def described(self, metadata: Mapping[str, str]) -> Self:
+    def described(self, metadata: Mapping[str, str]) -> Edit:
         """The same edit with this metadata, the concept among it, in the place of what it has."""
         ...
 
@@ -85,7 +85,7 @@ def check_intervention(intervention: Any, *, by: str) -> None:
 
 
 def unit(direction: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
-    """v / ‖v‖; zero for zero, along which nothing is moved. Of a direction that stays as it is, computed once."""
+    """v / ‖v‖, and zero for a zero direction; kept until the direction changes."""
     if torch.compiler.is_compiling() or direction.requires_grad or direction.is_inference():
         return _unit(direction)
     version: int
