@@ -5,9 +5,8 @@ model + data --collect--> Statistics --estimator--> SteeringVector --> VectorBan
 
 from actsteer.collecting.classes import ClassStatistics
 from actsteer.collecting.collect import collect
-from actsteer.collecting.cross import CrossMoments, collect_pairs
-from actsteer.collecting.differences import collect_differences
 from actsteer.collecting.moments import Moments
+from actsteer.collecting.pairs import CrossMoments, collect_differences, collect_pairs
 from actsteer.collecting.record import record
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import (

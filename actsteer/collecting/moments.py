@@ -73,21 +73,21 @@ class Moments:
                 f"expected a mean of shape (d,), and a scatter of shape (d, d) or its diagonal, (d,); got {shapes}"
             )
         self.count = count
-        self._origin = _exact(mean).clone()
+        self._origin = exact(mean).clone()
         self._offset = torch.zeros_like(self._origin)
         self._scatter: Scatter | None = None
         self._squares: Tensor | None = None  # the diagonal of the scatter, where it is kept alone
         if scatter is not None and scatter.ndim == 1:
-            self._squares = _exact(scatter).clone()
+            self._squares = exact(scatter).clone()
         elif scatter is not None:  # the higher moments, by which estimators judge how sure it is, are not known
             unknown = torch.full_like(self._origin, torch.nan)
-            self._scatter = Scatter(_exact(scatter).clone(), unknown, unknown.sum())
+            self._scatter = Scatter(exact(scatter).clone(), unknown, unknown.sum())
         self._shared = False
 
     @classmethod
     @torch.inference_mode(mode=False)
     def empty(cls, d: int, *, covariance: Covariance = False, device: torch.device | str | None = None) -> Moments:
-        """The moments of no rows of d features: what merges with any other without changing it."""
+        """The moments of no rows of d features, 0 if that is not known: they change no others by merging."""
         if not isinstance(covariance, bool) and covariance != "diagonal":
             raise ValueError(f"covariance: expected False, True or 'diagonal', got {covariance!r}")
         made = cls(0, torch.zeros(d, dtype=torch.float64, device=device))
@@ -186,7 +186,7 @@ class Moments:
             self._unshare()
         for block in rows.detach().split(BLOCK):
             if len(block):
-                self._absorb(_exact(block).to(self._origin.device))
+                self._absorb(exact(block).to(self._origin.device))
         return self
 
     def merge(self, other: Moments) -> Moments:
@@ -195,10 +195,10 @@ class Moments:
         Raises:
             ShapeError, StatisticsError: other features; a covariance on one side alone.
         """
-        if self.d != other.d:
+        if self.d != other.d and self.d and other.d:
             raise ShapeError(f"{self.d} features against {other.d}; were they collected on one model?")
         if not (self.count and other.count):
-            return (other if other.count else self).copy()
+            return (other if other.count or not self.d else self).copy()
         if self.kept != other.kept:
             raise StatisticsError(
                 f"one part has covariance={self.kept!r}, the other {other.kept!r}; collect both alike"
@@ -288,6 +288,6 @@ def moved_sums(sums: Scatter, count: int, shift: Float[Tensor, " d"]) -> tuple[T
     return third, fourth
 
 
-def _exact(tensor: Tensor) -> Tensor:
+def exact(tensor: Tensor) -> Tensor:
     """In float64, on a device that has it."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()

@@ -5,92 +5,90 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, final
+from dataclasses import replace
+from typing import Any, NamedTuple, final
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 from actsteer.collecting.batches import call, first_shape, rows_in
+from actsteer.collecting.eval_mode import eval_mode
 from actsteer.collecting.masks import TokenMasks
 from actsteer.collecting.positions import Positions, check, pick
-from actsteer.collecting.stop import Stop, Stopper
-from actsteer.collecting.undisturbed import inference_for, undisturbed, usable_later
+from actsteer.collecting.stop import Stop, Stopper, must_finish
 from actsteer.errors import BatchError, ShapeError, StatisticsError
 from actsteer.sites.axes import Axes, Layout, layouts
+from actsteer.sites.lens import Frame, Lens, packed_rows
 from actsteer.sites.listen import likely_cause, listen
-from actsteer.sites.outputs import Arguments, get, locate, members
 from actsteer.sites.place import Place
 from actsteer.sites.resolve import resolve
-from actsteer.sites.shards import full
 
 Keep = Callable[[str, Float[Tensor, "n d"], Int[Tensor, " n"]], None]
-"""Called with a site, rows of its activations, and for each of them the row of the batch that it is from."""
+"""Called with a site, rows of its activations, and for each of them the row of the batch that it is from; in normal
+mode, so that what it makes works in autograd later, with tensors that the model may edit in place afterwards."""
+
+
+class Step(NamedTuple):
+    """A forward pass: on what, and who is given what is seen in it."""
+
+    batch: Any
+    keep: Keep
+    rows: int | None = None
+    """How many rows the batch has, for a caller to whom it matters from which each activation is."""
 
 
 @final
 class Observation:
-    """What is seen at the sites when batches run, each of them once and, where that is certain to lose nothing, no
-    further than the last site.
+    """What is seen at the sites when batches run, each of them once and, if `stop`, no further than the last site.
 
     Args:
-        keep: is called in normal mode, where what it makes works in autograd later, with tensors that the model may
-            edit in place afterwards.
-        rows: how many rows the present batch has, for a caller to whom it matters from which each activation is.
+        stop: whether a pass may end early; see `Stopper`.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        names: Iterable[str],
-        keep: Keep,
-        *,
-        axis: Axes | None,
-        positions: Positions,
-        rows: Callable[[], int] | None = None,
+        self, model: nn.Module, names: Iterable[str], *, axis: Axes | None, positions: Positions, stop: bool
     ) -> None:
         check(positions)
-        self._model, self._positions, self._rows = model, positions, rows
+        self._model, self._positions = model, positions
         self._sequence_first = any(getattr(module, "batch_first", None) is False for module in model.modules())
         self._places = resolve(model, names)
         lies = layouts(model, self._places, axis=axis)
         self.axes: dict[str, int] = {}
         """Site -> the axis along which its features lay."""
-        self._listeners = [_Listener(place, lies[site], keep, self.axes) for site, place in self._places.items()]
+        self._stopper = Stopper(self._places, allowed=stop and not must_finish(model))
+        self._listeners = [
+            _Listener(place, lies[site], self._stopper, self.axes) for site, place in self._places.items()
+        ]
         for listener in self._listeners:
             listener.doubtful = self._sequence_first and lies[listener.place.site].row_axis == 0
 
-    def run(self, batches: Iterable[Any], *, after: Callable[[], None] = lambda: None) -> None:
-        """Run each batch, and call `after`.
+    def run(self, steps: Iterable[Step]) -> None:
+        """Run one step after another; each is taken once the one before it is over.
 
         Raises:
-            StatisticsError: a site has never run.
+            StatisticsError: a site has never run, or runs more often than in the first pass.
         """
-        stopper = Stopper(self._model, {site: place.module for site, place in self._places.items()}, call)
-        inference = inference_for(self._model)
-        with undisturbed(self._model), usable_later(self._model), ExitStack() as handles:
+        with eval_mode(self._model), ExitStack() as handles:
             for listener in self._listeners:
-                listener.stopper = stopper
                 handles.callback(listen(listener.place, listener))
-            for batch in batches:
+            for batch, keep, rows in steps:
                 positions = self._positions(batch) if callable(self._positions) else self._positions
                 check(positions)
                 masks = TokenMasks(self._model, batch, explicit=isinstance(positions, Tensor))
-                asked = None if self._rows is None else self._rows()
                 for listener in self._listeners:
-                    listener.positions, listener.masks, listener.asked = positions, masks, asked
+                    listener.keep, listener.positions, listener.masks, listener.asked = keep, positions, masks, rows
                     listener.given = None if self._sequence_first else rows_in(batch)
                     listener.tokens = () if self._sequence_first else first_shape(batch)[:2]
-                stopper.begin()
-                with suppress(Stop), inference(), self._listening():
+                self._stopper.begin()
+                with suppress(Stop), torch.no_grad(), self._listening():
                     call(self._model, batch)
-                after()
+                self._stopper.end()
         silent = [
             f"{site!r} ({likely_cause(self._model, p)})" for site, p in self._places.items() if site not in self.axes
         ]
-        if silent:
+        if silent and self._stopper.passes:
             raise StatisticsError(f"these sites never ran: {'; '.join(silent)}")
 
     @contextmanager
@@ -109,7 +107,7 @@ class _Listener:
     """A hook that hands the activations of a site on, as rows."""
 
     hears = False  # not when the model runs for another reason, such as to make the next batch
-    stopper: Stopper
+    keep: Keep
     positions: Positions
     masks: TokenMasks
     doubtful: bool  # whether the first axis may hold the positions and not the rows
@@ -117,43 +115,35 @@ class _Listener:
     tokens: tuple[int, ...]  # its rows and positions, as far as its shape tells
     asked: int | None  # the number of its rows, if it matters from which each activation is
 
-    def __init__(self, place: Place, layout: Layout, keep: Keep, axes: dict[str, int]) -> None:
-        self.place, self._layout, self._keep, self._axes = place, layout, keep, axes
-        self._axis = -1
+    def __init__(self, place: Place, layout: Layout, stopper: Stopper, axes: dict[str, int]) -> None:
+        self.place, self._stopper, self._axes = place, stopper, axes
+        self._lens = Lens(place, layout)
 
     def __call__(self, module: nn.Module, args: Any, last: Any) -> None:
         """`last` is the output or, at an input, the keyword arguments."""
         if not self.hears:
             return
-        value = Arguments(args, last) if self.place.side == "in" else last
-        keys = locate(self.place, value)
-        holder = get(value, keys[:-1]) if keys else None
-        activation = get(value, keys)
+        view = self._lens.heard(module, args, last)
+        nested, packed = view.raw.is_nested, view.packed
         with torch.inference_mode(mode=False), torch.no_grad():
-            for index, part in enumerate(members(activation)):
-                whole = self._whole(module, part)
-                if isinstance(holder, PackedSequence):
-                    rows, owners = self._everything(whole, "is packed"), _owners(holder)
+            for index, (whole, frame) in enumerate(view.rows()):
+                self._notice_axis(frame)
+                if packed is not None:
+                    rows, owners = self._everything(whole, "is packed"), packed_rows(packed)
                 else:
-                    rows, owners = self._rows(whole, nested=activation.is_nested)
+                    rows, owners = self._rows(whole, frame, nested=nested)
                 if len(rows):
-                    self._keep(self.place.site, rows, owners + index if activation.is_nested else owners)
-        self.stopper.ran(self.place.site, has_begun=self.place.side == "in")
+                    self.keep(self.place.site, rows, owners + index if nested else owners)
+        self._stopper.ran(self.place.site)
 
-    def _whole(self, module: nn.Module, part: Tensor) -> Tensor:
-        """The activation as its users see it, with the features last."""
-        whole = full(part, module, site=self.place.site)
-        if (conversion := getattr(module, "hook_conversion", None)) is not None:
-            whole = conversion.convert(whole)
-        axis = self._axis = self._layout.feature_axis(tuple(whole.shape), size=None, site=self.place.site)
-        own = self._layout.axis
-        self._axes[self.place.site] = own if own is not None else -1 if axis == whole.ndim - 1 else axis
-        return whole.movedim(axis, -1)
+    def _notice_axis(self, frame: Frame) -> None:
+        known = self._lens.layout.axis
+        self._axes[self.place.site] = known if known is not None else -1 if frame.is_last else frame.axis
 
-    def _rows(self, whole: Float[Tensor, "*shape d"], *, nested: bool) -> tuple[Tensor, Tensor]:
+    def _rows(self, whole: Float[Tensor, "*shape d"], frame: Frame, *, nested: bool) -> tuple[Tensor, Tensor]:
         """The activations at the positions that are asked for, and their rows."""
         site, ordered = self.place.site, isinstance(self.positions, str) and self.positions in ("all", "prompt")
-        by_row = self._by_row(whole, nested=nested, matters=not ordered or self.asked is not None)
+        by_row = self._by_row(whole, frame, nested=nested, matters=not ordered or self.asked is not None)
         shape = tuple(by_row.shape[:2]) if whole.ndim > 2 else (len(by_row),)
         real = None if nested or whole.ndim > 3 else self.masks.at(site, shape)
         if real is not None and real.shape != by_row.shape[:2]:  # the tokens of all rows in a line
@@ -174,14 +164,13 @@ class _Listener:
             return rearrange(by_row, "b s d -> (b s) d"), owners
         return pick(by_row, real, self.positions)
 
-    def _by_row(self, whole: Float[Tensor, "*shape d"], *, nested: bool, matters: bool) -> Float[Tensor, "rows s d"]:
+    def _by_row(
+        self, whole: Float[Tensor, "*shape d"], frame: Frame, *, nested: bool, matters: bool
+    ) -> Float[Tensor, "rows s d"]:
         """The activation with the rows first and the positions, however many axes they have, second."""
-        row_axis = self._layout.row_axis if whole.ndim > 2 and not nested else 0
-        if whole.ndim < 2 or row_axis == self._axis:  # one row alone
-            return whole.reshape(1, -1, whole.shape[-1])
-        if whole.ndim == 2:
-            return whole[:, None]
-        if self.doubtful and matters and not nested and whole.ndim == 3:
+        if nested:
+            frame = replace(frame, row_axis=0)
+        if self.doubtful and matters and not nested and whole.ndim == 3 and frame.row_axis != frame.axis:
             rows = self.asked if self.asked is not None else self.masks.rows
             if rows not in whole.shape[:2] or whole.shape[0] == whole.shape[1]:
                 raise ShapeError(
@@ -189,8 +178,12 @@ class _Listener:
                     f"which axis of an activation of shape {tuple(whole.shape)} holds the rows; choose a site inside "
                     "of them"
                 )
-            row_axis = whole.shape.index(rows)
-        return whole.movedim(row_axis - (row_axis > self._axis), 0).flatten(1, -2)
+            by_row = whole.movedim(whole.shape.index(rows), 0)
+        elif (found := frame.rows_first(whole)) is None or whole.ndim < 2:  # one row alone
+            return whole.reshape(1, -1, whole.shape[-1])
+        else:
+            by_row = found
+        return by_row[:, None] if by_row.ndim == 2 else by_row.flatten(1, -2)
 
     def _everything(self, whole: Tensor, why: str) -> Tensor:
         if isinstance(self.positions, str) and self.positions in ("all", "prompt"):
@@ -199,9 +192,3 @@ class _Listener:
             f"site {self.place.site!r}: positions={self.positions!r} of an activation that {why}; choose a site whose "
             "activation has the shape (rows, positions, d), or positions='all'"
         )
-
-
-def _owners(packed: PackedSequence) -> Tensor:
-    """The row of the batch of every element."""
-    owners = torch.cat([torch.arange(int(size)) for size in packed.batch_sizes])
-    return owners if packed.sorted_indices is None else packed.sorted_indices.cpu()[owners]

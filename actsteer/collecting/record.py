@@ -7,10 +7,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from actsteer.collecting.batches import Batches, iterate
-from actsteer.collecting.meeting import announced
-from actsteer.collecting.observe import Observation
-from actsteer.collecting.peers import in_step
+from actsteer.collecting.observe import Observation, Step
 from actsteer.collecting.positions import Positions
+from actsteer.collecting.processes import announced, in_step
 from actsteer.errors import StatisticsError
 from actsteer.sites.axes import Axes
 from actsteer.sites.resolve import Sites, find_sites
@@ -24,6 +23,7 @@ def record(
     positions: Positions = "all",
     axis: Axes | None = None,
     batch_size: int = 256,
+    stop: bool = True,
     progress: bool = True,
 ) -> dict[str, Float[Tensor, "n d"]]:
     """The activations at each site, site -> (n, d), in the order of the data; every position counts as a row.
@@ -31,7 +31,8 @@ def record(
     Takes the memory of all of them: for means and covariances use `collect`, which keeps sums.
 
     Args:
-        positions, axis: which positions count, and along which axis the features lie, as for `collect`.
+        positions, axis, stop: which positions count, along which axis the features lie, and whether a pass ends with
+            the last site, as for `collect`.
 
     Raises:
         SiteNotFoundError, BatchError, StatisticsError: as `collect`.
@@ -49,7 +50,8 @@ def record(
         names = find_sites(model, sites)
         kept |= {site: [] for site in names}
         stream = iterate(batches, batch_size=batch_size, progress=progress, label="record")
-        Observation(model, names, keep, axis=axis, positions=positions).run(in_step(stream, model))
+        observation = Observation(model, names, axis=axis, positions=positions, stop=stop)
+        observation.run(Step(batch, keep) for batch in in_step(stream, model))
     if empty := [site for site, rows in kept.items() if not rows]:
         raise StatisticsError(f"sites {empty} saw no rows; is every batch empty?")
     return {site: torch.cat(rows) for site, rows in kept.items()}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from actsteer.collecting.batches import Batches, iterate
 from actsteer.collecting.collect import collect
-from actsteer.collecting.differences import collect_differences
+from actsteer.collecting.pairs import collect_differences
 from actsteer.collecting.positions import Positions
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import BatchError
@@ -40,6 +40,7 @@ def fit(
     positions: Positions = "all",
     axis: Axes | None = None,
     batch_size: int = 256,
+    stop: bool = True,
     progress: bool = True,
 ) -> Result:
     """Collect what the estimator reads on both sides, and estimate the vector that points from negative to positive.
@@ -53,6 +54,7 @@ def fit(
         concept: what the vector stands for.
         positions: which positions of a sequence count, as for `collect`.
         axis: the feature axis, as for `collect`; the vector remembers it.
+        stop: whether passes end with the last site, as for `collect`.
 
     Returns:
         What the estimator gives: a SteeringVector or an edit, as `ConceptErasure` gives a `LowRank`.
@@ -69,6 +71,7 @@ def fit(
     chosen = cast("Estimator[Result]", MeanDifference() if estimator is None else estimator)
     check_estimator(chosen)
     options: dict[str, Any] = {"sites": sites, "positions": positions, "axis": axis, "batch_size": batch_size}
+    options["stop"] = stop
     if chosen.reads == "pairs":
         differences = collect_differences(model, positive, negative, progress=progress, **options)
         return estimated(chosen, positive=differences, negative=-differences, concept=concept)

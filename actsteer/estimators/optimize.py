@@ -12,9 +12,9 @@ from typing_extensions import TypeVar
 
 from actsteer.collecting.batches import Batches, call
 from actsteer.collecting.collect import described_axes
-from actsteer.collecting.observe import Observation
+from actsteer.collecting.eval_mode import eval_mode
+from actsteer.collecting.observe import Observation, Step
 from actsteer.collecting.positions import Positions
-from actsteer.collecting.undisturbed import undisturbed
 from actsteer.errors import LossError, SiteNotFoundError
 from actsteer.estimators.in_training import Ball, InTraining, LowRankInTraining, VectorInTraining
 from actsteer.estimators.retention import Retain, divergence
@@ -123,7 +123,7 @@ def optimize(
         return loss(output, target) if compares else loss(output)
 
     best = None if checked is None else Best(checked, moving.leaves, batch_size)
-    with undisturbed(model, frozen=True), torch.enable_grad(), steerer:
+    with eval_mode(model, frozen=True), torch.enable_grad(), steerer:
         if best is not None:
             best.has_passed(measured)  # the start may be best
         bar = trange(steps, desc="optimize", unit="step", disable=not progress, delay=2.0)
@@ -186,6 +186,6 @@ def zeros_at(model: nn.Module, batch: Any, names: tuple[str, ...], axis: Axes | 
     def keep(site: str, rows: Tensor, owners: Tensor) -> None:
         zeros[site] = rows.new_zeros(rows.shape[1])
 
-    observation = Observation(model, names, keep, axis=axis, positions="all")
-    observation.run([batch])
+    observation = Observation(model, names, axis=axis, positions="all", stop=True)
+    observation.run([Step(batch, keep)])
     return SteeringVector({site: zeros[site] for site in names}, metadata=described_axes(observation.axes, axis))

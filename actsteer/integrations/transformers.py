@@ -31,6 +31,7 @@ def fit_pairs(
     batch_size: int = 32,
     chat: bool = False,
     share_prefix: bool = False,
+    stop: bool = True,
     progress: bool = True,
 ) -> Result:
     """The vector that points from the second texts of the pairs to the first, as `fit` finds it.
@@ -46,6 +47,7 @@ def fit_pairs(
         share_prefix: compute the tokens with which both texts of a pair begin, and those with which all texts of a
             batch begin, once, in a key-value cache. The same result, but for rounding; for causal models with such a
             cache, estimators on statistics, and `positions="last"`.
+        stop: whether passes end with the last site, as for `collect`.
 
     Raises:
         BatchError: no pairs, or texts without tokens; else as `fit`.
@@ -68,6 +70,7 @@ def fit_pairs(
             estimator=estimator,
             concept=concept,
             positions=positions,
+            stop=stop,
             progress=progress,
         )
     chosen = cast("Estimator[Result]", MeanDifference() if estimator is None else estimator)
@@ -85,6 +88,7 @@ def fit_pairs(
         covariance=COVARIANCE[chosen.reads],
         batch_size=batch_size,
         device=device,
+        stop=stop,
         progress=progress,
     )
     return estimated(chosen, positive=toward, negative=away, concept=concept)

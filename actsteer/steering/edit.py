@@ -11,20 +11,18 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.nn.utils.rnn import PackedSequence
 
 from actsteer.errors import ShapeError, StrengthError, UnsupportedModelError
 from actsteer.sites.axes import Layout
-from actsteer.sites.outputs import Arguments, get, locate, padded, put, unpadded
+from actsteer.sites.containers import Arguments
+from actsteer.sites.lens import Frame, Lens, View
 from actsteer.sites.place import Place
-from actsteer.sites.shards import full_shape, own_part, share, whole_rows
 from actsteer.steering.checkpointing import Checkpointing, saves_otherwise
 from actsteer.steering.copies import Uncopied
 from actsteer.steering.interventions.add import Add
 from actsteer.steering.interventions.intervention import Intervention
 from actsteer.steering.passes import Now, Passes
 from actsteer.steering.reader import Reader
-from actsteer.steering.spread import Lay
 
 _is_compiling = torch.compiler.is_compiling
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
@@ -60,9 +58,8 @@ class SiteEdit(Uncopied):
         "in_place",
         "interventions",
         "is_sum",
-        "layout",
+        "lens",
         "passes",
-        "place",
     )
 
     def __init__(
@@ -77,8 +74,7 @@ class SiteEdit(Uncopied):
         passes: Passes,
         checkpointing: Checkpointing,
     ) -> None:
-        self.place = place
-        self.layout = layout
+        self.lens = Lens(place, layout, size=directions.shape[1])
         self.directions = directions
         self.interventions = interventions
         self.is_sum = all(isinstance(own, Add) and not own.relative for own in interventions)  # of terms without h
@@ -99,6 +95,11 @@ class SiteEdit(Uncopied):
         self._traced_shift: Tensor | None = None  # `constant` as compiled code adds it to whatever has that axis
         self._trained = False
         self._exported: SiteEdit | None = None  # with strengths of its own, which an exported program keeps
+
+    @property
+    def place(self) -> Place:
+        """Where it edits."""
+        return self.lens.place
 
     @property
     def concepts(self) -> Sequence[int]:
@@ -213,24 +214,12 @@ class SiteEdit(Uncopied):
             shift = self._traced_shift.to(dtype=value.dtype, device=value.device)
             if not value.is_nested and value.ndim >= shift.ndim and value.shape[-shift.ndim] == shift.shape[0]:
                 return value + shift
-        keys = locate(self.place, value)
-        raw = get(value, keys)
-        conversion = getattr(module, "hook_conversion", None)  # TransformerLens: how its users see the activation
-        activation = padded(raw if conversion is None else conversion.convert(raw), site=self.place.site)
-        shape, size = full_shape(activation, module), self.directions.shape[1]
-        axis = self.layout.feature_axis(shape, size=size, site=self.place.site)
-        packed = isinstance(get(value, keys[:-1]), PackedSequence) if keys else False
-        row_axis = None if packed else self.layout.row_axis if activation.ndim > 2 else 0
-        lay = Lay(self.place.site, shape, axis, row_axis)
-        edited = (self._add if self.is_sum else self._intervene)(
-            module, activation, lay, self._now(lay, activation.device)
-        )
-        if not _is_compiling():
-            cacheable = not keys and edited.__class__ is Tensor and conversion is None and not raw.is_nested
-            if self._checkpointing.notice(edited) or not cacheable:
-                self._shape = None
-        edited = unpadded(edited, raw)
-        return put(value, keys, edited if conversion is None else conversion.revert(edited))
+        view = self.lens.read(module, value).open()
+        now = self._now(view.frame, view.part.device)
+        edited = self._add(view, now) if self.is_sum else self._intervene(view, now)
+        if not _is_compiling() and (self._checkpointing.notice(edited) or not view.is_plain):
+            self._shape = None
+        return view.write(edited)
 
     def _may_have_pads(self) -> bool:
         return self.passes.sees_inputs and self.passes.now is not None
@@ -240,7 +229,7 @@ class SiteEdit(Uncopied):
         """The directions that have one strength for all tokens of a row, whatever the activation."""
         return [i for i, gate in enumerate(self.gates) if gate is None and not self._asks[i]]
 
-    def _now(self, lay: Lay, device: torch.device) -> Now | None:
+    def _now(self, frame: Frame, device: torch.device) -> Now | None:
         """What is known of the pass that runs, if it matters."""
         now = self.passes.now
         if not any(self._asks):
@@ -252,25 +241,26 @@ class SiteEdit(Uncopied):
             )
         if now is not None and now.tokens is not None:
             return now
-        return self.passes.of_shape(*lay.rows_and_length, device)
+        return self.passes.of_shape(*frame.rows_and_length, device)
 
-    def _add(self, module: nn.Module, activation: Tensor, lay: Lay, now: Now | None) -> Tensor:
+    def _add(self, view: View, now: Now | None) -> Tensor:
+        activation, frame = view.part, view.frame
         plain = self._plain
         others = [index for index in range(len(self.gates)) if index not in plain]
         delta = self.constant
         if delta is not None and self._trained:  # a graph of its own for every forward pass
             delta = _sum(self.directions[plain], [self._strengths[index] for index in plain])
-        shift = None if delta is None else lay.vectors(delta, copies=_copies(now))
+        shift = None if delta is None else frame.vectors(delta, copies=_copies(now))
         if others:
-            c = [self._strength(index, lay, now).movedim(lay.axis, -1)[..., 0] for index in others]
-            varied = _sum(self._rows(tuple(others), self.directions.dtype, c[0].device), c).movedim(-1, lay.axis)
+            c = [self._strength(index, frame, now).movedim(frame.axis, -1)[..., 0] for index in others]
+            varied = _sum(self._rows(tuple(others), self.directions.dtype, c[0].device), c).movedim(-1, frame.axis)
             shift = varied if shift is None else shift.to(varied.device) + varied
         assert shift is not None
         shift = shift.to(dtype=activation.dtype, device=activation.device)
-        real = self._real(lay, now, device=shift.device)
+        real = self._real(frame, now, device=shift.device)
         if real is not None:
             shift = torch.where(real, shift, -0.0)
-        shift = share(shift, activation, module)
+        shift = view.share(shift)
         if (
             not (_is_compiling() or others or real is not None or self._trained)
             and delta is not None
@@ -279,20 +269,18 @@ class SiteEdit(Uncopied):
             self._shift, self._shape, self._dtype = shift, activation.shape, activation.dtype
         return activation + shift
 
-    def _intervene(self, module: nn.Module, activation: Tensor, lay: Lay, now: Now | None) -> Tensor:
-        whole = whole_rows(activation, module)
-        last = whole.movedim(lay.axis, -1).to(
-            torch.promote_types(whole.dtype, torch.float32)
-        )  # rounded once, at the end
-        real = self._real(lay, now, device=last.device)
+    def _intervene(self, view: View, now: Now | None) -> Tensor:
+        last = view.features_last()
+        last = last.to(torch.promote_types(last.dtype, torch.float32))  # rounded once, at the end
+        real = self._real(view.frame, now, device=last.device)
         with _without_autocast(last.device.type):
             for index, intervention in enumerate(self.interventions):
-                c = self._strength(index, lay, now)
+                c = self._strength(index, view.frame, now)
                 c = c if real is None else torch.where(real, c.to(last.device), 0.0)
                 if c.ndim:  # a number for all stays on the CPU, where nobody waits for it
-                    c = c.to(last).movedim(lay.axis, -1)
+                    c = c.to(last).movedim(view.frame.axis, -1)
                 last = edited_by(intervention, last, self._rows(index, last.dtype, last.device), c)
-        return own_part(last.movedim(-1, lay.axis).to(activation.dtype), activation, module)
+        return view.part_of(last)
 
     def _rows(self, which: int | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """One direction (d,), or several (k, d), in this dtype and on this device; the same tensor every time."""
@@ -307,7 +295,7 @@ class SiteEdit(Uncopied):
 
     def _traceable(self) -> Tensor | None:
         """What may be added to a plain output in compiled code without a look at anything else; it costs few guards."""
-        axis = self.layout.axis
+        axis = self.lens.layout.axis
         simple = self.is_constant and self.place.side == "out" and not self.place.path and not self._trained
         if not simple or self.constant is None or axis is None or axis >= 0:
             return None
@@ -315,10 +303,10 @@ class SiteEdit(Uncopied):
             return None
         return self.constant.view(-1, *[1] * (-axis - 1))
 
-    def _strength(self, index: int, lay: Lay, now: Now | None) -> Tensor:
+    def _strength(self, index: int, frame: Frame, now: Now | None) -> Tensor:
         """How much of one direction: 0-dim or, of the activation's rank, per row or per token."""
         c = self._strengths[index]
-        parts = [lay.rows(c, copies=_copies(now)) if c.ndim else c]
+        parts = [frame.by_row(c, copies=_copies(now)) if c.ndim else c]
         if (gate := self.gates[index]) is not None:
             weights = gate.weights_for(self.place.site)
             if c.ndim and len(c) not in (len(weights), len(weights) // _copies(now)):
@@ -328,24 +316,26 @@ class SiteEdit(Uncopied):
                 )
             by_token = weights.ndim == 2
             parts.append(
-                lay.needed_tokens(weights, rows=len(weights)) if by_token else lay.rows(weights, copies=_copies(now))
+                frame.needs_tokens(weights, rows=len(weights))
+                if by_token
+                else frame.by_row(weights, copies=_copies(now))
             )
         if now is not None and now.tokens is not None and self._asks[index]:
             dose = now.doses[self._concepts[index]]
             if dose is not None:
-                parts.append(lay.needed_tokens(dose, rows=now.tokens.rows))
+                parts.append(frame.needs_tokens(dose, rows=now.tokens.rows))
         total = parts[-1]
         for part in parts[:-1]:
             total = total * (part.to(total.device) if part.ndim else part)  # a number for all may stay on the CPU
         return total
 
-    def _real(self, lay: Lay, now: Now | None, *, device: torch.device) -> Tensor | None:
+    def _real(self, frame: Frame, now: Now | None, *, device: torch.device) -> Tensor | None:
         """Where there are tokens and not pads, if the activation has positions; pads are not steered."""
         if now is None or now.real is None or now.tokens is None:
             return None
         if not _is_compiling() and _may_be_checkpointed():  # what runs again later does not know of pads
             return None
-        real = lay.tokens(now.real, rows=now.tokens.rows)
+        real = frame.by_token(now.real, rows=now.tokens.rows)
         return None if real is None else real.to(device)
 
 

@@ -33,7 +33,7 @@ def explain(
     for site, edit in edits.items():
         side = "input" if edit.place.side == "in" else "output"
         part = "".join(f".{key}" for key in edit.place.path)
-        axis = "found at the first call" if edit.layout.axis is None else str(edit.layout.axis)
+        axis = "found at the first call" if edit.lens.layout.axis is None else str(edit.lens.layout.axis)
         choice = choices[site]
         via = "" if choice.mechanism == choice.backend else f" by {choice.mechanism}"
         lines += [

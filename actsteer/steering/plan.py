@@ -85,9 +85,9 @@ class Plan:
         """
         places = resolve(self.model, [*self.edits, *(reader.gate.site for reader in self.readers)])
         for site, edit in self.edits.items():
-            edit.place = places[site]
+            edit.lens.place = places[site]
         for reader in self.readers:
-            reader.place = places[reader.gate.site]
+            reader.lens.place = places[reader.gate.site]
 
     def vectors(self) -> VectorBank:
         """The bank with the directions as they are now."""

@@ -300,3 +300,30 @@ def test_parts_with_a_covariance_on_one_side_alone_do_not_merge(kept):
 def test_outside_of_a_process_group_reducing_changes_nothing(by_class):
     assert same(by_class.all_reduce(), by_class)
     assert same(by_class.total().all_reduce(), by_class.total())
+
+
+# --- shares of nothing -----------------------------------------------------------------------------------------------
+def test_a_share_of_nothing_changes_nothing_and_is_saved(tmp_path):
+    stats = collect(MODEL, X, sites="*", covariance=True)
+    nothing = Statistics({site: Moments.empty(0, covariance=True) for site in stats}, metadata=stats.metadata)
+    nothing.save(tmp_path / "nothing.safetensors")
+    for share in (nothing, Statistics.load(tmp_path / "nothing.safetensors")):
+        assert same(share.merge(stats), stats) and same(stats.merge(share), stats)
+        with pytest.raises(StatisticsError, match="the mean of no rows"):
+            _ = share["0"].mean
+
+
+def test_a_share_without_any_class_changes_nothing_and_is_saved(tmp_path, by_class):
+    nothing = Statistics({site: Moments.empty(0) for site in by_class.sites}, metadata=by_class.metadata)
+    ClassStatistics({}, nothing=nothing).save(tmp_path / "nothing.safetensors")
+    for share in (ClassStatistics({}, nothing=nothing), ClassStatistics.load(tmp_path / "nothing.safetensors")):
+        assert list(share) == [] and share.sites == by_class.sites
+        assert same(share.merge(by_class), by_class) and same(by_class.merge(share), by_class)
+        assert same(pickle.loads(pickle.dumps(share)).merge(by_class), by_class)
+
+
+def test_a_share_of_nothing_lacks_the_axes_that_only_rows_tell():
+    model, images = nn.Sequential(nn.MaxPool2d(1)), torch.zeros(2, 3, 4, 4)
+    stats = collect(model, images, sites="0")
+    nothing = Statistics({"0": Moments.empty(0)}, metadata={k: v for k, v in stats.metadata.items() if k != "axis 0"})
+    assert same(nothing.merge(stats), stats) and same(stats.merge(nothing), stats)

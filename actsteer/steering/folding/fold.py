@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from actsteer.collecting.batches import call
-from actsteer.collecting.undisturbed import buffers_kept, undisturbed
+from actsteer.collecting.eval_mode import buffers_kept, eval_mode
 from actsteer.errors import AttachedError, NotFoldable
-from actsteer.sites.axes import Axes
+from actsteer.sites.axes import Axes, Layout
+from actsteer.sites.containers import Arguments
+from actsteer.sites.lens import Lens
 from actsteer.sites.listen import listen
-from actsteer.sites.outputs import Arguments, get, locate
 from actsteer.sites.place import Place
 from actsteer.sites.resolve import Sites, resolve
 from actsteer.sites.shards import is_gathered_now_and_then
@@ -262,12 +263,12 @@ class _Folding:
         seen: dict[Run, Tensor] = {}
 
         def notice(run: Run, place: Place, value: Any) -> None:
-            seen[run] = get(value, locate(place, value)).detach().clone()
+            seen[run] = Lens(place, Layout(None)).read(run.module, value).raw.detach().clone()
 
         constant = Replace({site: edit.bias})
         axes = {site: self._steerer.axes[site]} if site in self._steerer.axes else None
         with ExitStack() as stack:
-            stack.enter_context(undisturbed(self._target))
+            stack.enter_context(eval_mode(self._target))
             stack.enter_context(Steerer(self._target, constant, axis=axes, strict=False))
             for run in readers:  # after the steering
                 place = Place(site=f"{run.name}:in", name=run.name, module=run.module, side="in")
