@@ -57,6 +57,27 @@ class Edit(PerSite, Protocol):
     """An intervention that has its sites, and takes the place of vectors in `Steerer(model, edit)`.
 
     An estimator may return one in the place of a SteeringVector, and `fit` names it by `described`.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from actsteer import Steerer
+    >>> class Doubled:
+    ...     def __init__(self, sizes, metadata=()):
+    ...         self.sizes, self.metadata = sizes, dict(metadata)
+    ...
+    ...     def at(self, site):
+    ...         return lambda activation, direction, c: activation * (1 + c)
+    ...
+    ...     @property
+    ...     def constant(self):
+    ...         return SteeringVector({site: torch.zeros(d) for site, d in self.sizes.items()}, metadata=self.metadata)
+    ...
+    ...     def described(self, metadata):
+    ...         return Doubled(self.sizes, metadata)
+    >>> model = nn.Sequential(nn.Identity())
+    >>> with Steerer(model, Doubled({"0": 2}).described({"concept": "large"}), c={"large": 1.0}):
+    ...     model(torch.tensor([[1.0, 2.0]]))
+    tensor([[2., 4.]])
     """
 
     @property
