@@ -49,6 +49,7 @@ from actsteer.estimators.rows import Rows
 from actsteer.estimators.sparse_feature import SparseFeature
 from actsteer.estimators.validation import Validation
 from actsteer.estimators.whitened_mean_difference import WhitenedMeanDifference
+from actsteer.files.formats import FORMATS, Format
 from actsteer.sites.resolve import find_sites
 from actsteer.steering.folding.fold import fold, unfold
 from actsteer.steering.gates.cosine_above import CosineAbove
@@ -76,6 +77,7 @@ from actsteer.vectors.vector import SteeringVector
 __version__ = "0.1.0"
 
 __all__ = [
+    "FORMATS",
     "Ablate",
     "ActsteerError",
     "Add",
@@ -96,6 +98,7 @@ __all__ = [
     "Edit",
     "Estimator",
     "FileFormatError",
+    "Format",
     "Gate",
     "GateError",
     "Intervention",

@@ -76,7 +76,7 @@ def test_imports_are_absolute_and_every_folder_has_a_floor(path):
 
 def test_the_files_import_one_another():
     assert "actsteer.vectors.vector" in imported(ROOT / "actsteer/vectors/bank.py")
-    assert "actsteer.files.native" in imported(ROOT / "actsteer/vectors/formats.py")
+    assert "actsteer.files.native" in imported(ROOT / "actsteer/files/formats.py")
 
 
 # --- sizes and names ---------------------------------------------------------------------------------------------

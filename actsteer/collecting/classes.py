@@ -7,7 +7,7 @@ from functools import reduce as fold
 from os import PathLike
 from typing import Any, TypeAlias, final
 
-from actsteer.collecting import storage
+from actsteer.collecting import moments_file
 from actsteer.collecting.moments import Moments
 from actsteer.collecting.processes import Group, reduce
 from actsteer.collecting.statistics import Statistics
@@ -110,12 +110,12 @@ class ClassStatistics(Mapping[Label, Statistics]):
     def save(self, path: str | PathLike[str]) -> None:
         """Write them, bit for bit, to a `.safetensors` file; atomic."""
         classes: dict[Label | None, Mapping[str, Moments]] = {label: own._moments for label, own in self.items()}
-        storage.write(path, "class statistics", classes, {"metadata": self.metadata, "sites": list(self.sites)})
+        moments_file.write(path, "class statistics", classes, {"metadata": self.metadata, "sites": list(self.sites)})
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> ClassStatistics:
         """Read what `save` wrote; errors as `Statistics.load`."""
-        classes, described = storage.read(path, "class statistics")
+        classes, described = moments_file.read(path, "class statistics")
         metadata = described["metadata"]
         nothing = Statistics({site: Moments.empty(0) for site in described["sites"]}, metadata=metadata)
         made = {label: Statistics(own, metadata=metadata) for label, own in classes.items() if label is not None}

@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from actsteer.collecting.batches import Batches, iterate
-from actsteer.collecting.checkpoint import Checkpoint, code_of, weights
 from actsteer.collecting.classes import ClassStatistics, Label
 from actsteer.collecting.labels import Labels, labelled
 from actsteer.collecting.moments import Covariance, Moments
 from actsteer.collecting.observe import Observation, Step
 from actsteer.collecting.positions import Positions, described
 from actsteer.collecting.processes import announced, in_step, is_alone, replicas
+from actsteer.collecting.resume import Checkpoint, code_of, weights
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import StatisticsError
 from actsteer.sites import fingerprint

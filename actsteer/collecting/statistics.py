@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any, final
 
-from actsteer.collecting import storage
+from actsteer.collecting import moments_file
 from actsteer.collecting.moments import Moments
 from actsteer.collecting.processes import Group, reduce
 from actsteer.errors import SiteNotFoundError, StatisticsError, close_names
@@ -117,7 +117,7 @@ class Statistics:
         Raises:
             FileFormatError: another suffix.
         """
-        storage.write(path, "statistics", {None: self._moments}, {"metadata": self._metadata})
+        moments_file.write(path, "statistics", {None: self._moments}, {"metadata": self._metadata})
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Statistics:
@@ -126,7 +126,7 @@ class Statistics:
         Raises:
             FileFormatError: the file is corrupt, foreign, or of a newer version.
         """
-        classes, described = storage.read(path, "statistics")
+        classes, described = moments_file.read(path, "statistics")
         return cls(classes[None], metadata=described["metadata"])
 
     def __repr__(self) -> str:

@@ -59,10 +59,10 @@ def attach_all(plan: Plan, watch: Watch, chosen: Mapping[str, Choice], *, backen
             handles.callback(generation.attach(model, plan.passes, plan.readers, one_thread=scope == "thread"))
         for reader in plan.readers:
             add(reader.place, reader, choose(plan.model, reader.place, backend=listens, scope=scope).mechanism)
+        if backend == "buffer":
+            handles.callback(buffer.hold(plan))
         for site, edit in plan.edits.items():
             check_order(edit, chosen[site].mechanism)
-            if backend == "buffer":
-                handles.callback(buffer.hold(edit))
             if chosen[site].mechanism == "fold":
                 handles.callback(fold.attach(edit, plan.model))
             else:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
 import torch
-from einops import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
@@ -23,6 +21,8 @@ from actsteer.steering.interventions.add import Add
 from actsteer.steering.interventions.intervention import Intervention
 from actsteer.steering.passes import Now, Passes
 from actsteer.steering.reader import Reader
+from actsteer.steering.strength import PerConcept, Terms, weighted, without_autocast
+from actsteer.vectors.stack import Stack
 
 _is_compiling = torch.compiler.is_compiling
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
@@ -31,28 +31,35 @@ _outside_of_functions: Callable[[], bool] = torch._C._is_fwd_grad_enabled  # not
 
 @final
 class SiteEdit(Uncopied):
-    """The edit of one site: `directions` (k, d), each with its strength and perhaps a gate.
+    """The edit of one site: the directions of k concepts, each with its strength and perhaps a gate.
 
     For `Add`, all that is constant is summed once, when the strengths change, into one tensor in the output's dtype
-    and device; a forward pass then costs one add, whatever the number of concepts. In compiled code nothing is kept
-    but `fired`, and the strengths are inputs of the graph, so that a change of them compiles nothing.
+    and device; a forward pass then costs one add, whatever the number of concepts. A concept of strength 0 costs
+    nothing. In compiled code nothing is kept but `fired`, and the strengths are inputs of the graph, so that a change
+    of them compiles nothing; but where they cannot be summed beforehand, a change of which concepts have one does.
     """
 
     __slots__ = (
-        "_asks",
+        "_apart",
+        "_asking",
         "_checkpointing",
-        "_concepts",
         "_dtype",
         "_exported",
+        "_given",
+        "_leaf",
         "_like",
+        "_nothing",
+        "_others",
         "_shape",
         "_shift",
+        "_stack",
         "_strengths",
+        "_summed",
+        "_terms",
         "_traced_shift",
-        "_trained",
+        "_varied",
         "changed",
         "constant",
-        "directions",
         "fired",
         "gates",
         "in_place",
@@ -66,34 +73,41 @@ class SiteEdit(Uncopied):
         self,
         place: Place,
         layout: Layout,
-        directions: Float[Tensor, "k d"],
+        stack: Stack,
         *,
-        concepts: Sequence[int],
         interventions: Sequence[Intervention],
-        gates: Sequence[Reader | None],
+        gates: Mapping[int, Reader],
         passes: Passes,
         checkpointing: Checkpointing,
     ) -> None:
-        self.lens = Lens(place, layout, size=directions.shape[1])
-        self.directions = directions
+        self.lens = Lens(place, layout, size=stack.size)
         self.interventions = interventions
-        self.is_sum = all(isinstance(own, Add) and not own.relative for own in interventions)  # of terms without h
+        kinds = {id(own): own for own in interventions}.values()
+        self.is_sum = all(isinstance(own, Add) and not own.relative for own in kinds)  # of terms without h
         self.fired: bool | None = False  # None: nobody can know, for it is folded into the weights
         self.in_place = False  # new strengths are written into the tensors that compiled code reads already
         self.changed: Callable[[], None] | None = None  # called after new strengths
         self.constant: Tensor | None = None  # (d,), or (B, d): everything that no gate decides
-        self.gates = gates
+        self.gates = gates  # of the concepts that have one, by their places at this site, as everywhere below
         self.passes = passes
-        self._concepts = concepts  # their places in the bank
-        self._asks = [passes.asks(index) for index in concepts]  # whether tokens of one row get different strengths
+        self._stack = stack
+        placed = passes.positions and {own for own, place in enumerate(stack.concepts) if place in passes.positions}
+        self._apart = frozenset(gates).union(placed)  # those that are not the same for all tokens of a row
         self._checkpointing = checkpointing
-        self._strengths: list[Tensor] = []
-        self._like: dict[int | tuple[int, ...], Tensor] = {}  # directions as they were last needed
-        self._shift = directions  # `constant` as it is added to outputs of this shape, dtype and state
+        self._given: PerConcept | None = None
+        self._terms: Terms | None = None  # those that are summed beforehand
+        self._summed: tuple[tuple[int, ...], Tensor] | None = None  # which they are, with their directions
+        self._others: tuple[int, ...] = ()  # the others that have a strength
+        self._strengths: list[Tensor] = []  # of the others
+        self._varied: Tensor | None = None  # their directions
+        self._asking = False  # whether tokens of one row get different amounts
+        self._like: dict[int | None, Tensor] = {}  # directions of the others, as they were last needed
+        self._nothing: Tensor | None = None
+        self._leaf: Tensor | None = None  # the directions, while they are trained
+        self._shift = torch.empty(0)  # `constant` as it is added to outputs of this shape, dtype and state
         self._shape: torch.Size | None = None
         self._dtype: torch.dtype | None = None
         self._traced_shift: Tensor | None = None  # `constant` as compiled code adds it to whatever has that axis
-        self._trained = False
         self._exported: SiteEdit | None = None  # with strengths of its own, which an exported program keeps
 
     @property
@@ -104,65 +118,110 @@ class SiteEdit(Uncopied):
     @property
     def concepts(self) -> Sequence[int]:
         """The places of its concepts in the bank."""
-        return self._concepts
+        return self._stack.concepts
+
+    @property
+    def directions(self) -> Float[Tensor, "k d"]:
+        """The directions as they are now; not to be written into."""
+        return self._stack.rows() if self._leaf is None else self._leaf
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the directions ask for gradients."""
+        return self._leaf is not None
+
+    @property
+    def size(self) -> int:
+        """The number of features, d."""
+        return self._stack.size
 
     def train_directions(self) -> Tensor:
-        """The directions as a leaf tensor (k, d) that asks for gradients, from the next forward pass on."""
-        if not self._trained:
-            self.directions = self.directions.detach().clone().requires_grad_()
-        self._trained = True
-        self._shape = self._traced_shift = None
-        return self.directions
-
-    def silence(self) -> None:
-        """Strength 0, in the shape of the present ones."""
-        self.set_strengths([torch.zeros_like(strength) for strength in self._strengths])
+        """The directions as a leaf tensor (k, d) that asks for gradients, from the next `set_strengths` on."""
+        if self._leaf is None:
+            with torch.inference_mode(mode=False):
+                self._leaf = self._stack.rows().clone().requires_grad_()
+        return self._leaf
 
     @property
     def is_constant(self) -> bool:
         """Whether the same tensor is added to every row, whatever the activation."""
-        gated = any(gate is not None for gate in self.gates)
-        return self.is_sum and not gated and not any(self._asks) and all(s.ndim == 0 for s in self._strengths)
+        given = self._given
+        varies = given is not None and (given.by_token or any(own.ndim for own in given.by_row.values()))
+        return self.is_sum and not self._apart and not varies
 
     def notice(self, now: Now | None) -> None:
         """A pass begins: with pads, the next call goes the whole way round."""
         if now is not None and now.real is not None:
             self._shape = None
 
-    def check_strengths(self, strengths: Sequence[Tensor], *, per_token: bool) -> None:
+    def check_strengths(self, strengths: PerConcept) -> None:
         """StrengthError if the way in which this edit is attached leaves no room for these."""
-        if self.changed is not None and (per_token or any(strength.ndim for strength in strengths)):
+        rows = any(own.ndim for own in strengths.by_row.values())
+        if self.changed is not None and (strengths.by_token or rows):
             raise StrengthError(f"site {self.place.site!r}: a bias has one strength for all rows; use another backend")
-        if self.in_place and per_token:
+        if self.in_place and strengths.by_token:
             raise StrengthError(
                 f"site {self.place.site!r}: the buffer backend has no room for a strength per position or step; use "
                 "another backend"
             )
-        if self.in_place and [s.shape for s in strengths] != [s.shape for s in self._strengths]:
+        if self.in_place and self._given is not None and strengths.shapes != self._given.shapes:
             raise StrengthError(
                 f"site {self.place.site!r}: the buffer backend keeps the shape of its strengths, one number or the "
                 "same number of rows; install it with a strength of the shape that is to come"
             )
 
-    @torch.inference_mode(mode=False)  # what is kept must work in autograd later
-    def set_strengths(self, strengths: Sequence[Tensor]) -> None:
-        """New strengths, one of shape () or (B,) per direction, from the next forward pass on."""
-        self._asks = [self.passes.asks(index) for index in self._concepts]
-        ungated = self._plain
-        constant = None
-        if self.is_sum and ungated:
-            constant = _sum(self.directions[ungated], [strengths[index] for index in ungated])
+    def set_strengths(self, strengths: PerConcept, *, every: bool, idle: bool) -> None:
+        """New strengths of its concepts, from the next forward pass on.
+
+        Args:
+            every: whether a concept of strength 0 counts too: compiled code, or a gradient, waits for it.
+            idle: whether no concept has a strength, at any site; then those that had one stay, at 0, and what was
+                compiled with them is still right.
+        """
+        terms, others = strengths.parts(self._apart if self.is_sum else None, every=every)
+        self._given, self._terms = strengths, terms
+        constant = None if terms is None else terms.sum(self._directions_of(terms))
+        if idle and not every:
+            others = self._others
+        if terms is None and self.is_sum and (not others or (idle and self.constant is not None)):
+            constant = self._zero()
+        if others != self._others:
+            self._others, self._like = others, {}
+            self._varied = self._stack.rows(others) if others else None
+        self._asking = bool(others) and any(
+            own in strengths.by_token or self._stack.concepts[own] in self.passes.positions for own in others
+        )
         if self.in_place:
-            for tensor, value in zip([self.constant, *self._strengths], [constant, *strengths], strict=True):
+            given = [strengths.at(own) for own in others]
+            for tensor, value in zip([self.constant, *self._strengths], [constant, *given], strict=True):
                 if tensor is not None and value is not None:
                     tensor.detach().copy_(value)
-            self._exported = self._twin(constant, strengths)
+            self._exported = self._twin(constant, given)
         else:
-            self.constant, self._strengths = constant, [strength.clone() for strength in strengths]
+            self.constant = constant
+            self._strengths = [strengths.at(own).clone() for own in others]
         self._shape = None
         self._traced_shift = self._traceable()
         if self.changed is not None:
             self.changed()
+
+    def _directions_of(self, terms: Terms) -> Tensor:
+        """The directions (k, d) of what is summed, or (d,) of one concept; the same tensor for the same concepts."""
+        single = len(terms.places) == 1
+        if self._leaf is not None:
+            return self._leaf[terms.places[0] if single else list(terms.places)]
+        if self._summed is None or self._summed[0] != terms.places:
+            rows = self._stack.rows(terms.places)
+            self._summed = terms.places, rows[0] if single else rows
+        return self._summed[1]
+
+    def _zero(self) -> Tensor:
+        """What is added where no concept has a strength: minus zero, because h + (-0.0) is h bit for bit."""
+        if self._nothing is None:
+            like = self._stack.rows((0,)) if self.constant is None else self.constant
+            dtype = torch.promote_types(like.dtype, torch.float32)
+            self._nothing = torch.full((self.size,), -0.0, dtype=dtype, device=self._stack.device)
+        return self._nothing
 
     def _twin(self, constant: Tensor | None, strengths: Sequence[Tensor]) -> SiteEdit:
         twin = object.__new__(SiteEdit)
@@ -224,15 +283,10 @@ class SiteEdit(Uncopied):
     def _may_have_pads(self) -> bool:
         return self.passes.sees_inputs and self.passes.now is not None
 
-    @property
-    def _plain(self) -> list[int]:
-        """The directions that have one strength for all tokens of a row, whatever the activation."""
-        return [i for i, gate in enumerate(self.gates) if gate is None and not self._asks[i]]
-
     def _now(self, frame: Frame, device: torch.device) -> Now | None:
         """What is known of the pass that runs, if it matters."""
         now = self.passes.now
-        if not any(self._asks):
+        if not self._asking:
             return now
         if not _is_compiling() and _may_be_checkpointed() and self._checkpointing.runs_inside:
             raise UnsupportedModelError(
@@ -245,15 +299,16 @@ class SiteEdit(Uncopied):
 
     def _add(self, view: View, now: Now | None) -> Tensor:
         activation, frame = view.part, view.frame
-        plain = self._plain
-        others = [index for index in range(len(self.gates)) if index not in plain]
+        others, trained = self._others, self._leaf is not None
         delta = self.constant
-        if delta is not None and self._trained:  # a graph of its own for every forward pass
-            delta = _sum(self.directions[plain], [self._strengths[index] for index in plain])
+        if trained and self._terms is not None:  # a graph of its own for every forward pass
+            delta = self._terms.sum(self._directions_of(self._terms))
         shift = None if delta is None else frame.vectors(delta, copies=_copies(now))
         if others:
-            c = [self._strength(index, frame, now).movedim(frame.axis, -1)[..., 0] for index in others]
-            varied = _sum(self._rows(tuple(others), self.directions.dtype, c[0].device), c).movedim(-1, frame.axis)
+            amounts = [self._strength(own, frame, now).movedim(frame.axis, -1)[..., 0] for own in range(len(others))]
+            rows = self._rows(None, None, amounts[0].device)
+            c = torch.stack(torch.broadcast_tensors(*(amount.to(rows) for amount in amounts)))
+            varied = weighted(c, rows).movedim(-1, frame.axis)
             shift = varied if shift is None else shift.to(varied.device) + varied
         assert shift is not None
         shift = shift.to(dtype=activation.dtype, device=activation.device)
@@ -261,11 +316,7 @@ class SiteEdit(Uncopied):
         if real is not None:
             shift = torch.where(real, shift, -0.0)
         shift = view.share(shift)
-        if (
-            not (_is_compiling() or others or real is not None or self._trained)
-            and delta is not None
-            and delta.ndim == 1
-        ):
+        if not (_is_compiling() or others or real is not None or trained) and delta is not None and delta.ndim == 1:
             self._shift, self._shape, self._dtype = shift, activation.shape, activation.dtype
         return activation + shift
 
@@ -273,41 +324,51 @@ class SiteEdit(Uncopied):
         last = view.features_last()
         last = last.to(torch.promote_types(last.dtype, torch.float32))  # rounded once, at the end
         real = self._real(view.frame, now, device=last.device)
-        with _without_autocast(last.device.type):
-            for index, intervention in enumerate(self.interventions):
-                c = self._strength(index, view.frame, now)
+        with without_autocast(last.device.type):
+            for own, place in enumerate(self._others):
+                c = self._strength(own, view.frame, now)
                 c = c if real is None else torch.where(real, c.to(last.device), 0.0)
                 if c.ndim:  # a number for all stays on the CPU, where nobody waits for it
                     c = c.to(last).movedim(view.frame.axis, -1)
-                last = edited_by(intervention, last, self._rows(index, last.dtype, last.device), c)
+                last = edited_by(self.interventions[place], last, self._rows(own, last.dtype, last.device), c)
         return view.part_of(last)
 
-    def _rows(self, which: int | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """One direction (d,), or several (k, d), in this dtype and on this device; the same tensor every time."""
-        rows = which if isinstance(which, int) else list(which)
-        if _is_compiling() or self._trained:  # whose directions change in place
-            return self.directions[rows].to(device, dtype)
+    def _rows(self, which: int | None, dtype: torch.dtype | None, device: torch.device) -> Tensor:
+        """The direction (d,) of one of the others, or those (k, d) of all of them; the same tensor every time.
+
+        Args:
+            dtype: None takes that of the directions, or float32 where it is narrower.
+        """
+        if _is_compiling() or self._leaf is not None:  # which changes in place
+            return self._cast(which, dtype, device)
         kept = self._like.get(which)
-        if kept is None or kept.dtype is not dtype or kept.device != device:
+        if kept is None or kept.device != device or dtype not in (None, kept.dtype):
             with torch.inference_mode(mode=False):
-                kept = self._like[which] = self.directions[rows].to(device, dtype)
+                kept = self._like[which] = self._cast(which, dtype, device)
         return kept
+
+    def _cast(self, which: int | None, dtype: torch.dtype | None, device: torch.device) -> Tensor:
+        rows = self._varied if self._leaf is None else self._leaf[list(self._others)]
+        assert rows is not None
+        picked = rows if which is None else rows[which]
+        return picked.to(device, torch.promote_types(rows.dtype, torch.float32) if dtype is None else dtype)
 
     def _traceable(self) -> Tensor | None:
         """What may be added to a plain output in compiled code without a look at anything else; it costs few guards."""
         axis = self.lens.layout.axis
-        simple = self.is_constant and self.place.side == "out" and not self.place.path and not self._trained
-        if not simple or self.constant is None or axis is None or axis >= 0:
+        if self.constant is None or self.constant.ndim > 1 or self._others or self._leaf is not None:
+            return None
+        if axis is None or axis >= 0 or self.place.side != "out" or self.place.path:
             return None
         if getattr(self.place.module, "hook_conversion", None) is not None:
             return None
-        return self.constant.view(-1, *[1] * (-axis - 1))
+        return self.constant if axis == -1 else self.constant.view(-1, *[1] * (-axis - 1))
 
-    def _strength(self, index: int, frame: Frame, now: Now | None) -> Tensor:
-        """How much of one direction: 0-dim or, of the activation's rank, per row or per token."""
-        c = self._strengths[index]
+    def _strength(self, own: int, frame: Frame, now: Now | None) -> Tensor:
+        """How much of one of the others: 0-dim or, of the activation's rank, per row or per token."""
+        c, place = self._strengths[own], self._others[own]
         parts = [frame.by_row(c, copies=_copies(now)) if c.ndim else c]
-        if (gate := self.gates[index]) is not None:
+        if (gate := self.gates.get(place)) is not None:
             weights = gate.weights_for(self.place.site)
             if c.ndim and len(c) not in (len(weights), len(weights) // _copies(now)):
                 raise StrengthError(
@@ -320,8 +381,8 @@ class SiteEdit(Uncopied):
                 if by_token
                 else frame.by_row(weights, copies=_copies(now))
             )
-        if now is not None and now.tokens is not None and self._asks[index]:
-            dose = now.doses[self._concepts[index]]
+        if now is not None and now.tokens is not None:
+            dose = now.doses.get(self._stack.concepts[place])
             if dose is not None:
                 parts.append(frame.needs_tokens(dose, rows=now.tokens.rows))
         total = parts[-1]
@@ -348,19 +409,6 @@ def _may_be_checkpointed() -> bool:
     return saves_otherwise(True) is not None or not _outside_of_functions()
 
 
-def _sum(directions: Float[Tensor, "k d"], strengths: Sequence[Tensor]) -> Float[Tensor, "*rows d"]:
-    """Σ c_k v_k, (d,) or (B, d); minus zero where every c is 0, because h + (-0.0) is h bit for bit."""
-    # in float32 at least, so that c · v is rounded once, to the output's dtype
-    directions = directions.to(torch.promote_types(directions.dtype, torch.float32))
-    if len(strengths) == 1:
-        c = strengths[0].to(directions)
-        return torch.where((c == 0)[..., None], -0.0, c[..., None] * directions[0])
-    c = torch.stack(torch.broadcast_tensors(*(strength.to(directions) for strength in strengths)))
-    with _without_autocast(directions.device.type):
-        total = einsum(c, directions, "k ..., k d -> ... d")
-    return torch.where((c == 0).all(dim=0)[..., None], -0.0, total)
-
-
 def edited_by(
     intervention: Intervention,
     activation: Float[Tensor, "*batch d"],
@@ -379,8 +427,3 @@ def edited_by(
             f"{tuple(activation.shape)}, got {tuple(edited.shape)}"
         )
     return edited if is_known else torch.where(c == 0, activation, edited)
-
-
-def _without_autocast(kind: str) -> AbstractContextManager[Any]:
-    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if casts else nullcontext()

@@ -110,6 +110,7 @@ class Steerer:
         check(backend, scope)
         self.model = model
         self.bank = vectors
+        self._places = {concept: place for place, concept in enumerate(vectors)}
         self._intervention: Interventions | None = intervention
         self._gate = gate
         self._positions = positions
@@ -139,7 +140,7 @@ class Steerer:
 
     @c.setter
     def c(self, c: Strengths) -> None:
-        strengths = strengths_of(c, self.bank.concepts)
+        strengths = strengths_of(c, self._places)
         if self._installed is None or self._handles is not None:  # what is installed and not attached stays at 0
             self._plan.set_strengths(strengths)
         self._strengths = strengths
@@ -200,7 +201,7 @@ class Steerer:
         """
         if any(choice.mechanism == "fold" for choice in self.choices().values()):
             raise UnsupportedModelError("gradients do not reach directions that are folded; use another backend")
-        return {site: edit.train_directions() for site, edit in self.edits.items()}
+        return self._plan.train_directions()
 
     @property
     def vectors(self) -> VectorBank:
@@ -285,7 +286,7 @@ class Steerer:
         options: dict[str, Any] = {"c": c, "intervention": self._intervention, "gate": self._gate, "sites": self.sites}
         options["positions"] = self._positions
         options |= {"axis": self._plan.axis, "backend": self._backend, "scope": self._scope, "strict": self._strict}
-        trained = any(edit.directions.requires_grad for edit in self.edits.values())
+        trained = any(edit.is_trained for edit in self.edits.values())
         return self.model, self.vectors if trained else self.bank, options
 
     def _install(self) -> ExitStack:

@@ -56,7 +56,7 @@ def obstacle(edit: SiteEdit, model: nn.Module) -> str | None:
     place = edit.place
     module = place.module
     bias = module._parameters.get("bias")
-    if edit.directions.requires_grad:
+    if edit.is_trained:
         return "its directions are trained"
     if not edit.is_constant:
         return "only an ungated Add with one strength for all rows is the same for every input"
@@ -64,8 +64,8 @@ def obstacle(edit: SiteEdit, model: nn.Module) -> str | None:
         return "it is not the whole output of its module"
     if is_sharded(module) or any(p is not None and p.is_meta for p in module._parameters.values()):
         return "its parameters are sharded, or not on this device"
-    if bias is not None and bias.shape != edit.directions.shape[1:]:
-        return f"its bias has shape {tuple(bias.shape)}, the vector {edit.directions.shape[1]} features"
+    if bias is not None and bias.shape != (edit.size,):
+        return f"its bias has shape {tuple(bias.shape)}, the vector {edit.size} features"
     if "bias" not in module._parameters or not _adds_its_bias(module):
         return f"a {type(module).__name__} does not add a bias to its output, or its forward was replaced"
     if bias is not None and sum(_same(other, bias) for m in model.modules() for other in m._parameters.values()) > 1:
@@ -113,7 +113,7 @@ class _Fold:
         if bias is None:
             weight = parameters["weight"]
             assert weight is not None
-            size = self._edits[0].directions.shape[1]
+            size = self._edits[0].size
             bias = nn.Parameter(weight.new_zeros(size), requires_grad=False)
             parameters["bias"] = bias
         total: Any = torch.zeros_like(bias) if self._original is None else self._original

@@ -91,7 +91,8 @@ def fold(
     True
     """
     steerer = Steerer(model, vectors, c=c, intervention=intervention, sites=sites, axis=axis)
-    strengths = strengths_of(c, steerer.bank.concepts)
+    given = strengths_of(c, {concept: place for place, concept in enumerate(steerer.bank)})
+    strengths = [given[place] for place in range(len(given))]
     if any(not isinstance(own, Tensor) or own.ndim for own in strengths):
         raise NotFoldable(
             "c: weights have one strength for all rows and steps; give one number, or one for each concept"
