@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
 from typing import Any, final
 
 import torch
@@ -27,6 +28,14 @@ from actsteer.vectors.stack import Stack
 _is_compiling = torch.compiler.is_compiling
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 _outside_of_functions: Callable[[], bool] = torch._C._is_fwd_grad_enabled  # not in one that may be a checkpoint's
+
+
+class Fired(Enum):
+    """Whether an edit has run since it was attached."""
+
+    NO = "no"
+    YES = "yes"
+    UNKNOWN = "unknown"  # it is in a bias, which nothing calls
 
 
 @final
@@ -84,7 +93,7 @@ class SiteEdit(Uncopied):
         self.interventions = interventions
         kinds = {id(own): own for own in interventions}.values()
         self.is_sum = all(isinstance(own, Add) and not own.relative for own in kinds)  # of terms without h
-        self.fired: bool | None = False  # None: nobody can know, for it is folded into the weights
+        self.fired = Fired.NO
         self.in_place = False  # new strengths are written into the tensors that compiled code reads already
         self.changed: Callable[[], None] | None = None  # called after new strengths
         self.constant: Tensor | None = None  # (d,), or (B, d): everything that no gate decides
@@ -234,7 +243,7 @@ class SiteEdit(Uncopied):
 
     def expect(self) -> None:
         """Forget that it ever fired."""
-        self.fired = None if self.changed is not None else False
+        self.fired = Fired.UNKNOWN if self.changed is not None else Fired.NO
         self._shape = None  # so that the next call goes the whole way round, where `fired` is set
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -261,7 +270,7 @@ class SiteEdit(Uncopied):
 
     def edit(self, module: nn.Module, value: Any) -> Any:
         """A module's output or its `Arguments`, with the activation edited."""
-        self.fired = True
+        self.fired = Fired.YES
         if self._exported is not None and _is_exporting():
             return self._exported.edit(module, value)
         if (

@@ -17,7 +17,7 @@ from actsteer.sites.resolve import Sites
 from actsteer.steering.attach import attach_all, choices
 from actsteer.steering.backends.choose import Backend, Choice, Scope, check
 from actsteer.steering.checkpointing import Checkpointing
-from actsteer.steering.edit import SiteEdit
+from actsteer.steering.edit import Fired, SiteEdit
 from actsteer.steering.explain import explain
 from actsteer.steering.interventions.intervention import Edit
 from actsteer.steering.plan import AllPositions, Gates, Interventions, make_plan
@@ -305,7 +305,7 @@ class Steerer:
         return handles is not None
 
     def _check_applied(self) -> None:
-        silent = [edit.place for edit in self.edits.values() if edit.fired is False]
+        silent = [edit.place for edit in self.edits.values() if edit.fired is Fired.NO]
         if silent:
             kinds = {place.site: type(place.module).__name__ for place in silent}
             causes = {place.site: likely_cause(self.model, place) for place in silent}

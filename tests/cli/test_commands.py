@@ -725,6 +725,7 @@ def test_capitals_in_suffixes(run, folder):
     assert run("fit", "-m", "llama", *files, "-o", "w.safetensors").code == 0
 
 
+@pytest.mark.slow
 def test_a_narrow_screen_does_not_fold_names(folder):
     done = shell("sites", "llama", cwd=folder, COLUMNS="20")
     assert "model.layers.2.post_attention_layernorm  LlamaRMSNorm" in done.stdout
