@@ -339,7 +339,7 @@ class SiteEdit(Uncopied):
                 c = c if real is None else torch.where(real, c.to(last.device), 0.0)
                 if c.ndim:  # a number for all stays on the CPU, where nobody waits for it
                     c = c.to(last).movedim(view.frame.axis, -1)
-                last = _edited(self.interventions[place], last, self._rows(own, last.dtype, last.device), c)
+                last = edited_by(self.interventions[place], last, self._rows(own, last.dtype, last.device), c)
         return view.part_of(last)
 
     def _rows(self, which: int | None, dtype: torch.dtype | None, device: torch.device) -> Tensor:
@@ -418,7 +418,7 @@ def _may_be_checkpointed() -> bool:
     return saves_otherwise(True) is not None or not _outside_of_functions()
 
 
-def _edited(
+def edited_by(
     intervention: Intervention,
     activation: Float[Tensor, "*batch d"],
     direction: Float[Tensor, " d"],

@@ -37,8 +37,8 @@ class Steerer:
 
     Args:
         model: any `nn.Module`, wrapped (compiled, DDP, FSDP) or not.
-        vectors: one vector, or a bank of concepts; they are copied (see `requires_grad_`). Or an edit that knows its
-            own sites: `LowRank`, `Affine` or `Replace`.
+        vectors: one vector, or a bank of concepts; they are copied (see `requires_grad_`). Or an edit that has its
+            sites: `LowRank`, `Affine`, `Replace`, `KeepNorm` around one, or yours (see `Edit`).
         c: the strength, in multiples of the vectors: one number; a tensor (B,), one per row of the batch, or (B, S),
             one per row and position; a callable of the generation step (0 for the prompt, 1 for the first token that
             was generated and is fed to the model, ...); or concept -> one of these (what is not named is 0). A vector
