@@ -92,8 +92,8 @@ def few_concepts(model: nn.Module, sites: list[str], *, rounds: int) -> list[Row
         for direction, shift in zip(directions, shifts, strict=True):
             torch.mul(direction, strengths[turn % 2], out=shift)
 
-    hooked = partial(register_and_remove, [model.get_submodule(site) for site in sites])
-    registering, products = "register and remove hooks there", "one `torch.mul(out=)` per site"
+    hooked = partial(register_and_remove, model, sites)
+    registering, products = "register and remove hooks, by name", "one `torch.mul(out=)` per site"
     return [
         compare("construct", lambda: Steerer(model, v, c=1.0), hooked, registering, "15", rounds=rounds),
         compare("attach and detach", steered, hooked, registering, "8", rounds=rounds),
@@ -248,8 +248,8 @@ def steer_many(count: int, quick: bool) -> Run:
     return lambda: Steerer(model, bank, c=1.0)
 
 
-def register_and_remove(modules: list[nn.Module]) -> None:
-    for handle in [module.register_forward_hook(_nothing) for module in modules]:
+def register_and_remove(model: nn.Module, sites: list[str]) -> None:
+    for handle in [model.get_submodule(site).register_forward_hook(_nothing) for site in sites]:
         handle.remove()
 
 

@@ -13,7 +13,7 @@ from actsteer.errors import UnsupportedModelError
 from actsteer.sites.place import Place
 from actsteer.sites.resolve import path_to
 from actsteer.sites.shards import is_sharded
-from actsteer.sites.wrappers import named_modules, uncompiled
+from actsteer.sites.wrappers import named_modules, uncompiled, unwrapped
 from actsteer.steering import generation
 from actsteer.steering.backends import bias, buffer, hook, patch
 from actsteer.steering.backends.choose import Backend, Choice, Mechanism, Scope, choose
@@ -78,7 +78,8 @@ def attach_all(plan: Plan, watch: Watch, chosen: Mapping[str, Choice], *, backen
 
 
 def _place_of(model: nn.Module, module: nn.Module) -> Place:
-    name = next((name for name, own in named_modules(model) if own is module), "")
+    inside = module is not model and module is not unwrapped(model)
+    name = next((name for name, own in named_modules(model) if own is module), "") if inside else ""
     return Place(name, name, module)
 
 

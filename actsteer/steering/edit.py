@@ -18,6 +18,7 @@ from actsteer.sites.lens import Frame, Lens, View
 from actsteer.sites.place import Place
 from actsteer.steering.checkpointing import Checkpointing, saves_otherwise
 from actsteer.steering.copies import Uncopied
+from actsteer.steering.directions import Directions
 from actsteer.steering.interventions.add import Add
 from actsteer.steering.interventions.intervention import Intervention
 from actsteer.steering.passes import Now, Passes
@@ -52,21 +53,16 @@ class SiteEdit(Uncopied):
         "_apart",
         "_asking",
         "_checkpointing",
+        "_directions",
         "_dtype",
         "_exported",
         "_given",
-        "_leaf",
-        "_like",
-        "_nothing",
-        "_others",
         "_shape",
         "_shift",
         "_stack",
         "_strengths",
-        "_summed",
         "_terms",
         "_traced_shift",
-        "_varied",
         "changed",
         "constant",
         "fired",
@@ -100,19 +96,14 @@ class SiteEdit(Uncopied):
         self.gates = gates  # of the concepts that have one, by their places at this site, as everywhere below
         self.passes = passes
         self._stack = stack
+        self._directions = Directions(stack)
         placed = passes.positions and {own for own, place in enumerate(stack.concepts) if place in passes.positions}
         self._apart = frozenset(gates).union(placed)  # those that are not the same for all tokens of a row
         self._checkpointing = checkpointing
         self._given: PerConcept | None = None
         self._terms: Terms | None = None  # those that are summed beforehand
-        self._summed: tuple[tuple[int, ...], Tensor] | None = None  # which they are, with their directions
-        self._others: tuple[int, ...] = ()  # the others that have a strength
-        self._strengths: list[Tensor] = []  # of the others
-        self._varied: Tensor | None = None  # their directions
+        self._strengths: list[Tensor] = []  # of the others that have one
         self._asking = False  # whether tokens of one row get different amounts
-        self._like: dict[int | None, Tensor] = {}  # directions of the others, as they were last needed
-        self._nothing: Tensor | None = None
-        self._leaf: Tensor | None = None  # the directions, while they are trained
         self._shift = torch.empty(0)  # `constant` as it is added to outputs of this shape, dtype and state
         self._shape: torch.Size | None = None
         self._dtype: torch.dtype | None = None
@@ -132,12 +123,12 @@ class SiteEdit(Uncopied):
     @property
     def directions(self) -> Float[Tensor, "k d"]:
         """The directions as they are now; not to be written into."""
-        return self._stack.rows() if self._leaf is None else self._leaf
+        return self._directions.all
 
     @property
     def is_trained(self) -> bool:
         """Whether the directions ask for gradients."""
-        return self._leaf is not None
+        return self._directions.leaf is not None
 
     @property
     def size(self) -> int:
@@ -146,10 +137,7 @@ class SiteEdit(Uncopied):
 
     def train_directions(self) -> Tensor:
         """The directions as a leaf tensor (k, d) that asks for gradients, from the next `set_strengths` on."""
-        if self._leaf is None:
-            with torch.inference_mode(mode=False):
-                self._leaf = self._stack.rows().clone().requires_grad_()
-        return self._leaf
+        return self._directions.train()
 
     @property
     def is_constant(self) -> bool:
@@ -189,14 +177,12 @@ class SiteEdit(Uncopied):
         """
         terms, others = strengths.parts(self._apart if self.is_sum else None, every=every)
         self._given, self._terms = strengths, terms
-        constant = None if terms is None else terms.sum(self._directions_of(terms))
+        constant = None if terms is None else terms.sum(self._directions.of(terms))
         if idle and not every:
-            others = self._others
+            others = self._directions.others
         if terms is None and self.is_sum and (not others or (idle and self.constant is not None)):
-            constant = self._zero()
-        if others != self._others:
-            self._others, self._like = others, {}
-            self._varied = self._stack.rows(others) if others else None
+            constant = self._directions.zero(self.constant)
+        self._directions.choose(others)
         self._asking = bool(others) and any(
             own in strengths.by_token or self._stack.concepts[own] in self.passes.positions for own in others
         )
@@ -213,24 +199,6 @@ class SiteEdit(Uncopied):
         self._traced_shift = self._traceable()
         if self.changed is not None:
             self.changed()
-
-    def _directions_of(self, terms: Terms) -> Tensor:
-        """The directions (k, d) of what is summed, or (d,) of one concept; the same tensor for the same concepts."""
-        single = len(terms.places) == 1
-        if self._leaf is not None:
-            return self._leaf[terms.places[0] if single else list(terms.places)]
-        if self._summed is None or self._summed[0] != terms.places:
-            rows = self._stack.rows(terms.places)
-            self._summed = terms.places, rows[0] if single else rows
-        return self._summed[1]
-
-    def _zero(self) -> Tensor:
-        """What is added where no concept has a strength: minus zero, because h + (-0.0) is h bit for bit."""
-        if self._nothing is None:
-            like = self._stack.rows((0,)) if self.constant is None else self.constant
-            dtype = torch.promote_types(like.dtype, torch.float32)
-            self._nothing = torch.full((self.size,), -0.0, dtype=dtype, device=self._stack.device)
-        return self._nothing
 
     def _twin(self, constant: Tensor | None, strengths: Sequence[Tensor]) -> SiteEdit:
         twin = object.__new__(SiteEdit)
@@ -308,14 +276,14 @@ class SiteEdit(Uncopied):
 
     def _add(self, view: View, now: Now | None) -> Tensor:
         activation, frame = view.part, view.frame
-        others, trained = self._others, self._leaf is not None
+        others, trained = self._directions.others, self.is_trained
         delta = self.constant
         if trained and self._terms is not None:  # a graph of its own for every forward pass
-            delta = self._terms.sum(self._directions_of(self._terms))
+            delta = self._terms.sum(self._directions.of(self._terms))
         shift = None if delta is None else frame.vectors(delta, copies=_copies(now))
         if others:
             amounts = [self._strength(own, frame, now).movedim(frame.axis, -1)[..., 0] for own in range(len(others))]
-            rows = self._rows(None, None, amounts[0].device)
+            rows = self._directions.like(None, None, amounts[0].device)
             c = torch.stack(torch.broadcast_tensors(*(amount.to(rows) for amount in amounts)))
             varied = weighted(c, rows).movedim(-1, frame.axis)
             shift = varied if shift is None else shift.to(varied.device) + varied
@@ -334,38 +302,19 @@ class SiteEdit(Uncopied):
         last = last.to(torch.promote_types(last.dtype, torch.float32))  # rounded once, at the end
         real = self._real(view.frame, now, device=last.device)
         with without_autocast(last.device.type):
-            for own, place in enumerate(self._others):
+            for own, place in enumerate(self._directions.others):
                 c = self._strength(own, view.frame, now)
                 c = c if real is None else torch.where(real, c.to(last.device), 0.0)
                 if c.ndim:  # a number for all stays on the CPU, where nobody waits for it
                     c = c.to(last).movedim(view.frame.axis, -1)
-                last = edited_by(self.interventions[place], last, self._rows(own, last.dtype, last.device), c)
+                direction = self._directions.like(own, last.dtype, last.device)
+                last = edited_by(self.interventions[place], last, direction, c)
         return view.part_of(last)
-
-    def _rows(self, which: int | None, dtype: torch.dtype | None, device: torch.device) -> Tensor:
-        """The direction (d,) of one of the others, or those (k, d) of all of them; the same tensor every time.
-
-        Args:
-            dtype: None takes that of the directions, or float32 where it is narrower.
-        """
-        if _is_compiling() or self._leaf is not None:  # which changes in place
-            return self._cast(which, dtype, device)
-        kept = self._like.get(which)
-        if kept is None or kept.device != device or dtype not in (None, kept.dtype):
-            with torch.inference_mode(mode=False):
-                kept = self._like[which] = self._cast(which, dtype, device)
-        return kept
-
-    def _cast(self, which: int | None, dtype: torch.dtype | None, device: torch.device) -> Tensor:
-        rows = self._varied if self._leaf is None else self._leaf[list(self._others)]
-        assert rows is not None
-        picked = rows if which is None else rows[which]
-        return picked.to(device, torch.promote_types(rows.dtype, torch.float32) if dtype is None else dtype)
 
     def _traceable(self) -> Tensor | None:
         """What may be added to a plain output in compiled code without a look at anything else; it costs few guards."""
         axis = self.lens.layout.axis
-        if self.constant is None or self.constant.ndim > 1 or self._others or self._leaf is not None:
+        if self.constant is None or self.constant.ndim > 1 or self._directions.others or self.is_trained:
             return None
         if axis is None or axis >= 0 or self.place.side != "out" or self.place.path:
             return None
@@ -375,7 +324,7 @@ class SiteEdit(Uncopied):
 
     def _strength(self, own: int, frame: Frame, now: Now | None) -> Tensor:
         """How much of one of the others: 0-dim or, of the activation's rank, per row or per token."""
-        c, place = self._strengths[own], self._others[own]
+        c, place = self._strengths[own], self._directions.others[own]
         parts = [frame.by_row(c, copies=_copies(now)) if c.ndim else c]
         if (gate := self.gates.get(place)) is not None:
             weights = gate.weights_for(self.place.site)

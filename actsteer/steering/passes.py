@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, Protocol, final, runtime_checkable
 
 import torch
@@ -63,12 +64,8 @@ class Passes:
         self._now: PerThread[Now] = PerThread()
         self._runs: PerThread[bool] = PerThread()
         self._announced: PerThread[bool] = PerThread()  # the next pass is known already
-        try:
-            self._names = list(inspect.signature(type(unwrapped(host)).forward).parameters)[1:]
-        except (TypeError, ValueError):
-            self._names = []
-        # whether the module may be told of pads, a cache or positions
-        self.sees_inputs = any(KNOWN.search(name) for name in self._names) or "kwargs" in self._names
+        # the arguments, and whether the module may be told of pads, a cache or positions
+        self._names, self.sees_inputs = _arguments(type(unwrapped(host)).forward)
         places = [self._names.index(name) for name in MASKS if name in self._names]
         self._unmasked = min(places, default=len(self._names))  # how many arguments come before any mask
 
@@ -186,6 +183,15 @@ class Passes:
         schedule = self._schedules[place]  # a function, which compiled code must not see, or each is compiled anew
         amounts = torch.stack([first if step == 0 else strength_at(schedule, step) for step in tokens.steps])
         return amounts.to(tokens.device)[None]
+
+
+@lru_cache(maxsize=256)
+def _arguments(forward: Callable[..., Any]) -> tuple[list[str], bool]:
+    try:
+        names = list(inspect.signature(forward).parameters)[1:]
+    except (TypeError, ValueError):
+        names = []
+    return names, any(KNOWN.search(name) for name in names) or "kwargs" in names
 
 
 def _has_no_pads(mask: Any) -> bool:

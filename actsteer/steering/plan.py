@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from actsteer.collecting.positions import Positions
 from actsteer.errors import ConceptNotFoundError, ShapeError, SiteNotFoundError, UnsupportedModelError, close_names
 from actsteer.sites.axes import Axes, known_size, layout, layouts
 from actsteer.sites.place import Place
-from actsteer.sites.resolve import Sites, resolve, select
+from actsteer.sites.resolve import Modules, Sites, are_there, named_sites, resolve, select
 from actsteer.sites.wrappers import unwrapped
 from actsteer.steering.checkpointing import Checkpointing
 from actsteer.steering.edit import SiteEdit
@@ -22,7 +22,7 @@ from actsteer.steering.gates.gate import AnyGate, Combination, leaves
 from actsteer.steering.inputs import encoder_of
 from actsteer.steering.interventions.ablate import Ablate
 from actsteer.steering.interventions.add import Add
-from actsteer.steering.interventions.intervention import Intervention, PerSite, at_site, check_intervention
+from actsteer.steering.interventions.intervention import Intervention, PerSite, check_intervention
 from actsteer.steering.passes import Passes
 from actsteer.steering.positions import check as check_positions
 from actsteer.steering.reader import CombinedReader, GateReader, Reader
@@ -102,11 +102,14 @@ class Plan:
         Raises:
             SiteNotFoundError: one of them is gone.
         """
-        places = resolve(self.model, [*self.edits, *(reader.gate.site for reader in self.readers)])
-        for site, edit in self.edits.items():
-            edit.lens.place = places[site]
+        present = [edit.place for edit in self.edits.values()] + [reader.place for reader in self.readers]
+        if are_there(self.model, present):
+            return
+        places = resolve(self.model, [place.site for place in present])
+        for edit in self.edits.values():
+            edit.lens.place = places[edit.place.site]
         for reader in self.readers:
-            reader.lens.place = places[reader.gate.site]
+            reader.lens.place = places[reader.place.site]
 
     def vectors(self) -> VectorBank:
         """The bank with the directions as they are now."""
@@ -129,17 +132,20 @@ def make_plan(
     checkpointing: Checkpointing,
 ) -> Plan:
     """Everything resolved and checked, as far as that is possible before the model runs."""
-    places = _places(model, bank, sites)
+    modules = named_sites(model)
+    places = _places(model, bank, sites, modules)
     check_model(model, bank)
     axes = _axes(bank, places, axis)
-    lies = layouts(model, places, axis=axes)
+    lies = layouts(model, places, axis=axes, modules=modules)
     passes = _passes(model, bank, positions)
-    readers, distinct = _readers(model, bank, gate, passes)
+    readers, distinct = _readers(model, bank, gate, passes, modules)
     interventions = _interventions(bank, intervention)
+    made = {key: _by_site(own) for key, own in {id(own): own for own in interventions}.items()}
+    rules = [made[id(own)] for own in interventions]
     edits: dict[str, SiteEdit] = {}
     for site, place in places.items():
         stack = stack_of(bank, site)
-        usual = site not in axes or axes[site] == layout(model, place).axis
+        usual = site not in axes or axes[site] == layout(model, place, modules=modules).axis
         size = known_size(place) if usual else None
         if size not in (None, stack.size):
             raise ShapeError(
@@ -150,7 +156,7 @@ def make_plan(
             place,
             lies[site],
             stack,
-            interventions=[at_site(interventions[index], site) for index in stack.concepts],
+            interventions=[rules[index](site) for index in stack.concepts],
             gates={own: readers[index] for own, index in enumerate(stack.concepts) if index in readers},
             passes=_host(passes, place),
             checkpointing=checkpointing,
@@ -207,6 +213,10 @@ def _interventions(bank: VectorBank, intervention: Interventions | None) -> list
     ]
 
 
+def _by_site(own: Intervention | PerSite) -> Callable[[str], Intervention]:
+    return own.at if isinstance(own, PerSite) else lambda site: own
+
+
 _KNOWN: dict[str, Intervention] = {"add": Add(), "ablate": Ablate()}
 
 
@@ -219,17 +229,20 @@ def _meant(concept: str, name: str) -> Intervention:
     return _KNOWN[name]
 
 
-def _places(model: nn.Module, bank: VectorBank, sites: Sites | None) -> dict[str, Place]:
+def _places(model: nn.Module, bank: VectorBank, sites: Sites | None, modules: Modules) -> dict[str, Place]:
     """Where the vectors' sites, or the chosen ones among them, are; one edit for one activation."""
     if not bank.sites:
         raise SiteNotFoundError("the vectors have no sites, so there is nothing to add")
-    places = resolve(model, bank.sites)
+    places = resolve(model, bank.sites, modules=modules)
     if sites is not None:
         chosen = select({site: place.module for site, place in places.items()}, sites, owner="the vectors")
         places = {site: places[site] for site in chosen}
-    for one, other in combinations(places.values(), 2):
+    there: dict[tuple[int, str], list[Place]] = {}
+    for place in places.values():
+        there.setdefault((id(place.module), place.side), []).append(place)
+    for one, other in chain.from_iterable(combinations(same, 2) for same in there.values()):
         shared = min(len(one.path), len(other.path))
-        if one.module is other.module and one.side == other.side and one.path[:shared] == other.path[:shared]:
+        if one.path[:shared] == other.path[:shared]:
             raise UnsupportedModelError(
                 f"sites {one.site!r} and {other.site!r} are one module, and an edit at either is an edit at both; "
                 "select one"
@@ -246,17 +259,17 @@ def _axes(bank: VectorBank, places: Mapping[str, Place], axis: Axes | None) -> M
 
 
 def _readers(
-    model: nn.Module, bank: VectorBank, gate: Gates | None, passes: tuple[Passes, ...]
+    model: nn.Module, bank: VectorBank, gate: Gates | None, passes: tuple[Passes, ...], modules: Modules
 ) -> tuple[dict[int, Reader], tuple[GateReader, ...]]:
     """Those of the concepts, by their places, and those that read at a site; a gate that is used twice reads once."""
     gates = gate if isinstance(gate, Mapping) else dict.fromkeys(bank.concepts, gate) if gate is not None else {}
     _check_concepts(gates, bank, by="gate")
     single = {id(leaf): leaf for own in gates.values() for leaf in leaves(own)}
-    places = resolve(model, [leaf.site for leaf in single.values()])
+    places = resolve(model, [leaf.site for leaf in single.values()], modules=modules)
     made: dict[int, GateReader] = {}
     for key, leaf in single.items():
         place = places[leaf.site]
-        made[key] = GateReader(leaf, place, layout(model, place), _host(passes, place))
+        made[key] = GateReader(leaf, place, layout(model, place, modules=modules), _host(passes, place))
 
     def reader(own: AnyGate) -> Reader:
         return CombinedReader(own, [reader(g) for g in own.gates]) if isinstance(own, Combination) else made[id(own)]
