@@ -130,6 +130,16 @@ def test_an_intervention_is_swept_folded_copied_and_trained_through_as_ours_is(o
     torch.testing.assert_close(*gradients)
 
 
+def test_at_strength_zero_whatever_an_intervention_gives_nothing_changes():
+    def nowhere_finite(activation, direction, c):
+        return activation * float("nan")
+
+    assert torch.equal(steered(intervention=nowhere_finite, c=0), steered(c=0))
+    bank, c = VectorBank({"kind": V, "other": 2 * V}), {"kind": 0.0, "other": 1.0}
+    folded = fold(network(), bank, c=c, intervention={"kind": nowhere_finite}, verify_on=X)
+    torch.testing.assert_close(folded(X), steered(vectors=2 * V))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_an_intervention_is_rounded_once_as_ours_is(dtype):
     model, v, x = nn.Sequential(nn.Identity()), V.to(dtype=torch.float32), X.to(dtype)

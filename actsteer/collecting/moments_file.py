@@ -32,7 +32,7 @@ def write(
         counts = {site: own.count for site, own in moments.items()}
         dtypes = {site: None if own.dtype is None else str(own.dtype)[6:] for site, own in moments.items()}
         entries.append({"label": label, "counts": counts, "dtypes": dtypes})
-    sealed.write(path, tensors, {"kind": kind, "classes": entries, **described})
+    sealed.write(sealed.checked(path), tensors, {"kind": kind, "classes": entries, **described})
 
 
 def read(path: str | PathLike[str], kind: str) -> tuple[Classes, dict[str, Any]]:
@@ -43,7 +43,7 @@ def read(path: str | PathLike[str], kind: str) -> tuple[Classes, dict[str, Any]]
     Raises:
         FileFormatError: the file is corrupt, foreign, or of a newer version.
     """
-    tensors, document = sealed.read(path, kind=kind)
+    tensors, document = sealed.read(sealed.checked(path), kind=kind)
     try:
         classes: Classes = {}
         sizes: dict[str, int | None] = {}
@@ -83,7 +83,7 @@ def _tensors(moments: Moments) -> dict[str, Tensor]:
 
 def _moments(count: Any, tensors: Mapping[str, Tensor | None], *, d: int | None) -> Moments:
     """Moments of `d` features, if that is known."""
-    if type(count) is not int or count < 0:
+    if type(count) is not int or not 0 <= count < 2**63:
         raise ValueError(f"expected a count, got {count!r}")
     found = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     origin, offset, squares, second, third, fourth = (tensors[name] for name in _NAMES)
@@ -122,6 +122,12 @@ def _check(kind: str, classes: Classes, document: Mapping[str, Any]) -> None:
         return
     if (None in classes) != (kind == "statistics"):
         raise ValueError(f"expected {'no ' if kind == 'statistics' else ''}classes, got {list(classes)}")
+    if kind == "class statistics":
+        sites = document["sites"]
+        if type(sites) is not list or any(type(site) is not str for site in sites):
+            raise ValueError(f"expected a list of sites, got {sites!r}")
+        if any(list(own) != sites for own in classes.values()):
+            raise ValueError(f"expected the sites {sites} in every class")
     metadata = document["metadata"]
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise ValueError(f"expected metadata of strings, got {metadata!r}")

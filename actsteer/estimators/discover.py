@@ -44,7 +44,7 @@ def discover(
 ) -> VectorBank:
     """Directions v of a given norm that maximise the mean over rows of ‖target(x; v) - target(x)‖², one after another.
 
-    Each is orthogonal to those before it. What it does shows in the model's answers; nobody has told it what to do.
+    Each is orthogonal to those before it. What a direction stands for shows in the model's answers alone.
 
     Args:
         batches: data, as for `collect`; all of them are used in every step.
@@ -113,7 +113,7 @@ def discover(
             remove()
     described = zero.metadata | {"estimator": "discover", "target": looked_at} | fingerprint.described(model)
     rounded = {str(i): {name: v.to(zero[name].dtype)} for i, v in enumerate(found)}
-    return VectorBank({i: SteeringVector(own, concept=i, metadata=described) for i, own in rounded.items()})
+    return VectorBank({i: SteeringVector(found_at, concept=i, metadata=described) for i, found_at in rounded.items()})
 
 
 @torch.no_grad()
@@ -124,7 +124,7 @@ def _place(leaf: Tensor, wanted: Float[Tensor, " d"], found: list[Tensor], norm:
 
 
 def _without(vector: Float[Tensor, " d"], others: list[Tensor]) -> Float[Tensor, " d"]:
-    """The component that is orthogonal to all of these, which are orthogonal to one another."""
+    """The component that is orthogonal to all the others; they are orthogonal to one another."""
     for other in others:
         vector = vector - (vector @ other) / (other @ other) * other
     return vector

@@ -102,7 +102,7 @@ def with_metadata(found: Result, metadata: Mapping[str, str], *, concept: str | 
     whole |= {} if concept is None else {"concept": concept}
     if isinstance(found, SteeringVector):
         return cast("Result", SteeringVector({site: found[site] for site in found}, metadata=whole))
-    return found.described(whole)
+    return cast("Result", found.described(whole))
 
 
 def estimate(
@@ -142,7 +142,7 @@ def check_alike(positive: Statistics, negative: Statistics) -> None:
 
 
 def check_finite(site: str, **sides: Moments) -> None:
-    """Raise StatisticsError unless these moments are those of finite rows, of one or more."""
+    """Raise StatisticsError for a side that has no rows, or whose rows are not all finite."""
     for side, moments in sides.items():
         if not moments.count:
             raise StatisticsError(f"site {site!r}: the {side} side has no rows")
@@ -154,7 +154,7 @@ def check_finite(site: str, **sides: Moments) -> None:
 
 
 def solved(matrix: Float[Tensor, "d d"], right: Float[Tensor, "d ..."], *, rows: int) -> Float[Tensor, "d ..."]:
-    """The solution x of matrix · x = right, for a symmetric positive matrix from so many rows.
+    """The solution x of matrix · x = right, for a symmetric positive definite matrix; the error names `rows`.
 
     Raises:
         StatisticsError: the matrix is singular to rounding.

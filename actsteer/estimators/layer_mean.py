@@ -13,8 +13,8 @@ from actsteer.vectors.vector import SteeringVector
 class LayerMean:
     """v = (mean of μ₊ - mean of μ₋) · 1: the mean over all features of a site, the same for each of them.
 
-    What the published MNIST steering notebooks compute. It holds d times less than `MeanDifference`: use it to
-    reproduce them, or as a baseline for what the direction itself contributes.
+    The published MNIST steering notebooks compute it: one number per site, where `MeanDifference` has d. Use it to
+    reproduce them, or as a baseline that shows what the other numbers contribute.
 
     >>> import torch
     >>> from actsteer.collecting.moments import Moments

@@ -22,9 +22,9 @@ class NullSpace:
 
     w lies in the null space of the negative activations: P projects on the eigenvectors of E₋[h hᵀ] whose eigenvalues
     are at most a share `tolerance` of the largest, and w = P (P E₊[h hᵀ] P + λ I)⁻¹ P μ₊ is the ridge regression of 1
-    on the positive activations there. Rows in the span of the negative ones keep their values to rounding if
-    `tolerance` is that small; where the negative ones fill the space, a larger one trades what they keep for what the
-    others get.
+    on the positive activations there. With a `tolerance` as small as rounding, rows in the span of the negative
+    activations stay as they are. Where the negative activations fill the space, a larger one makes room: they are
+    moved a little, the positive ones more.
 
     Args:
         vector: v, what is added to a row that is steered in full.

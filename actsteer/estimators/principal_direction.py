@@ -18,14 +18,14 @@ from actsteer.vectors.vector import SteeringVector
 class PrincipalDirection:
     """v = the first principal component, of norm 1, with the sign by which the positive side projects higher.
 
-    Pooled: of both sides together, centred at their common mean. Paired: of the differences x₊ - x₋ of pairs of rows,
-    each taken with both signs, so that they are centred at zero; `fit` makes them from pairs of batches, and
-    `differences` from two models' inputs. Then what a pair shares does not count.
+    Without `paired` it is the component of the rows of both sides together, about their common mean. With `paired` it
+    is the component of the differences x₊ - x₋ of pairs of rows, about zero, so that what both rows of a pair share
+    does not count; `fit` and `collect_differences` make the differences.
 
     Also called LAT, or the reading vector. Source: representation engineering (RepE), Zou et al. 2023.
 
     Args:
-        paired: the statistics are those of the differences (positive) and of their negatives (negative).
+        paired: read "pairs": the statistics of the differences (positive) and of their negatives (negative).
 
     Raises:
         StatisticsError: no covariance was collected, the rows do not vary, or are not `paired`.

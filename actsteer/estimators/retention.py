@@ -26,6 +26,15 @@ class Retain:
         weight: against the loss, per nat.
 
     Source: learning without forgetting, Li & Hoiem 2016.
+
+    >>> from actsteer import optimize
+    >>> model, x = nn.Sequential(nn.Identity()), torch.zeros(4, 2)
+    >>> def first(output):
+    ...     return -output[:, 0].mean()
+    >>> options = {"sites": "0", "loss": first, "lr": 0.1, "steps": 50}
+    >>> free, held = (optimize(model, x, retain=kept, **options)["0"] for kept in (None, Retain(x, weight=100.0)))
+    >>> bool(free[0] - free[1] > 2), bool(held[0] - held[1] < 0.1)  # the answer is the softmax of both
+    (True, True)
     """
 
     batches: Batches
@@ -64,6 +73,6 @@ def _logits(output: Any) -> Tensor:
         found = found[0]
     if not isinstance(found, Tensor) or not found.ndim:
         raise LossError(
-            f"retain: expected an output with logits, got {type(output).__name__}; put a term of your own into the loss"
+            f"retain: expected an output with logits, got {type(output).__name__}; put a term into the loss instead"
         )
     return found.float()

@@ -22,6 +22,19 @@ class Rows(Mapping[str, Tensor]):
 
     Args:
         options: as for `record`: `sites`, `positions`, `axis`, `batch_size`.
+
+    >>> import torch
+    >>> from actsteer import SteeringVector, fit
+    >>> class MedianDifference:
+    ...     reads = "rows"
+    ...
+    ...     def __call__(self, *, positive, negative):
+    ...         return SteeringVector({
+    ...             site: positive[site].median(dim=0).values - negative[site].median(dim=0).values for site in positive
+    ...         })
+    >>> high, low = torch.tensor([[1.0], [2.0], [90.0]]), torch.zeros(3, 1)
+    >>> fit(nn.Sequential(nn.Identity()), positive=high, negative=low, sites="0", estimator=MedianDifference())["0"]
+    tensor([2.])
     """
 
     def __init__(self, model: nn.Module, batches: Batches, *, progress: bool, options: Mapping[str, Any]) -> None:

@@ -23,6 +23,14 @@ class Validation:
         batches: as for `collect`; the loss, a mean over the rows of a batch, is weighed by their number.
         targets: what the loss compares with, as for `optimize`.
         patience: training ends when so many looks in a row were not better.
+
+    >>> from torch import nn
+    >>> from actsteer import optimize
+    >>> contrary = Validation(torch.zeros(4, 2), targets=-torch.ones(4, 2))
+    >>> loss, goal = nn.functional.mse_loss, torch.ones(4, 2)
+    >>> data = {"batches": torch.zeros(4, 2), "targets": goal, "validation": contrary}
+    >>> optimize(nn.Sequential(nn.Identity()), sites="0", loss=loss, steps=20, **data)["0"]  # the start is best
+    tensor([0., 0.])
     """
 
     batches: Batches

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from actsteer.errors import FileFormatError
 from actsteer.files import gguf, native, pt, svec
@@ -14,6 +14,7 @@ from actsteer.files.lazy import Named, Numbered, Stored
 AnyPath: TypeAlias = str | os.PathLike[str]
 
 
+@runtime_checkable
 class Format(Protocol):
     """A kind of file: a module, or any object, with a suffix and two functions.
 

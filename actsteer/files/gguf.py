@@ -177,7 +177,7 @@ def _bounded(gguf: ModuleType) -> Any:
     class Bounded(gguf.GGUFReader):  # type: ignore[misc, name-defined]
         """A reader that does not go on past the end of a damaged file, which says that 2^60 entries follow."""
 
-        def _get(self, offset: int, dtype: Any, count: int = 1, *order: Any, **named: Any) -> Any:
+        def _get(self, offset: int, dtype: Any, count: Any = 1, *order: Any, **named: Any) -> Any:
             found = super()._get(offset, dtype, count, *order, **named)
             if len(found) < count:
                 raise ValueError(f"{count} numbers at byte {offset} lie past the end")

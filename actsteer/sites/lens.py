@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -167,7 +167,7 @@ class Frame:
         """Whether the features are on the last axis."""
         return self.axis == len(self.shape) - 1
 
-    def rows_first(self, last: Float[Tensor, "*shape d"]) -> Float[Tensor, "rows *shape d"] | None:
+    def rows_first(self, last: Float[Tensor, "*shape d"]) -> Float[Tensor, "rows *others d"] | None:
         """An activation whose features are last already, with the rows first; None if it has no axis of rows."""
         if self.row_axis is None or self.row_axis == self.axis:
             return None
@@ -184,7 +184,7 @@ class Frame:
         shape[where] = len(rows)
         return (rows if where < self.axis else rows.T).reshape(shape)
 
-    def by_row(self, weights: Float[Tensor, " B"], *, copies: int = 1) -> Tensor:
+    def by_row(self, weights: Shaped[Tensor, " B"], *, copies: int = 1) -> Tensor:
         """(B,) on the axis of the rows; each serves all the copies that were made of its row.
 
         Raises:
@@ -196,7 +196,7 @@ class Frame:
         shape[where] = len(rows)
         return rows.reshape(shape)
 
-    def by_token(self, weights: Float[Tensor, "B S"], *, rows: int) -> Tensor | None:
+    def by_token(self, weights: Shaped[Tensor, "B S"], *, rows: int) -> Tensor | None:
         """(B, S), or (1, S) for all of so many rows, on the axes of the rows and positions; None where there are no
         such axes, or they cannot be told."""
         if self.row_axis is None or self.row_axis == self.axis or len(self.shape) < 2:
@@ -212,7 +212,7 @@ class Frame:
         shape[self.row_axis], shape[others[0]] = len(weights), length
         return (weights if self.row_axis < others[0] else weights.T).reshape(shape)
 
-    def needs_tokens(self, weights: Float[Tensor, "B S"], *, rows: int) -> Tensor:
+    def needs_tokens(self, weights: Shaped[Tensor, "B S"], *, rows: int) -> Tensor:
         """As `by_token`.
 
         Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterator, Mapping
+from functools import lru_cache
 
 from torch import nn
 
@@ -25,7 +26,16 @@ _PREFIX = re.compile(
 
 def slot(module: nn.Module) -> str | None:
     """The name under which a wrapper holds what it wraps; None for any other module."""
-    return next((_SLOTS[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in _SLOTS), None)
+    for kind in type(module).__mro__:
+        if kind.__name__ in _SLOTS:
+            return _SLOTS[kind.__name__]
+    return None
+
+
+@lru_cache(maxsize=256)
+def _slot_of(kind: type[nn.Module]) -> str | None:
+    """`slot`, for walks over thousands of modules; compiled code could not read it."""
+    return next((_SLOTS[own.__name__] for own in kind.__mro__ if own.__name__ in _SLOTS), None)
 
 
 def inside_adapters(modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
@@ -41,9 +51,8 @@ def _adapted(kind: type[nn.Module]) -> str | None:
 
 def without_adapters(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """As `named_modules`, with every layer to which peft has added an adapter as it was before."""
-    base = model._modules.get(_adapted(type(model)) or "")
-    if base is not None:
-        yield from without_adapters(base, name)
+    if (inside := _adapted(type(model))) is not None:
+        yield from without_adapters(getattr(model, inside), name)
         return
     yield name, model
     for key, child in model._modules.items():
@@ -70,15 +79,19 @@ def uncompiled(module: nn.Module) -> nn.Module:
     return module
 
 
-def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Every (name, module), a shared one under each of its names; a wrapper and what it wraps have the same name."""
-    yield "", model
-    for key, child in model._modules.items():
-        if child is None:
-            continue
-        outer = "" if key == slot(model) else key
-        for name, module in named_modules(child):
-            yield ".".join(part for part in (outer, name) if part), module
+    found: list[tuple[str, nn.Module]] = []
+    _walk(model, "", found)
+    return found
+
+
+def _walk(module: nn.Module, name: str, found: list[tuple[str, nn.Module]]) -> None:
+    found.append((name, module))
+    inner = _slot_of(type(module))  # type: ignore[arg-type]
+    for key, child in module._modules.items():
+        if child is not None:
+            _walk(child, name if key == inner else f"{name}.{key}" if name else key, found)
 
 
 def without_prefixes(name: str, known: Container[str] = ()) -> str:

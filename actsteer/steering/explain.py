@@ -16,7 +16,7 @@ from actsteer.steering.edit import SiteEdit
 from actsteer.steering.interventions.chain import Chain
 from actsteer.steering.interventions.intervention import Intervention, PerSite
 from actsteer.steering.interventions.keep_norm import KeepNorm
-from actsteer.steering.strength import Schedule
+from actsteer.steering.strength import PerConcept, Schedule
 from actsteer.vectors.bank import VectorBank
 
 
@@ -25,7 +25,7 @@ def explain(
     bank: VectorBank,
     edits: Mapping[str, SiteEdit],
     choices: Mapping[str, Choice],
-    strengths: Sequence[Tensor | Schedule],
+    strengths: PerConcept,
 ) -> str:
     """One paragraph per site: the activation, the axis, the backend and why; each concept, in the order in which they
     edit, with its intervention and strength; how far the concepts overlap, and which of them do not commute."""
@@ -37,20 +37,21 @@ def explain(
         choice = choices[site]
         via = "" if choice.mechanism == choice.backend else f" by {choice.mechanism}"
         lines += [
-            f"{site!r}: the {side}{part} of {type(edit.place.module).__name__}, {edit.directions.shape[1]} features",
+            f"{site!r}: the {side}{part} of {type(edit.place.module).__name__}, {edit.size} features",
             f"    axis: {axis}",
             f"    backend: {choice.backend}{via} ({choice.reason})",
         ]
-        here = [index for index, concept in enumerate(bank.concepts) if site in bank[concept]]
-        for own, index in enumerate(here):
+        for own, index in enumerate(edit.concepts):
             norm, strength = float(edit.directions[own].norm()), strengths[index]
             c = _shown(strength)
-            reader = edit.gates[own]
+            reader = edit.gates.get(own)
             gated = "" if reader is None else f", gated by {reader.gate!r}"
             kind = _named(edit.interventions[own])
-            where = "" if (own_positions := edit.passes.positions[index]) is None else f", at {_where(own_positions)}"
+            where = (
+                "" if (own_positions := edit.passes.positions.get(index)) is None else f", at {_where(own_positions)}"
+            )
             lines.append(f"    {bank.concepts[index]}: {kind}, c = {c}, norm {norm:.4g}{gated}{where}")
-        lines += _overlaps(edit, [bank.concepts[index] for index in here])
+        lines += _overlaps(edit, [bank.concepts[index] for index in edit.concepts])
         lines += _others(edit)
     return "\n".join(lines)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from numbers import Real
 from os import PathLike
 from typing import Any, final
@@ -283,17 +283,6 @@ def from_file(stored: Stored) -> SteeringVector:
     return _rebuild(stored.read(), stored.metadata, True)
 
 
-def check_model(model: nn.Module, bank: Mapping[str, SteeringVector]) -> None:
-    """Raise, or warn, where a vector from a file was made for another model; see `sites.fingerprint.check`."""
-    found = {
-        tuple(map(vector._metadata.get, fingerprint.KEYS)): (concept, vector)
-        for concept, vector in bank.items()
-        if vector._is_from_file
-    }
-    for concept, vector in found.values():
-        fingerprint.check(model, vector._metadata, what=f"the vector {concept!r}")
-
-
 def _rebuild(directions: Mapping[str, Tensor], metadata: Mapping[str, str], is_from_file: bool) -> SteeringVector:
     vector = SteeringVector(directions, metadata=metadata)
     vector._is_from_file = is_from_file
@@ -306,14 +295,22 @@ def axes_of(vectors: Iterable[SteeringVector]) -> dict[str, str]:
     Raises:
         ShapeError: two of them have different axes at one site.
     """
+    return axes_in((vector._directions, vector._metadata) for vector in vectors)
+
+
+def axes_in(
+    described: Iterable[tuple[Container[str], Mapping[str, str]]], asked: Container[str] | None = None
+) -> dict[str, str]:
+    """`axes_of` vectors whose sites and metadata are given; all the keys, or those asked for."""
     axes: dict[str, str] = {}
-    for vector in vectors:
-        for site in vector:
-            axis = vector.metadata.get(f"axis {site}")
-            if axis is not None and axes.setdefault(f"axis {site}", axis) != axis:
+    for sites, metadata in described:
+        for key, axis in metadata.items():
+            if not key.startswith("axis ") or (asked is not None and key not in asked):
+                continue
+            if (site := key[5:]) in sites and axes.setdefault(key, axis) != axis:
                 raise ShapeError(
-                    f"site {site!r}: the vectors were collected along different axes, {axes[f'axis {site}']} and "
-                    f"{axis}; collect them along one"
+                    f"site {site!r}: the vectors were collected along different axes, {axes[key]} and {axis}; collect "
+                    "them along one"
                 )
     return axes
 

@@ -103,7 +103,7 @@ def test_afterwards_the_model_is_as_it_was_found_however_it_ends(frozen, error):
 
 
 # --- errors ------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("empty", [[], (), X[:0], torch.tensor(1.0), iter([])], ids=str)
+@pytest.mark.parametrize("empty", [[], (), X[:0], torch.tensor(1.0), iter([])])
 def test_no_batches_are_an_error(empty):
     with pytest.raises(BatchError, match="batches: there are none; is the generator used up, or the tensor empty"):
         listed(empty)

@@ -195,6 +195,7 @@ def test_a_compiled_model_gives_the_activations_of_the_eager_one_and_stays_compi
     assert compiler.frame_count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.case(1)
 def test_inside_a_steerer_a_compiled_model_gives_the_steered_activations(compiler):
     model = copy.deepcopy(MODEL)

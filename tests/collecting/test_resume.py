@@ -176,6 +176,7 @@ SCRIPT = """
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_resumes_bit_for_bit(path, tmp_path):
     def run(checkpoint, dies, out):
         command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(checkpoint), str(dies), str(tmp_path / out)]

@@ -74,6 +74,7 @@ def by_class():
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @given(any_statistics())
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path_factory, stats):
     path = tmp_path_factory.mktemp("saved") / "stats.safetensors"

@@ -302,6 +302,7 @@ def test_a_model_s_file_is_not_a_control_vector(tmp_path):
         SteeringVector.load(control_vector(tmp_path / "v.gguf", ROWS, architecture="llama"))
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_of_our_own_file_is_refused_or_means_the_same(tmp_path):
     path = tmp_path / "v.gguf"
     V.save(path)

@@ -285,8 +285,10 @@ def test_compiled_it_is_the_same_and_a_change_of_strength_compiles_nothing(rule)
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ConceptNotFoundError, match="intervention names no concept of the bank: 'x'"):
         Steerer(Two(), BANK, intervention={"x": Ablate()})
-    with pytest.raises(TypeError, match="expected one such as Add"):
-        Steerer(Two(), BANK, intervention={"v": "ablate"})
+    for bad, message in (("ablate", "expected one such as Add"), (Ablate, "the class Ablate; call it first")):
+        for intervention in (bad, {"v": bad}):
+            with pytest.raises(TypeError, match=message):
+                Steerer(Two(), BANK, intervention=intervention)
     for rule in (Affine({"first": (W, B)}), KeepNorm(Affine({"first": (W, B)})), Chain(Affine({"first": (W, B)}))):
         with pytest.raises(SiteNotFoundError, match="no edit at site"):
             Steerer(Two(), BANK, intervention=rule)

@@ -24,7 +24,7 @@ from actsteer.sites.place import Place
 from actsteer.sites.resolve import Sites, resolve
 from actsteer.sites.shards import is_gathered_now_and_then
 from actsteer.sites.wrappers import named_modules, unwrapped
-from actsteer.steering.backends import fold as backend
+from actsteer.steering.backends import bias as bias_backend
 from actsteer.steering.folding import pretrained
 from actsteer.steering.folding.affine import AffineMap, affine_maps
 from actsteer.steering.folding.layers import kind_of, obstacle, write_input, write_output
@@ -91,7 +91,8 @@ def fold(
     True
     """
     steerer = Steerer(model, vectors, c=c, intervention=intervention, sites=sites, axis=axis)
-    strengths = strengths_of(c, steerer.bank.concepts)
+    given = strengths_of(c, {concept: place for place, concept in enumerate(steerer.bank)})
+    strengths = [given[place] for place in range(len(given))]
     if any(not isinstance(own, Tensor) or own.ndim for own in strengths):
         raise NotFoldable(
             "c: weights have one strength for all rows and steps; give one number, or one for each concept"
@@ -147,7 +148,7 @@ def unfold(model: nn.Module) -> None:
 
 
 def _check_free(model: nn.Module) -> None:
-    if any(backend.is_folded(module) for module in model.modules()):
+    if any(bias_backend.is_folded(module) for module in model.modules()):
         raise AttachedError("a Steerer with backend='fold' is attached to this model; detach it first")
 
 

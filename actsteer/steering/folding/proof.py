@@ -35,7 +35,7 @@ class Proof:
         plain = self._outputs(model)
         with steerer:
             self._expected, again = self._outputs(model), self._outputs(model)
-            zeros = {site: torch.zeros(edit.directions.shape[1]) for site, edit in steerer.edits.items()}
+            zeros = {site: torch.zeros(edit.size) for site, edit in steerer.edits.items()}
             with Steerer(model, SteeringVector(zeros), axis=steerer.axes, intervention=Rounding()):
                 rounded = self._outputs(model)
         least = [8 * _eps(one) * _size(one) for one in self._expected]

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 Per: TypeAlias = Literal["sequence", "token"]
-"""Whether a gate decides once for a sequence, from the mean over its prompt, or for each token by itself."""
+"""Whether a gate decides once for a sequence, from the mean over its prompt, or anew for each token."""
 
 
 @runtime_checkable
@@ -66,7 +66,24 @@ class ScoredGate(Gate, Protocol):
 
 @runtime_checkable
 class Combination(Protocol):
-    """A gate made of gates, each of which reads at its site: `And`, `Or`, `Not`, or a class of your own."""
+    """A gate made of gates, each of which reads at its site: `And`, `Or`, `Not`, or a class of your own.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from actsteer import ProjectionAbove, Steerer, SteeringVector
+    >>> class Either:
+    ...     def __init__(self, *gates):
+    ...         self.gates = gates
+    ...
+    ...     def combine(self, weights):
+    ...         return weights[0] ^ weights[1]
+    >>> one, other = (ProjectionAbove(SteeringVector({"0": v}), 0.0) for v in torch.eye(2))
+    >>> model, v = nn.Sequential(nn.Identity()), SteeringVector({"0": torch.ones(2)})
+    >>> with Steerer(model, v, gate=Either(one, other)):
+    ...     model(torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
+    tensor([[1., 1.],
+            [2., 0.]])
+    """
 
     @property
     def gates(self) -> tuple[Gate | Combination, ...]:

@@ -12,7 +12,7 @@ from actsteer.steering.interventions.intervention import unit
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Ablate:
     """Remove the component along the direction: h - c · (h·u) u, with u = v/‖v‖.
 

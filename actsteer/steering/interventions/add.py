@@ -12,7 +12,7 @@ from actsteer.steering.interventions.intervention import unit
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Add:
     """Move along the direction: h + c · v, in the activation's own units.
 

@@ -8,7 +8,7 @@ from typing import final
 from jaxtyping import Float
 from torch import Tensor
 
-from actsteer.steering.interventions.intervention import Intervention, PerSite, at_site
+from actsteer.steering.interventions.intervention import Intervention, PerSite, at_site, check_intervention
 
 
 @final
@@ -16,8 +16,8 @@ from actsteer.steering.interventions.intervention import Intervention, PerSite, 
 class Chain:
     """Several interventions by one direction in the order given, each with the same c.
 
-    `Chain(Ablate(), Add())` puts a row at c along the direction, whatever it had there, if c is 1; where they do not
-    commute, the order counts.
+    With c = 1, `Chain(Ablate(), Add())` replaces what a row has along the direction by the direction itself. The order
+    counts where two interventions do not commute.
 
     >>> import torch
     >>> from actsteer import Ablate, Add
@@ -29,8 +29,7 @@ class Chain:
 
     def __init__(self, *interventions: Intervention | PerSite) -> None:
         for intervention in interventions:
-            if not isinstance(intervention, Intervention | PerSite):
-                raise TypeError(f"Chain: expected interventions such as Add(), got {intervention!r}")
+            check_intervention(intervention, by="Chain")
         object.__setattr__(self, "interventions", interventions)
 
     def __call__(

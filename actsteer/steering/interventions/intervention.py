@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -57,6 +57,27 @@ class Edit(PerSite, Protocol):
     """An intervention that has its sites, and takes the place of vectors in `Steerer(model, edit)`.
 
     An estimator may return one in the place of a SteeringVector, and `fit` names it by `described`.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from actsteer import Steerer
+    >>> class Doubled:
+    ...     def __init__(self, sizes, metadata=()):
+    ...         self.sizes, self.metadata = sizes, dict(metadata)
+    ...
+    ...     def at(self, site):
+    ...         return lambda activation, direction, c: activation * (1 + c)
+    ...
+    ...     @property
+    ...     def constant(self):
+    ...         return SteeringVector({site: torch.zeros(d) for site, d in self.sizes.items()}, metadata=self.metadata)
+    ...
+    ...     def described(self, metadata):
+    ...         return Doubled(self.sizes, metadata)
+    >>> model = nn.Sequential(nn.Identity())
+    >>> with Steerer(model, Doubled({"0": 2}).described({"concept": "large"}), c={"large": 1.0}):
+    ...     model(torch.tensor([[1.0, 2.0]]))
+    tensor([[2., 4.]])
     """
 
     @property
@@ -64,7 +85,7 @@ class Edit(PerSite, Protocol):
         """What it makes of an activation of zero at c = 1: a vector with the edit's sites, sizes and metadata."""
         ...
 
-    def described(self, metadata: Mapping[str, str]) -> Self:
+    def described(self, metadata: Mapping[str, str]) -> Edit:
         """The same edit with this metadata, the concept among it, in the place of what it has."""
         ...
 
@@ -74,8 +95,18 @@ def at_site(intervention: Intervention | PerSite, site: str) -> Intervention:
     return intervention.at(site) if isinstance(intervention, PerSite) else intervention
 
 
+def check_intervention(intervention: Any, *, by: str) -> None:
+    """TypeError unless it is an intervention, the same at all sites or another at each."""
+    if isinstance(intervention, type):
+        raise TypeError(f"{by}: expected an object, got the class {intervention.__name__}; call it first")
+    if not isinstance(intervention, Intervention | PerSite):
+        raise TypeError(
+            f"{by}: expected one such as Add(), called with (activation, direction, c); got {intervention!r}"
+        )
+
+
 def unit(direction: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
-    """v / ‖v‖; zero for zero, along which nothing is moved. Of a direction that stays as it is, computed once."""
+    """v / ‖v‖, and zero for a zero direction; kept until the direction changes."""
     if torch.compiler.is_compiling() or direction.requires_grad or direction.is_inference():
         return _unit(direction)
     version: int

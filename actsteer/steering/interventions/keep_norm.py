@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from actsteer.steering.interventions.intervention import Edit, Intervention, PerSite, at_site
+from actsteer.steering.interventions.intervention import Edit, Intervention, PerSite, at_site, check_intervention
 from actsteer.vectors.vector import SteeringVector
 
 
@@ -35,8 +35,7 @@ class KeepNorm:
     intervention: Intervention | PerSite
 
     def __post_init__(self) -> None:
-        if not isinstance(self.intervention, Intervention | PerSite):
-            raise TypeError(f"KeepNorm: expected an intervention such as Add(), got {self.intervention!r}")
+        check_intervention(self.intervention, by="KeepNorm")
 
     def __call__(
         self, activation: Float[Tensor, "*batch d"], direction: Float[Tensor, " d"], c: Float[Tensor, ...]

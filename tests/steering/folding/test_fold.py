@@ -221,6 +221,7 @@ def test_every_affine_edit(edit, c):
     same(mlp(), edit, X, c=c)
 
 
+@pytest.mark.slow
 @given(
     site=st.sampled_from([("0", 8), ("1", 8), ("2", 8), ("3", 8), ("4", 3)]),
     c=st.floats(0.1, 4.0),
