@@ -85,9 +85,11 @@ def collect(
     The model runs in evaluation mode and without gradients, each batch once, and is left as it was found. The first
     batch runs whole. Where each site ran exactly once in it, later passes end when all of them have: what lies behind
     the last one, hooks included, is not called then. Every 32nd pass runs whole again, and raises if a site ran more
-    often. A model of which a part behind the last site writes what it reads at its next batch needs `stop=False`:
-    nothing else can tell. Inside a `with Steerer(...)` block the steered activations are collected. Under
-    torch.distributed each process collects its own share, which may be empty, and `all_reduce` brings them together.
+    often; a model that FSDP shards always runs whole. What a model writes behind its last site and reads at its next
+    batch is the user's to declare, with `stop=False`: such passes have to run whole.
+
+    Inside a `with Steerer(...)` block the steered activations are collected. Under torch.distributed each process
+    collects its own share, which may be empty, and `all_reduce` brings them together.
 
     Args:
         batches: an iterable of model inputs, or one tensor that is split by `batch_size`.

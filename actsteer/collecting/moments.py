@@ -61,7 +61,7 @@ class Moments:
     [8.0, 0.0]
     """
 
-    __slots__ = ("_buffer", "_offset", "_origin", "_scatter", "_shared", "_squares", "count", "dtype")
+    __slots__ = ("_buffer", "_offset", "_origin", "_scatter", "_shared", "_squares", "count", "d", "dtype")
 
     @torch.inference_mode(mode=False)  # what is kept must work in autograd later
     def __init__(
@@ -73,6 +73,8 @@ class Moments:
                 f"expected a mean of shape (d,), and a scatter of shape (d, d) or its diagonal, (d,); got {shapes}"
             )
         self.count = count
+        self.d: int = mean.shape[0]
+        """The number of features."""
         self.dtype: torch.dtype | None = mean.dtype if count else None
         """The dtype of the rows; None before there are any."""
         self._buffer: Tensor | None = None
@@ -107,11 +109,6 @@ class Moments:
         return cls.empty(rows.shape[1], covariance=covariance, device=device).update(rows)
 
     # --- reading -------------------------------------------------------------------------------------------------
-    @property
-    def d(self) -> int:
-        """The number of features."""
-        return len(self._origin)
-
     @property
     def kept(self) -> Covariance:
         """What was collected beside the mean: False, "diagonal" or True, as `collect(covariance=)` takes it."""
@@ -190,11 +187,12 @@ class Moments:
         Raises:
             ShapeError: not rows of d features.
         """
-        if rows.ndim != 2 or rows.shape[1] != self._origin.shape[0]:
-            raise ShapeError(f"expected rows of shape (n, {self.d}), got {tuple(rows.shape)}; is it the same model?")
-        count = rows.shape[0]
-        if count:
-            self.dtype = rows.dtype if self.dtype is None else torch.promote_types(self.dtype, rows.dtype)
+        shape = rows.shape
+        if len(shape) != 2 or shape[1] != self.d:
+            raise ShapeError(f"expected rows of shape (n, {self.d}), got {tuple(shape)}; is it the same model?")
+        if count := shape[0]:
+            if rows.dtype is not self.dtype:
+                self.dtype = rows.dtype if self.dtype is None else torch.promote_types(self.dtype, rows.dtype)
             if self._shared:
                 self._unshare()
             if type(rows) is not Tensor or rows.requires_grad:
@@ -241,7 +239,7 @@ class Moments:
     def copy(self) -> Moments:
         """The same moments; its tensors become its own when either is updated."""
         copied = Moments.__new__(Moments)
-        copied.count, copied.dtype, copied._buffer = self.count, self.dtype, None
+        copied.count, copied.d, copied.dtype, copied._buffer = self.count, self.d, self.dtype, None
         copied._origin, copied._offset = self._origin, self._offset
         copied._scatter, copied._squares = self._scatter, self._squares
         copied._shared = self._shared = True
@@ -268,19 +266,20 @@ class Moments:
 
     def _absorb_mean(self, rows: Float[Tensor, "n d"], count: int) -> None:
         """In place, in a buffer that is kept: it costs little more than the sum of the rows."""
-        if self._buffer is None:
+        origin, buffer = self._origin, self._buffer
+        if buffer is None:
             with torch.inference_mode(mode=False):
-                self._buffer = torch.empty_like(self._origin)
-        if rows.device != self._origin.device:
-            rows = exact(rows).to(self._origin.device)
-        total = torch.sum(rows, 0, dtype=torch.float64, out=self._buffer)
-        if not self.count:
-            torch.div(total, count, out=self._origin)
-            self._offset.zero_()
+                buffer = self._buffer = torch.empty_like(origin)
+        if rows.device != origin.device:
+            rows = exact(rows).to(origin.device)
+        torch.sum(rows, 0, dtype=torch.float64, out=buffer)
+        if self.count:
+            self.count += count
+            self._offset.add_(buffer.sub_(origin, alpha=count).sub_(self._offset, alpha=count), alpha=1 / self.count)
         else:
-            total.sub_(self._origin, alpha=count).sub_(self._offset, alpha=count)
-            self._offset.add_(total, alpha=1 / (self.count + count))
-        self.count += count
+            self.count = count
+            torch.div(buffer, count, out=origin)
+            self._offset.zero_()
 
     @torch.inference_mode(mode=False)
     @torch.no_grad()
