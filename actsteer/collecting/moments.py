@@ -51,7 +51,7 @@ class Moments:
 
     S is the scatter Σ (x - mean)(x - mean)ᵀ; with covariance="diagonal" its diagonal alone is kept.
 
-    The mean is held as an origin, that of the first rows, and an offset from it. So the differences δ, and with
+    The mean is held as an origin, that of the first rows, and the sum of x - origin. So the differences δ, and with
     them the scatter, stay exact where the mean is a billion times the spread.
 
     >>> m = Moments.empty(2, covariance=True).update(torch.tensor([[0.0, 2.0], [4.0, 2.0]]))
@@ -61,7 +61,7 @@ class Moments:
     [8.0, 0.0]
     """
 
-    __slots__ = ("_buffer", "_offset", "_origin", "_scatter", "_shared", "_squares", "count", "d", "dtype")
+    __slots__ = ("_buffer", "_origin", "_scatter", "_shared", "_squares", "_total", "count", "d", "dtype")
 
     @torch.inference_mode(mode=False)  # what is kept must work in autograd later
     def __init__(
@@ -79,7 +79,7 @@ class Moments:
         """The dtype of the rows; None before there are any."""
         self._buffer: Tensor | None = None
         self._origin = exact(mean).clone()
-        self._offset = torch.zeros_like(self._origin)
+        self._total = torch.zeros_like(self._origin)  # of x - origin
         self._scatter: Scatter | None = None
         self._squares: Tensor | None = None  # the diagonal of the scatter, where it is kept alone
         if scatter is not None and scatter.ndim == 1:
@@ -131,6 +131,11 @@ class Moments:
         return self._origin + self._offset
 
     @property
+    def _offset(self) -> Float[Tensor, " d"]:
+        """The mean less the origin."""
+        return self._total / max(1, self.count)
+
+    @property
     def variance(self) -> Float[Tensor, " d"]:
         """The unbiased variance of each feature, shape (d,): the diagonal of the covariance, or what was kept of it.
 
@@ -163,7 +168,7 @@ class Moments:
     def is_finite(self) -> bool:
         """Whether the mean is, and what was collected beside it: sums of squares overflow before their terms do."""
         squares = self._squares if self._scatter is None else self._scatter.second.diagonal()  # the largest, by Cauchy
-        parts = [self._origin, self._offset] if squares is None else [self._origin, self._offset, squares]
+        parts = [self._origin, self._total] if squares is None else [self._origin, self._total, squares]
         return all(bool(part.isfinite().all()) for part in parts)
 
     def _degrees(self, name: str) -> int:
@@ -223,7 +228,8 @@ class Moments:
         moved = (other._origin.to(device) - self._origin) + (other._offset.to(device) - self._offset)
         merged = Moments(count, self._origin)
         merged.dtype = torch.promote_types(self.dtype or torch.float64, other.dtype or torch.float64)
-        merged._offset = self._offset + moved * (other.count / count)
+        further = (other._origin.to(device) - self._origin) * other.count
+        merged._total = self._total + (further + other._total.to(device))
         if self._scatter is not None and other._scatter is not None:
             ours, theirs = (self._scatter, self.count), (other._scatter.to(device), other.count)
             third, fourth = moved_sums(*ours, -moved * (other.count / count))
@@ -240,7 +246,7 @@ class Moments:
         """The same moments; its tensors become its own when either is updated."""
         copied = Moments.__new__(Moments)
         copied.count, copied.d, copied.dtype, copied._buffer = self.count, self.d, self.dtype, None
-        copied._origin, copied._offset = self._origin, self._offset
+        copied._origin, copied._total = self._origin, self._total
         copied._scatter, copied._squares = self._scatter, self._squares
         copied._shared = self._shared = True
         return copied
@@ -248,7 +254,7 @@ class Moments:
     def __neg__(self) -> Moments:
         """The moments of the negated rows."""
         negated = Moments(self.count, -self._origin)
-        negated._offset, negated.dtype = -self._offset, self.dtype
+        negated._total, negated.dtype = -self._total, self.dtype
         if (sums := self._scatter) is not None:
             negated._scatter = Scatter(sums.second.clone(), -sums.third, sums.fourth.clone())
         negated._squares = None if self._squares is None else self._squares.clone()
@@ -259,7 +265,7 @@ class Moments:
 
     @torch.inference_mode(mode=False)
     def _unshare(self) -> None:
-        self._origin, self._offset = self._origin.clone(), self._offset.clone()
+        self._origin, self._total = self._origin.clone(), self._total.clone()
         self._scatter = None if self._scatter is None else self._scatter.clone()
         self._squares = None if self._squares is None else self._squares.clone()
         self._shared = False
@@ -274,12 +280,10 @@ class Moments:
             rows = exact(rows).to(origin.device)
         torch.sum(rows, 0, dtype=torch.float64, out=buffer)
         if self.count:
-            self.count += count
-            self._offset.add_(buffer.sub_(origin, alpha=count).sub_(self._offset, alpha=count), alpha=1 / self.count)
+            self._total.add_(buffer.sub_(origin, alpha=count))
         else:
-            self.count = count
             torch.div(buffer, count, out=origin)
-            self._offset.zero_()
+        self.count += count
 
     @torch.inference_mode(mode=False)
     @torch.no_grad()
@@ -307,7 +311,7 @@ class Moments:
         if self._squares is not None:
             within = (rows - shift).square_().sum(dim=0)
             self._squares = self._squares + within + moved.square() * (self.count * len(rows) / count)
-        self._offset = self._offset + moved * (len(rows) / count)
+        self._total = self._total + shift * len(rows)
         self.count = count
 
 
