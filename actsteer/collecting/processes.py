@@ -108,7 +108,7 @@ def _outcome(store: Store, key: str) -> str:
         waited = time.monotonic() - start
         if waited > patience.total_seconds():
             return store.compare_set(key, "", "late").decode()
-        if waited - looked > 0.2:  # now and then, whether somebody has failed who will not come
+        if waited - looked > 0.2:  # now and then, whether a rank has failed, which will not come
             looked = waited
             if store.check(["failed"]):
                 return store.compare_set(key, "", "failed").decode()

@@ -87,7 +87,7 @@ def _created(target: Path, mode: int | None) -> tuple[Path, int]:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove the temporary files on which nobody holds a lock."""
+    """Remove the temporary files on which no process holds a lock."""
     if fcntl is None:
         return
     with suppress(OSError), os.scandir(folder) as entries:
