@@ -190,7 +190,11 @@ class _Sums:
 
     def _keep_all(self, site: str, rows: Tensor, owners: Tensor) -> None:
         """Take in rows of a site that belong to no class."""
-        self._add(None, site, rows)
+        known = self.classes.get(None)
+        if known is not None and site in known:
+            known[site].update(rows)
+        else:
+            self._add(None, site, rows)
 
     def _keep(self, labels: list[Label], codes: Tensor, site: str, rows: Tensor, owners: Tensor) -> None:
         """Take in rows of a site; `owners` tells of which row of the batch each is, `codes` the class of that one."""
@@ -214,7 +218,7 @@ class _Sums:
                     )
 
     def _add(self, label: Label | None, site: str, rows: Tensor) -> None:
-        if len(rows):
+        if rows.shape[0]:
             moments = self.classes.setdefault(label, {})
             if site not in moments:
                 moments[site] = Moments.of(rows, covariance=self._covariance)

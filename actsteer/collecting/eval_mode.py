@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -15,31 +15,29 @@ from torch.nn.parallel import DistributedDataParallel
 @contextmanager
 def eval_mode(model: nn.Module, *, frozen: bool = False) -> Iterator[None]:
     """The model in evaluation mode and eager, if `frozen` without gradients to its parameters; left as it was found."""
-    training = [(module, module.training) for module in model.modules()]
-    trainable = [parameter for parameter in model.parameters() if frozen and parameter.requires_grad]
-    cached = [config for config in {id(c): c for c in _configurations(model)}.values() if config.use_cache is True]
-    synchronized = [
-        m for m in model.modules() if isinstance(m, DistributedDataParallel) and m.require_forward_param_sync
-    ]
+    modules = list(model.modules())
+    training = [(module, module.training) for module in modules]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad] if frozen else []
+    configs: list[Any] = [module.__dict__.get("config") for module in modules]
+    cached = {id(config): config for config in configs if _keeps_cache(config)}
+    synchronized = [m for m in modules if isinstance(m, DistributedDataParallel) and m.require_forward_param_sync]
     try:
-        for module, _ in training:
-            module.training = False
+        _switch((module, False) for module in modules)
         for parameter in trainable:
             parameter.requires_grad_(False)
         for module in synchronized:
             module.require_forward_param_sync = False  # each process runs as many batches as it has
-        for config in cached:
+        for config in cached.values():
             config.use_cache = False  # which only generation needs
         with _eager():
             yield
     finally:
-        for module, was_training in training:
-            module.training = was_training
+        _switch(training)
         for parameter in trainable:
             parameter.requires_grad_(True)
         for module in synchronized:
             module.require_forward_param_sync = True
-        for config in cached:
+        for config in cached.values():
             config.use_cache = True
 
 
@@ -59,10 +57,15 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
                     own.copy_(value)
 
 
-def _configurations(model: nn.Module) -> list[Any]:
-    """The configurations of transformers' models that have a key-value cache."""
-    found = [module.__dict__.get("config") for module in model.modules()]
-    return [config for config in found if hasattr(config, "use_cache")]
+def _switch(modes: Iterable[tuple[nn.Module, bool]]) -> None:
+    for module, mode in modes:
+        if module.training != mode:  # to set it costs more than to look
+            module.training = mode
+
+
+def _keeps_cache(config: Any) -> bool:
+    """Whether it is the configuration of a model of transformers that has a key-value cache, and uses it."""
+    return config is not None and getattr(config, "use_cache", None) is True
 
 
 def _eager() -> AbstractContextManager[Any]:

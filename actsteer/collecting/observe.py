@@ -15,10 +15,11 @@ from actsteer.collecting.batches import call, first_shape, rows_in
 from actsteer.collecting.eval_mode import eval_mode
 from actsteer.collecting.masks import TokenMasks
 from actsteer.collecting.positions import Positions, check, chosen, mean
+from actsteer.collecting.processes import is_alone
 from actsteer.collecting.stop import Stop, Stopper, must_finish
 from actsteer.errors import BatchError, ShapeError, StatisticsError
 from actsteer.sites.axes import Axes, Layout, layouts
-from actsteer.sites.lens import Frame, Lens, View, packed_rows
+from actsteer.sites.lens import Frame, Lens, packed_rows
 from actsteer.sites.listen import likely_cause, listen
 from actsteer.sites.place import Place
 from actsteer.sites.resolve import resolve
@@ -62,7 +63,9 @@ class Observation:
         if keep_shape and not (isinstance(positions, str) and positions == "all"):
             raise ValueError(f"keep_shape: an activation in its own shape has all positions, got {positions!r}")
         self._model, self._positions = model, positions
-        self._sequence_first = any(getattr(module, "batch_first", None) is False for module in model.modules())
+        modules = list(model.modules())
+        said = [*({type(module) for module in modules}), *modules]  # by a class or an instance; `getattr` is slow
+        self._sequence_first = any(vars(holder).get("batch_first") is False for holder in said)
         self._places = resolve(model, names)
         lies = layouts(model, self._places, axis=axis)
         self.axes: dict[str, int] = {}
@@ -154,10 +157,14 @@ class _Listener:
     asked: _Asked | None = None  # None when the model runs for another reason, such as to make the next batch
     doubtful: bool  # whether the first axis may hold the positions and not the rows
     keeps_shape: bool
+    _frame: Frame | None
 
     def __init__(self, place: Place, layout: Layout, stopper: Stopper, axes: dict[str, int]) -> None:
         self.place, self._stopper, self._axes = place, stopper, axes
-        self._lens = Lens(place, layout)
+        self._lens, self._frame = Lens(place, layout), None
+        is_converted = getattr(place.module, "hook_conversion", None) is not None
+        self._is_plain = place.side == "out" and not place.path and not is_converted and is_alone()
+        """Whether a tensor that the module gives is the activation, as its users see it."""
 
     def __call__(self, module: nn.Module, args: Any, last: Any) -> None:
         """`last` is the output or, at an input, the keyword arguments."""
@@ -166,38 +173,51 @@ class _Listener:
             return
         if torch.is_inference_mode_enabled():  # of the caller's own
             with torch.inference_mode(mode=False):
-                self._take(asked, self._lens.heard(module, args, last))
+                self._hear(asked, module, args, last)
         else:
-            self._take(asked, self._lens.heard(module, args, last))
+            self._hear(asked, module, args, last)
         self._stopper.ran(self.place.site)
 
-    def _take(self, asked: _Asked, view: View) -> None:
-        nested, packed, site = view.raw.is_nested, view.packed, self.place.site
+    def _hear(self, asked: _Asked, module: nn.Module, args: Any, last: Any) -> None:
+        if self._is_plain and last.__class__ is Tensor and last.is_floating_point() and not last.is_nested:
+            frame = self._lens.frame(last.shape)  # what a view would come to, without one
+            self._take(asked, last if frame.is_last else last.movedim(frame.axis, -1), frame)
+            return
+        view = self._lens.heard(module, args, last)
+        nested, packed = view.raw.is_nested, view.packed
         for index, (whole, frame) in enumerate(view.rows()):
-            self._notice_axis(frame)
-            if type(whole) is not Tensor or whole.requires_grad:
-                whole = whole.detach().as_subclass(Tensor)
-            if self.keeps_shape:
-                if nested or packed is not None:
-                    raise ShapeError(f"site {site!r}: a nested or packed activation has no one shape to keep")
-                asked.keep(site, whole, _NONE)
+            if not nested and packed is None:
+                self._take(asked, whole, frame)
                 continue
+            self._notice_axis(frame)
+            if self.keeps_shape:
+                raise ShapeError(f"site {self.place.site!r}: a nested or packed activation has no one shape to keep")
             if packed is not None:
-                rows, owners = self._everything(whole, "is packed"), packed_rows(packed)
-            elif nested:
-                choice = self._choice(asked, whole, frame, nested=True)
-                rows, owners = choice.of(whole), choice.owners + index
+                rows, owners = self._everything(_plain(whole), "is packed"), packed_rows(packed)
             else:
-                key = (whole.shape, frame.row_axis, frame.axis, self.doubtful, site if asked.masks.by_site else None)
-                if key not in asked.choices:
-                    asked.choices[key] = self._choice(asked, whole, frame, nested=False)
-                choice = asked.choices[key]
-                rows, owners = choice.of(whole), choice.owners
+                choice = self._choice(asked, whole, frame, nested=True)
+                rows, owners = choice.of(_plain(whole)), choice.owners + index
             if rows.shape[0]:
-                asked.keep(site, rows, owners)
+                asked.keep(self.place.site, rows, owners)
+
+    def _take(self, asked: _Asked, whole: Float[Tensor, "*shape d"], frame: Frame) -> None:
+        """Hand on an ordinary activation, features last."""
+        site, whole = self.place.site, _plain(whole)
+        if frame is not self._frame:
+            self._notice_axis(frame)
+        if self.keeps_shape:
+            asked.keep(site, whole, _NONE)
+            return
+        key = (whole.shape, frame.row_axis, frame.axis, self.doubtful, site if asked.masks.by_site else None)
+        choice = asked.choices.get(key)
+        if choice is None:
+            choice = asked.choices[key] = self._choice(asked, whole, frame, nested=False)
+        rows = choice.of(whole)
+        if rows.shape[0]:
+            asked.keep(site, rows, choice.owners)
 
     def _notice_axis(self, frame: Frame) -> None:
-        known = self._lens.layout.axis
+        known, self._frame = self._lens.layout.axis, frame
         self._axes[self.place.site] = known if known is not None else -1 if frame.is_last else frame.axis
 
     def _choice(self, asked: _Asked, whole: Float[Tensor, "*shape d"], frame: Frame, *, nested: bool) -> _Choice:
@@ -254,3 +274,8 @@ class _Listener:
             f"site {self.place.site!r}: positions={positions!r} of an activation that {why}; choose a site whose "
             "activation has the shape (rows, positions, d), or positions='all'"
         )
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """An ordinary tensor without history."""
+    return tensor if type(tensor) is Tensor and not tensor.requires_grad else tensor.detach().as_subclass(Tensor)

@@ -69,8 +69,8 @@ class Stopper:
 def must_finish(model: nn.Module) -> bool:
     """Whether something undoes after a module's forward what it did before: FSDP, and offloading by accelerate, which
     bring a module's weights and take them away again."""
-    return any(
-        any(kind.__module__.startswith("torch.distributed.") for kind in type(module).__mro__)
-        or (hasattr(module, "_hf_hook") and bool(module._parameters) and bool(module._modules))
-        for module in model.modules()
+    modules = list(model.modules())
+    bases = {base for kind in {type(module) for module in modules} for base in kind.__mro__}
+    return any(base.__module__.startswith("torch.distributed.") for base in bases) or any(
+        "_hf_hook" in vars(module) and module._parameters and module._modules for module in modules
     )

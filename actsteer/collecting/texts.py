@@ -133,8 +133,14 @@ class TextStream:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         rows = iter(self._dataset)
-        while own := [self._encode(row[self._column]) for row in islice(rows, self._batch_size)]:
+        while own := [self._encode(self._text(row)) for row in islice(rows, self._batch_size)]:
             yield _padded(own, self._device)
+
+    def _text(self, row: Mapping[str, Any]) -> Text:
+        if self._column not in row:  # a streamed dataset may know its columns from its rows alone
+            raise BatchError(f"texts: a row has no column {self._column!r}. {close_names(self._column, row)}")
+        text: Text = row[self._column]
+        return text
 
     def share(self, number: int, of: int) -> TextStream:
         """Every so many batches of a dataset in memory; of a streamed one, what `datasets` lets one process read."""

@@ -57,7 +57,7 @@ def find_sites(model: nn.Module, sites: Sites) -> tuple[str, ...]:
     (('1', '2'), ('0:in', '2:in'), ('1',))
     """
     modules = named_sites(model)
-    order = list(modules)
+    order = {name: number for number, name in enumerate(modules)}
     found: dict[str, int] = {}
     for item in _items(sites):
         pattern, suffix = item, ""
@@ -65,7 +65,7 @@ def find_sites(model: nn.Module, sites: Sites) -> tuple[str, ...]:
             pattern = split_site(item)[0]
             suffix = item[len(pattern) :]
         for name in _matched(modules, pattern, owner=class_name(model)):
-            found[name + suffix] = order.index(name)
+            found[name + suffix] = order[name]
     return tuple(sorted(found, key=found.__getitem__))
 
 
@@ -170,6 +170,8 @@ def _matched(
     modules: Mapping[str, nn.Module], item: str | nn.Module | Predicate, *, owner: str, every: bool = False
 ) -> list[str]:
     """The names that one item selects, at least one; of a module with several names the first, or every one."""
+    if isinstance(item, str) and item in modules:
+        return [item]
     inside = inside_adapters(modules)
     candidates = {
         name: module
@@ -179,8 +181,6 @@ def _matched(
         and not name.startswith(inside)
     }
     match item:
-        case str() if item in modules:
-            return [item]
         case str() if item.startswith("re:"):
             expression = _compiled(item)
             found = [name for name in candidates if expression.fullmatch(name)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from actsteer import Statistics, SteeringVector, collect, fit
+from actsteer import BatchError, Statistics, SteeringVector, collect, fit
 from actsteer.collecting.texts import text_batches
 from tests.cli.test_commands import causal, tokenizer
 
@@ -233,3 +233,10 @@ def test_fit_takes_a_streamed_dataset(folder):
     plain = [text_batches(tokenizer(folder), rows, batch_size=2) for rows in (WORDS[:3], WORDS[3:])]
     w = fit(causal(folder), positive=plain[0], negative=plain[1], sites=NAMES, positions="last", progress=False)
     assert v.equal(w)
+
+
+def test_a_column_that_only_rows_could_tell_is_named(folder):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.IterableDataset.from_generator(lambda: iter([{"txet": "day"}]))
+    with pytest.raises(BatchError, match="has no column 'text'. Close names: 'txet'"):
+        list(text_batches(tokenizer(folder), rows, column="text"))
