@@ -64,8 +64,9 @@ class Observation:
             raise ValueError(f"keep_shape: an activation in its own shape has all positions, got {positions!r}")
         self._model, self._positions = model, positions
         modules = list(model.modules())
-        said = [*({type(module) for module in modules}), *modules]  # by a class or an instance; `getattr` is slow
-        self._sequence_first = any(vars(holder).get("batch_first") is False for holder in said)
+        said = [getattr(kind, "batch_first", None) for kind in {type(module) for module in modules}]
+        said += [vars(module).get("batch_first") for module in modules]  # `getattr` is slow where there is none
+        self._sequence_first = False in said
         self._places = resolve(model, names)
         lies = layouts(model, self._places, axis=axis)
         self.axes: dict[str, int] = {}

@@ -73,12 +73,14 @@ def weights(model: nn.Module) -> str | None:
         if type(parameter) not in (Tensor, nn.Parameter) or parameter.is_meta:
             return None  # sharded, offloaded, fake, not made yet
         if parameter.dtype in _HELD_BY:
-            flat = parameter.detach().reshape(-1)
-            samples.append(flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES].cpu())
-            common &= set(_HELD_BY[parameter.dtype])
+            flat, step = parameter.detach().reshape(-1), max(1, parameter.numel() // _SAMPLES)
+            samples.append(flat[: step * _SAMPLES : step])
+            common.intersection_update(_HELD_BY[parameter.dtype])
     if not samples or not common:
         return None
-    rows = torch.cat([sample.to(torch.float64) for sample in samples])
+    alike = len({(sample.dtype, sample.device) for sample in samples}) == 1
+    rows = torch.cat(samples if alike else [sample.to("cpu", torch.float64) for sample in samples])
+    rows = rows.to("cpu", torch.float64)
     return " ".join(f"{str(dtype)[6:]}:{_hash(rows.to(dtype))}" for dtype in _HELD_BY if dtype in common)
 
 

@@ -238,5 +238,5 @@ def test_fit_takes_a_streamed_dataset(folder):
 def test_a_column_that_only_rows_could_tell_is_named(folder):
     datasets = pytest.importorskip("datasets")
     rows = datasets.IterableDataset.from_generator(lambda: iter([{"txet": "day"}]))
-    with pytest.raises(BatchError, match="has no column 'text'. Close names: 'txet'"):
+    with pytest.raises(BatchError, match=r"has no column 'text'\. Close names: 'txet'"):
         list(text_batches(tokenizer(folder), rows, column="text"))
