@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from actsteer.errors import StrengthError, UnsupportedModelError
+from actsteer.private_names import is_outside_of_functions, saves_otherwise
 from actsteer.sites.axes import Layout
 from actsteer.sites.outputs import Arguments, get, locate, padded, put, unpadded
 from actsteer.sites.place import Place
 from actsteer.sites.shards import full_shape, own_part, share, whole_rows
-from actsteer.steering.checkpointing import Checkpointing, saves_otherwise
+from actsteer.steering.checkpointing import Checkpointing
 from actsteer.steering.copies import Uncopied
 from actsteer.steering.interventions.add import Add
 from actsteer.steering.interventions.intervention import Intervention
@@ -27,7 +28,6 @@ from actsteer.steering.spread import Lay
 
 _is_compiling = torch.compiler.is_compiling
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
-_outside_of_functions: Callable[[], bool] = torch._C._is_fwd_grad_enabled  # not in one that may be a checkpoint's
 
 
 @final
@@ -186,7 +186,7 @@ class SiteEdit(Uncopied):
                 and not _is_compiling()
                 and (
                     output.is_inference()
-                    or (_outside_of_functions() and (not output.requires_grad or saves_otherwise(True) is None))
+                    or (is_outside_of_functions() and (not output.requires_grad or saves_otherwise(True) is None))
                 )
             ):
                 return output + self._shift
@@ -354,7 +354,7 @@ def _copies(now: Now | None) -> int:
 
 def _may_be_checkpointed() -> bool:
     """Whether autograd may run this again later."""
-    return saves_otherwise(True) is not None or not _outside_of_functions()
+    return saves_otherwise(True) is not None or not is_outside_of_functions()
 
 
 def _sum(directions: Float[Tensor, "k d"], strengths: Sequence[Tensor]) -> Float[Tensor, "*rows d"]:
@@ -371,5 +371,7 @@ def _sum(directions: Float[Tensor, "k d"], strengths: Sequence[Tensor]) -> Float
 
 
 def _without_autocast(kind: str) -> AbstractContextManager[Any]:
-    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    # compiled code asks less: before torch 2.13 it knows no is_autocast_available
+    known = kind != "meta" if _is_compiling() else torch.amp.is_autocast_available(kind)
+    casts = known and torch.is_autocast_enabled(kind)
     return torch.autocast(kind, enabled=False) if casts else nullcontext()

@@ -7,7 +7,6 @@ from collections import deque
 import pytest
 import torch
 from torch import nn
-from torchvision.models import resnet18
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import tests.collecting.again_indirectly  # noqa: F401  (adds to AGAIN)
@@ -15,6 +14,10 @@ from actsteer import Steerer, SteeringVector, collect, record
 from tests.collecting.again import AGAIN, Parts
 
 X = torch.arange(8.0).reshape(4, 2) / 8
+
+
+def resnet18():
+    return pytest.importorskip("torchvision.models").resnet18()
 
 
 def seen_in_full(model, x, site):

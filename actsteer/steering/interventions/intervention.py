@@ -7,9 +7,9 @@ from typing import Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor as is_functorch_wrapped
 from torch.utils.weak import WeakIdKeyDictionary
 
+from actsteer.private_names import is_functorch_wrapped
 from actsteer.vectors.vector import SteeringVector
 
 
