@@ -46,10 +46,10 @@ def without_adapters(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn
         yield from without_adapters(base, name)
         return
     yield name, model
+    inner = slot(model)
     for key, child in model._modules.items():
         if child is not None:
-            inner = "" if key == slot(model) else key
-            yield from without_adapters(child, ".".join(part for part in (name, inner) if part))
+            yield from without_adapters(child, name if key == inner else f"{name}.{key}" if name else key)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -70,15 +70,17 @@ def uncompiled(module: nn.Module) -> nn.Module:
     return module
 
 
-def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every (name, module), a shared one under each of its names; a wrapper and what it wraps have the same name."""
-    yield "", model
+def named_modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every (name, module), a shared one under each of its names; a wrapper and what it wraps have the same name.
+
+    Args:
+        name: the model's own, with which all names begin.
+    """
+    yield name, model
+    inner = slot(model)
     for key, child in model._modules.items():
-        if child is None:
-            continue
-        outer = "" if key == slot(model) else key
-        for name, module in named_modules(child):
-            yield ".".join(part for part in (outer, name) if part), module
+        if child is not None:
+            yield from named_modules(child, name if key == inner else f"{name}.{key}" if name else key)
 
 
 def without_prefixes(name: str, known: Container[str] = ()) -> str:
