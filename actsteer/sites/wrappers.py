@@ -41,7 +41,8 @@ def _adapted(kind: type[nn.Module]) -> str | None:
 
 def without_adapters(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """As `named_modules`, with every layer to which peft has added an adapter as it was before."""
-    base = model._modules.get(_adapted(type(model)) or "")
+    adapted = _adapted(type(model))
+    base = None if adapted is None else model._modules[adapted]
     if base is not None:
         yield from without_adapters(base, name)
         return
