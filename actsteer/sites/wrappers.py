@@ -25,7 +25,8 @@ _PREFIX = re.compile(
 
 def slot(module: nn.Module) -> str | None:
     """The name under which a wrapper holds what it wraps; None for any other module."""
-    return next((_SLOTS[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in _SLOTS), None)
+    name = next((_SLOTS[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in _SLOTS), None)
+    return name if name is not None and name in module._modules else None
 
 
 def inside_adapters(modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
@@ -42,7 +43,7 @@ def _adapted(kind: type[nn.Module]) -> str | None:
 def without_adapters(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """As `named_modules`, with every layer to which peft has added an adapter as it was before."""
     adapted = _adapted(type(model))
-    base = None if adapted is None else model._modules[adapted]
+    base = model._modules[adapted] if adapted is not None and adapted in model._modules else None
     if base is not None:
         yield from without_adapters(base, name)
         return
