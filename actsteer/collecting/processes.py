@@ -278,7 +278,7 @@ def _merged(part: Moments, counts: Tensor, means: Tensor, empty: Moments, group:
     offsets = (means[:, 0] - origin) + means[:, 1]
     offset = (counts / total).to(offsets) @ offsets
     merged = Moments(int(total), origin)
-    merged._offset = offset
+    merged._total = offset * merged.count
     shift = (part._origin.to(origin.device) - origin) + part._offset.to(origin.device) - offset
     if part._scatter is not None:
         sums = part._scatter.to(origin.device)
