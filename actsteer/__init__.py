@@ -3,6 +3,7 @@
 model + data --collect--> Statistics --estimator--> SteeringVector --> VectorBank --> Steerer(model) --with--> forward
 """
 
+import actsteer.private_names  # noqa: F401  (first, for it refuses a torch that is too old)
 from actsteer.collecting.classes import ClassStatistics
 from actsteer.collecting.collect import collect
 from actsteer.collecting.moments import Moments

@@ -36,7 +36,8 @@ _LOCK = threading.Lock()  # torch has one list of what may be in a file
 def read(path: Path) -> dict[str, Named | Numbered]:
     """Concept -> vector, by the blocks' numbers, or by site where the keys are names.
 
-    The concept is the file's name; where that tells a layer, what stands before it or, without that, the folder's.
+    The concept is the file's name; where that tells a layer, what stands before it or, without that, the folder's. What
+    stands behind the layer, in CAA's files the model, is the metadata's "variant".
     """
     with path.open("rb") as file:
         size = file.seek(0, 2)

@@ -101,7 +101,7 @@ def _columns(activation: Tensor, module: nn.Module) -> tuple[Any, list[Any]] | N
     if "torch.distributed.tensor" not in sys.modules:  # then there are no shards
         return None
     weight: Any = getattr(module, "weight", None)
-    if not isinstance(module, nn.Linear | nn.Embedding) or not _is_dtensor(weight) or _is_dtensor(activation):
+    if not isinstance(module, (nn.Linear, nn.Embedding)) or not _is_dtensor(weight) or _is_dtensor(activation):
         return None
     dim, size = _features(module)
     if activation.shape[-1] >= size or not any(placement.is_shard(dim) for placement in weight.placements):

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
 from types import FrameType
-from typing import Any, final
+from typing import final
 from weakref import WeakSet
 
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from actsteer.errors import UnsupportedModelError
+from actsteer.private_names import is_outside_of_functions, leave_untraced, saves_otherwise
 
 _FILE = torch.utils.checkpoint.__file__
-_RECOMPUTES = {"unpack_hook", "recompute_fn"}
+_RECOMPUTES = {"unpack_hook", "recompute_fn"}  # see actsteer.private_names
 
 
 @final
@@ -33,8 +33,7 @@ class Checkpointing:
         self._graphs: WeakSet[_Pass] = (
             WeakSet()
         )  # those whose backward pass may never come, for the graph may be dropped
-        if "torch._dynamo" in sys.modules:  # it would look into `notice`, and warn of what it cannot trace there
-            sys.modules["torch._dynamo"].eval_frame.skip_code(Checkpointing.notice.__code__)
+        leave_untraced(Checkpointing.notice)  # torch.compile would warn of what it cannot trace there
 
     def notice(self, edited: Tensor) -> bool:
         """Whether this edit runs inside a checkpoint, whose backward pass is waited for, or while one is waited for.
@@ -42,7 +41,7 @@ class Checkpointing:
         Raises:
             UnsupportedModelError: only one thread is steered, and another may run the backward pass.
         """
-        if edited.is_inference() or not (self._waiting or _inside_a_function() or saves_otherwise(True)):
+        if edited.is_inference() or not (self._waiting or saves_otherwise(True) or not is_outside_of_functions()):
             return False
         frame = _checkpoint_frame()
         if frame is None:
@@ -90,15 +89,6 @@ class Checkpointing:
     def _trains(self, edited: Tensor) -> bool:
         """Whether a gradient can be asked for: of what comes before the edit, or of the model's parameters after it."""
         return edited.requires_grad or any(parameter.requires_grad for parameter in self._model.parameters())
-
-
-def _inside_a_function() -> bool:
-    """Whether an autograd function is running forward, as a reentrant checkpoint does."""
-    return not torch._C._is_fwd_grad_enabled()
-
-
-# what takes the place of the tensors that autograd saves, as any other checkpoint does; None where nothing does
-saves_otherwise: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 class _Pass:

@@ -9,14 +9,14 @@ from typing import Any, final
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
 
 from actsteer.errors import ShapeError, StrengthError, UnsupportedModelError
+from actsteer.private_names import is_functorch_wrapped, is_outside_of_functions, saves_otherwise
 from actsteer.sites.axes import Layout
 from actsteer.sites.containers import Arguments
 from actsteer.sites.lens import Frame, Lens, View
 from actsteer.sites.place import Place
-from actsteer.steering.checkpointing import Checkpointing, saves_otherwise
+from actsteer.steering.checkpointing import Checkpointing
 from actsteer.steering.copies import Uncopied
 from actsteer.steering.directions import Directions
 from actsteer.steering.interventions.add import Add
@@ -28,7 +28,6 @@ from actsteer.vectors.stack import Stack
 
 _is_compiling = torch.compiler.is_compiling
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
-_outside_of_functions: Callable[[], bool] = torch._C._is_fwd_grad_enabled  # not in one that may be a checkpoint's
 
 
 class Fired(Enum):
@@ -224,7 +223,7 @@ class SiteEdit(Uncopied):
                 and not _is_compiling()
                 and (
                     output.is_inference()
-                    or (_outside_of_functions() and (not output.requires_grad or saves_otherwise(True) is None))
+                    or (is_outside_of_functions() and (not output.requires_grad or saves_otherwise(True) is None))
                 )
             ):
                 return output + self._shift
@@ -364,7 +363,7 @@ def _copies(now: Now | None) -> int:
 
 def _may_be_checkpointed() -> bool:
     """Whether autograd may run this again later."""
-    return saves_otherwise(True) is not None or not _outside_of_functions()
+    return saves_otherwise(True) is not None or not is_outside_of_functions()
 
 
 def edited_by(
@@ -375,7 +374,7 @@ def edited_by(
 ) -> Float[Tensor, "*batch d"]:
     """What the intervention makes of the activation; where c is 0, the activation as it is, bit for bit."""
     # a number on the CPU is looked at; no other device waits for one
-    is_known = c.ndim == 0 and c.device.type == "cpu" and not _is_compiling() and not is_functorch_wrapped_tensor(c)
+    is_known = c.ndim == 0 and c.device.type == "cpu" and not _is_compiling() and not is_functorch_wrapped(c)
     if is_known and not c:
         return activation
     edited = intervention(activation, direction, c)

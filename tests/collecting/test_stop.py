@@ -5,7 +5,6 @@ from collections import deque
 import pytest
 import torch
 from torch import nn
-from torchvision.models import resnet18
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import tests.collecting.again_indirectly  # noqa: F401  (adds to AGAIN)
@@ -44,6 +43,10 @@ def check_as_plain_hooks_see_it(build, sites, **options):
         assert torch.equal(rows[site], wanted[site]), (site, len(rows[site]), len(wanted[site]))
         assert stats[site].count == len(wanted[site])
         torch.testing.assert_close(stats[site].mean, wanted[site].double().mean(0), rtol=1e-12, atol=1e-12)
+
+
+def resnet18():
+    return pytest.importorskip("torchvision.models").resnet18()
 
 
 @pytest.mark.parametrize("build", AGAIN, ids=lambda build: build.__name__)

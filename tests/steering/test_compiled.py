@@ -17,8 +17,10 @@ X = torch.tensor([[1.0, -0.5, 0.25, 2.0], [0.0, 1.0, -1.0, 0.5], [-1.0, 0.125, 3
 D = torch.tensor([1.0, -2.0, 0.5, 4.0], dtype=torch.float64)
 V = SteeringVector({"1": D, "2": -D})
 CYCLES = (2.0, -1.0, 0.5)
-# torch itself warns where a graph begins at a tensor in the middle of an autograd graph
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+pytestmark = [  # torch's own warnings
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    pytest.mark.filterwarnings("ignore:torch.compile with fullgraph=True found no compiled frames:UserWarning"),  # 2.12
+]
 gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 
 

@@ -189,13 +189,11 @@ def test_the_out_proj_of_attention_can_be_folded(grad):
 
 # --- scripts, traces, exports ----------------------------------------------------------------------------------------
 def script(model, x):
-    with pytest.warns(FutureWarning, match=r"torch\.jit"):
-        return torch.jit.script(model)
+    return torch.jit.script(model)
 
 
 def trace(model, x):
-    with pytest.warns(FutureWarning, match=r"torch\.jit"):
-        return torch.jit.trace(model, x)
+    return torch.jit.trace(model, x)
 
 
 def export(model, x):

@@ -209,6 +209,7 @@ def test_accelerates_hooks_see_the_same_order_before_and_after(backend):
 
 # --- a language model ------------------------------------------------------------------------------------------------
 @pytest.mark.case(43, 39)
+@pytest.mark.filterwarnings("ignore:You are calling .generate.. with the `input_ids` being on a device")  # before 5.20
 def test_an_offloaded_language_model_generates_as_the_whole_one():
     v = SteeringVector({"transformer.h.0": normal(8, seed=2)})
     options = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(TOKENS)}

@@ -396,7 +396,6 @@ def test_a_container_that_is_never_called_is_refused(container):
 
 
 @pytest.mark.case(15)
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
 def test_a_scripted_model_is_refused():
     model = torch.jit.script(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(UnsupportedModelError, match="is scripted and ignores hooks"):

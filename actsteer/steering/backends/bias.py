@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, final
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from actsteer.errors import UnsupportedModelError
+from actsteer.private_names import has_frozen_weights
 from actsteer.sites.shards import is_sharded
 from actsteer.steering.backends.patch import Patch
 from actsteer.steering.edit import Fired, SiteEdit
@@ -40,7 +40,7 @@ def attach(edit: SiteEdit, model: nn.Module) -> Callable[[], None]:
     def remove() -> None:
         edit.changed = None
         fold.remove(edit)
-        if _has_frozen():
+        if has_frozen_weights():
             warnings.warn(
                 f"code was compiled with frozen weights while site {edit.place.site!r} was folded into them, and stays "
                 "steered; call torch.compiler.reset()",
@@ -72,7 +72,7 @@ def obstacle(edit: SiteEdit, model: nn.Module) -> str | None:
         return "its bias is shared with another module"
     if module.training and bias is not None and bias.requires_grad:
         return "its bias is being trained; call model.eval() first"
-    if _has_frozen():
+    if has_frozen_weights():
         return "code in this process was compiled with frozen weights, which would not see it"
     return None
 
@@ -128,11 +128,6 @@ def _same(one: Tensor | None, other: Tensor) -> bool:
     if one is None or one is other or one.is_meta or one.device != other.device:
         return one is other
     return one.data_ptr() == other.data_ptr() != 0
-
-
-def _has_frozen() -> bool:
-    """Whether inductor has written weights into code in this process."""
-    return "torch._inductor.freezing" in sys.modules
 
 
 def _adds_its_bias(module: nn.Module) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 from torch import nn
 
 from actsteer.errors import UnsupportedModelError
+from actsteer.private_names import dynamo, has_compiled, stance
 from actsteer.sites.place import Place
 from actsteer.sites.resolve import path_to
 from actsteer.sites.shards import is_sharded
@@ -48,7 +48,7 @@ def choose(model: nn.Module, place: Place, *, backend: Backend, scope: Scope = "
         raise UnsupportedModelError(
             f"site {place.site!r}: {compiled}, and compiled code knows no threads; use scope='process'"
         )
-    if compiled is not None and backend != "fold" and getattr(_stance(), "skip_guard_eval_unsafe", False):
+    if compiled is not None and backend != "fold" and getattr(stance(), "skip_guard_eval_unsafe", False):
         raise UnsupportedModelError(
             f"site {place.site!r}: {compiled}, and under skip_guard_eval_unsafe compiled code sees no edit; "
             "attach outside of that stance, or use backend='fold'"
@@ -79,17 +79,11 @@ def choose(model: nn.Module, place: Place, *, backend: Backend, scope: Scope = "
 
 def _compiled(model: nn.Module, place: Place) -> str | None:
     """Why this place may sit in code that is compiled already; None if it cannot."""
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is None or _stance().stance == "force_eager":
+    if dynamo() is None or getattr(stance(), "stance", None) == "force_eager":
         return None
     for module in (*path_to(model, place.name), place.module):
         if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
             return f"{type(getattr(module, '_orig_mod', module)).__name__} is compiled"
-    if getattr(dynamo.convert_frame, "FRAME_COUNTER", 1):  # where it is not counted, assume the worst
+    if has_compiled():
         return "code has been compiled in this process"
     return None
-
-
-def _stance() -> Any:
-    """What `torch.compiler.set_stance` has set."""
-    return sys.modules["torch._dynamo"].eval_frame._stance

@@ -155,8 +155,7 @@ def test_another_scope_names_those_that_there_are():
 
 @pytest.mark.case(15)
 def test_a_scripted_model_is_refused():
-    with pytest.warns(FutureWarning, match=r"torch\.jit"):
-        scripted = torch.jit.script(exact())
+    scripted = torch.jit.script(exact())
     with pytest.raises(UnsupportedModelError, match="is scripted and ignores hooks; steer the eager model"):
         Steerer(scripted, V)
 

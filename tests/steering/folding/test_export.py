@@ -156,6 +156,7 @@ def _fresh():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_fresh")
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch's own, before 2.13
 @pytest.mark.parametrize("backend", ["buffer", "auto", "patch"])
 def test_an_exported_program_keeps_the_steering(tmp_path, backend):
     model = mlp()
