@@ -28,6 +28,8 @@ Classes: TypeAlias = dict[Any, dict[str, Moments]]
 
 _STAYS = 60.0
 """For so many seconds rank 0, which keeps the store, stays after a failure until the others have heard of it."""
+_ROLL_CALL = 3.0
+"""So many seconds the processes that are left wait for one another to say so."""
 
 
 def is_alone(group: Group = None) -> bool:
@@ -149,6 +151,25 @@ def _reached(where: str) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def _unbroken(ranks: Sequence[int], where: str) -> Iterator[None]:
+    """What collective calls raise where a process is lost in the middle of them, with its rank."""
+    try:
+        yield
+    except DistributedError:
+        raise
+    except RuntimeError as error:
+        store, end, missing = _store(), time.monotonic() + _ROLL_CALL, list(ranks)
+        with _reached(where):
+            store.set(f"still here/{dist.get_rank()}", "")
+            while missing and time.monotonic() < end:
+                missing = [rank for rank in missing if not store.check([f"still here/{rank}"])]
+                time.sleep(0.05)
+        if not missing:
+            raise
+        raise DistributedError(f"{where}: ranks {missing} were lost in the middle of it ({error})") from error
+
+
 # --- one forward pass over several processes -------------------------------------------------------------------------
 def replicas(model: nn.Module) -> tuple[int, ...]:
     """The ranks that run this model on the same data as this process: its tensor-parallel group, with itself.
@@ -249,23 +270,26 @@ def reduce(
         raise DistributedError(f"all_reduce: rank {dist.get_rank()} is not among the ranks {ranks} of the group")
     with announced():
         meet(ranks, "all_reduce")
-        counted = min((rank for rank in replicas if rank in ranks), default=dist.get_rank()) == dist.get_rank()
-        headers = _gathered(_Header.of(own, metadata, counted=counted, by_class=by_class), group)
-        kind = _agreed(headers, ranks)
-        labels = list(dict.fromkeys(label for header in headers for label in header.counts))
-        device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend(group) else "cpu"
-        merged: Classes = {label: {} for label in labels}
-        for site, size in kind.sizes.items():
-            empty = Moments.empty(size, covariance=kind.covariance, device=device)
-            parts = [own[label][site] if counted and label in own and own[label][site].d else empty for label in labels]
-            counts = torch.tensor([[h.counts.get(label, {}).get(site, 0) for label in labels] for h in headers])
-            means = torch.stack([torch.stack([part._origin, part._offset]).to(device) for part in parts])
-            everyone = [torch.empty_like(means) for _ in ranks]
-            dist.all_gather(everyone, means, group=group)
-            for index, (label, part) in enumerate(zip(labels, parts, strict=True)):
-                each = torch.stack([e[index] for e in everyone])
-                merged[label][site] = _merged(part, counts[:, index].double(), each, empty, group)
-                merged[label][site].dtype = kind.dtypes.get(site)
+        with _unbroken(ranks, "all_reduce"):
+            counted = min((rank for rank in replicas if rank in ranks), default=dist.get_rank()) == dist.get_rank()
+            headers = _gathered(_Header.of(own, metadata, counted=counted, by_class=by_class), group)
+            kind = _agreed(headers, ranks)
+            labels = list(dict.fromkeys(label for header in headers for label in header.counts))
+            device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend(group) else "cpu"
+            merged: Classes = {label: {} for label in labels}
+            for site, size in kind.sizes.items():
+                empty = Moments.empty(size, covariance=kind.covariance, device=device)
+                parts = [
+                    own[label][site] if counted and label in own and own[label][site].d else empty for label in labels
+                ]
+                counts = torch.tensor([[h.counts.get(label, {}).get(site, 0) for label in labels] for h in headers])
+                means = torch.stack([torch.stack([part._origin, part._offset]).to(device) for part in parts])
+                everyone = [torch.empty_like(means) for _ in ranks]
+                dist.all_gather(everyone, means, group=group)
+                for index, (label, part) in enumerate(zip(labels, parts, strict=True)):
+                    each = torch.stack([e[index] for e in everyone])
+                    merged[label][site] = _merged(part, counts[:, index].double(), each, empty, group)
+                    merged[label][site].dtype = kind.dtypes.get(site)
         return merged, kind.metadata, ranks
 
 

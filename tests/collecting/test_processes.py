@@ -17,6 +17,7 @@ SCRIPT = """
     import torch.distributed as dist
     from torch import nn
     from actsteer import DistributedError, collect
+    from actsteer.collecting import processes
 
     port, rank, how, out = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
     dist.init_process_group(
@@ -34,6 +35,8 @@ SCRIPT = """
         if rank == 2:
             time.sleep(1)  # long after the others have heard
 
+    if how == "is lost on 1" and rank == 1:
+        processes._gathered = lambda header, group: os.kill(os.getpid(), signal.SIGKILL)
     try:
         share = collect(model, batches(), sites="0", progress=False)
         share.all_reduce()
@@ -82,3 +85,10 @@ def test_a_store_that_was_killed_with_rank_0_is_named(tmp_path):
     assert heard[0] is None
     for rank in (1, 2):
         assert heard[rank] is not None and "rank 0, which keeps it, has left or was killed" in heard[rank], errors[rank]
+
+
+def test_who_was_lost_in_the_middle_of_a_collective_call_is_named(tmp_path):
+    heard, errors = run(tmp_path, "is lost on 1")
+    assert heard[1] is None
+    for rank in (0, 2):
+        assert heard[rank] is not None and "ranks [1] were lost in the middle" in heard[rank], (heard, errors[rank])
