@@ -197,7 +197,7 @@ class Moments:
             raise ShapeError(f"expected rows of shape (n, {self.d}), got {tuple(shape)}; is it the same model?")
         if count := shape[0]:
             if rows.dtype is not self.dtype:
-                self.dtype = rows.dtype if self.dtype is None else torch.promote_types(self.dtype, rows.dtype)
+                self.dtype = rows.dtype if self.dtype is None else wider(self.dtype, rows.dtype)
             if self._shared:
                 self._unshare()
             if type(rows) is not Tensor or rows.requires_grad:
@@ -227,7 +227,7 @@ class Moments:
         count = self.count + other.count
         moved = (other._origin.to(device) - self._origin) + (other._offset.to(device) - self._offset)
         merged = Moments(count, self._origin)
-        merged.dtype = torch.promote_types(self.dtype or torch.float64, other.dtype or torch.float64)
+        merged.dtype = wider(self.dtype or torch.float64, other.dtype or torch.float64)
         further = (other._origin.to(device) - self._origin) * other.count
         merged._total = self._total + (further + other._total.to(device))
         if self._scatter is not None and other._scatter is not None:
@@ -323,6 +323,13 @@ def moved_sums(sums: Scatter, count: int, shift: Float[Tensor, " d"]) -> tuple[T
     third = sums.third + 2 * product + (count * square + trace) * shift
     fourth = sums.fourth + 4 * (shift @ product + sums.third @ shift) + count * square**2 + 2 * trace * square
     return third, fourth
+
+
+def wider(one: torch.dtype, other: torch.dtype) -> torch.dtype:
+    """A dtype that holds the numbers of both; torch promotes no float8, whose numbers bfloat16 does not lose."""
+    if one is other:
+        return one
+    return torch.promote_types(*(torch.bfloat16 if kind.itemsize == 1 else kind for kind in (one, other)))
 
 
 def exact(tensor: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ class _Asked(NamedTuple):
     rows: int | None
     """The number of its rows, if it matters from which each activation is."""
     choices: dict[Any, _Choice]
-    """Those that were made, for the shapes of activations; sites of one shape share them."""
+    """Those that were made, for the shapes and devices of activations; sites of one shape share them."""
 
 
 class _Choice(NamedTuple):
@@ -209,7 +209,8 @@ class _Listener:
         if self.keeps_shape:
             asked.keep(site, whole, _NONE)
             return
-        key = (whole.shape, frame.row_axis, frame.axis, self.doubtful, site if asked.masks.by_site else None)
+        whose = site if asked.masks.by_site else None
+        key = (whole.shape, whole.device, frame.row_axis, frame.axis, self.doubtful, whose)
         choice = asked.choices.get(key)
         if choice is None:
             choice = asked.choices[key] = self._choice(asked, whole, frame, nested=False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from actsteer.collecting.classes import ClassStatistics
-from actsteer.collecting.moments import Moments
+from actsteer.collecting.moments import Moments, wider
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import StatisticsError
 from actsteer.estimators.estimator import Reads, check_alike
@@ -84,5 +84,5 @@ class ConceptErasure:
             raise StatisticsError(f"site {site!r}: the classes have one mean already; there is nothing to erase")
         reads, adds = basis / roots @ vectors.T, -basis * roots @ vectors.T
         offsets = -reads @ whole.mean
-        kind = torch.promote_types(whole.dtype or torch.float64, torch.get_default_dtype())
+        kind = wider(whole.dtype or torch.float64, torch.get_default_dtype())
         return reads.to(kind), adds.to(kind), offsets.to(kind)

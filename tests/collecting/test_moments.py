@@ -346,3 +346,11 @@ def test_means_alone_are_those_of_the_covariances(rows, cuts):
         grown.update(part)
     assert grown.count == whole.count
     assert_allclose(grown.mean, whole.mean, atol=1e-14)
+
+
+def test_rows_in_float8_mix_with_any_others():
+    rows = torch.ones(3, 2).to(torch.float8_e4m3fn)
+    for kept in (False, "diagonal", True):
+        own = Moments.of(rows, covariance=kept)
+        assert own.dtype is torch.float8_e4m3fn and own.mean.tolist() == [1, 1]
+        assert own.merge(Moments.of(X, covariance=kept)).dtype is own.update(X).dtype is torch.float32
