@@ -5,6 +5,7 @@ import statistics
 import subprocess
 import sys
 import types
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,8 @@ FLOORS = {
     "tuning": 5,
     "integrations": 6,
     "cli": 6,
-    "__init__": 7,
+    "public": 7,
+    "__init__": 8,
 }
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 
@@ -100,9 +102,12 @@ def test_every_public_name_exists_and_is_documented(public):
 
 def test_the_public_names_are_sorted_and_complete():
     public = {
-        n for n, value in vars(actsteer).items() if not n.startswith("_") and not isinstance(value, types.ModuleType)
+        n
+        for n, value in vars(import_module("actsteer.public")).items()
+        if not n.startswith("_") and n != "annotations" and not isinstance(value, types.ModuleType)
     }
     assert set(actsteer.__all__) == public
+    assert public < set(dir(actsteer))
     assert len(set(actsteer.__all__)) == len(actsteer.__all__)
 
 
@@ -123,10 +128,40 @@ def test_importing_does_not_import_the_extras(extra, modules_after_import):
 @pytest.fixture(scope="module")
 def modules_after_import():
     """The top-level modules that `import actsteer` loads."""
-    command = "import sys, actsteer; print(*{name.split('.')[0] for name in sys.modules})"
-    done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "torch" in done.stdout.split()
-    return done.stdout.split()
+    found = modules_after("from actsteer import *")
+    assert "torch" in found
+    return found
+
+
+def modules_after(command):
+    """The top-level modules that are loaded when a command has run."""
+    show = "import sys; print(*{name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", f"{command}; {show}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1].split()
+
+
+@pytest.mark.parametrize("command", ["import actsteer; actsteer.__version__", "import actsteer.cli.app"])
+def test_what_needs_no_torch_loads_none(command):
+    found = modules_after(command)
+    assert "actsteer" in found and "torch" not in found
+
+
+def test_every_public_name_comes_with_the_first_and_no_other_does():
+    show = "print(sorted(vars())); print(actsteer.__all__)"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import actsteer; from actsteer import *; {show}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    names, public = map(ast.literal_eval, done.stdout.splitlines())
+    assert set(public) < set(names)
+    with pytest.raises(AttributeError, match="module 'actsteer' has no attribute 'steerer'"):
+        _ = actsteer.steerer
+    with pytest.raises(ImportError, match="cannot import name '_steerer'"):
+        exec("from actsteer import _steerer")
 
 
 def test_mypy_is_content():
