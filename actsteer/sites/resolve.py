@@ -13,7 +13,15 @@ from torch import nn
 
 from actsteer.errors import SiteNotFoundError, UnsupportedModelError, close_names
 from actsteer.sites.place import Place, split_site
-from actsteer.sites.wrappers import class_name, named_modules, slot, uncompiled, unwrapped, without_prefixes
+from actsteer.sites.wrappers import (
+    class_name,
+    named_modules,
+    slot,
+    slot_of_class,
+    uncompiled,
+    unwrapped,
+    without_prefixes,
+)
 
 Predicate: TypeAlias = Callable[[str, nn.Module], bool]
 Sites: TypeAlias = str | nn.Module | Predicate | Iterable[str | nn.Module | Predicate]
@@ -85,7 +93,8 @@ class Modules(dict[str, nn.Module]):
     def _names(self) -> dict[int, list[str]]:
         names: dict[int, list[str]] = {}
         for name, module in self.items():
-            names.setdefault(id(unwrapped(module)), []).append(name)
+            wraps = slot_of_class(type(module)) is not None  # type: ignore[arg-type]
+            names.setdefault(id(unwrapped(module) if wraps else module), []).append(name)
         return names
 
     def names_of(self, module: nn.Module) -> list[str]:
