@@ -24,7 +24,7 @@ PerToken: TypeAlias = Tensor | Schedule
 Strengths: TypeAlias = (
     Strength | Mapping[str, float] | Mapping[str, Tensor] | Mapping[str, Schedule] | Mapping[str, Strength]
 )
-"""One strength for every concept, or concept -> strength; a concept that is not named counts as zero."""
+"""One strength for every concept, or concept -> strength; a concept that is not named has strength 0."""
 
 
 @final
