@@ -31,6 +31,11 @@ class TokenMasks:
             self._own = _ones(arguments, "input_ids", "inputs_embeds", "input_features")
 
     @property
+    def by_site(self) -> bool:
+        """Whether the tokens of one site may be others than those of another of the same shape."""
+        return self._decoder is not None
+
+    @property
     def rows(self) -> int | None:
         """How many sequences there are, if a mask tells."""
         return None if self._own is None else len(self._own)
@@ -51,7 +56,7 @@ class TokenMasks:
             return None
         raise ShapeError(
             f"site {site!r}: the attention mask has shape {tuple(mask.shape)}, the activation {shape} (rows, positions)"
-            ", and nobody can tell which of its positions are pads; pass positions=mask, or feed batches without pads"
+            ", and it cannot be told which of its positions are pads; pass positions=mask, or feed batches without pads"
         )
 
     def _for(self, site: str, shape: tuple[int, ...]) -> Tensor | None:

@@ -15,6 +15,7 @@ from actsteer.errors import SiteNotFoundError, UnsupportedModelError, close_name
 from actsteer.sites.place import Place, split_site
 from actsteer.sites.wrappers import (
     class_name,
+    inside_adapters,
     named_modules,
     slot,
     slot_of_class,
@@ -33,10 +34,11 @@ _FIRST_RESULT = (nn.RNNBase, nn.MultiheadAttention)  # of a tuple whose first me
 def find_sites(model: nn.Module, sites: Sites) -> tuple[str, ...]:
     """The exact names of the sites that `sites` selects, in module order.
 
-    A name is the module's dotted one; prefixes that wrappers add (`_orig_mod.`, DDP's `module.`, FSDP's, checkpoint's)
-    do not belong to it. Without a suffix, or with `:out`, it stands for the module's output, with `:in` for its input.
-    Where these hold several tensors, keys lead to one: "h.0.attn:out.0", ":out.last_hidden_state",
-    "layers.0.self_attn:in.hidden_states".
+    A name is the module's dotted one; prefixes that wrappers add (`_orig_mod.`, DDP's `module.`, FSDP's, checkpoint's,
+    peft's `base_model.model.`) do not belong to it. Without a suffix, or with `:out`, it stands for its output,
+    with `:in` for its input. Where these hold several tensors, keys lead to one: "h.0.attn:out.0",
+    ":out.last_hidden_state", "layers.0.self_attn:in.hidden_states". What peft has put into a layer is selected by its
+    exact name alone.
 
     Args:
         model: any module; a TransformerLens model by its hook names too.
@@ -153,7 +155,7 @@ def path_to(model: nn.Module, name: str) -> list[nn.Module]:
 
 
 def runs_torch_code(module: nn.Module) -> bool:
-    """Whether the module's class has its forward from torch, and not from somebody who made another of it."""
+    """Whether the module's class has its forward from torch, and is not overridden outside of torch."""
     home = getattr(getattr(type(module), "forward", None), "__module__", None)
     return isinstance(home, str) and home.startswith("torch.")
 
@@ -170,10 +172,13 @@ def _matched(
     modules: Mapping[str, nn.Module], item: str | nn.Module | Predicate, *, owner: str, every: bool = False
 ) -> list[str]:
     """The names that one item selects, at least one; of a module with several names the first, or every one."""
+    inside = inside_adapters(modules)
     candidates = {
         name: module
         for name, module in modules.items()
-        if (name or every) and not isinstance(module, nn.ModuleList | nn.ModuleDict)  # which are never called
+        if (name or every)
+        and not isinstance(module, nn.ModuleList | nn.ModuleDict)  # which are never called
+        and not name.startswith(inside)
     }
     match item:
         case str() if item in modules:

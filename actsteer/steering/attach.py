@@ -15,7 +15,7 @@ from actsteer.sites.resolve import path_to
 from actsteer.sites.shards import is_sharded
 from actsteer.sites.wrappers import named_modules, uncompiled, unwrapped
 from actsteer.steering import generation
-from actsteer.steering.backends import buffer, fold, hook, patch
+from actsteer.steering.backends import bias, buffer, hook, patch
 from actsteer.steering.backends.choose import Backend, Choice, Mechanism, Scope, choose
 from actsteer.steering.backends.mark import has_own_forward
 from actsteer.steering.backends.order import check_order
@@ -31,7 +31,7 @@ def choices(plan: Plan, *, backend: Backend, scope: Scope) -> dict[str, Choice]:
     """
     chosen = {site: choose(plan.model, edit.place, backend=backend, scope=scope) for site, edit in plan.edits.items()}
     for site, choice in chosen.items():
-        if choice.mechanism == "fold" and (reason := fold.obstacle(plan.edits[site], plan.model)) is not None:
+        if choice.mechanism == "fold" and (reason := bias.obstacle(plan.edits[site], plan.model)) is not None:
             raise UnsupportedModelError(f"site {site!r} cannot be folded: {reason}; use another backend")
     return chosen
 
@@ -64,7 +64,7 @@ def attach_all(plan: Plan, watch: Watch, chosen: Mapping[str, Choice], *, backen
         for site, edit in plan.edits.items():
             check_order(edit, chosen[site].mechanism)
             if chosen[site].mechanism == "fold":
-                handles.callback(fold.attach(edit, plan.model))
+                handles.callback(bias.attach(edit, plan.model))
             else:
                 add(edit.place, edit.on_input if edit.place.side == "in" else edit.on_output, chosen[site].mechanism)
         for end in ends:  # after an edit of the model's own output

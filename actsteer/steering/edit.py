@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
 from typing import Any, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch._C._functorch import is_functorch_wrapped_tensor
 
-from actsteer.errors import StrengthError, UnsupportedModelError
+from actsteer.errors import ShapeError, StrengthError, UnsupportedModelError
 from actsteer.sites.axes import Layout
-from actsteer.sites.outputs import Arguments, get, locate, padded, put, unpadded
+from actsteer.sites.containers import Arguments
+from actsteer.sites.lens import Frame, Lens, View
 from actsteer.sites.place import Place
-from actsteer.sites.shards import full_shape, own_part, share, whole_rows
 from actsteer.steering.checkpointing import Checkpointing, saves_otherwise
 from actsteer.steering.copies import Uncopied
 from actsteer.steering.directions import Directions
@@ -22,13 +23,20 @@ from actsteer.steering.interventions.add import Add
 from actsteer.steering.interventions.intervention import Intervention
 from actsteer.steering.passes import Now, Passes
 from actsteer.steering.reader import Reader
-from actsteer.steering.spread import Lay
 from actsteer.steering.strength import PerConcept, Terms, weighted, without_autocast
 from actsteer.vectors.stack import Stack
 
 _is_compiling = torch.compiler.is_compiling
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 _outside_of_functions: Callable[[], bool] = torch._C._is_fwd_grad_enabled  # not in one that may be a checkpoint's
+
+
+class Fired(Enum):
+    """Whether an edit has run since it was attached."""
+
+    NO = "no"
+    YES = "yes"
+    UNKNOWN = "unknown"  # it is in a bias, which nothing calls
 
 
 @final
@@ -62,9 +70,8 @@ class SiteEdit(Uncopied):
         "in_place",
         "interventions",
         "is_sum",
-        "layout",
+        "lens",
         "passes",
-        "place",
     )
 
     def __init__(
@@ -78,12 +85,11 @@ class SiteEdit(Uncopied):
         passes: Passes,
         checkpointing: Checkpointing,
     ) -> None:
-        self.place = place
-        self.layout = layout
+        self.lens = Lens(place, layout, size=stack.size)
         self.interventions = interventions
         kinds = {id(own): own for own in interventions}.values()
-        self.is_sum = all(isinstance(own, Add) and own.is_plain for own in kinds)  # of terms without h
-        self.fired: bool | None = False  # None: nobody can know, for it is folded into the weights
+        self.is_sum = all(isinstance(own, Add) and not own.relative for own in kinds)  # of terms without h
+        self.fired = Fired.NO
         self.in_place = False  # new strengths are written into the tensors that compiled code reads already
         self.changed: Callable[[], None] | None = None  # called after new strengths
         self.constant: Tensor | None = None  # (d,), or (B, d): everything that no gate decides
@@ -103,6 +109,11 @@ class SiteEdit(Uncopied):
         self._dtype: torch.dtype | None = None
         self._traced_shift: Tensor | None = None  # `constant` as compiled code adds it to whatever has that axis
         self._exported: SiteEdit | None = None  # with strengths of its own, which an exported program keeps
+
+    @property
+    def place(self) -> Place:
+        """Where it edits."""
+        return self.lens.place
 
     @property
     def concepts(self) -> Sequence[int]:
@@ -202,7 +213,7 @@ class SiteEdit(Uncopied):
 
     def expect(self) -> None:
         """Forget that it ever fired."""
-        self.fired = None if self.changed is not None else False
+        self.fired = Fired.UNKNOWN if self.changed is not None else Fired.NO
         self._shape = None  # so that the next call goes the whole way round, where `fired` is set
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -229,7 +240,7 @@ class SiteEdit(Uncopied):
 
     def edit(self, module: nn.Module, value: Any) -> Any:
         """A module's output or its `Arguments`, with the activation edited."""
-        self.fired = True
+        self.fired = Fired.YES
         if self._exported is not None and _is_exporting():
             return self._exported.edit(module, value)
         if (
@@ -241,29 +252,17 @@ class SiteEdit(Uncopied):
             shift = self._traced_shift.to(dtype=value.dtype, device=value.device)
             if not value.is_nested and value.ndim >= shift.ndim and value.shape[-shift.ndim] == shift.shape[0]:
                 return value + shift
-        keys = locate(self.place, value)
-        raw = get(value, keys)
-        conversion = getattr(module, "hook_conversion", None)  # TransformerLens: how its users see the activation
-        activation = padded(raw if conversion is None else conversion.convert(raw), site=self.place.site)
-        shape, size = full_shape(activation, module), self.size
-        axis = self.layout.feature_axis(shape, size=size, site=self.place.site)
-        packed = isinstance(get(value, keys[:-1]), PackedSequence) if keys else False
-        row_axis = None if packed else self.layout.row_axis if activation.ndim > 2 else 0
-        lay = Lay(self.place.site, shape, axis, row_axis)
-        edited = (self._add if self.is_sum else self._intervene)(
-            module, activation, lay, self._now(lay, activation.device)
-        )
-        if not _is_compiling():
-            cacheable = not keys and edited.__class__ is Tensor and conversion is None and not raw.is_nested
-            if self._checkpointing.notice(edited) or not cacheable:
-                self._shape = None
-        edited = unpadded(edited, raw)
-        return put(value, keys, edited if conversion is None else conversion.revert(edited))
+        view = self.lens.read(module, value).open()
+        now = self._now(view.frame, view.part.device)
+        edited = self._add(view, now) if self.is_sum else self._intervene(view, now)
+        if not _is_compiling() and (self._checkpointing.notice(edited) or not view.is_plain):
+            self._shape = None
+        return view.write(edited)
 
     def _may_have_pads(self) -> bool:
         return self.passes.sees_inputs and self.passes.now is not None
 
-    def _now(self, lay: Lay, device: torch.device) -> Now | None:
+    def _now(self, frame: Frame, device: torch.device) -> Now | None:
         """What is known of the pass that runs, if it matters."""
         now = self.passes.now
         if not self._asking:
@@ -271,52 +270,52 @@ class SiteEdit(Uncopied):
         if not _is_compiling() and _may_be_checkpointed() and self._checkpointing.runs_inside:
             raise UnsupportedModelError(
                 f"site {self.place.site!r}: under gradient checkpointing a part of the model runs again later, when "
-                "nobody knows the positions any more; steer all positions, or train without checkpointing"
+                "the positions are not known any more; steer all positions, or train without checkpointing"
             )
         if now is not None and now.tokens is not None:
             return now
-        return self.passes.of_shape(*lay.rows_and_length, device)
+        return self.passes.of_shape(*frame.rows_and_length, device)
 
-    def _add(self, module: nn.Module, activation: Tensor, lay: Lay, now: Now | None) -> Tensor:
+    def _add(self, view: View, now: Now | None) -> Tensor:
+        activation, frame = view.part, view.frame
         others, trained = self._directions.others, self.is_trained
         delta = self.constant
         if trained and self._terms is not None:  # a graph of its own for every forward pass
             delta = self._terms.sum(self._directions.of(self._terms))
-        shift = None if delta is None else lay.vectors(delta, copies=_copies(now))
+        shift = None if delta is None else frame.vectors(delta, copies=_copies(now))
         if others:
-            amounts = [self._strength(own, lay, now).movedim(lay.axis, -1)[..., 0] for own in range(len(others))]
+            amounts = [self._strength(own, frame, now).movedim(frame.axis, -1)[..., 0] for own in range(len(others))]
             rows = self._directions.like(None, None, amounts[0].device)
             c = torch.stack(torch.broadcast_tensors(*(amount.to(rows) for amount in amounts)))
-            varied = weighted(c, rows).movedim(-1, lay.axis)
+            varied = weighted(c, rows).movedim(-1, frame.axis)
             shift = varied if shift is None else shift.to(varied.device) + varied
         assert shift is not None
         shift = shift.to(dtype=activation.dtype, device=activation.device)
-        real = self._real(lay, now, device=shift.device)
+        real = self._real(frame, now, device=shift.device)
         if real is not None:
             shift = torch.where(real, shift, -0.0)
-        shift = share(shift, activation, module)
+        shift = view.share(shift)
         if not (_is_compiling() or others or real is not None or trained) and delta is not None and delta.ndim == 1:
             self._shift, self._shape, self._dtype = shift, activation.shape, activation.dtype
         return activation + shift
 
-    def _intervene(self, module: nn.Module, activation: Tensor, lay: Lay, now: Now | None) -> Tensor:
-        whole = whole_rows(activation, module)
-        last = whole.movedim(lay.axis, -1).to(
-            torch.promote_types(whole.dtype, torch.float32)
-        )  # rounded once, at the end
-        real = self._real(lay, now, device=last.device)
+    def _intervene(self, view: View, now: Now | None) -> Tensor:
+        last = view.features_last()
+        last = last.to(torch.promote_types(last.dtype, torch.float32))  # rounded once, at the end
+        real = self._real(view.frame, now, device=last.device)
         with without_autocast(last.device.type):
             for own, place in enumerate(self._directions.others):
-                c = self._strength(own, lay, now)
+                c = self._strength(own, view.frame, now)
                 c = c if real is None else torch.where(real, c.to(last.device), 0.0)
-                if c.ndim:  # a number for all stays on the CPU, where nobody waits for it
-                    c = c.to(last).movedim(lay.axis, -1)
-                last = self.interventions[place](last, self._directions.like(own, last.dtype, last.device), c)
-        return own_part(last.movedim(-1, lay.axis).to(activation.dtype), activation, module)
+                if c.ndim:  # a number for all stays on the CPU: reading it waits for no other device
+                    c = c.to(last).movedim(view.frame.axis, -1)
+                direction = self._directions.like(own, last.dtype, last.device)
+                last = edited_by(self.interventions[place], last, direction, c)
+        return view.part_of(last)
 
     def _traceable(self) -> Tensor | None:
         """What may be added to a plain output in compiled code without a look at anything else; it costs few guards."""
-        axis = self.layout.axis
+        axis = self.lens.layout.axis
         if self.constant is None or self.constant.ndim > 1 or self._directions.others or self.is_trained:
             return None
         if axis is None or axis >= 0 or self.place.side != "out" or self.place.path:
@@ -326,10 +325,10 @@ class SiteEdit(Uncopied):
             return None
         return self.constant if axis == -1 else self.constant.view(-1, *[1] * (-axis - 1))
 
-    def _strength(self, own: int, lay: Lay, now: Now | None) -> Tensor:
+    def _strength(self, own: int, frame: Frame, now: Now | None) -> Tensor:
         """How much of one of the others: 0-dim or, of the activation's rank, per row or per token."""
         c, place = self._strengths[own], self._directions.others[own]
-        parts = [lay.rows(c, copies=_copies(now)) if c.ndim else c]
+        parts = [frame.by_row(c, copies=_copies(now)) if c.ndim else c]
         if (gate := self.gates.get(place)) is not None:
             weights = gate.weights_for(self.place.site)
             if c.ndim and len(c) not in (len(weights), len(weights) // _copies(now)):
@@ -339,24 +338,26 @@ class SiteEdit(Uncopied):
                 )
             by_token = weights.ndim == 2
             parts.append(
-                lay.needed_tokens(weights, rows=len(weights)) if by_token else lay.rows(weights, copies=_copies(now))
+                frame.needs_tokens(weights, rows=len(weights))
+                if by_token
+                else frame.by_row(weights, copies=_copies(now))
             )
         if now is not None and now.tokens is not None:
             dose = now.doses.get(self._stack.concepts[place])
             if dose is not None:
-                parts.append(lay.needed_tokens(dose, rows=now.tokens.rows))
+                parts.append(frame.needs_tokens(dose, rows=now.tokens.rows))
         total = parts[-1]
         for part in parts[:-1]:
             total = total * (part.to(total.device) if part.ndim else part)  # a number for all may stay on the CPU
         return total
 
-    def _real(self, lay: Lay, now: Now | None, *, device: torch.device) -> Tensor | None:
+    def _real(self, frame: Frame, now: Now | None, *, device: torch.device) -> Tensor | None:
         """Where there are tokens and not pads, if the activation has positions; pads are not steered."""
         if now is None or now.real is None or now.tokens is None:
             return None
         if not _is_compiling() and _may_be_checkpointed():  # what runs again later does not know of pads
             return None
-        real = lay.tokens(now.real, rows=now.tokens.rows)
+        real = frame.by_token(now.real, rows=now.tokens.rows)
         return None if real is None else real.to(device)
 
 
@@ -367,3 +368,23 @@ def _copies(now: Now | None) -> int:
 def _may_be_checkpointed() -> bool:
     """Whether autograd may run this again later."""
     return saves_otherwise(True) is not None or not _outside_of_functions()
+
+
+def edited_by(
+    intervention: Intervention,
+    activation: Float[Tensor, "*batch d"],
+    direction: Float[Tensor, " d"],
+    c: Float[Tensor, ...],
+) -> Float[Tensor, "*batch d"]:
+    """What the intervention makes of the activation; where c is 0, the activation as it is, bit for bit."""
+    # a number on the CPU is looked at; no other device waits for one
+    is_known = c.ndim == 0 and c.device.type == "cpu" and not _is_compiling() and not is_functorch_wrapped_tensor(c)
+    if is_known and not c:
+        return activation
+    edited = intervention(activation, direction, c)
+    if edited.shape != activation.shape:
+        raise ShapeError(
+            f"intervention {intervention!r}: expected an activation of the shape that it was given, "
+            f"{tuple(activation.shape)}, got {tuple(edited.shape)}"
+        )
+    return edited if is_known else torch.where(c == 0, activation, edited)

@@ -22,7 +22,7 @@ from actsteer.steering.gates.gate import AnyGate, Combination, leaves
 from actsteer.steering.inputs import encoder_of
 from actsteer.steering.interventions.ablate import Ablate
 from actsteer.steering.interventions.add import Add
-from actsteer.steering.interventions.intervention import Intervention, PerSite
+from actsteer.steering.interventions.intervention import Intervention, PerSite, check_intervention
 from actsteer.steering.passes import Passes
 from actsteer.steering.positions import check as check_positions
 from actsteer.steering.reader import CombinedReader, GateReader, Reader
@@ -107,9 +107,9 @@ class Plan:
             return
         places = resolve(self.model, [place.site for place in present])
         for edit in self.edits.values():
-            edit.place = places[edit.place.site]
+            edit.lens.place = places[edit.place.site]
         for reader in self.readers:
-            reader.place = places[reader.place.site]
+            reader.lens.place = places[reader.place.site]
 
     def vectors(self) -> VectorBank:
         """The bank with the directions as they are now."""
@@ -201,12 +201,12 @@ def _host(passes: tuple[Passes, ...], place: Place) -> Passes:
 def _interventions(bank: VectorBank, intervention: Interventions | None) -> list[Intervention | PerSite]:
     """One per concept, in bank order: what was asked for, else what the vector's metadata says that it is meant for."""
     if intervention is not None and not isinstance(intervention, Mapping):
+        check_intervention(intervention, by="intervention")
         return [intervention] * len(bank)
     chosen = intervention or {}
     _check_concepts(chosen, bank, by="intervention")
-    for concept, own in chosen.items():
-        if not callable(own) and not isinstance(own, PerSite):
-            raise TypeError(f"intervention: expected one such as Add(), got {own!r} for {concept!r}")
+    for concept, named in chosen.items():
+        check_intervention(named, by=f"intervention of {concept!r}")
     return [
         chosen[concept] if concept in chosen else _meant(concept, metadata.get("intervention", "add"))
         for concept, metadata in metadata_in(bank).items()

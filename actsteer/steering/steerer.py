@@ -17,7 +17,7 @@ from actsteer.sites.resolve import Sites
 from actsteer.steering.attach import attach_all, choices
 from actsteer.steering.backends.choose import Backend, Choice, Scope, check
 from actsteer.steering.checkpointing import Checkpointing
-from actsteer.steering.edit import SiteEdit
+from actsteer.steering.edit import Fired, SiteEdit
 from actsteer.steering.explain import explain
 from actsteer.steering.interventions.intervention import Edit
 from actsteer.steering.plan import AllPositions, Gates, Interventions, make_plan
@@ -37,8 +37,8 @@ class Steerer:
 
     Args:
         model: any `nn.Module`, wrapped (compiled, DDP, FSDP) or not.
-        vectors: one vector, or a bank of concepts; they are copied (see `requires_grad_`). Or an edit that knows its
-            own sites: `LowRank`, `Affine` or `Replace`.
+        vectors: one vector, or a bank of concepts; they are copied (see `requires_grad_`). Or an edit that has its
+            sites: `LowRank`, `Affine`, `Replace`, `KeepNorm` around one, or yours (see `Edit`).
         c: the strength, in multiples of the vectors: one number; a tensor (B,), one per row of the batch, or (B, S),
             one per row and position; a callable of the generation step (0 for the prompt, 1 for the first token that
             was generated and is fed to the model, ...); or concept -> one of these. What is not named is 0, and a
@@ -59,7 +59,7 @@ class Steerer:
         backend: "auto" takes a hook, or under code that is compiled already, which ignores hooks, a patch of the
             module's `forward`. "buffer" keeps the strengths in tensors that compiled code reads (see `install`).
             "fold" writes c · v into the module's bias: no cost at all, and it works in scripted, exported and frozen
-            code; but `state_dict` shows it, a copy made inside the block keeps it, and nobody can prove that it ran.
+            code; but `state_dict` shows it, a copy made inside the block keeps it, and that it ran cannot be proved.
         scope: "process": every thread that runs the model is steered. "thread": the attaching thread alone; eager only.
         strict: on leaving, raise if the model ran and a site did not.
 
@@ -306,7 +306,7 @@ class Steerer:
         return handles is not None
 
     def _check_applied(self) -> None:
-        silent = [edit.place for edit in self.edits.values() if edit.fired is False]
+        silent = [edit.place for edit in self.edits.values() if edit.fired is Fired.NO]
         if silent:
             kinds = {place.site: type(place.module).__name__ for place in silent}
             causes = {place.site: likely_cause(self.model, place) for place in silent}

@@ -17,9 +17,10 @@ from actsteer.errors import (
     ZeroDirectionError,
     close_names,
 )
-from actsteer.files.stored import Stored
+from actsteer.files.formats import Format
+from actsteer.files.lazy import Stored
 from actsteer.sites import fingerprint
-from actsteer.vectors import formats
+from actsteer.vectors import on_disk
 from actsteer.vectors.stack import Stack, Vectors, read
 from actsteer.vectors.vector import SteeringVector, axes_in
 
@@ -207,45 +208,65 @@ class VectorBank:
         return torch.cat([self.directions(site) for site in self._stacks], dim=1)
 
     # --- files ---------------------------------------------------------------------------------------------------
-    def save(self, path: str | PathLike[str], *, model: nn.Module | None = None, layer_offset: int = 0) -> None:
-        """Write the bank to a file, atomically; the suffix chooses the format.
+    def save(
+        self,
+        path: str | PathLike[str],
+        *,
+        model: nn.Module | None = None,
+        layer_offset: int = 0,
+        format: Format | None = None,  # noqa: A002
+    ) -> None:
+        """Write the bank to a file; the suffix chooses the format.
 
         `.safetensors` keeps everything, bit for bit. `.gguf` is the control vector of llama.cpp and repeng: one vector,
         in float32, at the outputs of blocks, from the second one on, which it knows by their numbers.
 
+        There is always a whole file: a temporary one beside it takes its place at the end. A link stays a link, and the
+        file keeps its mode; what processes that were killed while they saved have left in the folder is removed.
+
         Args:
             model: the vectors' own, for which the file will be meant; without it, what the metadata says of it.
             layer_offset: what to add to the number of a block, for readers who count otherwise than llama.cpp.
+            format: a format of your own, in the place of the one that the suffix chooses; see `Format`.
 
         Raises:
-            FileFormatError: the suffix names no format, or the format cannot express this.
+            FileFormatError: the suffix names no format, the format cannot express this, or there is a FIFO or a device.
             ModelMismatchError: a vector was made for a model of another architecture than `model`.
         """
         bank = {concept: ({s: v[s] for s in v}, v.metadata) for concept, v in self.items()}
-        formats.write(path, bank, model=model, layer_offset=layer_offset)
+        on_disk.write(path, bank, model=model, layer_offset=layer_offset, format=format)
 
     @classmethod
-    def load(cls, path: str | PathLike[str], model: nn.Module | None = None, *, layer_offset: int = 0) -> VectorBank:
+    def load(
+        cls,
+        path: str | PathLike[str],
+        model: nn.Module | None = None,
+        *,
+        layer_offset: int = 0,
+        format: Format | None = None,  # noqa: A002
+    ) -> VectorBank:
         """Read what `save` wrote, and the files of others; or all files that a pattern, "dir/*.safetensors", names.
 
-        Nothing in a file is executed, and one of ours with any altered bit is refused. Of a file over 16 MB,
-        or with more than 1000 directions, each vector is read, and verified, when it is asked for. A vector from a file
-        is checked when it is attached: a model of another architecture raises, one with other weights warns.
+        Nothing in a file is executed, and one of ours with any altered bit is refused. A file that is replaced
+        meanwhile is read whole, as it was or as it is. Of a file over 16 MB, or with more than 1000 directions, each
+        vector is read, and verified, when it is asked for. A vector from a file is checked when it is attached: a model
+        of another architecture raises; one with other weights, another head, or another vocabulary warns.
 
         Besides `.safetensors` and `.gguf` (llama.cpp, repeng, EasySteer) it reads `.svec` (conditional activation
-        steering), the `.safetensors` of steering-lite, and `.pt` files of tensors alone.
+        steering), the `.safetensors` of steering-lite, and `.pt` files of tensors alone (CAA, RepE, and others).
 
         Args:
             path: a file, or a pattern.
             model: where the file numbers the blocks of a model: the model that has names for them.
             layer_offset: what the file's numbers are above those of the blocks, counted from 0.
+            format: a format of your own, in the place of the one that the suffix chooses; see `Format`.
 
         Raises:
             FileFormatError: a file is corrupt, of an unknown kind, or of a newer version; two have the same concept.
             SiteNotFoundError: the model has no such block.
             ModelMismatchError: the file was made for a model of another architecture.
         """
-        return cls._of(formats.read(path, model=model, layer_offset=layer_offset))
+        return cls._of(on_disk.read(path, model=model, layer_offset=layer_offset, format=format))
 
     def _known(self, concept: str) -> None:
         if concept not in self._vectors:
@@ -285,12 +306,12 @@ def metadata_in(bank: VectorBank) -> dict[str, Mapping[str, str]]:
 def check_model(model: nn.Module, bank: VectorBank) -> None:
     """Raise, or warn, where a vector from a file was made for another model; see `sites.fingerprint.check`."""
     found = {
-        tuple(metadata_of(vector).get(key, "") for key in ("model", "weights")): concept
+        tuple(map(metadata_of(vector).get, fingerprint.KEYS)): (concept, metadata_of(vector))
         for concept, vector in bank._vectors.items()
         if isinstance(vector, Stored) or vector._is_from_file
     }
-    for (model_, weights), concept in found.items():
-        fingerprint.check(model, {"model": model_, "weights": weights}, what=f"the vector {concept!r}")
+    for concept, metadata in found.values():
+        fingerprint.check(model, metadata, what=f"the vector {concept!r}")
 
 
 def metadata_of(vector: SteeringVector | Stored) -> Mapping[str, str]:

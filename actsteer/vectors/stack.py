@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from actsteer.files.stored import Stored
+from actsteer.files.lazy import Stored
 from actsteer.vectors.vector import SteeringVector, from_file
 
 Vectors = dict[str, SteeringVector | Stored]

@@ -53,7 +53,6 @@ LEAVES = ("layers.0.0", "layers.0.1", "layers.1.0", "layers.1.1")
         (":in", (":in",)),
         (iter([MODEL.embed, "re:layers.0.0"]), ("embed", "layers.0.0")),
     ],
-    ids=str,
 )
 def test_a_pattern_selects_exact_names_in_module_order(sites, expected):
     assert find_sites(MODEL, sites) == expected

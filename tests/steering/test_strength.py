@@ -14,13 +14,14 @@ from actsteer import (
     Add,
     Clamp,
     ConceptNotFoundError,
+    KeepNorm,
     ProjectionAbove,
     Steerer,
     SteeringVector,
     StrengthError,
     VectorBank,
 )
-from actsteer.files.stored import Stored
+from actsteer.files.lazy import Stored
 from actsteer.steering.strength import strengths_of
 from tests.zoo import bits
 
@@ -119,7 +120,7 @@ ONE_OF_THEM = {
     "ablate": {"intervention": Ablate()},
     "clamp": {"intervention": Clamp(2.0)},
     "gate": {"gate": ProjectionAbove(SteeringVector({"0": torch.tensor([1.0, 0.0, 0.0])}), 0.5)},
-    "mixed": {"intervention": {"a": Ablate(), "c": Add(keep_norm=True)}},
+    "mixed": {"intervention": {"a": Ablate(), "c": KeepNorm(Add())}},
 }
 
 

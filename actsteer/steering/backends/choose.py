@@ -85,7 +85,7 @@ def _compiled(model: nn.Module, place: Place) -> str | None:
     for module in (*path_to(model, place.name), place.module):
         if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
             return f"{type(getattr(module, '_orig_mod', module)).__name__} is compiled"
-    if getattr(dynamo.convert_frame, "FRAME_COUNTER", 1):  # where nobody counts, assume the worst
+    if getattr(dynamo.convert_frame, "FRAME_COUNTER", 1):  # where it is not counted, assume the worst
         return "code has been compiled in this process"
     return None
 

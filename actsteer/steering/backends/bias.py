@@ -1,4 +1,4 @@
-"""The fold backend: c · v written into the bias that the module adds at its output, and the bias put back by copy."""
+"""The backend "fold": c · v written into the bias that the module adds at its output, and the bias put back by copy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from actsteer.errors import UnsupportedModelError
 from actsteer.sites.shards import is_sharded
 from actsteer.steering.backends.patch import Patch
-from actsteer.steering.edit import SiteEdit
+from actsteer.steering.edit import Fired, SiteEdit
 
 _ADD_A_BIAS = (
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
@@ -33,7 +33,7 @@ def attach(edit: SiteEdit, model: nn.Module) -> Callable[[], None]:
         raise UnsupportedModelError(f"site {edit.place.site!r} cannot be folded: {reason}; use another backend")
     module = edit.place.module
     fold = _folds.setdefault(id(module), _Fold(module))
-    edit.fired = None
+    edit.fired = Fired.UNKNOWN
     edit.changed = lambda: fold.write(edit)
     edit.changed()
 
@@ -140,7 +140,7 @@ def _adds_its_bias(module: nn.Module) -> bool:
     if not isinstance(getattr(present, "__self__", None), Patch) and (
         getattr(present, "__func__", None) is not type(module).forward
     ):
-        return False  # somebody else's
+        return False  # a wrapper's
     if type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers."):
         return True
     return any(type(module).forward is kind.forward for kind in _ADD_A_BIAS if isinstance(module, kind))
