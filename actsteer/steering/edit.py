@@ -152,6 +152,8 @@ class SiteEdit(Uncopied):
 
     def check_strengths(self, strengths: PerConcept) -> None:
         """StrengthError if the way in which this edit is attached leaves no room for these."""
+        if self.changed is None and not self.in_place:
+            return
         rows = any(own.ndim for own in strengths.by_row.values())
         if self.changed is not None and (strengths.by_token or rows):
             raise StrengthError(f"site {self.place.site!r}: a bias has one strength for all rows; use another backend")
@@ -317,7 +319,8 @@ class SiteEdit(Uncopied):
             return None
         if axis is None or axis >= 0 or self.place.side != "out" or self.place.path:
             return None
-        if getattr(self.place.module, "hook_conversion", None) is not None:
+        kind, own = type(self.place.module), self.place.module.__dict__  # nn.Module is slow to say that it has none
+        if own.get("hook_conversion", getattr(kind, "hook_conversion", None)) is not None:
             return None
         return self.constant if axis == -1 else self.constant.view(-1, *[1] * (-axis - 1))
 
