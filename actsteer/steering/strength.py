@@ -114,7 +114,7 @@ class Terms:
         strengths: those of all concepts.
     """
 
-    __slots__ = ("_like", "_numbers", "_strengths", "places")
+    __slots__ = ("_cast", "_numbers", "_strengths", "places")
 
     def __init__(self, places: tuple[int, ...], strengths: PerConcept) -> None:
         self.places = places
@@ -124,7 +124,7 @@ class Terms:
             every = len(places) == len(strengths)
             numbers = strengths.numbers if every else strengths.numbers[list(places)]
             self._numbers = numbers if bool(numbers.any()) else None
-        self._like: Tensor | None = None  # the strengths as they were last needed
+        self._cast: Tensor | None = None  # the strengths as they were last needed
 
     def sum(self, directions: Float[Tensor, "k d"] | Float[Tensor, " d"]) -> Float[Tensor, "*B d"]:
         """The sum for the directions (k, d) of the concepts, or (d,) of a single one; minus zero where every c is 0.
@@ -133,9 +133,9 @@ class Terms:
         """
         if directions.dtype not in _WIDE:
             directions = directions.to(torch.promote_types(directions.dtype, torch.float32))
-        c = self._like
+        c = self._cast
         if c is None or c.dtype is not directions.dtype or c.device != directions.device:
-            c = self._like = self._strengths_like(directions)
+            c = self._cast = self._cast_to(directions)
         if self._numbers is None:
             return weighted(c, directions if directions.ndim == 2 else directions[None])
         if directions.ndim == 1:
@@ -143,7 +143,7 @@ class Terms:
         with without_autocast(directions.device.type):
             return c @ directions
 
-    def _strengths_like(self, directions: Tensor) -> Tensor:
+    def _cast_to(self, directions: Tensor) -> Tensor:
         """(k,) or (k, B) or, of a number for a single direction, ()."""
         if self._numbers is not None:
             c = self._numbers.to(directions)
