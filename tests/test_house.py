@@ -5,6 +5,7 @@ import statistics
 import subprocess
 import sys
 import types
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,8 @@ FLOORS = {
     "tuning": 5,
     "integrations": 6,
     "cli": 6,
-    "__init__": 7,
+    "public": 7,
+    "__init__": 8,
 }
 
 
@@ -101,9 +103,12 @@ def test_every_public_name_exists_and_is_documented():
 
 def test_the_public_names_are_sorted_and_complete():
     public = {
-        n for n, value in vars(actsteer).items() if not n.startswith("_") and not isinstance(value, types.ModuleType)
+        n
+        for n, value in vars(import_module("actsteer.public")).items()
+        if not n.startswith("_") and not isinstance(value, types.ModuleType)
     }
     assert set(actsteer.__all__) == public
+    assert public < set(dir(actsteer))
     assert len(set(actsteer.__all__)) == len(actsteer.__all__)
 
 
@@ -113,12 +118,31 @@ def test_every_module_with_code_says_what_it_is():
 
 
 # --- in a fresh interpreter --------------------------------------------------------------------------------------
-def test_importing_does_not_import_the_extras():
-    command = "import sys, actsteer; print(*{name.split('.')[0] for name in sys.modules})"
-    done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
-    loaded = set(done.stdout.split())
+def in_a_fresh_interpreter(command):
+    """The names that a command has made, and the top-level modules that it has loaded."""
+    show = "print(*vars()); import sys; print(*{name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", f"{command}; {show}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [set(line.split()) for line in done.stdout.splitlines()[-2:]]
+
+
+def test_importing_every_name_does_not_import_the_extras():
+    names, loaded = in_a_fresh_interpreter("from actsteer import *")
+    assert set(actsteer.__all__) < names
     assert "torch" in loaded
     assert loaded & {"transformers", "torchvision", "matplotlib", "transformer_lens", "sklearn", "pandas"} == set()
+
+
+def test_what_needs_no_torch_loads_none():
+    _, loaded = in_a_fresh_interpreter("import actsteer, actsteer.cli.app; actsteer.__version__")
+    assert "actsteer" in loaded and "torch" not in loaded
+
+
+def test_a_name_that_is_not_public_is_none_of_the_packages():
+    with pytest.raises(AttributeError, match="module 'actsteer' has no attribute 'steerer'"):
+        _ = actsteer.steerer
+    with pytest.raises(ImportError, match="cannot import name '_steerer'"):
+        exec("from actsteer import _steerer")
 
 
 # --- the tools, in the slow tier: an editor and pre-commit run them all the time -----------------------------------

@@ -12,7 +12,7 @@ from torch import nn
 from actsteer.errors import ShapeError, SiteNotFoundError, close_names
 from actsteer.sites.place import Place
 from actsteer.sites.resolve import Modules, hook_points, named_sites, path_to, runs_torch_code
-from actsteer.sites.wrappers import unwrapped
+from actsteer.sites.wrappers import named_modules, unwrapped
 
 Axes: TypeAlias = int | Mapping[str, int]
 """The feature axis of every site, or site -> axis; a site that is not named has its own."""
@@ -180,10 +180,11 @@ def _evidence(model: nn.Module, place: Place) -> tuple[tuple[tuple[int, int], ..
     """(axis, size) of the modules inside; of the nearest module around that has some, if there are none inside."""
     for outer in (place.module, *reversed(path_to(model, place.name)[:-1])):
         found: dict[tuple[int, int], None] = {}
-        for module in outer.modules():
-            axis, sizes = _class_axis(module), _sizes(module)
+        for _, module in named_modules(outer):
+            axis = _class_axis(module)
+            sizes = None if axis is None else _sizes(module)
             if axis is not None and sizes is not None:
-                found |= dict.fromkeys((axis, size) for size in sizes)
+                found[axis, sizes[0]] = found[axis, sizes[1]] = None
         if found:
             return tuple(found), outer is place.module
     return (), True
@@ -224,15 +225,16 @@ def _own_axis(module: nn.Module) -> int | None:
 
 def _class_axis(module: nn.Module) -> int | None:
     """The feature axis that the classes of torch.nn promise among which a module's class is."""
-    if isinstance(module, _CHANNEL_SECOND):
-        return 1
-    if isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(module.normalized_shape) > 1:
+    axis = _axis_of(type(module))  # type: ignore[arg-type]
+    if axis is not None and isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(module.normalized_shape) > 1:
         return None  # over channels and space together
-    return _axis_of(type(module))  # type: ignore[arg-type]
+    return axis
 
 
 @lru_cache(maxsize=4096)
 def _axis_of(kind: type[Any]) -> int | None:
+    if issubclass(kind, _CHANNEL_SECOND):
+        return 1
     for own in kind.__mro__:  # a LayerNorm2d is a layer norm over channels, whoever wrote it
         norm = issubclass(own, nn.LayerNorm | nn.RMSNorm)
         if own.__name__[-2:] in _SPATIAL and (norm or own.__module__.startswith("torch.nn.")):

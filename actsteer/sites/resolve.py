@@ -18,6 +18,7 @@ from actsteer.sites.wrappers import (
     inside_adapters,
     named_modules,
     slot,
+    slot_of_class,
     uncompiled,
     unwrapped,
     without_prefixes,
@@ -94,7 +95,8 @@ class Modules(dict[str, nn.Module]):
     def _names(self) -> dict[int, list[str]]:
         names: dict[int, list[str]] = {}
         for name, module in self.items():
-            names.setdefault(id(unwrapped(module)), []).append(name)
+            wraps = slot_of_class(type(module)) is not None  # type: ignore[arg-type]
+            names.setdefault(id(unwrapped(module) if wraps else module), []).append(name)
         return names
 
     def names_of(self, module: nn.Module) -> list[str]:

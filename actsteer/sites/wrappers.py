@@ -34,7 +34,7 @@ def slot(module: nn.Module) -> str | None:
 
 
 @lru_cache(maxsize=256)
-def _slot_of(kind: type[nn.Module]) -> str | None:
+def slot_of_class(kind: type[nn.Module]) -> str | None:
     """`slot`, for walks over thousands of modules; compiled code could not read it."""
     return next((_SLOTS[own.__name__] for own in kind.__mro__ if own.__name__ in _SLOTS), None)
 
@@ -91,7 +91,7 @@ def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _walk(module: nn.Module, name: str, found: list[tuple[str, nn.Module]]) -> None:
     found.append((name, module))
-    inner = _slot_of(type(module))  # type: ignore[arg-type]
+    inner = slot_of_class(type(module))  # type: ignore[arg-type]
     for key, child in module._modules.items():
         if child is not None:
             _walk(child, name if key == inner else f"{name}.{key}" if name else key, found)

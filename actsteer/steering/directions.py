@@ -20,14 +20,14 @@ class Directions:
         stack: the bank's.
     """
 
-    __slots__ = ("_like", "_nothing", "_others", "_stack", "_summed", "leaf", "others")
+    __slots__ = ("_cast", "_nothing", "_others", "_stack", "_summed", "leaf", "others")
 
     def __init__(self, stack: Stack) -> None:
         self.leaf: Tensor | None = None  # all of them, while they are trained
         self.others: tuple[int, ...] = ()  # the concepts that have a strength and cannot be summed beforehand
         self._stack = stack
         self._others: Tensor | None = None  # their directions
-        self._like: dict[int | None, Tensor] = {}  # the same, as they were last needed
+        self._cast: dict[int | None, Tensor] = {}  # the same, as they were last needed
         self._summed: tuple[tuple[int, ...], Tensor] | None = None  # the concepts that are, and their directions
         self._nothing: Tensor | None = None
 
@@ -46,7 +46,7 @@ class Directions:
     def choose(self, others: tuple[int, ...]) -> None:
         """These are the others."""
         if others != self.others:
-            self.others, self._like = others, {}
+            self.others, self._cast = others, {}
             self._others = self._stack.rows(others) if others else None
 
     def of(self, terms: Terms) -> Tensor:
@@ -69,21 +69,21 @@ class Directions:
             self._nothing = torch.full((self._stack.size,), -0.0, dtype=dtype, device=self._stack.device)
         return self._nothing
 
-    def like(self, which: int | None, dtype: torch.dtype | None, device: torch.device) -> Tensor:
+    def cast(self, which: int | None, dtype: torch.dtype | None, device: torch.device) -> Tensor:
         """That (d,) of one of the others, or those (k, d) of all of them; the same tensor every time.
 
         Args:
             dtype: None takes that of the directions, or float32 where it is narrower.
         """
         if torch.compiler.is_compiling() or self.leaf is not None:  # which changes in place
-            return self._cast(which, dtype, device)
-        kept = self._like.get(which)
+            return self._computed(which, dtype, device)
+        kept = self._cast.get(which)
         if kept is None or kept.device != device or dtype not in (None, kept.dtype):
             with torch.inference_mode(mode=False):
-                kept = self._like[which] = self._cast(which, dtype, device)
+                kept = self._cast[which] = self._computed(which, dtype, device)
         return kept
 
-    def _cast(self, which: int | None, dtype: torch.dtype | None, device: torch.device) -> Tensor:
+    def _computed(self, which: int | None, dtype: torch.dtype | None, device: torch.device) -> Tensor:
         rows = self._others if self.leaf is None else self.leaf[list(self.others)]
         assert rows is not None
         picked = rows if which is None else rows[which]

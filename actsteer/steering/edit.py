@@ -50,7 +50,7 @@ class SiteEdit(Uncopied):
 
     __slots__ = (
         "_apart",
-        "_asking",
+        "_by_token",
         "_checkpointing",
         "_directions",
         "_dtype",
@@ -102,7 +102,7 @@ class SiteEdit(Uncopied):
         self._given: PerConcept | None = None
         self._terms: Terms | None = None  # those that are summed beforehand
         self._strengths: list[Tensor] = []  # of the others that have one
-        self._asking = False  # whether tokens of one row get different amounts
+        self._by_token = False  # whether tokens of one row get different amounts
         self._shift = torch.empty(0)  # `constant` as it is added to outputs of this shape, dtype and state
         self._shape: torch.Size | None = None
         self._dtype: torch.dtype | None = None
@@ -152,6 +152,8 @@ class SiteEdit(Uncopied):
 
     def check_strengths(self, strengths: PerConcept) -> None:
         """StrengthError if the way in which this edit is attached leaves no room for these."""
+        if self.changed is None and not self.in_place:
+            return
         rows = any(own.ndim for own in strengths.by_row.values())
         if self.changed is not None and (strengths.by_token or rows):
             raise StrengthError(f"site {self.place.site!r}: a bias has one strength for all rows; use another backend")
@@ -182,7 +184,7 @@ class SiteEdit(Uncopied):
         if terms is None and self.is_sum and (not others or (idle and self.constant is not None)):
             constant = self._directions.zero(self.constant)
         self._directions.choose(others)
-        self._asking = bool(others) and any(
+        self._by_token = bool(others) and any(
             own in strengths.by_token or self._stack.concepts[own] in self.passes.positions for own in others
         )
         if self.in_place:
@@ -262,7 +264,7 @@ class SiteEdit(Uncopied):
     def _now(self, frame: Frame, device: torch.device) -> Now | None:
         """What is known of the pass that runs, if it matters."""
         now = self.passes.now
-        if not self._asking:
+        if not self._by_token:
             return now
         if not _is_compiling() and _may_be_checkpointed() and self._checkpointing.runs_inside:
             raise UnsupportedModelError(
@@ -282,7 +284,7 @@ class SiteEdit(Uncopied):
         shift = None if delta is None else frame.vectors(delta, copies=_copies(now))
         if others:
             amounts = [self._strength(own, frame, now).movedim(frame.axis, -1)[..., 0] for own in range(len(others))]
-            rows = self._directions.like(None, None, amounts[0].device)
+            rows = self._directions.cast(None, None, amounts[0].device)
             c = torch.stack(torch.broadcast_tensors(*(amount.to(rows) for amount in amounts)))
             varied = weighted(c, rows).movedim(-1, frame.axis)
             shift = varied if shift is None else shift.to(varied.device) + varied
@@ -306,7 +308,7 @@ class SiteEdit(Uncopied):
                 c = c if real is None else torch.where(real, c.to(last.device), 0.0)
                 if c.ndim:  # a number for all stays on the CPU: reading it waits for no other device
                     c = c.to(last).movedim(view.frame.axis, -1)
-                direction = self._directions.like(own, last.dtype, last.device)
+                direction = self._directions.cast(own, last.dtype, last.device)
                 last = edited_by(self.interventions[place], last, direction, c)
         return view.part_of(last)
 
@@ -317,7 +319,8 @@ class SiteEdit(Uncopied):
             return None
         if axis is None or axis >= 0 or self.place.side != "out" or self.place.path:
             return None
-        if getattr(self.place.module, "hook_conversion", None) is not None:
+        kind, own = type(self.place.module), self.place.module.__dict__  # nn.Module is slow to say that it has none
+        if own.get("hook_conversion", getattr(kind, "hook_conversion", None)) is not None:
             return None
         return self.constant if axis == -1 else self.constant.view(-1, *[1] * (-axis - 1))
 

@@ -55,7 +55,7 @@ class Passes:
         self.is_encoder = is_encoder
         self._by_column: dict[int, Tensor] = {}  # (B, S)
         self._schedules: dict[int, Schedule] = {}
-        self._asking: tuple[int, ...] = ()  # the concepts of which tokens of one row may get different amounts
+        self._by_token: tuple[int, ...] = ()  # the concepts of which tokens of one row may get different amounts
         self.generating: PerThread[Generating] = PerThread()
         self.readers: list[Notices] = []  # what decides anew when a pass begins
         self.edits: list[Notices] = []
@@ -72,13 +72,13 @@ class Passes:
     @torch.inference_mode(mode=False)
     def set_strengths(self, strengths: PerConcept, *, every: bool) -> None:
         """New strengths, from the next pass on; with `every`, a concept of strength 0 counts too."""
-        by_token, self._asking = strengths.by_token, ()
+        by_token, self._by_token = strengths.by_token, ()
         self._by_column = {place: own for place, own in by_token.items() if isinstance(own, Tensor)}
         self._schedules = {place: own for place, own in by_token.items() if not isinstance(own, Tensor)}
         self._first = {place: strength_at(own, 0) for place, own in self._schedules.items()}
         if by_token or self.positions:
             active = strengths.active(every=every)
-            self._asking = tuple(place for place in active if place in by_token or place in self.positions)
+            self._by_token = tuple(place for place in active if place in by_token or place in self.positions)
 
     def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Before the forward pass: find out about its tokens, unless the generation has told of them already."""
@@ -135,7 +135,7 @@ class Passes:
             own.notice(self.now)
 
     def _seen(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Now | None:
-        asks = bool(self._asking) or self.is_read
+        asks = bool(self._by_token) or self.is_read
         if not asks and self._has_no_pads(args, kwargs):
             return None
         named = dict(zip(self._names, args, strict=False)) | dict(kwargs)
@@ -160,7 +160,7 @@ class Passes:
         real = tokens.real
         if real is not None and _has_no_pads(real):
             real = None
-        return Now(tokens, real, {place: self._dose(place, tokens) for place in self._asking})
+        return Now(tokens, real, {place: self._dose(place, tokens) for place in self._by_token})
 
     def _dose(self, place: int, tokens: Tokens) -> Tensor:
         positions = self.positions.get(place)

@@ -41,8 +41,9 @@ class Steerer:
             sites: `LowRank`, `Affine`, `Replace`, `KeepNorm` around one, or yours (see `Edit`).
         c: the strength, in multiples of the vectors: one number; a tensor (B,), one per row of the batch, or (B, S),
             one per row and position; a callable of the generation step (0 for the prompt, 1 for the first token that
-            was generated and is fed to the model, ...); or concept -> one of these (what is not named is 0). A vector
-            without a name is the concept "vector".
+            was generated and is fed to the model, ...); or concept -> one of these. What is not named is 0, and a
+            concept of strength 0 costs nothing: it is not read from its file either. A vector without a name is the
+            concept "vector".
         intervention: how a direction edits the activation, `Add()` unless given; one for every concept, or concept ->
             intervention. The concepts of a bank edit in its order.
         gate: which rows, or tokens, are steered; one gate for every concept, or concept -> gate (what is not named

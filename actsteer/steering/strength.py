@@ -24,7 +24,7 @@ PerToken: TypeAlias = Tensor | Schedule
 Strengths: TypeAlias = (
     Strength | Mapping[str, float] | Mapping[str, Tensor] | Mapping[str, Schedule] | Mapping[str, Strength]
 )
-"""One strength for every concept, or concept -> strength; a concept that is not named counts as zero."""
+"""One strength for every concept, or concept -> strength; a concept that is not named has strength 0."""
 
 
 @final
@@ -38,12 +38,13 @@ class PerConcept:
         by_token: place of a concept -> (B, S), one per row and position; or a schedule.
     """
 
-    __slots__ = ("_parts", "by_row", "by_token", "numbers")
+    __slots__ = ("_active", "_parts", "by_row", "by_token", "numbers")
 
     def __init__(
         self, numbers: Float[Tensor, " K"], by_row: Mapping[int, Tensor], by_token: Mapping[int, PerToken]
     ) -> None:
         self.numbers, self.by_row, self.by_token = numbers, by_row, by_token
+        self._active: list[int] | None = None
         self._parts: dict[tuple[frozenset[int] | None, bool], tuple[Terms | None, tuple[int, ...]]] = {}
 
     def __len__(self) -> int:
@@ -79,8 +80,10 @@ class PerConcept:
         """The concepts that have a strength; with `every`, all of them."""
         if every:
             return list(range(len(self)))
-        numbers: list[int] = self.numbers.nonzero().flatten().tolist()
-        return sorted({*numbers, *self.by_row}) if self.by_row else numbers
+        if self._active is None:
+            numbers: list[int] = self.numbers.nonzero().flatten().tolist()
+            self._active = sorted({*numbers, *self.by_row}) if self.by_row else numbers
+        return self._active
 
     def parts(self, apart: frozenset[int] | None, *, every: bool) -> tuple[Terms | None, tuple[int, ...]]:
         """The concepts that have a strength, in two: those that are summed beforehand, and the others.
@@ -99,6 +102,9 @@ class PerConcept:
         return self._parts[apart, every]
 
 
+_WIDE = (torch.float32, torch.float64)
+
+
 @final
 class Terms:
     """Concepts that are summed, Σ c_k v_k, with a strength of () or (B,) each.
@@ -108,7 +114,7 @@ class Terms:
         strengths: those of all concepts.
     """
 
-    __slots__ = ("_like", "_numbers", "_strengths", "places")
+    __slots__ = ("_cast", "_numbers", "_strengths", "places")
 
     def __init__(self, places: tuple[int, ...], strengths: PerConcept) -> None:
         self.places = places
@@ -118,18 +124,18 @@ class Terms:
             every = len(places) == len(strengths)
             numbers = strengths.numbers if every else strengths.numbers[list(places)]
             self._numbers = numbers if bool(numbers.any()) else None
-        self._like: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._cast: Tensor | None = None  # the strengths as they were last needed
 
     def sum(self, directions: Float[Tensor, "k d"] | Float[Tensor, " d"]) -> Float[Tensor, "*B d"]:
         """The sum for the directions (k, d) of the concepts, or (d,) of a single one; minus zero where every c is 0.
 
         In float32 at least, so that c · v is rounded once, to the output's dtype.
         """
-        directions = directions.to(torch.promote_types(directions.dtype, torch.float32))
-        key = directions.dtype, directions.device
-        c = self._like.get(key)
-        if c is None:
-            c = self._like[key] = self._strengths_like(directions)
+        if directions.dtype not in _WIDE:
+            directions = directions.to(torch.promote_types(directions.dtype, torch.float32))
+        c = self._cast
+        if c is None or c.dtype is not directions.dtype or c.device != directions.device:
+            c = self._cast = self._cast_to(directions)
         if self._numbers is None:
             return weighted(c, directions if directions.ndim == 2 else directions[None])
         if directions.ndim == 1:
@@ -137,7 +143,7 @@ class Terms:
         with without_autocast(directions.device.type):
             return c @ directions
 
-    def _strengths_like(self, directions: Tensor) -> Tensor:
+    def _cast_to(self, directions: Tensor) -> Tensor:
         """(k,) or (k, B) or, of a number for a single direction, ()."""
         if self._numbers is not None:
             c = self._numbers.to(directions)

@@ -29,6 +29,8 @@ from actsteer.vectors.vector import SteeringVector, axes_in
 class VectorBank:
     """An immutable, ordered map concept -> SteeringVector.
 
+    At each site the directions of the concepts that have it are stacked, in one tensor, when they are first needed.
+
     Args:
         vectors: concept -> vector. Two vectors that share a site agree on its size and device there.
 
@@ -129,8 +131,8 @@ class VectorBank:
         Raises:
             ConceptNotFoundError: a concept that the bank lacks.
         """
-        chosen = self if strengths.keys() == self._vectors.keys() else self.select(*strengths)
-        c = torch.tensor([float(strengths[concept]) for concept in chosen], dtype=torch.float64)
+        chosen = self if list(strengths) == list(self._vectors) else self.select(*strengths)
+        c = torch.tensor([float(strength) for strength in strengths.values()], dtype=torch.float64)
         combined: dict[str, Tensor] = {}
         for site, stack in chosen._stacks.items():
             rows = stack.rows()
