@@ -93,9 +93,9 @@ def few_concepts(model: nn.Module, sites: list[str], *, rounds: int) -> list[Row
     hooked = partial(register_and_remove, model, sites)
     registering, products = "register and remove hooks, by name", "one `torch.mul(out=)` per site"
     return [
-        compare("construct", lambda: Steerer(model, v, c=1.0), hooked, registering, "15", rounds=rounds),
-        compare("attach and detach", steered, hooked, registering, "8", rounds=rounds),
-        compare("`c = x`", set_c, multiplied, products, "4", rounds=rounds),
+        compare("construct", lambda: Steerer(model, v, c=1.0), hooked, registering, "15", rounds=rounds, times=10),
+        compare("attach and detach", steered, hooked, registering, "8", rounds=rounds, times=10),
+        compare("`c = x`", set_c, multiplied, products, "4", rounds=rounds, times=10),
     ]
 
 
@@ -103,13 +103,9 @@ def many_concepts(model: nn.Module, sites: list[str], count: int, *, rounds: int
     """A bank of many concepts, all of which have all the sites; what a bank can do, at one site."""
     d = width(model)
     bank = large_bank(sites, count, d)
-    made: list[Steerer] = []
-
-    def construct() -> None:
-        made[:] = [Steerer(model, bank, c=1.0)]
-
-    constructed = [seconds(construct) for _ in range(few)]
-    steerer = made[0]
+    again = (bank.select(*bank.concepts) for _ in range(few))  # a bank keeps what it has stacked
+    constructed = [seconds(partial(Steerer, model, fresh, c=1.0)) for fresh in again]
+    steerer = Steerer(model, bank, c=1.0)
     strengths = [torch.randn(count) for _ in range(8)]
     turn = 0
 
@@ -155,7 +151,12 @@ def algebra(bank: VectorBank, site: str, *, rounds: int, few: int) -> list[Row]:
     c = torch.randn(len(bank))
     strengths = dict(zip(bank.concepts, c.tolist(), strict=True))
     combined = compare(
-        "many concepts, one site: combine", lambda: bank.combine(strengths), lambda: c @ rows, "c @ V", rounds=rounds
+        "many concepts, one site: combine",
+        lambda: bank.combine(strengths),
+        lambda: c @ rows,
+        "c @ V",
+        rounds=rounds,
+        times=10,
     )
     return [
         combined,
@@ -205,16 +206,16 @@ def starting(*, rounds: int) -> list[Row]:
 
 
 # --- how it is measured ----------------------------------------------------------------------------------------------
-def compare(name: str, ours: Run, plain: Run, against: str, bar: str = "", *, rounds: int) -> Row:
-    """The ratio of the two, run in turns, each beside the other."""
+def compare(name: str, ours: Run, plain: Run, against: str, bar: str = "", *, rounds: int, times: int = 1) -> Row:
+    """The ratio of the two, each run so many times, in turns, each beside the other."""
     ours(), plain()
     ratios = []
     with no_collection():
         for turn in range(rounds):
             if turn % 2:
-                taken, beside = seconds(ours), seconds(plain)
+                taken, beside = seconds(ours, times), seconds(plain, times)
             else:
-                beside, taken = seconds(plain), seconds(ours)
+                beside, taken = seconds(plain, times), seconds(ours, times)
             ratios.append(taken / beside)
     return Row(name, Ratio.of(ratios), "x", against, bar)
 
@@ -234,10 +235,11 @@ def launch(command: str) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def seconds(run: Run) -> float:
-    """The processor seconds that all threads of this process take: others do not count."""
+def seconds(run: Run, times: int = 1) -> float:
+    """The processor seconds that all threads of this process take: other processes do not count."""
     start = time.process_time()
-    run()
+    for _ in range(times):
+        run()
     return time.process_time() - start
 
 
