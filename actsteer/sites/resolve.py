@@ -58,7 +58,7 @@ def find_sites(model: nn.Module, sites: Sites) -> tuple[str, ...]:
     (('1', '2'), ('0:in', '2:in'), ('1',))
     """
     modules = named_sites(model)
-    order = list(modules)
+    order = {name: place for place, name in enumerate(modules)}
     found: dict[str, int] = {}
     for item in _items(sites):
         pattern, suffix = item, ""
@@ -66,7 +66,7 @@ def find_sites(model: nn.Module, sites: Sites) -> tuple[str, ...]:
             pattern = split_site(item)[0]
             suffix = item[len(pattern) :]
         for name in _matched(modules, pattern, owner=class_name(model)):
-            found[name + suffix] = order.index(name)
+            found[name + suffix] = order[name]
     return tuple(sorted(found, key=found.__getitem__))
 
 
