@@ -26,7 +26,7 @@ from benchmarks.memory import peak
 from benchmarks.overhead import described
 from benchmarks.timing import Ratio, no_collection, set_threads
 
-IMPORT_TORCH, IMPORT, FIRST = "import torch", "import torch, actsteer", "import torch, actsteer; actsteer.Steerer"
+CLOCKED = "import time, torch; start = time.process_time(); {}; print(time.process_time() - start)"
 HELP = "import sys; sys.argv = ['actsteer', '--help']; from actsteer.cli.main import main; main()"
 BATCHES = 100  # over which what `collect` takes per batch is averaged
 Run = Callable[[], object]
@@ -52,7 +52,7 @@ def main(
 ) -> None:
     """Time making, attaching and changing a steering beside plain torch, on a model of 30 blocks with d = 576."""
     few = max(2, repeats // 10)
-    rows = starting(rounds=few)
+    rows = starting(rounds=max(4, few))
     with set_threads(threads):
         model = language_model(quick=quick)
         sites = [f"model.layers.{index}" for index in range(blocks_of(model))]
@@ -93,9 +93,9 @@ def few_concepts(model: nn.Module, sites: list[str], *, rounds: int) -> list[Row
     hooked = partial(register_and_remove, model, sites)
     registering, products = "register and remove hooks, by name", "one `torch.mul(out=)` per site"
     return [
-        compare("construct", lambda: Steerer(model, v, c=1.0), hooked, registering, "15", rounds=rounds),
-        compare("attach and detach", steered, hooked, registering, "8", rounds=rounds),
-        compare("`c = x`", set_c, multiplied, products, "4", rounds=rounds),
+        compare("construct", lambda: Steerer(model, v, c=1.0), hooked, registering, "15", rounds=rounds, times=10),
+        compare("attach and detach", steered, hooked, registering, "8", rounds=rounds, times=10),
+        compare("`c = x`", set_c, multiplied, products, "4", rounds=rounds, times=10),
     ]
 
 
@@ -103,13 +103,9 @@ def many_concepts(model: nn.Module, sites: list[str], count: int, *, rounds: int
     """A bank of many concepts, all of which have all the sites; what a bank can do, at one site."""
     d = width(model)
     bank = large_bank(sites, count, d)
-    made: list[Steerer] = []
-
-    def construct() -> None:
-        made[:] = [Steerer(model, bank, c=1.0)]
-
-    constructed = [seconds(construct) for _ in range(few)]
-    steerer = made[0]
+    again = (bank.select(*bank.concepts) for _ in range(few))  # a bank keeps what it has stacked
+    constructed = [seconds(partial(Steerer, model, fresh, c=1.0)) for fresh in again]
+    steerer = Steerer(model, bank, c=1.0)
     strengths = [torch.randn(count) for _ in range(8)]
     turn = 0
 
@@ -155,7 +151,12 @@ def algebra(bank: VectorBank, site: str, *, rounds: int, few: int) -> list[Row]:
     c = torch.randn(len(bank))
     strengths = dict(zip(bank.concepts, c.tolist(), strict=True))
     combined = compare(
-        "many concepts, one site: combine", lambda: bank.combine(strengths), lambda: c @ rows, "c @ V", rounds=rounds
+        "many concepts, one site: combine",
+        lambda: bank.combine(strengths),
+        lambda: c @ rows,
+        "c @ V",
+        rounds=rounds,
+        times=10,
     )
     return [
         combined,
@@ -189,32 +190,31 @@ def collecting(sites: list[str], *, rounds: int) -> list[Row]:
 
 
 def starting(*, rounds: int) -> list[Row]:
-    """Processor seconds of a new process beyond one that imports torch alone."""
-    bars = {
-        "`import actsteer`": (IMPORT, "0.08"),
-        "and its first name": (FIRST, ""),
-        "`actsteer --help`": (HELP, "0.12"),
-    }
-    taken: dict[str, list[float]] = {name: [] for name in bars}
-    for command, _ in bars.values():
-        launch(command)  # what is compiled to bytecode once
-    for _ in range(rounds):
-        for name, (command, _) in bars.items():
-            taken[name].append(launch(command) - launch(IMPORT_TORCH))
-    return [Row(name, Ratio.of(taken[name]), "s beyond", "`import torch`", bar) for name, (_, bar) in bars.items()]
+    """Processor seconds beyond those of importing torch; less than none where torch is not imported at all."""
+    package, name, shown_help = [], [], []
+    for _ in range(rounds + 1):
+        package.append(float(launch(CLOCKED.format("import actsteer"))[0]))
+        name.append(float(launch(CLOCKED.format("import actsteer; actsteer.Steerer"))[0]))
+        shown_help.append(launch(HELP)[1] - launch("import torch")[1])
+    against = "`import torch`"
+    return [  # without the first round, in which bytecode may be written
+        Row("`import actsteer`", Ratio.of(package[1:]), "s beyond", against, "0.08"),
+        Row("`import actsteer`, and its first name", Ratio.of(name[1:]), "s beyond", against),
+        Row("`actsteer --help`", Ratio.of(shown_help[1:]), "s beyond", against, "0.12"),
+    ]
 
 
 # --- how it is measured ----------------------------------------------------------------------------------------------
-def compare(name: str, ours: Run, plain: Run, against: str, bar: str = "", *, rounds: int) -> Row:
-    """The ratio of the two, run in turns, each beside the other."""
+def compare(name: str, ours: Run, plain: Run, against: str, bar: str = "", *, rounds: int, times: int = 1) -> Row:
+    """The ratio of the two, each run so many times, in turns, each beside the other."""
     ours(), plain()
     ratios = []
     with no_collection():
         for turn in range(rounds):
             if turn % 2:
-                taken, beside = seconds(ours), seconds(plain)
+                taken, beside = seconds(ours, times), seconds(plain, times)
             else:
-                beside, taken = seconds(plain), seconds(ours)
+                beside, taken = seconds(plain, times), seconds(ours, times)
             ratios.append(taken / beside)
     return Row(name, Ratio.of(ratios), "x", against, bar)
 
@@ -226,18 +226,19 @@ def milliseconds(run: Run, *, rounds: int) -> Ratio:
         return Ratio.of([1e3 * seconds(run) for _ in range(rounds)])
 
 
-def launch(command: str) -> float:
-    """The processor seconds that a new interpreter takes for a command."""
+def launch(command: str) -> tuple[str, float]:
+    """What a new interpreter prints for a command, and the processor seconds that it takes."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-c", command], check=True, stdout=subprocess.DEVNULL)
+    done = subprocess.run([sys.executable, "-c", command], check=True, capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return done.stdout, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def seconds(run: Run) -> float:
-    """The processor seconds that all threads of this process take: others do not count."""
+def seconds(run: Run, times: int = 1) -> float:
+    """The processor seconds that all threads of this process take: other processes do not count."""
     start = time.process_time()
-    run()
+    for _ in range(times):
+        run()
     return time.process_time() - start
 
 

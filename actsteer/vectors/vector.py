@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from numbers import Real
 from os import PathLike
@@ -56,7 +57,8 @@ class SteeringVector:
         concept: str | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        self._directions = {site: _owned(site, direction) for site, direction in directions.items()}
+        with torch.inference_mode(mode=False):  # so that they work in autograd later
+            self._directions = {site: _owned(site, direction) for site, direction in directions.items()}
         self._metadata = dict(metadata or {}) | ({} if concept is None else {"concept": concept})
         self._is_from_file = False  # and so is checked against the model that it is attached to
         for key, value in self._metadata.items():
@@ -329,10 +331,10 @@ def _owned(site: str, direction: Tensor) -> Tensor:
             f"site {site!r}: expected a 1-D floating tensor of shape (d,), got {direction.dtype} of shape "
             f"{tuple(direction.shape)}; a direction has one number per feature"
         )
-    if not bool(torch.isfinite(direction).all()):
+    # one that is not finite shows in the sum, which is the quicker; but the sum of large ones may be infinite too
+    if not (math.isfinite(direction.detach().sum().item()) or bool(torch.isfinite(direction).all())):
         raise ShapeError(f"site {site!r}: the direction is not finite; did a loss diverge, or a count reach zero?")
-    with torch.inference_mode(mode=False):  # so that it works in autograd later
-        return direction.detach().clone(memory_format=torch.contiguous_format)
+    return direction.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _unit(direction: Tensor, where: str) -> Tensor:

@@ -1,6 +1,7 @@
 """SteeringVector: the laws of a vector space, and of a value."""
 
 import copy
+import math
 import pickle
 
 import numpy as np
@@ -410,3 +411,13 @@ def test_a_missing_site_is_named_with_its_neighbours():
 def test_vectors_of_two_models_do_not_mix(operate):
     with pytest.raises(ShapeError, match="site '2': 2 features against 3; were they fitted on one model"):
         operate(ONE, SteeringVector({"2": torch.ones(3)}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_numbers_whose_sum_overflows_are_finite_and_one_that_is_not_is_refused_among_them(dtype, sign):
+    rows = torch.full((64,), torch.finfo(dtype).max, dtype=dtype) * sign
+    assert torch.equal(SteeringVector({"0": rows})["0"], rows)
+    for bad in (math.nan, math.inf, -math.inf):
+        with pytest.raises(ShapeError, match="the direction is not finite"):
+            SteeringVector({"0": torch.cat([rows, torch.tensor([bad], dtype=dtype)])})
