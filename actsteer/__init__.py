@@ -6,9 +6,8 @@ model + data --collect--> Statistics --estimator--> SteeringVector --> VectorBan
 import actsteer.private_names  # noqa: F401  (first, for it refuses a torch that is too old)
 from actsteer.collecting.classes import ClassStatistics
 from actsteer.collecting.collect import collect
-from actsteer.collecting.cross import CrossMoments, collect_pairs
-from actsteer.collecting.differences import collect_differences
 from actsteer.collecting.moments import Moments
+from actsteer.collecting.pairs import CrossMoments, collect_differences, collect_pairs
 from actsteer.collecting.record import record
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import (
@@ -41,16 +40,21 @@ from actsteer.estimators.fit import fit
 from actsteer.estimators.layer_mean import LayerMean
 from actsteer.estimators.logistic_direction import LogisticDirection
 from actsteer.estimators.mean_difference import MeanDifference
+from actsteer.estimators.moment_matching import MomentMatching
 from actsteer.estimators.null_space import NullSpace
 from actsteer.estimators.optimize import optimize
 from actsteer.estimators.principal_direction import PrincipalDirection
+from actsteer.estimators.retention import Retain
 from actsteer.estimators.ridge_direction import RidgeDirection
+from actsteer.estimators.rows import Rows
 from actsteer.estimators.sparse_feature import SparseFeature
+from actsteer.estimators.validation import Validation
 from actsteer.estimators.whitened_mean_difference import WhitenedMeanDifference
+from actsteer.files.formats import FORMATS, Format
 from actsteer.sites.resolve import find_sites
 from actsteer.steering.folding.fold import fold, unfold
 from actsteer.steering.gates.cosine_above import CosineAbove
-from actsteer.steering.gates.gate import Gate
+from actsteer.steering.gates.gate import Combination, Gate, ScoredGate
 from actsteer.steering.gates.logic import And, Not, Or
 from actsteer.steering.gates.probe_above import ProbeAbove
 from actsteer.steering.gates.projection_above import ProjectionAbove
@@ -60,7 +64,8 @@ from actsteer.steering.interventions.add import Add
 from actsteer.steering.interventions.affine import Affine
 from actsteer.steering.interventions.chain import Chain
 from actsteer.steering.interventions.clamp import Clamp
-from actsteer.steering.interventions.intervention import Intervention
+from actsteer.steering.interventions.intervention import Edit, Intervention, PerSite
+from actsteer.steering.interventions.keep_norm import KeepNorm
 from actsteer.steering.interventions.low_rank import LowRank
 from actsteer.steering.interventions.replace import Replace
 from actsteer.steering.interventions.rotate import Rotate
@@ -73,6 +78,7 @@ from actsteer.vectors.vector import SteeringVector
 __version__ = "0.1.0"
 
 __all__ = [
+    "FORMATS",
     "Ablate",
     "ActsteerError",
     "Add",
@@ -84,35 +90,44 @@ __all__ = [
     "Chain",
     "Clamp",
     "ClassStatistics",
+    "Combination",
     "ConceptErasure",
     "ConceptNotFoundError",
     "CosineAbove",
     "CrossMoments",
     "DistributedError",
+    "Edit",
     "Estimator",
     "FileFormatError",
+    "Format",
     "Gate",
     "GateError",
     "Intervention",
+    "KeepNorm",
     "LayerMean",
     "LogisticDirection",
     "LossError",
     "LowRank",
     "MeanDifference",
     "ModelMismatchError",
+    "MomentMatching",
     "Moments",
     "Not",
     "NotFoldable",
     "NullSpace",
     "Or",
     "OutputError",
+    "PerSite",
     "PositionsError",
     "PrincipalDirection",
     "ProbeAbove",
     "ProjectionAbove",
     "Replace",
+    "Retain",
     "RidgeDirection",
     "Rotate",
+    "Rows",
+    "ScoredGate",
     "ShapeError",
     "SiteMap",
     "SiteNotFoundError",
@@ -125,6 +140,7 @@ __all__ = [
     "SteeringVector",
     "StrengthError",
     "UnsupportedModelError",
+    "Validation",
     "VectorBank",
     "WhitenedMeanDifference",
     "ZeroDirectionError",

@@ -43,12 +43,11 @@ PARTS: Mapping[str, str] = MappingProxyType(
         "torch.nn.Module._forward_hooks_with_kwargs": _ALL,
         "torch.nn.Module._forward_pre_hooks_with_kwargs": _ALL,
         "torch.nn.Module._compiled_call_impl": _ALL,
-        "torch.nn.modules.module._global_forward_hooks": "whether a hook of all modules may look at what comes later",
-        "torch.nn.modules.module._global_forward_pre_hooks": "the same",
         "torch.nn.modules.batchnorm._BatchNorm": _ALL,
         "torch.nn.modules.batchnorm._NormBase": _ALL,
         "torch.nn.modules.conv._ConvNd": _ALL,
         "torch.Tensor._version": _ALL,
+        "torch.utils._pytree": _ALL,
         "torch.nested._internal.nested_tensor.NestedTensor._ragged_idx": "jagged activations: an AttributeError",
         "torch.autograd.graph.Node._saved_alpha": "a sum with alpha looks like a plain one until the fold's proof",
         # by which checkpoints, wrappers and processes are known

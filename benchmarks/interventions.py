@@ -19,6 +19,7 @@ from actsteer import (
     Chain,
     Clamp,
     CosineAbove,
+    KeepNorm,
     LowRank,
     ProjectionAbove,
     Rotate,
@@ -195,7 +196,7 @@ def _edit(kind: Callable[..., Any], parts: Callable[[Tensor], Any]) -> Callable[
 
 WAYS = {
     "Add, relative": Way(lambda v: {"intervention": Add(relative=True)}, _relative),
-    "Add, keep_norm": Way(lambda v: {"intervention": Add(keep_norm=True)}, _keep_norm),
+    "KeepNorm(Add)": Way(lambda v: {"intervention": KeepNorm(Add())}, _keep_norm),
     "Ablate": Way(lambda v: {"intervention": Ablate()}, _ablate),
     "Ablate, one_sided": Way(lambda v: {"intervention": Ablate(one_sided=True)}, _one_sided),
     "Clamp": Way(lambda v: {"intervention": Clamp(TARGET)}, _clamp),

@@ -49,7 +49,7 @@ def compare(setting: Setting, ways: dict[str, Variant], *, threads: int, rounds:
 
     A run is as many forward passes as take `seconds`; a model of which one pass takes longer gets fewer rounds.
     """
-    with set_threads(threads), torch.inference_mode(), _no_collection():
+    with set_threads(threads), torch.inference_mode(), no_collection():
         clock = time.thread_time if threads == 1 else time.perf_counter  # other processes do not count in the first
         forwards = _forwards_in(setting, seconds)
         rounds = rounds if forwards > 1 else max(2, rounds // SLOW)
@@ -97,7 +97,7 @@ def set_threads(count: int) -> Iterator[None]:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from actsteer import SteeringVector, VectorBank
-
-settings.register_profile("actsteer", deadline=None, max_examples=40)
-settings.load_profile("actsteer")
 
 SIZES = {"0": 3, "layers.4.mlp": 2, "層/ü%2F": 1, "": 2}  # site -> features: every drawn vector is of this one model
 CONCEPTS = ("nine", "a/b", "100%", "a%2Fb", "層 é", "")

@@ -27,7 +27,6 @@ FLOORS = {
     "cli": 6,
     "__init__": 7,
 }
-every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 
 
 def folder(module: str) -> str:
@@ -60,24 +59,26 @@ def run(*command: str) -> None:
 
 
 # --- floors ------------------------------------------------------------------------------------------------------
-@every_file
-def test_a_file_imports_only_from_lower_floors_and_its_own_folder(path):
-    own = folder(name(path))
-    for module in imported(path):
-        other = folder(module)
-        assert other == own or FLOORS[other] < FLOORS[own], f"{name(path)} (floor {FLOORS[own]}) imports {module}"
+def test_a_file_imports_only_from_lower_floors_and_its_own_folder():
+    upward = [
+        f"{name(path)} (floor {FLOORS[own]}) imports {module}"
+        for path in FILES
+        for own in [folder(name(path))]
+        for module in imported(path)
+        if folder(module) != own and FLOORS[folder(module)] >= FLOORS[own]
+    ]
+    assert upward == []
 
 
-@every_file
-def test_imports_are_absolute_and_every_folder_has_a_floor(path):
-    relative = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom) and n.level]
-    assert relative == []
-    assert folder(name(path)) in FLOORS
+def test_imports_are_absolute_and_every_folder_has_a_floor():
+    nodes = [(path, node) for path in FILES for node in ast.walk(ast.parse(path.read_text()))]
+    assert [str(path) for path, node in nodes if isinstance(node, ast.ImportFrom) and node.level] == []
+    assert {folder(name(path)) for path in FILES} <= set(FLOORS)
 
 
 def test_the_files_import_one_another():
     assert "actsteer.vectors.vector" in imported(ROOT / "actsteer/vectors/bank.py")
-    assert "actsteer.files.native" in imported(ROOT / "actsteer/vectors/formats.py")
+    assert "actsteer.files.native" in imported(ROOT / "actsteer/files/formats.py")
 
 
 # --- sizes and names ---------------------------------------------------------------------------------------------
@@ -92,11 +93,10 @@ def test_no_file_or_folder_has_a_name_without_meaning():
     assert parts & {"utils", "util", "base", "common", "core", "helpers", "misc"} == set()
 
 
-@pytest.mark.parametrize("public", actsteer.__all__)
-def test_every_public_name_exists_and_is_documented(public):
-    found = getattr(actsteer, public)
-    assert found.__doc__
-    assert not found.__doc__.startswith(f"{public}(")  # what dataclass writes when nobody does
+def test_every_public_name_exists_and_is_documented():
+    documented = {public: getattr(actsteer, public).__doc__ or "" for public in actsteer.__all__}
+    generated = [public for public, text in documented.items() if text.startswith(f"{public}(")]  # by dataclass
+    assert [public for public, text in documented.items() if not text] == generated == []
 
 
 def test_the_public_names_are_sorted_and_complete():
@@ -107,38 +107,33 @@ def test_the_public_names_are_sorted_and_complete():
     assert len(set(actsteer.__all__)) == len(actsteer.__all__)
 
 
-@every_file
-def test_every_module_with_code_says_what_it_is(path):
-    if path.read_text():
-        assert ast.get_docstring(ast.parse(path.read_text()))
+def test_every_module_with_code_says_what_it_is():
+    code = {name(path): path.read_text() for path in FILES}
+    assert [module for module, text in code.items() if text and not ast.get_docstring(ast.parse(text))] == []
 
 
 # --- in a fresh interpreter --------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "extra", ["transformers", "torchvision", "matplotlib", "transformer_lens", "sklearn", "pandas"]
-)
-def test_importing_does_not_import_the_extras(extra, modules_after_import):
-    assert extra not in modules_after_import
-
-
-@pytest.fixture(scope="module")
-def modules_after_import():
-    """The top-level modules that `import actsteer` loads."""
+def test_importing_does_not_import_the_extras():
     command = "import sys, actsteer; print(*{name.split('.')[0] for name in sys.modules})"
     done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "torch" in done.stdout.split()
-    return done.stdout.split()
+    loaded = set(done.stdout.split())
+    assert "torch" in loaded
+    assert loaded & {"transformers", "torchvision", "matplotlib", "transformer_lens", "sklearn", "pandas"} == set()
 
 
+# --- the tools, in the slow tier: an editor and pre-commit run them all the time -----------------------------------
+@pytest.mark.slow
 def test_mypy_is_content():
     run("-m", "mypy")
 
 
+@pytest.mark.slow
 def test_ruff_is_content():
     run("-m", "ruff", "check", ".")
     run("-m", "ruff", "format", "--check", ".")
 
 
+@pytest.mark.slow
 def test_the_examples_run_with_every_annotation_checked():
     checks = "--jaxtyping-packages=actsteer,tests.typechecker.typechecked"
-    run("-m", "pytest", "actsteer", "-q", "-p", "tests.typechecker", checks)
+    run("-m", "pytest", "actsteer", "-q", "-n0", "-p", "tests.typechecker", checks)

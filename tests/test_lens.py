@@ -204,6 +204,7 @@ def test_hook_points_have_the_names_of_hook_dict():
 
 
 # --- TransformerBridge -----------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.case(46)
 def test_every_name_that_runs_is_steered_as_its_own_hooks_would(shared, cache):
     """Aliases, and hook points whose activation is seen through a conversion, among them."""
@@ -398,6 +399,7 @@ assert not {"transformer_lens", "transformers", "accelerate"} & set(sys.modules)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.case(49)
 def test_everything_works_where_transformerlens_and_transformers_are_absent():
     done = subprocess.run([sys.executable, "-c", BLOCKED], capture_output=True, text=True, timeout=120, check=False)

@@ -1,13 +1,18 @@
-"""Banks: the vectors that a command is given."""
+"""Banks: the files of vectors that a command is given, and what may be written over."""
 
 from __future__ import annotations
 
 import glob
+import importlib
+import sys
 from pathlib import Path
+from typing import Any
 
 import typer
 from torch import nn
 
+from actsteer.files import gguf, sealed
+from actsteer.files.formats import Format
 from actsteer.vectors.bank import VectorBank
 
 
@@ -21,7 +26,55 @@ def check(path: str) -> None:
         raise typer.BadParameter(f"{path}: there is no such file", param_hint="bank")
 
 
-def read(path: str, model: nn.Module | None, concepts: list[str] | None, *, layer_offset: int = 0) -> VectorBank:
+def check_own(path: Path, *kinds: str) -> None:
+    """Before any work: nothing is written over but what actsteer has written, of one of these kinds ("statistics").
+
+    A control vector, `.gguf`, is a "bank".
+
+    Raises:
+        typer.BadParameter: there is another file.
+    """
+    found = ("bank" if gguf.is_ours(path) else None) if path.suffix.lower() == ".gguf" else sealed.kind_of(path)
+    if path.exists() and found not in kinds:
+        raise typer.BadParameter(
+            f"{path}: it is there already, and no {' or '.join(kinds)} of actsteer's; choose another name",
+            param_hint="output",
+        )
+
+
+def check_concepts(path: Path, bank: VectorBank, *, form: Format | None) -> None:
+    """Nothing is written over a bank but one of the same concepts.
+
+    Raises:
+        typer.BadParameter: there is another one.
+    """
+    if path.exists() and set(there := VectorBank.load(path, format=form).concepts) != set(bank.concepts):
+        raise typer.BadParameter(
+            f"{path}: it is there already, with {', '.join(there)}; choose another name, or delete it",
+            param_hint="output",
+        )
+
+
+def read(
+    path: str, model: nn.Module | None, concepts: list[str] | None, *, layer_offset: int = 0, form: Format | None = None
+) -> VectorBank:
     """The vectors of a file, or some of them, with the model's names for the sites."""
-    bank = VectorBank.load(path, model, layer_offset=layer_offset)
+    bank = VectorBank.load(path, model, layer_offset=layer_offset, format=form)
     return bank.select(*concepts) if concepts else bank
+
+
+def format_of(name: str) -> Format:
+    """The format that is a Python module, of the current folder or installed.
+
+    Raises:
+        typer.BadParameter: there is no such module, or it is no format.
+    """
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)  # as `python -m` has it
+    try:
+        found: Any = importlib.import_module(name)
+    except Exception as error:
+        raise typer.BadParameter(f"{name}: {type(error).__name__}: {error}", param_hint="--format") from error
+    if missing := [part for part in ("SUFFIX", "read", "write") if not hasattr(found, part)]:
+        raise typer.BadParameter(f"{name}: a format needs {', '.join(missing)}; see Format", param_hint="--format")
+    return found  # type: ignore[no-any-return]

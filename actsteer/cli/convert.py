@@ -20,18 +20,32 @@ def convert(
         int, typer.Option(help="What A's numbers are above those of the blocks, which count from 0.")
     ] = 0,
     target_offset: Annotated[int, typer.Option(help="The same for B, a .gguf.")] = 0,
+    form: Annotated[
+        str | None,
+        typer.Option("--format", help="A Python module of your own, with SUFFIX, read and write, for A or B."),
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Read vectors in one format and write them in another; several files into one bank, too.
 
     Reads .safetensors (actsteer's own, and steering-lite's), .gguf (llama.cpp, repeng, EasySteer), .svec, and .pt files
-    of tensors alone. Where a file numbers a model's blocks and does not say of which model, name it with --model.
+    of tensors alone (CAA, RepE). Where a file numbers a model's blocks and does not say of which model, name it with
+    --model. Nothing is written over but a file of actsteer's with the same concepts.
     """
-    if target_offset and target.suffix.lower() != ".gguf":
+    mine = None if form is None else banks.format_of(form)
+    reads, writes = (
+        mine if mine is not None and str(name).lower().endswith(mine.SUFFIX) else None for name in (source, target)
+    )
+    if mine is not None and reads is writes is None:
+        raise typer.BadParameter(f"{form}: its files end in {mine.SUFFIX}", param_hint="--format")
+    if target_offset and target.suffix.lower() != ".gguf" and writes is None:
         raise typer.BadParameter("only a .gguf numbers the blocks", param_hint="--target-offset")
-    options.check_output(target, ".safetensors", ".gguf", inputs=[source])
+    suffixes = (".safetensors", ".gguf") if writes is None else (target.suffix.lower(),)
+    options.check_output(target, *suffixes, inputs=[source])
+    banks.check_own(target, "bank")
     banks.check(source)
     named = models.names(model, trust_remote_code=trust_remote_code)
-    bank = banks.read(source, named, concept, layer_offset=source_offset)
-    bank.save(target, layer_offset=target_offset)
+    bank = banks.read(source, named, concept, layer_offset=source_offset, form=reads)
+    banks.check_concepts(target, bank, form=writes)
+    bank.save(target, layer_offset=target_offset, format=writes)
     screen.say(f"{len(bank)} concept{'s' * (len(bank) != 1)} written to {target}: {', '.join(bank.concepts)}")

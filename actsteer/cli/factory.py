@@ -1,4 +1,4 @@
-"""Factory: `module:factory`, any torch model that Python can import, or make without arguments."""
+"""Factory: `module:factory`, a model or an estimator that Python can import, or make without arguments."""
 
 from __future__ import annotations
 
@@ -13,12 +13,22 @@ from torch import nn
 
 from actsteer.errors import UnsupportedModelError
 
+_EXPECTED = {"MODEL": "a Hugging Face directory or name, or module:factory", "--estimator": "module:Class"}
+
 
 def make(name: str) -> nn.Module:
-    """What `module:factory` names, the current folder's modules included."""
+    """The model that `module:factory` names, or that it makes without arguments."""
+    model = made(name, nn.Module, hint="MODEL")
+    if not isinstance(model, nn.Module):
+        raise typer.BadParameter(f"{name}: expected a torch.nn.Module, got {type(model).__name__}", param_hint="MODEL")
+    return model
+
+
+def made(name: str, kind: type, *, hint: str) -> Any:
+    """What `module:factory` names, the current folder's modules included, if it is of this kind, or what it makes."""
     home, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in (*home.split("."), *attribute.split("."))):
-        raise typer.BadParameter(f"{name}: expected module:factory, as in nets:build", param_hint="MODEL")
+        raise typer.BadParameter(f"{name}: expected module:factory, as in nets:build", param_hint=hint)
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)  # as `python -m` has it
     try:
@@ -26,22 +36,20 @@ def make(name: str) -> nn.Module:
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{home}.".startswith(f"{error.name}."):
             raise typer.BadParameter(
-                f"{name}: no folder, and no module {home!r} here or installed; expected a Hugging Face directory or "
-                "name, or module:factory",
-                param_hint="MODEL",
+                f"{name}: no folder, and no module {home!r} here or installed; expected {_EXPECTED[hint]}",
+                param_hint=hint,
             ) from None
         raise _failed(name, error) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
-            raise typer.BadParameter(f"{name}: {home!r} has no {attribute!r}", param_hint="MODEL")
+            raise typer.BadParameter(f"{name}: {home!r} has no {attribute!r}", param_hint=hint)
         found = getattr(found, part)
+    if not callable(found) or (isinstance(found, kind) and not isinstance(found, type)):
+        return found
     try:
-        model = found() if not isinstance(found, nn.Module) and callable(found) else found
+        return found()
     except Exception as error:
         raise _failed(name, error) from error
-    if not isinstance(model, nn.Module):
-        raise typer.BadParameter(f"{name}: expected a torch.nn.Module, got {type(model).__name__}", param_hint="MODEL")
-    return model
 
 
 def _failed(name: str, error: Exception) -> UnsupportedModelError:
@@ -49,5 +57,5 @@ def _failed(name: str, error: Exception) -> UnsupportedModelError:
     frames = traceback.extract_tb(error.__traceback__)
     where = f" in {frames[-1].filename}:{frames[-1].lineno}" if len(frames) > 1 else ""
     return UnsupportedModelError(
-        f"{name} raised {type(error).__name__}: {error}{where}; expected a model, or what makes one without arguments"
+        f"{name} raised {type(error).__name__}: {error}{where}; expected an object, or what makes one without arguments"
     )

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, cast
 
 import typer
 
-from actsteer.cli import models, options, screen
+from actsteer.cli import factory, models, options, screen
 from actsteer.cli.examples import batches
 from actsteer.cli.options import BatchSize, Chat, Device, DtypeName, ModelName, OutPath, TrustRemoteCode
 from actsteer.cli.show import describe
 from actsteer.collecting.positions import Positions
 from actsteer.estimators import fit as fitting
+from actsteer.estimators.estimator import Estimator, check_estimator
 from actsteer.estimators.logistic_direction import LogisticDirection
 from actsteer.estimators.mean_difference import MeanDifference
 from actsteer.estimators.principal_direction import PrincipalDirection
 from actsteer.estimators.ridge_direction import RidgeDirection
 from actsteer.estimators.whitened_mean_difference import WhitenedMeanDifference
 from actsteer.vectors.bank import VectorBank
+from actsteer.vectors.vector import SteeringVector
 
-Name: TypeAlias = Literal[
-    "MeanDifference", "WhitenedMeanDifference", "PrincipalDirection", "RidgeDirection", "LogisticDirection"
-]
-_MADE = {
+_OURS: dict[str, Callable[[], Estimator[Any]]] = {
     kind.__name__: kind
     for kind in (MeanDifference, WhitenedMeanDifference, PrincipalDirection, RidgeDirection, LogisticDirection)
 }
+"""The estimators that `actsteer fit` knows by a name alone."""
 _FILE = "Texts, .txt or .jsonl, a line each; or inputs, .safetensors or .pt."
 
 
@@ -37,7 +38,9 @@ def fit(
     sites: Annotated[list[str], typer.Option(help="A name, a glob or re:EXPRESSION; repeatable.", show_default=False)],
     output: OutPath,
     concept: Annotated[str | None, typer.Option(help="What the vector stands for; the positive file's name.")] = None,
-    estimator: Annotated[Name, typer.Option(help="How the direction is found.")] = "MeanDifference",
+    estimator: Annotated[
+        str, typer.Option(help=f"How the direction is found: {', '.join(_OURS)}, or yours as module:Class.")
+    ] = "MeanDifference",
     positions: Annotated[
         str | None, typer.Option(help="all, last, an index, or start:stop; of texts the last token, else all.")
     ] = None,
@@ -49,6 +52,7 @@ def fit(
 ) -> None:
     """Fit the vector that points from the negative examples to the positive ones, and write it to a file."""
     options.check_output(output, ".safetensors", ".gguf", inputs=(positive, negative))
+    made = _estimator(estimator)
     asked = None if positions is None else options.positions(positions)
     loaded = models.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     toward, are_texts = batches(positive, loaded, batch_size=batch_size, chat=chat)
@@ -59,13 +63,33 @@ def fit(
         positive=toward,
         negative=away,
         sites=sites,
-        estimator=_MADE[estimator](),
+        estimator=made,
         concept=concept or positive.stem,
         positions=chosen,
         batch_size=batch_size,
     )
+    if not isinstance(vector, SteeringVector):
+        raise typer.BadParameter(
+            f"{estimator}: it gives an edit, {type(vector).__name__}, and a file holds vectors; call fit in Python",
+            param_hint="--estimator",
+        )
     if not float(vector.norm()):
         screen.complain("warning", "the vector is zero: both sides are alike at these sites")
     vector.save(output, model=loaded.model)
     describe(VectorBank({vector.concept or "vector": vector}))
     screen.say(f"written to {output}")
+
+
+def _estimator(name: str) -> Estimator[Any]:
+    """The estimator of ours that has this name, or the one that `module:Class` makes without arguments, or is."""
+    if name in _OURS:
+        return _OURS[name]()
+    hint = "--estimator"
+    if ":" not in name:
+        raise typer.BadParameter(f"{name}: expected {', '.join(_OURS)}, or yours as module:Class", param_hint=hint)
+    estimator = factory.made(name, Estimator, hint=hint)
+    try:
+        check_estimator(estimator)
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(f"{name}: {error}", param_hint=hint) from error
+    return cast("Estimator[Any]", estimator)

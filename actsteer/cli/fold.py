@@ -22,7 +22,7 @@ from actsteer.cli.options import (
     StrengthTexts,
     TrustRemoteCode,
 )
-from actsteer.files.sealed import replacing
+from actsteer.files.replacing import replacing
 from actsteer.steering.folding import fold as folding
 
 

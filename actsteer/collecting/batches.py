@@ -17,7 +17,9 @@ Batches: TypeAlias = Tensor | Iterable[Any]
 mapping of keyword arguments such as a tokenizer's output."""
 
 
-def iterate(batches: Batches, *, batch_size: int, progress: bool, label: str) -> Iterator[Any]:
+def iterate(
+    batches: Batches, *, batch_size: int, progress: bool, label: str, may_be_empty: bool = False
+) -> Iterator[Any]:
     """The batches one by one, behind a progress bar that shows the rows per second.
 
     Raises:
@@ -41,7 +43,7 @@ def iterate(batches: Batches, *, batch_size: int, progress: bool, label: str) ->
             bar.update()
             if elapsed := bar.format_dict["elapsed"] or 0:
                 bar.set_postfix_str(f"{rows / elapsed:,.0f} rows/s", refresh=False)
-    if empty:
+    if empty and not may_be_empty:
         raise BatchError("batches: there are none; is the generator used up, or the tensor empty?")
 
 

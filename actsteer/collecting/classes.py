@@ -7,10 +7,9 @@ from functools import reduce as fold
 from os import PathLike
 from typing import Any, TypeAlias, final
 
-from actsteer.collecting import storage
-from actsteer.collecting.distributed import reduce
-from actsteer.collecting.meeting import Group
+from actsteer.collecting import moments_file
 from actsteer.collecting.moments import Moments
+from actsteer.collecting.processes import Group, reduce
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import StatisticsError, close_names
 
@@ -21,6 +20,9 @@ Label: TypeAlias = int | str
 class ClassStatistics(Mapping[Label, Statistics]):
     """Label -> Statistics, as `collect(..., by=labels)` gives them, in the order of the labels.
 
+    Args:
+        nothing: statistics of no rows, which tell the sites where no class has any: a share of nothing.
+
     >>> import torch
     >>> rows = torch.tensor([[1.0], [2.0], [6.0]])
     >>> stats = ClassStatistics({digit: Statistics({"2": Moments.of(row[None])}) for digit, row in enumerate(rows)})
@@ -28,10 +30,11 @@ class ClassStatistics(Mapping[Label, Statistics]):
     (6.0, 1.5, 3)
     """
 
-    def __init__(self, classes: Mapping[Label, Statistics]) -> None:
-        if not classes:
+    def __init__(self, classes: Mapping[Label, Statistics], *, nothing: Statistics | None = None) -> None:
+        first = next(iter(classes.values()), nothing)
+        if first is None:
             raise StatisticsError("expected statistics of one class or more, got none")
-        first = next(iter(classes.values()))
+        self._first = first
         for label, own in classes.items():
             if own.sites != first.sites or own.metadata != first.metadata:
                 raise StatisticsError(
@@ -86,6 +89,9 @@ class ClassStatistics(Mapping[Label, Statistics]):
 
     def merge(self, other: ClassStatistics) -> ClassStatistics:
         """The statistics of both parts together, class by class."""
+        if not (self._classes and other._classes):
+            both = self._first.merge(other._first)  # which fails unless they go together
+            return ClassStatistics({**self, **other}, nothing=both)
         return ClassStatistics(
             {
                 label: fold(Statistics.merge, (part[label] for part in (self, other) if label in part))
@@ -96,29 +102,31 @@ class ClassStatistics(Mapping[Label, Statistics]):
     def all_reduce(self, group: Group = None) -> ClassStatistics:
         """The statistics of all processes' rows together, as `Statistics.all_reduce`; each may have other classes."""
         parts = {label: own._moments for label, own in self.items()}
-        reduced, ranks = reduce(parts, self.metadata, self._first._replicas, group=group)
-        return ClassStatistics(
-            {label: Statistics(own, metadata=self.metadata, replicas=ranks) for label, own in reduced.items()}
-        )
+        replicas = self._first._replicas
+        reduced, metadata, ranks = reduce(parts, self.metadata, replicas, by_class=True, group=group)
+        made = {label: Statistics(own, metadata=metadata, replicas=ranks) for label, own in reduced.items()}
+        return ClassStatistics(made, nothing=self._first)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write them, bit for bit, to a `.safetensors` file; atomic."""
         classes: dict[Label | None, Mapping[str, Moments]] = {label: own._moments for label, own in self.items()}
-        storage.write(path, "class statistics", classes, {"metadata": self.metadata})
+        moments_file.write(path, "class statistics", classes, {"metadata": self.metadata, "sites": list(self.sites)})
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> ClassStatistics:
         """Read what `save` wrote; errors as `Statistics.load`."""
-        classes, described = storage.read(path, "class statistics")
+        classes, described = moments_file.read(path, "class statistics")
         metadata = described["metadata"]
-        return cls({label: Statistics(own, metadata=metadata) for label, own in classes.items() if label is not None})
+        nothing = Statistics({site: Moments.empty(0) for site in described["sites"]}, metadata=metadata)
+        made = {label: Statistics(own, metadata=metadata) for label, own in classes.items() if label is not None}
+        return cls(made, nothing=nothing)
 
     def __repr__(self) -> str:
         return f"ClassStatistics(labels={list(self)}, sites={self.sites})"
 
-    @property
-    def _first(self) -> Statistics:
-        return next(iter(self._classes.values()))
-
     def __reduce__(self) -> tuple[Any, ...]:
-        return ClassStatistics, (self._classes,)
+        return _rebuilt, (self._classes, self._first)
+
+
+def _rebuilt(classes: dict[Label, Statistics], first: Statistics) -> ClassStatistics:
+    return ClassStatistics(classes, nothing=first)

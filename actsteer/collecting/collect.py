@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from os import PathLike
 from typing import Any, final, overload
 
@@ -11,14 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from actsteer.collecting.batches import Batches, iterate
-from actsteer.collecting.checkpoint import Checkpoint, code_of, weights
 from actsteer.collecting.classes import ClassStatistics, Label
 from actsteer.collecting.labels import Labels, labelled
-from actsteer.collecting.meeting import announced, is_alone
-from actsteer.collecting.moments import Moments
-from actsteer.collecting.observe import Observation
-from actsteer.collecting.peers import in_step, replicas
+from actsteer.collecting.moments import Covariance, Moments
+from actsteer.collecting.observe import Observation, Step
 from actsteer.collecting.positions import Positions, described
+from actsteer.collecting.processes import announced, in_step, is_alone, replicas
+from actsteer.collecting.resume import Checkpoint, code_of, weights
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import StatisticsError
 from actsteer.sites import fingerprint
@@ -32,11 +32,12 @@ def collect(
     batches: Batches,
     *,
     sites: Sites,
-    covariance: bool = ...,
+    covariance: Covariance = ...,
     by: None = ...,
     positions: Positions = ...,
     axis: Axes | None = ...,
     batch_size: int = ...,
+    stop: bool = ...,
     checkpoint: str | PathLike[str] | None = ...,
     every: int = ...,
     progress: bool = ...,
@@ -49,11 +50,12 @@ def collect(
     batches: Batches,
     *,
     sites: Sites,
-    covariance: bool = ...,
+    covariance: Covariance = ...,
     by: Labels,
     positions: Positions = ...,
     axis: Axes | None = ...,
     batch_size: int = ...,
+    stop: bool = ...,
     checkpoint: str | PathLike[str] | None = ...,
     every: int = ...,
     progress: bool = ...,
@@ -65,26 +67,30 @@ def collect(
     batches: Batches,
     *,
     sites: Sites,
-    covariance: bool = False,
+    covariance: Covariance = False,
     by: Labels | None = None,
     positions: Positions = "all",
     axis: Axes | None = None,
     batch_size: int = 256,
+    stop: bool = True,
     checkpoint: str | PathLike[str] | None = None,
     every: int = 100,
     progress: bool = True,
 ) -> Statistics | ClassStatistics:
-    """Count, mean and, when asked for, covariance of the activations at each site, in one pass and float64.
+    """Count, mean and, when asked for, variance or covariance of the activations at each site, in one pass and float64.
 
-    The model runs in evaluation mode and inference mode, each batch once, and is left as it was found. A pass ends at
-    the deepest site where it is certain that no site would run again; what lies behind it, hooks included, is not
-    called then, and keeps no state. Inside a `with Steerer(...)` block the steered activations are collected. Under
-    torch.distributed each process collects its own share, and `all_reduce` brings them together.
+    The model runs in evaluation mode and without gradients, each batch once, and is left as it was found. The first
+    batch runs whole. Where each site ran exactly once in it, later passes end when all of them have: what lies behind
+    the last one, hooks included, is not called then. Every 32nd pass runs whole again, and raises if a site ran more
+    often. A model of which a part behind the last site writes what it reads at its next batch needs `stop=False`:
+    nothing else can tell. Inside a `with Steerer(...)` block the steered activations are collected. Under
+    torch.distributed each process collects its own share, which may be empty, and `all_reduce` brings them together.
 
     Args:
         batches: an iterable of model inputs, or one tensor that is split by `batch_size`.
         sites: names, globs or a predicate, as for `find_sites`.
-        covariance: also keep the (d, d) scatter: O(d^2) memory instead of O(d).
+        covariance: also keep the (d, d) scatter: O(d^2) memory instead of O(d); with "diagonal" the variance of each
+            feature alone, in O(d).
         by: the class of every row, for statistics by class: one label per row for one tensor; an iterable with the
             labels of each batch; the place where the batches carry them (a position in a tuple or a key in a mapping,
             which the model is then not given); or a function of the batch.
@@ -92,6 +98,7 @@ def collect(
             (S,) or (B, S), a function that makes one from the batch, or "mean", their mean. Where the batch has an
             attention mask, pads do not count, and positions are counted among the real tokens.
         axis: the feature axis, of every site or site -> axis, where it is not the one that the module's class tells.
+        stop: False runs every pass whole.
         checkpoint: a `.safetensors` file in which the sums are kept, after `every` batches and at the end. If it is
             there already, the batches that it has seen are skipped, and the statistics are bit for bit those of an
             uninterrupted pass.
@@ -102,7 +109,8 @@ def collect(
 
     Raises:
         SiteNotFoundError, BatchError: the model lacks a site; batches, labels or positions do not fit.
-        StatisticsError: a site never ran, its activations are not finite, or the checkpoint is of another pass.
+        StatisticsError: a site never ran, or ran more than once where passes ended early; its activations are not
+            finite; or the checkpoint is of another pass.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     >>> stats = collect(model, torch.zeros(5, 2), sites="1")
@@ -115,12 +123,17 @@ def collect(
         names = find_sites(model, sites)
         metadata = fingerprint.described(model) | described(positions)
         sums = _Sums(covariance=covariance)
-        rows = None if by is None else sums.rows
-        observation = Observation(model, names, sums.keep, axis=axis, positions=positions, rows=rows)
-        stream = iterate(batches, batch_size=batch_size, progress=progress, label="collect")
+        observation = Observation(model, names, axis=axis, positions=positions, stop=stop)
+        is_share = not is_alone()  # which may be empty
+        stream = iterate(batches, batch_size=batch_size, progress=progress, label="collect", may_be_empty=is_share)
         pairs: Iterable[tuple[Any, Any]] = ((batch, None) for batch in stream) if by is None else labelled(stream, by)
         if checkpoint is not None:
-            job = metadata | {"sites": list(names), "covariance": covariance, "by": by is not None, "axis": repr(axis)}
+            job: dict[str, Any] = metadata | {
+                "sites": list(names),
+                "covariance": covariance,
+                "by": by is not None,
+                "axis": repr(axis),
+            }
             job |= {"weights": weights(model), "rank": 0 if is_alone() else dist.get_rank()}
             job |= {"batch_size": batch_size} if isinstance(batches, Tensor) else {}
             job |= {"positions code": code_of(positions)} if callable(positions) else {}
@@ -129,15 +142,18 @@ def collect(
             observation.axes.update(saved.axes)
             saved.axes = observation.axes
             pairs = saved.unseen(pairs)
-        observation.run(sums.inputs(in_step(pairs, model)))
-        sums.check(names)
-    described_by = metadata | described_axes(observation.axes, axis)
-    same = replicas(model)
-    made = {
-        label: Statistics({site: own[site] for site in names}, metadata=described_by, replicas=same)
-        for label, own in sums.classes.items()
-    }
-    return made[None] if by is None else ClassStatistics({key: own for key, own in made.items() if key is not None})
+        observation.run(sums.steps(in_step(pairs, model)))
+        sums.check(names, may_be_empty=is_share)
+    described_by, same = metadata | described_axes(observation.axes, axis), replicas(model)
+
+    def made(moments: Mapping[str, Moments]) -> Statistics:
+        return Statistics({site: moments[site] for site in names}, metadata=described_by, replicas=same)
+
+    nothing = dict.fromkeys(names, Moments.empty(0, covariance=covariance))
+    if by is None:
+        return made(sums.classes.get(None, nothing))
+    classes = {label: made(own) for label, own in sums.classes.items() if label is not None}
+    return ClassStatistics(classes, nothing=made(nothing))
 
 
 def described_axes(axes: Mapping[str, int], given: Axes | None) -> dict[str, str]:
@@ -150,43 +166,41 @@ def described_axes(axes: Mapping[str, int], given: Axes | None) -> dict[str, str
 class _Sums:
     """The moments of every class at every site, as they grow."""
 
-    def __init__(self, *, covariance: bool) -> None:
+    def __init__(self, *, covariance: Covariance) -> None:
         self.classes: dict[Label | None, dict[str, Moments]] = {}
         self._covariance = covariance
-        self._labels: list[Label] | None = None
 
-    def rows(self) -> int:
-        """How many rows the batch has, by its labels."""
-        return len(self._labels or ())
-
-    def inputs(self, pairs: Iterable[tuple[Any, list[Label] | None]]) -> Iterator[Any]:
-        """The batches as the model is to see them, without their labels."""
+    def steps(self, pairs: Iterable[tuple[Any, list[Label] | None]]) -> Iterator[Step]:
+        """What is to run for the batches, each with the labels of its rows."""
         for batch, labels in pairs:
-            self._labels = labels
-            yield batch
+            if labels is None:
+                yield Step(batch, self._keep_all)
+            else:
+                yield Step(batch, partial(self._keep, *_coded(labels)), len(labels))
 
-    def keep(self, site: str, rows: Tensor, owners: Tensor) -> None:
-        """Take in rows of a site; `owners` tells of which row of the batch each of them is."""
-        if self._labels is None:
-            self._add(None, site, rows)
-            return
-        codes = {label: code for code, label in enumerate(dict.fromkeys(self._labels))}
-        own = torch.tensor([codes[label] for label in self._labels])[owners.cpu()]
+    def _keep_all(self, site: str, rows: Tensor, owners: Tensor) -> None:
+        """Take in rows of a site that belong to no class."""
+        self._add(None, site, rows)
+
+    def _keep(self, labels: list[Label], codes: Tensor, site: str, rows: Tensor, owners: Tensor) -> None:
+        """Take in rows of a site; `owners` tells of which row of the batch each is, `codes` the class of that one."""
+        own = codes[owners.cpu()]
         order = own.argsort(stable=True)
-        parts = rows[order.to(rows.device)].split(torch.bincount(own, minlength=len(codes)).tolist())
-        for label, part in zip(codes, parts, strict=True):
+        parts = rows[order.to(rows.device)].split(torch.bincount(own, minlength=len(labels)).tolist())
+        for label, part in zip(labels, parts, strict=True):
             self._add(label, site, part)
 
-    def check(self, names: Iterable[str]) -> None:
+    def check(self, names: Iterable[str], *, may_be_empty: bool) -> None:
         """Raise StatisticsError unless every class has finite moments at every site."""
-        classes = self.classes or {None: {}}
+        classes = self.classes or ({} if may_be_empty else {None: {}})
         for moments in classes.values():
             if empty := [site for site in names if site not in moments]:
                 raise StatisticsError(f"sites {empty} saw no rows; is every batch empty?")
             for site, seen in moments.items():
-                if not bool(torch.isfinite(seen.mean).all()):
+                if not seen.is_finite:
                     raise StatisticsError(
-                        f"site {site!r}: the activations are not finite; look for inf or nan in the data"
+                        f"site {site!r}: the activations are not finite; look for inf or nan in the data, or for "
+                        "numbers of which the squares are too large for float64"
                     )
 
     def _add(self, label: Label | None, site: str, rows: Tensor) -> None:
@@ -196,3 +210,9 @@ class _Sums:
                 moments[site] = Moments.of(rows, covariance=self._covariance)
             else:
                 moments[site].update(rows)
+
+
+def _coded(labels: list[Label]) -> tuple[list[Label], Tensor]:
+    """The labels without repetition, and for each row the index of its own among them."""
+    codes = {label: code for code, label in enumerate(dict.fromkeys(labels))}
+    return list(codes), torch.tensor([codes[label] for label in labels], dtype=torch.long)

@@ -31,6 +31,11 @@ class TokenMasks:
             self._own = _ones(arguments, "input_ids", "inputs_embeds", "input_features")
 
     @property
+    def by_site(self) -> bool:
+        """Whether the tokens of one site may be others than those of another of the same shape."""
+        return self._decoder is not None
+
+    @property
     def rows(self) -> int | None:
         """How many sequences there are, if a mask tells."""
         return None if self._own is None else len(self._own)

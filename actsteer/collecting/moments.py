@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, TypeAlias, final
 
 import torch
 from jaxtyping import Float
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from actsteer.collecting.symmetric import add_product, times, whole
 from actsteer.errors import ShapeError, StatisticsError
+
+Covariance: TypeAlias = bool | Literal["diagonal"]
+"""What is kept beside the mean: nothing, the variance of each feature, O(d), or the covariance of all, O(d^2)."""
 
 BLOCK = 1024
 """Rows that are turned into float64 at a time."""
@@ -40,11 +43,13 @@ class Scatter:
 
 @final
 class Moments:
-    """Count, mean and, when asked for, scatter of the activations at one site, in float64.
+    """Count, mean and, when asked for, variance or covariance of the activations at one site, in float64.
 
     Parts merge exactly as if their rows had been seen together (Chan, Golub & LeVeque 1979):
 
         n = n_a + n_b,   δ = mean_b - mean_a,   mean = mean_a + δ n_b / n,   S = S_a + S_b + δ δᵀ n_a n_b / n
+
+    S is the scatter Σ (x - mean)(x - mean)ᵀ; with covariance="diagonal" its diagonal alone is kept.
 
     The mean is held as an origin, that of the first rows, and an offset from it. So the differences δ, and with
     them the scatter, stay exact where the mean is a billion times the spread.
@@ -52,34 +57,49 @@ class Moments:
     >>> m = Moments.empty(2, covariance=True).update(torch.tensor([[0.0, 2.0], [4.0, 2.0]]))
     >>> m.count, m.mean.tolist(), m.covariance.tolist()
     (2, [2.0, 2.0], [[8.0, 0.0], [0.0, 0.0]])
+    >>> Moments.of(torch.tensor([[0.0, 2.0], [4.0, 2.0]]), covariance="diagonal").variance.tolist()
+    [8.0, 0.0]
     """
 
-    __slots__ = ("_offset", "_origin", "_scatter", "_shared", "count")
+    __slots__ = ("_buffer", "_offset", "_origin", "_scatter", "_shared", "_squares", "count", "dtype")
 
     @torch.inference_mode(mode=False)  # what is kept must work in autograd later
     def __init__(
-        self, count: int, mean: Float[Tensor, " d"], scatter: Float[Tensor, "d d"] | Scatter | None = None
+        self, count: int, mean: Float[Tensor, " d"], scatter: Float[Tensor, "d d"] | Float[Tensor, " d"] | None = None
     ) -> None:
-        if mean.ndim != 1 or (isinstance(scatter, Tensor) and scatter.shape != (len(mean), len(mean))):
-            raise ShapeError(f"expected a mean of shape (d,) and a scatter of shape (d, d), got {tuple(mean.shape)}")
+        shapes = [tuple(tensor.shape) for tensor in (mean, scatter) if tensor is not None]
+        if mean.ndim != 1 or shapes[-1] not in ((len(mean),), (len(mean), len(mean))):
+            raise ShapeError(
+                f"expected a mean of shape (d,), and a scatter of shape (d, d) or its diagonal, (d,); got {shapes}"
+            )
         self.count = count
-        self._origin = _exact(mean).clone()
+        self.dtype: torch.dtype | None = mean.dtype if count else None
+        """The dtype of the rows; None before there are any."""
+        self._buffer: Tensor | None = None
+        self._origin = exact(mean).clone()
         self._offset = torch.zeros_like(self._origin)
-        if isinstance(scatter, Tensor):  # without the higher moments nobody can estimate how sure it is
+        self._scatter: Scatter | None = None
+        self._squares: Tensor | None = None  # the diagonal of the scatter, where it is kept alone
+        if scatter is not None and scatter.ndim == 1:
+            self._squares = exact(scatter).clone()
+        elif scatter is not None:  # the higher moments, by which estimators judge how sure it is, are not known
             unknown = torch.full_like(self._origin, torch.nan)
-            scatter = Scatter(_exact(scatter).clone(), unknown, unknown.sum())
-        self._scatter = scatter
+            self._scatter = Scatter(exact(scatter).clone(), unknown, unknown.sum())
         self._shared = False
 
     @classmethod
     @torch.inference_mode(mode=False)
-    def empty(cls, d: int, *, covariance: bool = False, device: torch.device | str | None = None) -> Moments:
-        """The moments of no rows of d features: what merges with any other without changing it."""
-        zero = torch.zeros(d, dtype=torch.float64, device=device)
-        return cls(0, zero, Scatter.zero(zero) if covariance else None)
+    def empty(cls, d: int, *, covariance: Covariance = False, device: torch.device | str | None = None) -> Moments:
+        """The moments of no rows of d features, 0 if that is not known: they change no others by merging."""
+        if not isinstance(covariance, bool) and covariance != "diagonal":
+            raise ValueError(f"covariance: expected False, True or 'diagonal', got {covariance!r}")
+        made = cls(0, torch.zeros(d, dtype=torch.float64, device=device))
+        made._scatter = Scatter.zero(made._origin) if covariance is True else None
+        made._squares = torch.zeros_like(made._origin) if covariance == "diagonal" else None
+        return made
 
     @classmethod
-    def of(cls, rows: Float[Tensor, "n d"], *, covariance: bool = False) -> Moments:
+    def of(cls, rows: Float[Tensor, "n d"], *, covariance: Covariance = False) -> Moments:
         """The moments of these rows."""
         if rows.ndim != 2:
             raise ShapeError(f"expected rows of shape (n, d), got {tuple(rows.shape)}")
@@ -91,6 +111,11 @@ class Moments:
     def d(self) -> int:
         """The number of features."""
         return len(self._origin)
+
+    @property
+    def kept(self) -> Covariance:
+        """What was collected beside the mean: False, "diagonal" or True, as `collect(covariance=)` takes it."""
+        return "diagonal" if self._squares is not None else self._scatter is not None
 
     @property
     def has_covariance(self) -> bool:
@@ -109,15 +134,23 @@ class Moments:
         return self._origin + self._offset
 
     @property
+    def variance(self) -> Float[Tensor, " d"]:
+        """The unbiased variance of each feature, shape (d,): the diagonal of the covariance, or what was kept of it.
+
+        Raises:
+            StatisticsError: it was not collected, or there are fewer than two rows.
+        """
+        squares = self._sums().second.diagonal() if self._squares is None else self._squares
+        return squares / self._degrees("variance")
+
+    @property
     def covariance(self) -> Float[Tensor, "d d"]:
         """The unbiased covariance, shape (d, d): the scatter divided by count - 1.
 
         Raises:
             StatisticsError: it was not collected, or there are fewer than two rows.
         """
-        if self.count < 2:
-            raise StatisticsError("the covariance of a single row is not defined; collect at least two")
-        return self.scatter.div_(self.count - 1)
+        return self.scatter.div_(self._degrees("covariance"))
 
     @property
     def scatter(self) -> Float[Tensor, "d d"]:
@@ -129,7 +162,23 @@ class Moments:
         """The sum of ‖x - mean‖⁴ over the rows, 0-dim; nan if the moments were made from a scatter alone."""
         return self._sums().fourth.clone()
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether the mean is, and what was collected beside it: sums of squares overflow before their terms do."""
+        squares = self._squares if self._scatter is None else self._scatter.second.diagonal()  # the largest, by Cauchy
+        parts = [self._origin, self._offset] if squares is None else [self._origin, self._offset, squares]
+        return all(bool(part.isfinite().all()) for part in parts)
+
+    def _degrees(self, name: str) -> int:
+        if self.count < 2:
+            raise StatisticsError(f"the {name} of a single row is not defined; collect at least two")
+        return self.count - 1
+
     def _sums(self) -> Scatter:
+        if self._squares is not None:
+            raise StatisticsError(
+                "the variances alone were collected, with covariance='diagonal'; collect with covariance=True"
+            )
         if self._scatter is None:
             raise StatisticsError("no covariance was collected; collect with covariance=True")
         return self._scatter
@@ -141,29 +190,41 @@ class Moments:
         Raises:
             ShapeError: not rows of d features.
         """
-        if rows.ndim != 2 or rows.shape[1] != self.d:
+        if rows.ndim != 2 or rows.shape[1] != self._origin.shape[0]:
             raise ShapeError(f"expected rows of shape (n, {self.d}), got {tuple(rows.shape)}; is it the same model?")
-        if len(rows):
-            self._unshare()
-        for block in rows.detach().split(BLOCK):
-            if len(block):
-                self._absorb(_exact(block).to(self._origin.device))
+        count = rows.shape[0]
+        if count:
+            self.dtype = rows.dtype if self.dtype is None else torch.promote_types(self.dtype, rows.dtype)
+            if self._shared:
+                self._unshare()
+            if type(rows) is not Tensor or rows.requires_grad:
+                rows = rows.detach().as_subclass(Tensor)
+            if self._scatter is None and self._squares is None:
+                self._absorb_mean(rows, count)
+            else:
+                for block in rows.split(BLOCK):
+                    self._absorb(exact(block).to(self._origin.device))
         return self
 
     def merge(self, other: Moments) -> Moments:
-        """The moments of both parts together; without a scatter, unless both have one or one is empty.
+        """The moments of both parts together; no rows merge with any other without changing it.
 
         Raises:
-            ShapeError: other features.
+            ShapeError, StatisticsError: other features; a covariance on one side alone.
         """
-        if self.d != other.d:
+        if self.d != other.d and self.d and other.d:
             raise ShapeError(f"{self.d} features against {other.d}; were they collected on one model?")
         if not (self.count and other.count):
-            return (other if other.count else self).copy()
+            return (other if other.count or not self.d else self).copy()
+        if self.kept != other.kept:
+            raise StatisticsError(
+                f"one part has covariance={self.kept!r}, the other {other.kept!r}; collect both alike"
+            )
         device = self._origin.device
         count = self.count + other.count
         moved = (other._origin.to(device) - self._origin) + (other._offset.to(device) - self._offset)
         merged = Moments(count, self._origin)
+        merged.dtype = torch.promote_types(self.dtype or torch.float64, other.dtype or torch.float64)
         merged._offset = self._offset + moved * (other.count / count)
         if self._scatter is not None and other._scatter is not None:
             ours, theirs = (self._scatter, self.count), (other._scatter.to(device), other.count)
@@ -172,33 +233,54 @@ class Moments:
             second = ours[0].second + theirs[0].second
             second.addr_(moved, moved * (self.count * other.count / count))
             merged._scatter = Scatter(second, third + more_third, fourth + more_fourth)
+        if self._squares is not None and other._squares is not None:
+            between = moved.square() * (self.count * other.count / count)
+            merged._squares = self._squares + other._squares.to(device) + between
         return merged
 
     def copy(self) -> Moments:
         """The same moments; its tensors become its own when either is updated."""
         copied = Moments.__new__(Moments)
-        copied.count, copied._origin, copied._offset = self.count, self._origin, self._offset
-        copied._scatter = self._scatter
+        copied.count, copied.dtype, copied._buffer = self.count, self.dtype, None
+        copied._origin, copied._offset = self._origin, self._offset
+        copied._scatter, copied._squares = self._scatter, self._squares
         copied._shared = self._shared = True
         return copied
 
     def __neg__(self) -> Moments:
         """The moments of the negated rows."""
         negated = Moments(self.count, -self._origin)
-        negated._offset = -self._offset
+        negated._offset, negated.dtype = -self._offset, self.dtype
         if (sums := self._scatter) is not None:
             negated._scatter = Scatter(sums.second.clone(), -sums.third, sums.fourth.clone())
+        negated._squares = None if self._squares is None else self._squares.clone()
         return negated
 
     def __repr__(self) -> str:
-        return f"Moments(count={self.count}, d={self.d}, covariance={self.has_covariance})"
+        return f"Moments(count={self.count}, d={self.d}, covariance={self.kept!r})"
 
     @torch.inference_mode(mode=False)
     def _unshare(self) -> None:
-        if self._shared:
-            self._origin, self._offset = self._origin.clone(), self._offset.clone()
-            self._scatter = None if self._scatter is None else self._scatter.clone()
-            self._shared = False
+        self._origin, self._offset = self._origin.clone(), self._offset.clone()
+        self._scatter = None if self._scatter is None else self._scatter.clone()
+        self._squares = None if self._squares is None else self._squares.clone()
+        self._shared = False
+
+    def _absorb_mean(self, rows: Float[Tensor, "n d"], count: int) -> None:
+        """In place, in a buffer that is kept: it costs little more than the sum of the rows."""
+        if self._buffer is None:
+            with torch.inference_mode(mode=False):
+                self._buffer = torch.empty_like(self._origin)
+        if rows.device != self._origin.device:
+            rows = exact(rows).to(self._origin.device)
+        total = torch.sum(rows, 0, dtype=torch.float64, out=self._buffer)
+        if not self.count:
+            torch.div(total, count, out=self._origin)
+            self._offset.zero_()
+        else:
+            total.sub_(self._origin, alpha=count).sub_(self._offset, alpha=count)
+            self._offset.add_(total, alpha=1 / (self.count + count))
+        self.count += count
 
     @torch.inference_mode(mode=False)
     @torch.no_grad()
@@ -223,6 +305,9 @@ class Moments:
             weighted = torch.cat([rows, moved[None] * (self.count * len(rows) / count)])
             add_product(sums.second, weighted, torch.cat([rows, moved[None]]))
             self._scatter = Scatter(sums.second, third, fourth)
+        if self._squares is not None:
+            within = (rows - shift).square_().sum(dim=0)
+            self._squares = self._squares + within + moved.square() * (self.count * len(rows) / count)
         self._offset = self._offset + moved * (len(rows) / count)
         self.count = count
 
@@ -237,6 +322,7 @@ def moved_sums(sums: Scatter, count: int, shift: Float[Tensor, " d"]) -> tuple[T
     return third, fourth
 
 
-def _exact(tensor: Tensor) -> Tensor:
-    """In float64, on a device that has it."""
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+def exact(tensor: Tensor) -> Tensor:
+    """A plain tensor in float64, on a device that has it."""
+    plain = tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
+    return (plain.cpu() if plain.device.type == "mps" else plain).double()

@@ -5,203 +5,252 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 from actsteer.collecting.batches import call, first_shape, rows_in
+from actsteer.collecting.eval_mode import eval_mode
 from actsteer.collecting.masks import TokenMasks
-from actsteer.collecting.positions import Positions, check, pick
-from actsteer.collecting.stop import Stop, Stopper
-from actsteer.collecting.undisturbed import inference_for, undisturbed, usable_later
+from actsteer.collecting.positions import Positions, check, chosen, mean
+from actsteer.collecting.stop import Stop, Stopper, must_finish
 from actsteer.errors import BatchError, ShapeError, StatisticsError
 from actsteer.sites.axes import Axes, Layout, layouts
+from actsteer.sites.lens import Frame, Lens, View, packed_rows
 from actsteer.sites.listen import likely_cause, listen
-from actsteer.sites.outputs import Arguments, get, locate, members
 from actsteer.sites.place import Place
 from actsteer.sites.resolve import resolve
-from actsteer.sites.shards import full
 
 Keep = Callable[[str, Float[Tensor, "n d"], Int[Tensor, " n"]], None]
-"""Called with a site, rows of its activations, and for each of them the row of the batch that it is from."""
+"""Called with a site, rows of its activations, and for each of them the row of the batch that it is from; in normal
+mode, so that what it makes works in autograd later, with tensors that the model may edit in place afterwards."""
+
+_NONE = torch.zeros(0, dtype=torch.long)
+
+
+class Step(NamedTuple):
+    """A forward pass: on what, and who is given what is seen in it."""
+
+    batch: Any
+    keep: Keep
+    rows: int | None = None
+    """How many rows the batch has, for a caller to whom it matters from which each activation is."""
 
 
 @final
 class Observation:
-    """What is seen at the sites when batches run, each of them once and, where that is certain to lose nothing, no
-    further than the last site.
+    """What is seen at the sites when batches run, each of them once and, if `stop`, no further than the last site.
 
     Args:
-        keep: is called in normal mode, where what it makes works in autograd later, with tensors that the model may
-            edit in place afterwards.
-        rows: how many rows the present batch has, for a caller to whom it matters from which each activation is.
+        stop: whether a pass may end early; see `Stopper`.
+        keep_shape: hand on each activation whole, with the features last, and not its rows.
     """
 
     def __init__(
         self,
         model: nn.Module,
         names: Iterable[str],
-        keep: Keep,
         *,
         axis: Axes | None,
         positions: Positions,
-        rows: Callable[[], int] | None = None,
+        stop: bool,
+        keep_shape: bool = False,
     ) -> None:
         check(positions)
-        self._model, self._positions, self._rows = model, positions, rows
+        if keep_shape and not (isinstance(positions, str) and positions == "all"):
+            raise ValueError(f"keep_shape: an activation in its own shape has all positions, got {positions!r}")
+        self._model, self._positions = model, positions
         self._sequence_first = any(getattr(module, "batch_first", None) is False for module in model.modules())
         self._places = resolve(model, names)
         lies = layouts(model, self._places, axis=axis)
         self.axes: dict[str, int] = {}
         """Site -> the axis along which its features lay."""
-        self._listeners = [_Listener(place, lies[site], keep, self.axes) for site, place in self._places.items()]
+        self._stopper = Stopper(self._places, allowed=stop and not must_finish(model))
+        self._listeners = [
+            _Listener(place, lies[site], self._stopper, self.axes) for site, place in self._places.items()
+        ]
         for listener in self._listeners:
             listener.doubtful = self._sequence_first and lies[listener.place.site].row_axis == 0
+            listener.keeps_shape = keep_shape
 
-    def run(self, batches: Iterable[Any], *, after: Callable[[], None] = lambda: None) -> None:
-        """Run each batch, and call `after`.
+    def run(self, steps: Iterable[Step]) -> None:
+        """Run one step after another; each is taken once the one before it is over.
 
         Raises:
-            StatisticsError: a site has never run.
+            StatisticsError: a site has never run, or runs more often than in the first pass.
         """
-        stopper = Stopper(self._model, {site: place.module for site, place in self._places.items()}, call)
-        inference = inference_for(self._model)
-        with undisturbed(self._model), usable_later(self._model), ExitStack() as handles:
+        with eval_mode(self._model), ExitStack() as handles:
             for listener in self._listeners:
-                listener.stopper = stopper
                 handles.callback(listen(listener.place, listener))
-            for batch in batches:
+            for batch, keep, rows in steps:
                 positions = self._positions(batch) if callable(self._positions) else self._positions
                 check(positions)
                 masks = TokenMasks(self._model, batch, explicit=isinstance(positions, Tensor))
-                asked = None if self._rows is None else self._rows()
-                for listener in self._listeners:
-                    listener.positions, listener.masks, listener.asked = positions, masks, asked
-                    listener.given = None if self._sequence_first else rows_in(batch)
-                    listener.tokens = () if self._sequence_first else first_shape(batch)[:2]
-                stopper.begin()
-                with suppress(Stop), inference(), self._listening():
+                given = None if self._sequence_first else rows_in(batch)
+                tokens = () if self._sequence_first else first_shape(batch)[:2]
+                asked = _Asked(keep, positions, masks, given, tokens, rows, {})
+                self._stopper.begin()
+                with suppress(Stop), torch.no_grad(), self._listening(asked):
                     call(self._model, batch)
-                after()
+                self._stopper.end()
         silent = [
             f"{site!r} ({likely_cause(self._model, p)})" for site, p in self._places.items() if site not in self.axes
         ]
-        if silent:
+        if silent and self._stopper.passes:
             raise StatisticsError(f"these sites never ran: {'; '.join(silent)}")
 
     @contextmanager
-    def _listening(self) -> Iterator[None]:
+    def _listening(self, asked: _Asked) -> Iterator[None]:
         for listener in self._listeners:
-            listener.hears = True
+            listener.asked = asked
         try:
             yield
         finally:
             for listener in self._listeners:
-                listener.hears = False
+                listener.asked = None
+
+
+class _Asked(NamedTuple):
+    """What is asked of one pass."""
+
+    keep: Keep
+    positions: Positions
+    masks: TokenMasks
+    given: int | None
+    """The number of its rows, as far as its length tells."""
+    tokens: tuple[int, ...]
+    """Its rows and positions, as far as its shape tells."""
+    rows: int | None
+    """The number of its rows, if it matters from which each activation is."""
+    choices: dict[Any, _Choice]
+    """Those that were made, for the shapes of activations; sites of one shape share them."""
+
+
+class _Choice(NamedTuple):
+    """Where in an activation of some shape the rows are that count."""
+
+    row_axis: int
+    where: Int[Tensor, " n"] | None
+    """Which of all of them in a line, the batch's rows first; None: every one."""
+    owners: Int[Tensor, " n"]
+    mean_of: tuple[int, int] | None = None
+    """The rows and positions, where each row counts by its mean."""
+    real: Tensor | None = None
+
+    def of(self, whole: Float[Tensor, "*shape d"]) -> Float[Tensor, "n d"]:
+        """The rows that count."""
+        line = (whole.movedim(self.row_axis, 0) if self.row_axis else whole).reshape(-1, whole.shape[-1])
+        if self.mean_of is not None:
+            return mean(line.unflatten(0, self.mean_of), self.real)
+        return line if self.where is None else line.index_select(0, self.where)
 
 
 @final
 class _Listener:
     """A hook that hands the activations of a site on, as rows."""
 
-    hears = False  # not when the model runs for another reason, such as to make the next batch
-    stopper: Stopper
-    positions: Positions
-    masks: TokenMasks
+    asked: _Asked | None = None  # None when the model runs for another reason, such as to make the next batch
     doubtful: bool  # whether the first axis may hold the positions and not the rows
-    given: int | None  # the number of its rows as far as its length tells
-    tokens: tuple[int, ...]  # its rows and positions, as far as its shape tells
-    asked: int | None  # the number of its rows, if it matters from which each activation is
+    keeps_shape: bool
 
-    def __init__(self, place: Place, layout: Layout, keep: Keep, axes: dict[str, int]) -> None:
-        self.place, self._layout, self._keep, self._axes = place, layout, keep, axes
-        self._axis = -1
+    def __init__(self, place: Place, layout: Layout, stopper: Stopper, axes: dict[str, int]) -> None:
+        self.place, self._stopper, self._axes = place, stopper, axes
+        self._lens = Lens(place, layout)
 
     def __call__(self, module: nn.Module, args: Any, last: Any) -> None:
         """`last` is the output or, at an input, the keyword arguments."""
-        if not self.hears:
+        asked = self.asked
+        if asked is None:
             return
-        value = Arguments(args, last) if self.place.side == "in" else last
-        keys = locate(self.place, value)
-        holder = get(value, keys[:-1]) if keys else None
-        activation = get(value, keys)
-        with torch.inference_mode(mode=False), torch.no_grad():
-            for index, part in enumerate(members(activation)):
-                whole = self._whole(module, part)
-                if isinstance(holder, PackedSequence):
-                    rows, owners = self._everything(whole, "is packed"), _owners(holder)
-                else:
-                    rows, owners = self._rows(whole, nested=activation.is_nested)
-                if len(rows):
-                    self._keep(self.place.site, rows, owners + index if activation.is_nested else owners)
-        self.stopper.ran(self.place.site, has_begun=self.place.side == "in")
+        if torch.is_inference_mode_enabled():  # of the caller's own
+            with torch.inference_mode(mode=False):
+                self._take(asked, self._lens.heard(module, args, last))
+        else:
+            self._take(asked, self._lens.heard(module, args, last))
+        self._stopper.ran(self.place.site)
 
-    def _whole(self, module: nn.Module, part: Tensor) -> Tensor:
-        """The activation as its users see it, with the features last."""
-        whole = full(part, module, site=self.place.site)
-        if (conversion := getattr(module, "hook_conversion", None)) is not None:
-            whole = conversion.convert(whole)
-        axis = self._axis = self._layout.feature_axis(tuple(whole.shape), size=None, site=self.place.site)
-        own = self._layout.axis
-        self._axes[self.place.site] = own if own is not None else -1 if axis == whole.ndim - 1 else axis
-        return whole.movedim(axis, -1)
+    def _take(self, asked: _Asked, view: View) -> None:
+        nested, packed, site = view.raw.is_nested, view.packed, self.place.site
+        for index, (whole, frame) in enumerate(view.rows()):
+            self._notice_axis(frame)
+            if type(whole) is not Tensor or whole.requires_grad:
+                whole = whole.detach().as_subclass(Tensor)
+            if self.keeps_shape:
+                if nested or packed is not None:
+                    raise ShapeError(f"site {site!r}: a nested or packed activation has no one shape to keep")
+                asked.keep(site, whole, _NONE)
+                continue
+            if packed is not None:
+                rows, owners = self._everything(whole, "is packed"), packed_rows(packed)
+            elif nested:
+                choice = self._choice(asked, whole, frame, nested=True)
+                rows, owners = choice.of(whole), choice.owners + index
+            else:
+                key = (whole.shape, frame.row_axis, frame.axis, self.doubtful, site if asked.masks.by_site else None)
+                if key not in asked.choices:
+                    asked.choices[key] = self._choice(asked, whole, frame, nested=False)
+                choice = asked.choices[key]
+                rows, owners = choice.of(whole), choice.owners
+            if rows.shape[0]:
+                asked.keep(site, rows, owners)
 
-    def _rows(self, whole: Float[Tensor, "*shape d"], *, nested: bool) -> tuple[Tensor, Tensor]:
-        """The activations at the positions that are asked for, and their rows."""
-        site, ordered = self.place.site, isinstance(self.positions, str) and self.positions in ("all", "prompt")
-        by_row = self._by_row(whole, nested=nested, matters=not ordered or self.asked is not None)
-        shape = tuple(by_row.shape[:2]) if whole.ndim > 2 else (len(by_row),)
-        real = None if nested or whole.ndim > 3 else self.masks.at(site, shape)
-        if real is not None and real.shape != by_row.shape[:2]:  # the tokens of all rows in a line
-            by_row = rearrange(by_row, "(b s) 1 d -> b s d", b=len(real))
-        if self.asked not in (None, len(by_row)) and not nested:
-            if whole.ndim != 2 or self.tokens[:1] != (self.asked,) or len(by_row) != math.prod(self.tokens):
+    def _notice_axis(self, frame: Frame) -> None:
+        known = self._lens.layout.axis
+        self._axes[self.place.site] = known if known is not None else -1 if frame.is_last else frame.axis
+
+    def _choice(self, asked: _Asked, whole: Float[Tensor, "*shape d"], frame: Frame, *, nested: bool) -> _Choice:
+        """Which of the activations are asked for, and of which row each is."""
+        site, positions = self.place.site, asked.positions
+        ordered = isinstance(positions, str) and positions in ("all", "prompt")
+        row_axis = self._row_axis(asked, whole, frame, nested=nested, matters=not ordered or asked.rows is not None)
+        others = [size for axis, size in enumerate(whole.shape[:-1]) if axis != row_axis]
+        by_row = (1 if row_axis is None else whole.shape[row_axis], math.prod(others))
+        real = None if nested or whole.ndim > 3 else asked.masks.at(site, by_row if whole.ndim > 2 else by_row[:1])
+        if real is not None and real.shape != by_row:  # the tokens of all rows in a line
+            by_row = (real.shape[0], real.shape[1])
+        if asked.rows not in (None, by_row[0]) and not nested:
+            if whole.ndim != 2 or asked.tokens[:1] != (asked.rows,) or by_row[0] != math.prod(asked.tokens):
                 raise BatchError(
-                    f"by: {self.asked} labels, and {len(by_row)} rows at site {site!r} in an activation of shape "
+                    f"by: {asked.rows} labels, and {by_row[0]} rows at site {site!r} in an activation of shape "
                     f"{tuple(whole.shape)}; give one label per row, or choose a site with a row for each"
                 )
-            by_row = rearrange(by_row, "(b s) 1 d -> b s d", b=self.asked)
-        alone = whole.ndim < 3 and self.given in (None, len(by_row))  # one activation for each row
-        in_order = whole.ndim == 3 or real is not None or isinstance(self.positions, Tensor)
-        if not (ordered or nested or in_order or (self.positions == "mean" and (alone or whole.ndim > 3))):
+            by_row = (asked.rows, by_row[0] // max(1, asked.rows))
+        alone = whole.ndim < 3 and asked.given in (None, by_row[0])  # one activation for each row
+        in_order = whole.ndim == 3 or real is not None or isinstance(positions, Tensor)
+        is_mean = isinstance(positions, str) and positions == "mean"
+        if not (ordered or nested or in_order or (is_mean and (alone or whole.ndim > 3))):
             self._everything(whole, f"has shape {tuple(whole.shape)}")
+        first = row_axis or 0
+        if is_mean:
+            return _Choice(first, None, torch.arange(by_row[0]), by_row, real)
         if ordered and (real is None or bool(real.all())):
-            owners = torch.arange(len(by_row)).repeat_interleave(by_row.shape[1])
-            return rearrange(by_row, "b s d -> (b s) d"), owners
-        return pick(by_row, real, self.positions)
+            return _Choice(first, None, torch.arange(by_row[0]).repeat_interleave(by_row[1]))
+        owners, where = chosen(by_row, real, positions, device=whole.device)
+        return _Choice(first, owners * by_row[1] + where, owners)
 
-    def _by_row(self, whole: Float[Tensor, "*shape d"], *, nested: bool, matters: bool) -> Float[Tensor, "rows s d"]:
-        """The activation with the rows first and the positions, however many axes they have, second."""
-        row_axis = self._layout.row_axis if whole.ndim > 2 and not nested else 0
-        if whole.ndim < 2 or row_axis == self._axis:  # one row alone
-            return whole.reshape(1, -1, whole.shape[-1])
-        if whole.ndim == 2:
-            return whole[:, None]
-        if self.doubtful and matters and not nested and whole.ndim == 3:
-            rows = self.asked if self.asked is not None else self.masks.rows
+    def _row_axis(self, asked: _Asked, whole: Tensor, frame: Frame, *, nested: bool, matters: bool) -> int | None:
+        """The axis of the batch's rows in an activation with the features last; None if it is one row alone."""
+        row_axis = 0 if nested else frame.row_axis
+        if self.doubtful and matters and not nested and whole.ndim == 3 and frame.row_axis != frame.axis:
+            rows = asked.rows if asked.rows is not None else asked.masks.rows
             if rows not in whole.shape[:2] or whole.shape[0] == whole.shape[1]:
                 raise ShapeError(
                     f"site {self.place.site!r}: the model has modules with batch_first=False, and nobody can tell "
                     f"which axis of an activation of shape {tuple(whole.shape)} holds the rows; choose a site inside "
                     "of them"
                 )
-            row_axis = whole.shape.index(rows)
-        return whole.movedim(row_axis - (row_axis > self._axis), 0).flatten(1, -2)
+            return whole.shape.index(rows)
+        if row_axis is None or row_axis == frame.axis or whole.ndim < 2:
+            return None
+        return row_axis - (row_axis > frame.axis)
 
     def _everything(self, whole: Tensor, why: str) -> Tensor:
-        if isinstance(self.positions, str) and self.positions in ("all", "prompt"):
+        positions = None if self.asked is None else self.asked.positions
+        if isinstance(positions, str) and positions in ("all", "prompt"):
             return whole
         raise ShapeError(
-            f"site {self.place.site!r}: positions={self.positions!r} of an activation that {why}; choose a site whose "
+            f"site {self.place.site!r}: positions={positions!r} of an activation that {why}; choose a site whose "
             "activation has the shape (rows, positions, d), or positions='all'"
         )
-
-
-def _owners(packed: PackedSequence) -> Tensor:
-    """The row of the batch of every element."""
-    owners = torch.cat([torch.arange(int(size)) for size in packed.batch_sizes])
-    return owners if packed.sorted_indices is None else packed.sorted_indices.cpu()[owners]

@@ -62,28 +62,41 @@ def pick(
     Args:
         activation: one row per sequence.
         real: where the sequences have tokens and not pads; everywhere, if None.
-        positions: no callable; `resolved` has called it.
+        positions: no callable.
 
     Raises:
         BatchError, ShapeError: a sequence that has no such position; a mask of another shape.
     """
-    rows, length = activation.shape[:2]
-    if real is None:
-        real = torch.ones(rows, length, dtype=torch.bool)
-    real = real.to(activation.device)
-    if positions == "mean" if isinstance(positions, str) else False:
-        _check_long_enough(real, 1, positions)
-        wide = activation.to(torch.promote_types(activation.dtype, torch.float32))
-        total = torch.where(real[..., None], wide, 0).sum(dim=1)
-        return (total / real.sum(dim=1, keepdim=True)).to(activation.dtype), torch.arange(rows)
-    if isinstance(positions, int) or positions == "last" or isinstance(positions, list | tuple):
-        chosen = [positions] if isinstance(positions, int) else [-1] if isinstance(positions, str) else positions
-        where = torch.stack([_nth(real, index) for index in chosen], dim=1)
-        owners = torch.arange(rows, device=real.device).repeat_interleave(len(chosen))
-        return activation[owners, where.flatten()], owners
-    keep = real & _mask(positions, real)
-    owners, where = keep.nonzero(as_tuple=True)
+    if isinstance(positions, str) and positions == "mean":
+        return mean(activation, real), torch.arange(len(activation))
+    owners, where = chosen((activation.shape[0], activation.shape[1]), real, positions, device=activation.device)
     return activation[owners, where], owners
+
+
+def mean(
+    activation: Float[Tensor, "rows positions d"], real: Bool[Tensor, "rows positions"] | None
+) -> Float[Tensor, "rows d"]:
+    """The mean over the real tokens of every sequence."""
+    real = torch.ones(activation.shape[:2], dtype=torch.bool) if real is None else real
+    real = real.to(activation.device)
+    _check_long_enough(real, 1, "mean")
+    wide = activation.to(torch.promote_types(activation.dtype, torch.float32))
+    total = torch.where(real[..., None], wide, 0).sum(dim=1)
+    return (total / real.sum(dim=1, keepdim=True)).to(activation.dtype)
+
+
+def chosen(
+    shape: tuple[int, int], real: Bool[Tensor, "rows positions"] | None, positions: Positions, *, device: torch.device
+) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
+    """The rows of the batch and the positions in them that are meant, in activations of shape (rows, positions)."""
+    real = torch.ones(shape, dtype=torch.bool) if real is None else real
+    real = real.to(device)
+    if isinstance(positions, int) or positions == "last" or isinstance(positions, list | tuple):
+        indices = [positions] if isinstance(positions, int) else [-1] if isinstance(positions, str) else positions
+        where = torch.stack([_nth(real, index) for index in indices], dim=1)
+        return torch.arange(shape[0], device=device).repeat_interleave(len(indices)), where.flatten()
+    owners, where = (real & _mask(positions, real)).nonzero(as_tuple=True)
+    return owners, where
 
 
 def _nth(real: Tensor, index: int) -> Tensor:

@@ -7,11 +7,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from actsteer.collecting.batches import Batches, iterate
-from actsteer.collecting.meeting import announced
-from actsteer.collecting.observe import Observation
-from actsteer.collecting.peers import in_step
+from actsteer.collecting.observe import Observation, Step
 from actsteer.collecting.positions import Positions
-from actsteer.errors import StatisticsError
+from actsteer.collecting.processes import announced, in_step
+from actsteer.errors import ShapeError, StatisticsError
 from actsteer.sites.axes import Axes
 from actsteer.sites.resolve import Sites, find_sites
 
@@ -24,21 +23,29 @@ def record(
     positions: Positions = "all",
     axis: Axes | None = None,
     batch_size: int = 256,
+    stop: bool = True,
+    keep_shape: bool = False,
     progress: bool = True,
-) -> dict[str, Float[Tensor, "n d"]]:
+) -> dict[str, Float[Tensor, "*shape d"]]:
     """The activations at each site, site -> (n, d), in the order of the data; every position counts as a row.
 
     Takes the memory of all of them: for means and covariances use `collect`, which keeps sums.
 
     Args:
-        positions, axis: which positions count, and along which axis the features lie, as for `collect`.
+        positions, axis, stop: which positions count, along which axis the features lie, and whether a pass ends with
+            the last site, as for `collect`.
+        keep_shape: give each site's activation in its own shape, (rows, positions, d) of a sequence, pads and all, with
+            the features last: as `Replace` takes it to patch it back. Batches follow one another on the first axis.
 
     Raises:
         SiteNotFoundError, BatchError, StatisticsError: as `collect`.
+        ShapeError: keep_shape, and batches of other shapes, or a nested or packed activation.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
     >>> record(model, torch.zeros(5, 2), sites="*")["1"].shape
     torch.Size([5, 3])
+    >>> record(model, torch.zeros(5, 4, 2), sites="1", keep_shape=True)["1"].shape
+    torch.Size([5, 4, 3])
     """
     kept: dict[str, list[Tensor]] = {}
 
@@ -49,7 +56,14 @@ def record(
         names = find_sites(model, sites)
         kept |= {site: [] for site in names}
         stream = iterate(batches, batch_size=batch_size, progress=progress, label="record")
-        Observation(model, names, keep, axis=axis, positions=positions).run(in_step(stream, model))
+        observation = Observation(model, names, axis=axis, positions=positions, stop=stop, keep_shape=keep_shape)
+        observation.run(Step(batch, keep) for batch in in_step(stream, model))
     if empty := [site for site, rows in kept.items() if not rows]:
         raise StatisticsError(f"sites {empty} saw no rows; is every batch empty?")
+    for site, rows in kept.items():
+        if len(shapes := {part.shape[1:] for part in rows}) > 1:
+            raise ShapeError(
+                f"site {site!r}: activations of shapes {sorted(map(tuple, shapes))} for their rows do not go into one "
+                "tensor; record one batch at a time, or pad them alike"
+            )
     return {site: torch.cat(rows) for site, rows in kept.items()}

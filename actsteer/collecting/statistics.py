@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any, final
 
-from actsteer.collecting import storage
-from actsteer.collecting.distributed import reduce
-from actsteer.collecting.meeting import Group
+from actsteer.collecting import moments_file
 from actsteer.collecting.moments import Moments
+from actsteer.collecting.processes import Group, reduce
 from actsteer.errors import SiteNotFoundError, StatisticsError, close_names
 
 
@@ -71,34 +70,46 @@ class Statistics:
         """
         if set(self._moments) != set(other._moments):
             raise SiteNotFoundError(f"sites {self.sites} against {other.sites}; collect both parts at the same sites")
-        if self._metadata != other._metadata:
-            raise StatisticsError(
-                f"{self._metadata} against {other._metadata}; collect both parts on one model, in one way"
-            )
+        metadata, theirs = self._beside(other), other._beside(self)
+        if metadata != theirs:
+            raise StatisticsError(f"{metadata} against {theirs}; collect both parts on one model, in one way")
         merged = {site: own.merge(other._moments[site]) for site, own in self._moments.items()}
-        return Statistics(merged, metadata=self._metadata, replicas=sorted({*self._replicas, *other._replicas}))
+        return Statistics(merged, metadata=metadata, replicas=sorted({*self._replicas, *other._replicas}))
 
     def all_reduce(self, group: Group = None) -> Statistics:
         """The statistics of all processes' rows together, the same on every process of the group.
 
         A collective call: every process makes it. Processes that saw the same rows, as tensor parallelism has them,
         count once; and so the result may be reduced again. What was loaded from a file counts on every process that has
-        it. Outside of torch.distributed it is `self`.
+        it. A process without any batches has a share of nothing. Outside of torch.distributed it is `self`.
 
         Raises:
-            DistributedError: on every process, if one of them failed to collect or came with other sites.
+            DistributedError: on every process, if one of them failed to collect, did not come, or came with other
+                sites, another model, another covariance. A failure is final: all later calls raise it too, until the
+                process group is made anew.
 
         >>> import torch
         >>> stats = Statistics({"2": Moments.of(torch.zeros(3, 2))})
         >>> stats.all_reduce()["2"].count  # one process
         3
         """
-        reduced, ranks = reduce({None: self._moments}, self._metadata, self._replicas, group=group)
-        return Statistics(reduced[None], metadata=self._metadata, replicas=ranks)
+        own = {None: self._moments}
+        reduced, metadata, ranks = reduce(own, self._metadata, self._replicas, by_class=False, group=group)
+        return Statistics(reduced[None], metadata=metadata, replicas=ranks)
 
     def __neg__(self) -> Statistics:
         """The statistics of the negated activations."""
         return Statistics({s: -m for s, m in self._moments.items()}, metadata=self._metadata, replicas=self._replicas)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there are no rows at any site: a share of nothing."""
+        return not any(own.count for own in self._moments.values())
+
+    def _beside(self, other: Statistics) -> dict[str, str]:
+        """The metadata; without rows, with the axes that the other's rows tell."""
+        axes = {key: value for key, value in other._metadata.items() if key.startswith("axis ") and self.is_empty}
+        return axes | self._metadata
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write them, bit for bit, to a `.safetensors` file; atomic.
@@ -106,7 +117,7 @@ class Statistics:
         Raises:
             FileFormatError: another suffix.
         """
-        storage.write(path, "statistics", {None: self._moments}, {"metadata": self._metadata})
+        moments_file.write(path, "statistics", {None: self._moments}, {"metadata": self._metadata})
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Statistics:
@@ -115,7 +126,7 @@ class Statistics:
         Raises:
             FileFormatError: the file is corrupt, foreign, or of a newer version.
         """
-        classes, described = storage.read(path, "statistics")
+        classes, described = moments_file.read(path, "statistics")
         return cls(classes[None], metadata=described["metadata"])
 
     def __repr__(self) -> str:

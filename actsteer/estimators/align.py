@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from actsteer.collecting.cross import CrossMoments
+from actsteer.collecting.pairs import CrossMoments
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import ShapeError, SiteNotFoundError, StatisticsError
 from actsteer.estimators.estimator import solved

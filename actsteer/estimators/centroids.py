@@ -1,4 +1,4 @@
-"""Centroids: a vector for every class, from the mean of the rest to its own."""
+"""Centroids: a vector for every class, from the mean of all other classes to the mean of that class."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from actsteer.vectors.vector import SteeringVector
 
 @final
 class Centroids:
-    """v_k = μ_k - μ_rest for every class k, the mean of all rows of the other classes taken away: one against the rest.
+    """v_k = μ_k - μ_rest for every class k, one against the rest: μ_rest is the mean of all rows of the other classes.
 
     One pass with labels gives a whole bank: `Centroids()(collect(model, x, by=y, sites=...))`, a concept per label.
     Source: nearest shrunken centroids, Tibshirani et al. 2002, without the shrinking.
@@ -31,8 +31,6 @@ class Centroids:
     (('0', '1', '2'), tensor([3.]))
     """
 
-    needs_covariance = False
-
     def __call__(self, classes: ClassStatistics) -> VectorBank:
         """The bank of all classes, in the order of the labels."""
         if len(classes) < 2:
@@ -40,8 +38,8 @@ class Centroids:
         if len({str(label) for label in classes}) < len(classes):
             raise StatisticsError(f"two labels read alike: {list(classes)}; concepts are named by their text")
         vectors: dict[str, SteeringVector] = {}
-        for label, own in classes.items():
-            vector = MeanDifference()(positive=own, negative=classes.rest(label))
+        for label, statistics in classes.items():
+            vector = MeanDifference()(positive=statistics, negative=classes.rest(label))
             described = vector.metadata | {"estimator": type(self).__name__, "concept": str(label)}
             vectors[str(label)] = SteeringVector({site: vector[site] for site in vector}, metadata=described)
         return VectorBank(vectors)

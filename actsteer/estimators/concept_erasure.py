@@ -12,7 +12,7 @@ from actsteer.collecting.classes import ClassStatistics
 from actsteer.collecting.moments import Moments
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import StatisticsError
-from actsteer.estimators.estimator import check_alike
+from actsteer.estimators.estimator import Reads, check_alike
 from actsteer.steering.interventions.low_rank import LowRank
 
 
@@ -23,7 +23,8 @@ class ConceptErasure:
     W = Σ^(-1/2) with Σ the covariance of all rows and μ their mean; P projects on the span of W (μ_k - μ). For two
     classes it takes away one direction, δ (δᵀ Σ⁻¹ (x - μ)) / (δᵀ Σ⁻¹ δ) with δ = μ₊ - μ₋. No linear classifier does
     better on the edited rows than one that does not look at them, and the edit's mean square is the least possible.
-    Needs statistics with covariance; both sides swapped give the same edit. Source: LEACE, Belrose et al. 2023.
+    Needs statistics with covariance; both sides swapped give the same edit, in the dtype of the rows or, if that is
+    narrower, torch's default one. Source: LEACE, Belrose et al. 2023.
 
     Args:
         tolerance: variances below this share of the largest one count as none: the rows do not vary that way, and what
@@ -41,7 +42,7 @@ class ConceptErasure:
     tensor([[4., 5.], [4., 5.]])
     """
 
-    needs_covariance = True
+    reads: Reads = "covariance"
 
     def __init__(self, *, tolerance: float = 1e-10) -> None:
         if not 0 <= tolerance < 1:
@@ -83,5 +84,5 @@ class ConceptErasure:
             raise StatisticsError(f"site {site!r}: the classes have one mean already; there is nothing to erase")
         reads, adds = basis / roots @ vectors.T, -basis * roots @ vectors.T
         offsets = -reads @ whole.mean
-        kind = torch.get_default_dtype()
+        kind = torch.promote_types(whole.dtype or torch.float64, torch.get_default_dtype())
         return reads.to(kind), adds.to(kind), offsets.to(kind)

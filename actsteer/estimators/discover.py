@@ -11,17 +11,16 @@ from torch import Tensor, nn
 from tqdm.auto import trange
 
 from actsteer.collecting.batches import Batches, call, iterate
+from actsteer.collecting.eval_mode import eval_mode
 from actsteer.collecting.masks import TokenMasks
-from actsteer.collecting.undisturbed import undisturbed
 from actsteer.errors import ShapeError, SiteNotFoundError, StatisticsError
 from actsteer.estimators.optimize import in_single, zeros_at
 from actsteer.sites import fingerprint
 from actsteer.sites.axes import Axes, Layout, layouts
+from actsteer.sites.lens import Lens
 from actsteer.sites.listen import likely_cause, listen
-from actsteer.sites.outputs import Arguments, get, locate
 from actsteer.sites.place import Place
 from actsteer.sites.resolve import Sites, find_sites, resolve
-from actsteer.sites.shards import full
 from actsteer.steering.steerer import Steerer
 from actsteer.vectors.bank import VectorBank
 from actsteer.vectors.vector import SteeringVector
@@ -45,7 +44,7 @@ def discover(
 ) -> VectorBank:
     """Directions v of a given norm that maximise the mean over rows of ‖target(x; v) - target(x)‖², one after another.
 
-    Each is orthogonal to those before it. What it does shows in the model's answers; nobody has told it what to do.
+    Each is orthogonal to those before it. What a direction stands for shows in the model's answers alone.
 
     Args:
         batches: data, as for `collect`; all of them are used in every step.
@@ -83,7 +82,7 @@ def discover(
     place = resolve(model, [looked_at])[looked_at]
     reader = _Reader(place, layouts(model, {looked_at: place}, axis=None)[looked_at])
     steerer = Steerer(model, in_single(zero), axis=axis)
-    with undisturbed(model, frozen=True), torch.enable_grad(), steerer:
+    with eval_mode(model, frozen=True), torch.enable_grad(), steerer:
         leaf = steerer.requires_grad_()[name]
         remove = listen(place, reader)
         try:
@@ -114,7 +113,7 @@ def discover(
             remove()
     described = zero.metadata | {"estimator": "discover", "target": looked_at} | fingerprint.described(model)
     rounded = {str(i): {name: v.to(zero[name].dtype)} for i, v in enumerate(found)}
-    return VectorBank({i: SteeringVector(own, concept=i, metadata=described) for i, own in rounded.items()})
+    return VectorBank({i: SteeringVector(found_at, concept=i, metadata=described) for i, found_at in rounded.items()})
 
 
 @torch.no_grad()
@@ -125,7 +124,7 @@ def _place(leaf: Tensor, wanted: Float[Tensor, " d"], found: list[Tensor], norm:
 
 
 def _without(vector: Float[Tensor, " d"], others: list[Tensor]) -> Float[Tensor, " d"]:
-    """The component that is orthogonal to all of these, which are orthogonal to one another."""
+    """The component that is orthogonal to all the others; they are orthogonal to one another."""
     for other in others:
         vector = vector - (vector @ other) / (other @ other) * other
     return vector
@@ -149,7 +148,7 @@ class _Reader:
     """Keeps the activation at a site, with the features last and gradients to what it was made from."""
 
     def __init__(self, place: Place, layout: Layout) -> None:
-        self._place, self._layout = place, layout
+        self._place, self._lens = place, Lens(place, layout)
         self._sequence_first = layout.row_axis != 0
         self._masks: TokenMasks
         self._seen: list[Tensor] = []
@@ -164,13 +163,12 @@ class _Reader:
         return torch.cat(self._seen)
 
     def __call__(self, module: nn.Module, args: Any, last: Any) -> None:
-        value = Arguments(args, last) if self._place.side == "in" else last
-        activation = full(get(value, locate(self._place, value)), module, site=self._place.site)
-        axis = self._layout.feature_axis(tuple(activation.shape), size=None, site=self._place.site)
-        last = activation.movedim(axis, -1)
-        rows = last.reshape(-1, last.shape[-1])
-        shape = tuple(last.shape[:2]) if last.ndim == 3 else (len(rows),)
-        real = self._masks.at(self._place.site, shape) if last.ndim in (2, 3) and not self._sequence_first else None
-        if real is not None and real.numel() == len(rows):
-            rows = rows[real.flatten()]
-        self._seen.append(rows.to(torch.promote_types(rows.dtype, torch.float32)))
+        view = self._lens.heard(module, args, last)
+        for whole, _ in view.rows():
+            rows = whole.reshape(-1, whole.shape[-1])
+            shape = tuple(whole.shape[:2]) if whole.ndim == 3 else (len(rows),)
+            known = whole.ndim in (2, 3) and not self._sequence_first and not view.raw.is_nested
+            real = self._masks.at(self._place.site, shape) if known else None
+            if real is not None and real.numel() == len(rows):
+                rows = rows[real.flatten()]
+            self._seen.append(rows.to(torch.promote_types(rows.dtype, torch.float32)))

@@ -1,36 +1,112 @@
-"""What an estimator is: Statistics of two sides in, a SteeringVector out, and nothing kept."""
+"""What an estimator is: what was seen on two sides in, a SteeringVector or an edit out, and nothing kept."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Protocol, TypeAlias, cast, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import TypeVar
 
-from actsteer.collecting.moments import Moments
+from actsteer.collecting.moments import Covariance, Moments
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import ShapeError, SiteNotFoundError, StatisticsError
+from actsteer.steering.interventions.intervention import Edit
 from actsteer.vectors.vector import SteeringVector
+
+Reads: TypeAlias = Literal["means", "variances", "covariance", "pairs", "rows"]
+"""What an estimator reads of the activations; see `Estimator`."""
+
+COVARIANCE: Mapping[str, Covariance] = {"means": False, "variances": "diagonal", "covariance": True}
+"""What an estimator reads of each side by itself -> `covariance=` of the `collect` that keeps it."""
+
+Result = TypeVar("Result", bound=SteeringVector | Edit, default=SteeringVector)
+Result_co = TypeVar("Result_co", bound=SteeringVector | Edit, default=SteeringVector, covariant=True)
 
 
 @runtime_checkable
-class Estimator(Protocol):
-    """Turns the statistics of a positive and a negative side into a vector that points from negative to positive."""
+class Estimator(Protocol[Result_co]):
+    """From what two sides were seen to do, a vector that points from negative to positive, or an edit.
+
+    A class of your own that has these two members does all that ours do, in `fit`, in `fit_pairs` and as
+    `actsteer fit --estimator package.module:Class`; `fit` writes its name, the counts, the feature axes and the model
+    into the metadata. `reads` says what both sides are:
+
+        "means"        Statistics: the count and the mean at each site
+        "variances"    and the variance of each feature, in O(d) memory
+        "covariance"   and the covariance, in O(d²) memory
+        "pairs"        Statistics, with covariance, of the differences x₊ - x₋ of pairs of rows, and their negatives
+        "rows"         `Rows`: site -> (n, d), the activations themselves, at once or block by block
+
+    >>> from torch import nn
+    >>> from actsteer import fit
+    >>> class Signs:
+    ...     reads = "means"
+    ...
+    ...     def __call__(self, *, positive, negative):
+    ...         return SteeringVector({site: (positive[site].mean - negative[site].mean).sign() for site in positive})
+    >>> x = torch.tensor([[1.0, 2.0]])
+    >>> fit(nn.Sequential(nn.Identity()), positive=x, negative=-x, sites="0", estimator=Signs())["0"]
+    tensor([1., 1.], dtype=torch.float64)
+    """
 
     @property
-    def needs_covariance(self) -> bool:
-        """Whether the statistics must be collected with `covariance=True`."""
+    def reads(self) -> Reads:
+        """What it is to be given of each side."""
         ...
 
-    def __call__(self, *, positive: Statistics, negative: Statistics) -> SteeringVector:
-        """The vector, in torch's default dtype."""
+    def __call__(self, *, positive: Any, negative: Any) -> Result_co:
+        """The vector or the edit; it points toward the positive side."""
         ...
+
+
+def check_estimator(estimator: Any) -> None:
+    """TypeError unless it is an estimator, ValueError unless it reads what can be given."""
+    if isinstance(estimator, type):
+        raise TypeError(f"estimator: expected an object, got the class {estimator.__name__}; call it first")
+    if not isinstance(estimator, Estimator):
+        raise TypeError(
+            f"estimator: expected an object with `reads`, one of {', '.join(map(repr, get_args(Reads)))}, that is "
+            f"called with positive= and negative=; got {type(estimator).__name__}"
+        )
+    if estimator.reads not in get_args(Reads):
+        raise ValueError(
+            f"{type(estimator).__name__}.reads: expected one of {', '.join(map(repr, get_args(Reads)))}, "
+            f"got {estimator.reads!r}"
+        )
+
+
+def name_of(estimator: Estimator[Any]) -> str:
+    """The class's name, for the metadata; of a class that is not ours `module:Class`, as the command line takes it."""
+    kind = type(estimator)
+    return kind.__name__ if kind.__module__.startswith("actsteer.") else f"{kind.__module__}:{kind.__qualname__}"
+
+
+def described(estimator: Estimator[Any], *, positive: Statistics, negative: Statistics) -> dict[str, str]:
+    """Metadata: what the statistics of both sides say of themselves alike, the estimator, and the counts."""
+    first = positive.sites[0]
+    return dict(positive.metadata.items() & negative.metadata.items()) | {
+        "estimator": name_of(estimator),
+        "positive count": str(positive[first].count),
+        "negative count": str(negative[first].count),
+    }
+
+
+def with_metadata(found: Result, metadata: Mapping[str, str], *, concept: str | None) -> Result:
+    """The same vector or edit under this name, with this metadata, but for other sites' axes, beneath what it has."""
+    vector = found if isinstance(found, SteeringVector) else found.constant
+    elsewhere = {key for key in metadata if key.startswith("axis ") and key.removeprefix("axis ") not in vector}
+    whole = {key: text for key, text in metadata.items() if key not in elsewhere} | vector.metadata
+    whole |= {} if concept is None else {"concept": concept}
+    if isinstance(found, SteeringVector):
+        return cast("Result", SteeringVector({site: found[site] for site in found}, metadata=whole))
+    return cast("Result", found.described(whole))
 
 
 def estimate(
-    estimator: Estimator,
+    estimator: Estimator[Any],
     direction: Callable[[Moments, Moments], Tensor],
     *,
     positive: Statistics,
@@ -45,17 +121,7 @@ def estimate(
     directions: dict[str, Tensor] = {}
     for site in positive:
         directions[site] = direction(positive[site], negative[site]).to(torch.get_default_dtype())
-    shared = dict(positive.metadata.items() & negative.metadata.items())
-    first = positive.sites[0]
-    return SteeringVector(
-        directions,
-        metadata=shared
-        | {
-            "estimator": type(estimator).__name__,
-            "positive count": str(positive[first].count),
-            "negative count": str(negative[first].count),
-        },
-    )
+    return SteeringVector(directions, metadata=described(estimator, positive=positive, negative=negative))
 
 
 def check_alike(positive: Statistics, negative: Statistics) -> None:
@@ -76,7 +142,7 @@ def check_alike(positive: Statistics, negative: Statistics) -> None:
 
 
 def check_finite(site: str, **sides: Moments) -> None:
-    """Raise StatisticsError unless these moments are those of finite rows, of one or more."""
+    """Raise StatisticsError for a side that has no rows, or whose rows are not all finite."""
     for side, moments in sides.items():
         if not moments.count:
             raise StatisticsError(f"site {site!r}: the {side} side has no rows")
@@ -88,7 +154,7 @@ def check_finite(site: str, **sides: Moments) -> None:
 
 
 def solved(matrix: Float[Tensor, "d d"], right: Float[Tensor, "d ..."], *, rows: int) -> Float[Tensor, "d ..."]:
-    """The solution x of matrix · x = right, for a symmetric positive matrix from so many rows.
+    """The solution x of matrix · x = right, for a symmetric positive definite matrix; the error names `rows`.
 
     Raises:
         StatisticsError: the matrix is singular to rounding.

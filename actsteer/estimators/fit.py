@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
-from typing import Any, Protocol, TypeVar, cast, final, runtime_checkable
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from actsteer.collecting.batches import Batches, iterate
 from actsteer.collecting.collect import collect
-from actsteer.collecting.differences import collect_differences
+from actsteer.collecting.pairs import collect_differences
 from actsteer.collecting.positions import Positions
-from actsteer.collecting.record import record
+from actsteer.collecting.statistics import Statistics
 from actsteer.errors import BatchError
+from actsteer.estimators.estimator import (
+    COVARIANCE,
+    Estimator,
+    Result,
+    check_estimator,
+    described,
+    name_of,
+    with_metadata,
+)
 from actsteer.estimators.mean_difference import MeanDifference
+from actsteer.estimators.rows import Rows
 from actsteer.sites.axes import Axes
 from actsteer.sites.resolve import Sites
-from actsteer.steering.interventions.low_rank import LowRank
+from actsteer.steering.interventions.intervention import Edit
 from actsteer.vectors.vector import SteeringVector
-
-Result = TypeVar("Result", SteeringVector, LowRank, covariant=True)
-
-
-@runtime_checkable
-class Fits(Protocol[Result]):
-    """An estimator of vectors, or of edits: from what was collected, or recorded, on two sides."""
-
-    def __call__(self, *, positive: Any, negative: Any) -> Result:
-        """The vector or the edit."""
-        ...
 
 
 def fit(
@@ -38,58 +35,77 @@ def fit(
     positive: Batches,
     negative: Batches,
     sites: Sites,
-    estimator: Fits[Result] | None = None,
+    estimator: Estimator[Result] | None = None,
     concept: str | None = None,
     positions: Positions = "all",
     axis: Axes | None = None,
     batch_size: int = 256,
+    stop: bool = True,
     progress: bool = True,
 ) -> Result:
-    """Collect statistics on both sides and estimate the vector that points from negative to positive.
+    """Collect what the estimator reads on both sides, and estimate the vector that points from negative to positive.
 
     Args:
         positive, negative: data with and without the concept, as for `collect`.
         sites: names, globs or a predicate, as for `find_sites`.
-        estimator: `MeanDifference()` unless another is given. For `PrincipalDirection(paired=True)` the rows of both
-            sides pair up; for `LogisticDirection` the activations are recorded or, streamed, the model runs many times.
+        estimator: `MeanDifference()` unless another is given, ours or yours; see `Estimator`. One that reads "pairs",
+            as `PrincipalDirection(paired=True)`, needs as many rows on both sides; one that reads "rows", as
+            `LogisticDirection`, records the activations or goes over the data several times.
         concept: what the vector stands for.
         positions: which positions of a sequence count, as for `collect`.
         axis: the feature axis, as for `collect`; the vector remembers it.
+        stop: whether passes end with the last site, as for `collect`.
 
     Returns:
-        What the estimator gives: a SteeringVector or, from `ConceptErasure`, a LowRank edit.
+        What the estimator gives: a SteeringVector or an edit, as `ConceptErasure` gives a `LowRank`.
 
     Raises:
         SiteNotFoundError, BatchError, StatisticsError: as `collect` and the estimator.
+        TypeError: what is no estimator, or gives neither a vector nor an edit.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     >>> fit(model, positive=torch.ones(4, 2), negative=torch.zeros(4, 2), sites="1", concept="one").concept
     'one'
     """
-    chosen = cast("Fits[Result]", estimator or MeanDifference())
+    chosen = cast("Estimator[Result]", MeanDifference() if estimator is None else estimator)
+    check_estimator(chosen)
     options: dict[str, Any] = {"sites": sites, "positions": positions, "axis": axis, "batch_size": batch_size}
-    described: dict[str, str] = {}
-    if getattr(chosen, "paired", False):
-        toward: Any = collect_differences(model, positive, negative, progress=progress, **options)
-        away: Any = -toward
-    elif getattr(chosen, "needs_rows", False):
-        # a count of one row for the metadata, and for errors before any work
+    options["stop"] = stop
+    if chosen.reads == "pairs":
+        differences = collect_differences(model, positive, negative, progress=progress, **options)
+        return estimated(chosen, positive=differences, negative=-differences, concept=concept)
+    if chosen.reads == "rows":
+        # one batch, for the metadata, and for errors before any work
         _check_repeats(negative)
-        seen = partial(collect, model, progress=False, **options)
-        described = seen(_first(positive, batch_size)).metadata
-        if getattr(chosen, "streamed", False):
-            toward, away = (_Replay(model, side, options) for side in (positive, negative))
-        else:
-            toward, away = (record(model, side, progress=progress, **options) for side in (positive, negative))
-    else:
-        options |= {"covariance": getattr(chosen, "needs_covariance", False), "progress": progress}
-        toward, away = (collect(model, side, **options) for side in (positive, negative))
-    found = chosen(positive=toward, negative=away)
-    metadata = described | found.metadata | ({} if concept is None else {"concept": concept})
-    if isinstance(found, LowRank):
-        return found.described(metadata)
-    return SteeringVector({site: found[site] for site in found}, metadata=metadata)
+        seen = collect(model, _first(positive, batch_size), progress=False, **options)
+        toward, away = (Rows(model, side, progress=progress, options=options) for side in (positive, negative))
+        found = _checked(chosen, chosen(positive=toward, negative=away))
+        return with_metadata(found, seen.metadata | {"estimator": name_of(chosen)}, concept=concept)
+    options |= {"covariance": COVARIANCE[chosen.reads], "progress": progress}
+    high, low = (collect(model, side, **options) for side in (positive, negative))
+    return estimated(chosen, positive=high, negative=low, concept=concept)
+
+
+def estimated(
+    estimator: Estimator[Result], *, positive: Statistics, negative: Statistics, concept: str | None
+) -> Result:
+    """What the estimator makes of statistics, with the metadata that `fit` writes.
+
+    Raises:
+        TypeError: it makes neither a vector nor an edit.
+    """
+    found = _checked(estimator, estimator(positive=positive, negative=negative))
+    return with_metadata(found, described(estimator, positive=positive, negative=negative), concept=concept)
+
+
+def _checked(estimator: Estimator[Result], found: Any) -> Result:
+    if not isinstance(found, SteeringVector | Edit):
+        raise TypeError(
+            f"{type(estimator).__name__}: expected a SteeringVector, or an edit such as LowRank, got "
+            f"{type(found).__name__}"
+        )
+    return cast("Result", found)
 
 
 def _first(batches: Batches, batch_size: int) -> list[Any]:
@@ -100,15 +116,3 @@ def _first(batches: Batches, batch_size: int) -> list[Any]:
 def _check_repeats(batches: Batches) -> None:
     if not isinstance(batches, Tensor) and iter(batches) is batches:
         raise BatchError("this estimator goes over the data more than once; give a list, not a generator")
-
-
-@final
-class _Replay:
-    """The activations block by block, from the model, every time that they are gone over."""
-
-    def __init__(self, model: nn.Module, batches: Batches, options: dict[str, Any]) -> None:
-        self._model, self._batches, self._options = model, batches, options
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for batch in iterate(self._batches, batch_size=self._options["batch_size"], progress=False, label=""):
-            yield record(self._model, [batch], progress=False, **self._options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import final
 
 from actsteer.collecting.statistics import Statistics
-from actsteer.estimators.estimator import estimate
+from actsteer.estimators.estimator import Reads, estimate
 from actsteer.vectors.vector import SteeringVector
 
 
@@ -13,8 +13,8 @@ from actsteer.vectors.vector import SteeringVector
 class LayerMean:
     """v = (mean of μ₊ - mean of μ₋) · 1: the mean over all features of a site, the same for each of them.
 
-    What the published MNIST steering notebooks compute. It holds d times less than `MeanDifference`: use it to
-    reproduce them, or as a baseline for what the direction itself contributes.
+    The published MNIST steering notebooks compute it: one number per site, where `MeanDifference` has d. Use it to
+    reproduce them, or as a baseline that shows what the other numbers contribute.
 
     >>> import torch
     >>> from actsteer.collecting.moments import Moments
@@ -23,7 +23,7 @@ class LayerMean:
     tensor([2., 2.])
     """
 
-    needs_covariance = False
+    reads: Reads = "means"
 
     def __call__(self, *, positive: Statistics, negative: Statistics) -> SteeringVector:
         """The vector of layer means at every site."""

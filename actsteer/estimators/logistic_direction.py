@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from actsteer.errors import ShapeError, SiteNotFoundError, StatisticsError
+from actsteer.estimators.estimator import Reads, name_of
 from actsteer.estimators.newton import Recorded, newton, no_convergence
+from actsteer.estimators.rows import Rows
 from actsteer.vectors.vector import SteeringVector
 
-Rows: TypeAlias = Recorded | Iterable[Recorded]
-"""Recorded activations; or a stream of them, block by block, that can be gone over again and again."""
+RowsOrBlocks: TypeAlias = Recorded | Iterable[Recorded]
+"""Recorded activations, site -> (n, d); or blocks of them, that can be gone over again and again."""
 
 
 @final
@@ -43,7 +45,7 @@ class LogisticDirection:
     (True, True)
     """
 
-    needs_rows = True
+    reads: Reads = "rows"
 
     def __init__(self, *, C: float = 1.0, streamed: bool = False, steps: int = 100, tolerance: float = 1e-8) -> None:  # noqa: N803
         if not (math.isfinite(C) and C > 0):
@@ -52,8 +54,10 @@ class LogisticDirection:
             raise ValueError(f"expected steps >= 1 and tolerance > 0, got steps={steps}, tolerance={tolerance}")
         self.C, self.streamed, self.steps, self.tolerance = C, streamed, steps, tolerance
 
-    def __call__(self, *, positive: Rows, negative: Rows) -> SteeringVector:
+    def __call__(self, *, positive: RowsOrBlocks, negative: RowsOrBlocks) -> SteeringVector:
         """The regression's weights at every site."""
+        if self.streamed and isinstance(positive, Rows) and isinstance(negative, Rows):
+            positive, negative = positive.blocks, negative.blocks
         if isinstance(positive, Mapping) and isinstance(negative, Mapping):
             _check_alike(positive, negative)
             found = {site: self._by_sklearn(site, positive[site], negative[site]) for site in positive}
@@ -65,7 +69,7 @@ class LogisticDirection:
         kind = torch.get_default_dtype()
         return SteeringVector(
             {site: weights[:-1].to(kind) for site, weights in found.items()},
-            metadata={"estimator": type(self).__name__} | described,
+            metadata={"estimator": name_of(self)} | described,
         )
 
     def _by_sklearn(self, site: str, positive: Tensor, negative: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import final
 
 from actsteer.collecting.statistics import Statistics
-from actsteer.estimators.estimator import estimate
+from actsteer.estimators.estimator import Reads, estimate
 from actsteer.vectors.vector import SteeringVector
 
 
@@ -22,7 +22,7 @@ class MeanDifference:
     tensor([1., 1.])
     """
 
-    needs_covariance = False
+    reads: Reads = "means"
 
     def __call__(self, *, positive: Statistics, negative: Statistics) -> SteeringVector:
         """The vector of mean differences at every site."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from actsteer.collecting.moments import Moments
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import ShapeError, SiteNotFoundError, StatisticsError, close_names
-from actsteer.estimators.estimator import check_finite
+from actsteer.estimators.estimator import Reads, check_finite
 from actsteer.steering.interventions.low_rank import LowRank
 from actsteer.vectors.vector import SteeringVector
 
@@ -22,9 +22,9 @@ class NullSpace:
 
     w lies in the null space of the negative activations: P projects on the eigenvectors of E₋[h hᵀ] whose eigenvalues
     are at most a share `tolerance` of the largest, and w = P (P E₊[h hᵀ] P + λ I)⁻¹ P μ₊ is the ridge regression of 1
-    on the positive activations there. Rows in the span of the negative ones keep their values to rounding if
-    `tolerance` is that small; where the negative ones fill the space, a larger one trades what they keep for what the
-    others get.
+    on the positive activations there. With a `tolerance` as small as rounding, rows in the span of the negative
+    activations stay as they are. Where the negative activations fill the space, a larger one makes room: they are
+    moved a little, the positive ones more.
 
     Args:
         vector: v, what is added to a row that is steered in full.
@@ -46,7 +46,7 @@ class NullSpace:
             [7., 0.]])
     """
 
-    needs_covariance = True
+    reads: Reads = "covariance"
 
     def __init__(self, vector: SteeringVector, *, tolerance: float = 1e-6, ridge: float = 1e-6) -> None:
         if not (0 <= tolerance < 1 and ridge > 0):

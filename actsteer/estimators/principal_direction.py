@@ -10,7 +10,7 @@ from torch import Tensor
 from actsteer.collecting.moments import Moments
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import StatisticsError
-from actsteer.estimators.estimator import estimate
+from actsteer.estimators.estimator import Reads, estimate
 from actsteer.vectors.vector import SteeringVector
 
 
@@ -18,14 +18,14 @@ from actsteer.vectors.vector import SteeringVector
 class PrincipalDirection:
     """v = the first principal component, of norm 1, with the sign by which the positive side projects higher.
 
-    Pooled: of both sides together, centred at their common mean. Paired: of the differences x₊ - x₋ of pairs of rows,
-    each taken with both signs, so that they are centred at zero; `fit` makes them from pairs of batches, and
-    `differences` from two models' inputs. Then what a pair shares does not count.
+    Without `paired` it is the component of the rows of both sides together, about their common mean. With `paired` it
+    is the component of the differences x₊ - x₋ of pairs of rows, about zero, so that what both rows of a pair share
+    does not count; `fit` and `collect_differences` make the differences.
 
     Also called LAT, or the reading vector. Source: representation engineering (RepE), Zou et al. 2023.
 
     Args:
-        paired: the statistics are those of the differences (positive) and of their negatives (negative).
+        paired: read "pairs": the statistics of the differences (positive) and of their negatives (negative).
 
     Raises:
         StatisticsError: no covariance was collected, the rows do not vary, or are not `paired`.
@@ -37,10 +37,9 @@ class PrincipalDirection:
     tensor([1.0000, 0.0100])
     """
 
-    needs_covariance = True
-
     def __init__(self, *, paired: bool = False) -> None:
         self.paired = paired
+        self.reads: Reads = "pairs" if paired else "covariance"
 
     def __call__(self, *, positive: Statistics, negative: Statistics) -> SteeringVector:
         """The principal direction at every site."""

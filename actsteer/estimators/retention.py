@@ -1,17 +1,48 @@
-"""Retention: how far a steered model's answers on other data have moved from its own."""
+"""Retention: how far a steered model's answers on other data have moved from those of the unsteered model."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
-from actsteer.collecting.batches import call
+from actsteer.collecting.batches import Batches, call
 from actsteer.errors import LossError
 from actsteer.steering.steerer import Steerer
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Retain:
+    """Other data, on which the answers are to stay: adds weight · KL(unsteered ‖ steered) to the loss of `optimize`.
+
+    Args:
+        batches: as for `collect`; each step takes one batch.
+        weight: against the loss, per nat.
+
+    Source: learning without forgetting, Li & Hoiem 2016.
+
+    >>> from actsteer import optimize
+    >>> model, x = nn.Sequential(nn.Identity()), torch.zeros(4, 2)
+    >>> def first(output):
+    ...     return -output[:, 0].mean()
+    >>> options = {"sites": "0", "loss": first, "lr": 0.1, "steps": 50}
+    >>> free, held = (optimize(model, x, retain=kept, **options)["0"] for kept in (None, Retain(x, weight=100.0)))
+    >>> bool(free[0] - free[1] > 2), bool(held[0] - held[1] < 0.1)  # the answer is the softmax of both
+    (True, True)
+    """
+
+    batches: Batches
+    weight: float = field(default=1.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.weight) and self.weight >= 0):
+            raise ValueError(f"weight: expected a number >= 0, got {self.weight}")
 
 
 def divergence(model: nn.Module, steerer: Steerer, batch: Any) -> Tensor:
@@ -42,6 +73,6 @@ def _logits(output: Any) -> Tensor:
         found = found[0]
     if not isinstance(found, Tensor) or not found.ndim:
         raise LossError(
-            f"retain: expected an output with logits, got {type(output).__name__}; put a term of your own into the loss"
+            f"retain: expected an output with logits, got {type(output).__name__}; put a term into the loss instead"
         )
     return found.float()

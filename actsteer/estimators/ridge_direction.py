@@ -9,7 +9,7 @@ from torch import Tensor
 
 from actsteer.collecting.moments import Moments
 from actsteer.collecting.statistics import Statistics
-from actsteer.estimators.estimator import estimate, solved
+from actsteer.estimators.estimator import Reads, estimate, solved
 from actsteer.vectors.vector import SteeringVector
 
 
@@ -33,7 +33,7 @@ class RidgeDirection:
     tensor([1.])
     """
 
-    needs_covariance = True
+    reads: Reads = "covariance"
 
     def __init__(self, *, alpha: float = 1.0) -> None:
         if not (math.isfinite(alpha) and alpha >= 0):

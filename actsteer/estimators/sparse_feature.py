@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from actsteer.collecting.moments import Moments
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import ShapeError, StatisticsError
-from actsteer.estimators.estimator import estimate
+from actsteer.estimators.estimator import Reads, estimate
 from actsteer.vectors.vector import SteeringVector
 
 
@@ -36,7 +36,7 @@ class SparseFeature:
     tensor([0.6000, 0.8000])
     """
 
-    needs_covariance = False
+    reads: Reads = "means"
 
     def __init__(self, autoencoder: Tensor | nn.Module | Mapping[str, Any], *, feature: int | None = None) -> None:
         self._decoder = _decoder(autoencoder)

@@ -1,4 +1,4 @@
-"""Stream: the batches of a training run without end, each with its target, and the loss on them."""
+"""Stream: batches with their targets, repeated for as long as a training runs, and the loss on them."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def endless(
 
 
 def once(batches: Batches, targets: Targets | None, *, batch_size: int) -> Iterator[tuple[Any, Any]]:
-    """Pairs (batch, target), in their order; without targets the batch is its own."""
+    """Pairs (batch, target), in their order; without targets, the batch is the target."""
     whole = iterate(batches, batch_size=batch_size, progress=False, label="")
     if targets is None:
         yield from ((batch, batch) for batch in whole)
         return
     missing: Any = object()
-    own = torch.split(targets, batch_size) if isinstance(targets, Tensor) else targets
-    for batch, target in zip_longest(whole, own, fillvalue=missing):
+    wanted = torch.split(targets, batch_size) if isinstance(targets, Tensor) else targets
+    for batch, target in zip_longest(whole, wanted, fillvalue=missing):
         if batch is missing or target is missing:
             raise BatchError("targets: expected one for each batch in every epoch; pass lists, not generators")
         yield batch, target

@@ -9,7 +9,7 @@ from torch import Tensor
 from actsteer.collecting.moments import Moments
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import StatisticsError
-from actsteer.estimators.estimator import estimate, solved
+from actsteer.estimators.estimator import Reads, estimate, solved
 from actsteer.vectors.vector import SteeringVector
 
 
@@ -18,8 +18,8 @@ class WhitenedMeanDifference:
     """v = Σ⁻¹ (μ₊ - μ₋), the direction along which two classes with one covariance separate best (Fisher 1936).
 
     Σ is the pooled within-class covariance S = (S₊ + S₋) / (n₊ + n₋ - 2), shrunk toward a multiple of the identity:
-    Σ = (1 - ρ) S + ρ (tr S / d) I. Needs statistics with covariance. As a gate's direction it tells the rows apart;
-    as what is added it need not be the shift that changes the model's answer.
+    Σ = (1 - ρ) S + ρ (tr S / d) I. Needs statistics with covariance. It tells the rows apart, as a gate
+    must; added to the activations, it need not be the shift that changes the model's answer.
 
     Args:
         shrinkage: ρ in [0, 1]; None takes the one of least expected error, from the sums of fourth powers that
@@ -36,7 +36,7 @@ class WhitenedMeanDifference:
     tensor([ 4., -2.])
     """
 
-    needs_covariance = True
+    reads: Reads = "covariance"
 
     def __init__(self, *, shrinkage: float | None = None) -> None:
         if shrinkage is not None and not 0.0 <= shrinkage <= 1.0:

@@ -6,22 +6,27 @@ intervention meant, and of every site the side and the feature axis.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from actsteer.errors import FileFormatError
-from actsteer.files import sealed
-from actsteer.files.stored import PlainVector, Stored
+from actsteer.files import sealed, steering_lite
+from actsteer.files.lazy import Named, Numbered, Stored
+from actsteer.files.opened import Opened
+from actsteer.files.untrusted import not_a_direction
+
+SUFFIX = ".safetensors"
 
 
-def write_bank(path: str | os.PathLike[str], bank: Mapping[str, PlainVector]) -> None:
-    """Write vectors, concept -> (directions, metadata), to `path`."""
+def write(path: Path, vectors: Mapping[str, Named]) -> None:
+    """Write vectors to `path`."""
     tensors: dict[str, Tensor] = {}
     concepts: dict[str, Any] = {}
-    for concept, (directions, metadata) in bank.items():
+    for concept, vector in vectors.items():
+        directions, metadata = vector.directions, vector.metadata
         own = {_key(concept, site): direction.detach().cpu() for site, direction in directions.items()}
         tensors |= own
         concepts[concept] = {
@@ -34,13 +39,16 @@ def write_bank(path: str | os.PathLike[str], bank: Mapping[str, PlainVector]) ->
     sealed.write(path, tensors, {"kind": "bank", "concepts": concepts}, sealed_apart=tensors)
 
 
-def read_bank(path: str | os.PathLike[str]) -> dict[str, Stored]:
-    """What `write_bank` wrote, concept -> vector; the directions of a large file when they are asked for.
+def read(path: Path) -> Mapping[str, Stored | Numbered]:
+    """What `write` wrote; the directions of a large file when they are asked for. And the files of steering-lite.
 
     Raises:
         FileFormatError: the file is corrupt, foreign, or of a newer version.
     """
-    file = sealed.Sealed(path, kind="bank")
+    opened = Opened(path.absolute())  # whatever the current folder is when more of it is read
+    if not sealed.is_ours(opened) and steering_lite.is_numbered(opened):
+        return steering_lite.read(opened)
+    file = sealed.Sealed(opened, kind="bank")
     try:
         entries = file.document["concepts"].items()
         names = {concept: {site: _key(concept, site) for site in dict(entry["sites"])} for concept, entry in entries}
@@ -103,7 +111,7 @@ def _read(vector: Stored) -> Stored:
     return Stored(vector.sizes, vector.metadata, lambda: directions)
 
 
-def _check_sizes(path: str | os.PathLike[str], vectors: Iterable[Stored]) -> None:
+def _check_sizes(path: Path, vectors: Iterable[Stored]) -> None:
     sizes: dict[str, int] = {}
     for vector in vectors:
         for site, size in vector.sizes.items():
@@ -111,7 +119,7 @@ def _check_sizes(path: str | os.PathLike[str], vectors: Iterable[Stored]) -> Non
                 raise FileFormatError(f"{path}: site {site!r} has directions of two sizes; write it again")
 
 
-def _undescribed(path: str | os.PathLike[str], error: Exception) -> FileFormatError:
+def _undescribed(path: Path, error: Exception) -> FileFormatError:
     return FileFormatError(f"{path}: the document does not describe the tensors ({error!r}); write it again")
 
 
@@ -132,6 +140,6 @@ _ESCAPES = {code: f"%{code:02X}" for code in (*range(32), ord("%"))}
 
 
 def _direction(tensor: Tensor) -> Tensor:
-    if tensor.ndim != 1 or not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
-        raise ValueError(f"expected directions of shape (d,), floating and finite, got {tensor.dtype}, {tensor.shape}")
+    if (problem := not_a_direction(tensor)) is not None:
+        raise ValueError(problem)
     return tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from actsteer.collecting.batches import iterate
 from actsteer.collecting.collect import described_axes
-from actsteer.collecting.moments import Moments
-from actsteer.collecting.observe import Observation
+from actsteer.collecting.moments import Covariance, Moments
+from actsteer.collecting.observe import Observation, Step
 from actsteer.collecting.positions import described
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import UnsupportedModelError
@@ -28,9 +28,10 @@ def collect_pairs_by_prefix(
     negative: Sequence[Tensor],
     *,
     sites: Sites,
-    covariance: bool,
+    covariance: Covariance,
     batch_size: int,
     device: torch.device | None,
+    stop: bool,
     progress: bool,
 ) -> tuple[Statistics, Statistics]:
     """The statistics of the last tokens of both sides, of texts given as token ids, pair by pair.
@@ -47,34 +48,34 @@ def collect_pairs_by_prefix(
     key = _cache_argument(unwrapped(model))
     names = find_sites(model, sites)
     sums: list[dict[str, Moments]] = [{}, {}]
-    keeps = False
 
     def keep(site: str, rows: Tensor, owners: Tensor) -> None:
-        if keeps:
-            for side, part in enumerate(rows.unflatten(0, (-1, 2)).unbind(dim=1)):
-                if site not in sums[side]:
-                    sums[side][site] = Moments.of(part, covariance=covariance)
-                else:
-                    sums[side][site].update(part)
+        for side, part in enumerate(rows.unflatten(0, (-1, 2)).unbind(dim=1)):
+            if site not in sums[side]:
+                sums[side][site] = Moments.of(part, covariance=covariance)
+            else:
+                sums[side][site].update(part)
 
-    observation = Observation(model, names, keep, axis=None, positions=_last)
-    config = getattr(unwrapped(model), "config", None)
-    indices = torch.arange(len(positive))
-    for chosen in iterate(indices, batch_size=max(1, batch_size // 2), progress=progress, label="collect pairs"):
-        texts = [side[int(index)] for index in chosen for side in (positive, negative)]
-        shared = min(_agreeing(one, other) for one, other in zip(texts[::2], texts[1::2], strict=True))
-        rest = {"input_ids": _padded([text[shared:] for text in texts], device)}
-        mask = _padded([torch.ones_like(text) for text in texts], device)
-        cache: Any = None
-        if shared:
-            heads, owners = torch.stack([text[:shared] for text in texts]).unique(dim=0, return_inverse=True)
-            cache = DynamicCache(config=config)
-            inputs = {"input_ids": heads.to(device), "attention_mask": torch.ones_like(heads).to(device)}
-            observation.run([inputs | {key: cache, "use_cache": True}])
-            cache.batch_select_indices(owners.to(device))
-        keeps = True
-        observation.run([rest | {"attention_mask": mask, key: cache, "use_cache": cache is not None}])
-        keeps = False
+    def steps() -> Iterator[Step]:
+        config = getattr(unwrapped(model), "config", None)
+        indices = torch.arange(len(positive))
+        for chosen in iterate(indices, batch_size=max(1, batch_size // 2), progress=progress, label="collect pairs"):
+            texts = [side[int(index)] for index in chosen for side in (positive, negative)]
+            shared = min(_agreeing(one, other) for one, other in zip(texts[::2], texts[1::2], strict=True))
+            rest = {"input_ids": _padded([text[shared:] for text in texts], device)}
+            mask = _padded([torch.ones_like(text) for text in texts], device)
+            cache: Any = None
+            if shared:
+                heads, owners = torch.stack([text[:shared] for text in texts]).unique(dim=0, return_inverse=True)
+                cache = DynamicCache(config=config)
+                inputs = {"input_ids": heads.to(device), "attention_mask": torch.ones_like(heads).to(device)}
+                yield Step(inputs | {key: cache, "use_cache": True}, lambda site, rows, owners: None)
+                cache.batch_select_indices(owners.to(device))
+            inputs = rest | {"attention_mask": mask, key: cache, "use_cache": cache is not None}
+            yield Step(inputs, keep)
+
+    observation = Observation(model, names, axis=None, positions=_last, stop=stop)
+    observation.run(steps())
     metadata = fingerprint.described(model) | described("last") | described_axes(observation.axes, None)
     toward, away = (Statistics({site: own[site] for site in names}, metadata=metadata) for own in sums)
     return toward, away

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from torch import nn
 
 from actsteer.collecting.positions import Positions
 from actsteer.collecting.texts import Text, TextBatches, input_device, text_batches
 from actsteer.errors import BatchError
-from actsteer.estimators.fit import Fits, fit
+from actsteer.estimators.estimator import COVARIANCE, Estimator, Result, check_estimator
+from actsteer.estimators.fit import estimated, fit
 from actsteer.estimators.mean_difference import MeanDifference
 from actsteer.integrations.prefixes import collect_pairs_by_prefix
 from actsteer.sites.resolve import Sites
-from actsteer.steering.interventions.low_rank import LowRank
-from actsteer.vectors.vector import SteeringVector
 
 __all__ = ["Text", "TextBatches", "fit_pairs", "text_batches"]
-Result = TypeVar("Result", SteeringVector, LowRank)
 
 
 def fit_pairs(
@@ -27,12 +25,13 @@ def fit_pairs(
     pairs: Sequence[tuple[Text, Text]],
     *,
     sites: Sites,
-    estimator: Fits[Result] | None = None,
+    estimator: Estimator[Result] | None = None,
     positions: Positions = "last",
     concept: str | None = None,
     batch_size: int = 32,
     chat: bool = False,
     share_prefix: bool = False,
+    stop: bool = True,
     progress: bool = True,
 ) -> Result:
     """The vector that points from the second texts of the pairs to the first, as `fit` finds it.
@@ -48,6 +47,7 @@ def fit_pairs(
         share_prefix: compute the tokens with which both texts of a pair begin, and those with which all texts of a
             batch begin, once, in a key-value cache. The same result, but for rounding; for causal models with such a
             cache, estimators on statistics, and `positions="last"`.
+        stop: whether passes end with the last site, as for `collect`.
 
     Raises:
         BatchError: no pairs, or texts without tokens; else as `fit`.
@@ -70,10 +70,12 @@ def fit_pairs(
             estimator=estimator,
             concept=concept,
             positions=positions,
+            stop=stop,
             progress=progress,
         )
-    chosen = cast("Fits[Result]", estimator or MeanDifference())
-    if positions != "last" or getattr(chosen, "paired", False) or getattr(chosen, "needs_rows", False):
+    chosen = cast("Estimator[Result]", MeanDifference() if estimator is None else estimator)
+    check_estimator(chosen)
+    if positions != "last" or chosen.reads not in COVARIANCE:
         raise ValueError(
             "share_prefix: expected positions='last' and an estimator on the statistics of two sides; the tokens that "
             "are shared are not seen on each side by itself"
@@ -83,13 +85,10 @@ def fit_pairs(
         positive.ids,
         negative.ids,
         sites=sites,
-        covariance=getattr(chosen, "needs_covariance", False),
+        covariance=COVARIANCE[chosen.reads],
         batch_size=batch_size,
         device=device,
+        stop=stop,
         progress=progress,
     )
-    found = chosen(positive=toward, negative=away)
-    metadata = found.metadata | ({} if concept is None else {"concept": concept})
-    if isinstance(found, LowRank):
-        return LowRank({site: found[site] for site in found.sites}, metadata=metadata)
-    return SteeringVector({site: found[site] for site in found}, metadata=metadata)
+    return estimated(chosen, positive=toward, negative=away, concept=concept)

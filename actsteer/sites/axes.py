@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from functools import lru_cache
+from typing import Any, TypeAlias
 
 from torch import nn
 
 from actsteer.errors import ShapeError, SiteNotFoundError, close_names
 from actsteer.sites.place import Place
-from actsteer.sites.resolve import hook_points, named_sites, path_to, runs_torch_code
+from actsteer.sites.resolve import Modules, hook_points, named_sites, path_to, runs_torch_code
 from actsteer.sites.wrappers import unwrapped
 
 Axes: TypeAlias = int | Mapping[str, int]
@@ -96,9 +97,7 @@ class Layout:
         return [*found, rank - 1] if also_last else found
 
 
-def layout(
-    model: nn.Module, place: Place, *, axis: int | None = None, modules: Mapping[str, nn.Module] | None = None
-) -> Layout:
+def layout(model: nn.Module, place: Place, *, axis: int | None = None, modules: Modules | None = None) -> Layout:
     """The layout of the activations at a place; `axis`, if given, is the feature axis.
 
     Convolutions, pools, paddings and 1d-3d norms keep the channels before the spatial axes (counted from the end, so
@@ -110,7 +109,7 @@ def layout(
     if axis is not None or place.name in hook_points(model):
         return Layout(-1 if axis is None else axis, row_axis=rows)
     modules = named_sites(model) if modules is None else modules
-    names = [name for name, module in modules.items() if unwrapped(module) is unwrapped(place.module)] or [place.name]
+    names = modules.names_of(place.module) or [place.name]
     known = {_known_axis(modules, name, place) for name in names}  # one module may stand at several places
     if len(known) == 1 and None not in known:
         return Layout(known.pop(), row_axis=rows)
@@ -126,8 +125,12 @@ def _known_axis(modules: Mapping[str, nn.Module], name: str, place: Place) -> in
     return _axis_after(earlier) if known is None and place.side == "in" else known
 
 
-def layouts(model: nn.Module, places: Mapping[str, Place], *, axis: Axes | None) -> dict[str, Layout]:
+def layouts(
+    model: nn.Module, places: Mapping[str, Place], *, axis: Axes | None, modules: Modules | None = None
+) -> dict[str, Layout]:
     """The layout at every place; `axis` names a feature axis for all of them, or site -> axis for some.
+
+    `modules` is `named_sites(model)`, if that is known.
 
     Raises:
         SiteNotFoundError: `axis` names another site.
@@ -142,7 +145,7 @@ def layouts(model: nn.Module, places: Mapping[str, Place], *, axis: Axes | None)
             raise SiteNotFoundError(f"axis names no site in use: {site!r}. {close_names(site, places)}")
         if not isinstance(chosen, int) or isinstance(chosen, bool):
             raise TypeError(f"axis: expected an int for site {site!r}, got {chosen!r}")
-    modules = named_sites(model)
+    modules = named_sites(model) if modules is None else modules
     return {site: layout(model, place, axis=axis.get(site), modules=modules) for site, place in places.items()}
 
 
@@ -225,12 +228,16 @@ def _class_axis(module: nn.Module) -> int | None:
         return 1
     if isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(module.normalized_shape) > 1:
         return None  # over channels and space together
-    last = isinstance(module, _FEATURES_LAST)
-    for kind in type(module).__mro__:  # a LayerNorm2d is a layer norm over channels, whoever wrote it
-        norm = issubclass(kind, nn.LayerNorm | nn.RMSNorm)
-        if kind.__name__[-2:] in _SPATIAL and (norm or kind.__module__.startswith("torch.nn.")):
-            return _SPATIAL[kind.__name__[-2:]]
-    return -1 if last else None
+    return _axis_of(type(module))  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=4096)
+def _axis_of(kind: type[Any]) -> int | None:
+    for own in kind.__mro__:  # a LayerNorm2d is a layer norm over channels, whoever wrote it
+        norm = issubclass(own, nn.LayerNorm | nn.RMSNorm)
+        if own.__name__[-2:] in _SPATIAL and (norm or own.__module__.startswith("torch.nn.")):
+            return _SPATIAL[own.__name__[-2:]]
+    return -1 if issubclass(kind, _FEATURES_LAST) else None
 
 
 def _row_axis(model: nn.Module, place: Place) -> int:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from actsteer.errors import ModelMismatchError
-from actsteer.sites.wrappers import class_name, named_modules, unwrapped
+from actsteer.sites.wrappers import class_name, named_modules, unwrapped, without_adapters
+
+KEYS = ("model", "body", "weights", "model_type")
+"""What metadata says of the model."""
 
 _FINGERPRINT = re.compile(r".+:\d+:[0-9a-f]{16}")
 _SAMPLES = 16  # of every parameter
@@ -24,10 +29,37 @@ _HELD_BY = {  # a dtype -> those whose numbers all its own can be rounded to, it
 
 
 def fingerprint(model: nn.Module) -> str:
-    """The model's class, parameter count, and a hash of its parameters' names and shapes; its numbers do not count."""
-    shapes = [(name, tuple(parameter.shape)) for name, parameter in _parameters(model)]
-    count = sum(parameter.numel() for _, parameter in _parameters(model))
-    return f"{class_name(model)}:{count}:{hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]}"
+    """The model's class, parameter count, and a hash of its parameters' names and shapes; its numbers do not count.
+
+    Adapters that peft has added, LoRA and the like, do not count either.
+    """
+    shapes = _shapes(model)
+    count = sum(math.prod(shape) for _, shape in shapes)
+    return f"{class_name(model)}:{count}:{_hashed(shapes)}"
+
+
+def body(model: nn.Module) -> str | None:
+    """The class, and a hash of the names and shapes, of a model without its head and the size of its vocabulary.
+
+    A Hugging Face model says itself which part that is (`base_model_prefix`), and which are its embeddings; of any
+    other model it is None.
+    """
+    host: Any = unwrapped(model)
+    prefix = getattr(host, "base_model_prefix", None)
+    if not isinstance(prefix, str):
+        return None
+    inner = getattr(host, prefix, host) if prefix else host
+    try:
+        inputs, outputs = host.get_input_embeddings(), host.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    first, last = _parameter_ids(inputs), _parameter_ids(outputs)
+    shapes = [
+        (name, tuple(parameter.shape[1:]) if id(parameter) in first else tuple(parameter.shape))
+        for name, parameter in _parameters(inner, adapters=False)
+        if id(parameter) in first or id(parameter) not in last
+    ]
+    return f"{class_name(inner)}:{_hashed(shapes)}"
 
 
 def weights(model: nn.Module) -> str | None:
@@ -51,8 +83,9 @@ def weights(model: nn.Module) -> str | None:
 
 
 def described(model: nn.Module) -> dict[str, str]:
-    """What metadata says of the model: "model", "weights" and, of a Hugging Face model, "model_type"."""
-    known = {"model": fingerprint(model), "weights": weights(model), "model_type": model_type(model)}
+    """What metadata says of the model: "model", "weights" and, of a Hugging Face model, "body" and "model_type"."""
+    known = {"model": fingerprint(model), "body": body(model), "weights": weights(model)}
+    known |= {"model_type": model_type(model)}
     return {key: value for key, value in known.items() if value is not None}
 
 
@@ -69,24 +102,37 @@ def check(model: nn.Module, made_for: Mapping[str, str], *, what: str) -> None:
         ModelMismatchError: another architecture.
 
     Warns:
-        UserWarning: the same architecture with other weights.
+        UserWarning: the same architecture with other weights, another head, or another vocabulary; or, where nothing
+            but the type of the model is known, another type.
     """
     meant = made_for.get("model", "")
     if not _FINGERPRINT.fullmatch(meant):
+        theirs, ours = made_for.get("model_type"), model_type(model)
+        if theirs and ours and theirs != ours:
+            warnings.warn(f"{what} was made for a {theirs}, the model is a {ours}", UserWarning, stacklevel=3)
         return
     present = fingerprint(model)
     kind, count, shapes = meant.rsplit(":", 2)
     own_kind, own_count, own_shapes = present.rsplit(":", 2)
     quantised = bool(getattr(unwrapped(model), "is_quantized", False))  # whose parameters are packed
     if kind != own_kind or (not quantised and (count, shapes) != (own_count, own_shapes)):
+        known = made_for.get("body")
+        if known is not None and known == body(model):
+            warnings.warn(
+                f"{what} was made for a {kind} with {count} parameters, the model is a {own_kind} with {own_count}: "
+                "only the head or the vocabulary differ; it may mean something else here",
+                UserWarning,
+                stacklevel=3,
+            )
+            return
         raise ModelMismatchError(
             f"{what} was made for a {kind} with {count} parameters (shapes {shapes}), and the model is a {own_kind} "
             f"with {own_count} (shapes {own_shapes}); load that model, carry the vector over with align and transport, "
             "or, if you know better, make a new one of its directions: SteeringVector({site: v[site] for site in v})"
         )
-    known, own = _hashes(made_for.get("weights")), {} if quantised else _hashes(weights(model))
-    shared = next((name for name in known if name in own), None)
-    if shared is not None and known[shared] != own[shared]:
+    known_weights, own_weights = _hashes(made_for.get("weights")), {} if quantised else _hashes(weights(model))
+    shared = next((name for name in known_weights if name in own_weights), None)
+    if shared is not None and known_weights[shared] != own_weights[shared]:
         warnings.warn(
             f"{what} was made for a {kind} of this architecture with other weights; it may mean something else here",
             UserWarning,
@@ -94,14 +140,27 @@ def check(model: nn.Module, made_for: Mapping[str, str], *, what: str) -> None:
         )
 
 
-def _parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Every parameter with its first name, a shared one once."""
+def _parameters(model: nn.Module, *, adapters: bool = True) -> list[tuple[str, Tensor]]:
+    """Every parameter with its first name, a shared one once; of layers with adapters only what was there before."""
+    host = unwrapped(model)
     found: dict[int, tuple[str, Tensor]] = {}
-    for name, module in named_modules(unwrapped(model)):
+    for name, module in named_modules(host) if adapters else without_adapters(host):
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 found.setdefault(id(parameter), (f"{name}.{key}" if name else key, parameter))
     return list(found.values())
+
+
+def _shapes(model: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
+    return [(name, tuple(parameter.shape)) for name, parameter in _parameters(model, adapters=False)]
+
+
+def _parameter_ids(module: nn.Module | None) -> set[int]:
+    return set() if module is None else {id(parameter) for parameter in module.parameters()}
+
+
+def _hashed(shapes: list[tuple[str, tuple[int, ...]]]) -> str:
+    return hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
 
 
 def _hash(rows: Tensor) -> str:

@@ -5,14 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import TypeAlias
+from functools import cached_property
+from typing import TypeAlias, final
 
 import torch
 from torch import nn
 
 from actsteer.errors import SiteNotFoundError, UnsupportedModelError, close_names
 from actsteer.sites.place import Place, split_site
-from actsteer.sites.wrappers import class_name, named_modules, slot, uncompiled, unwrapped, without_prefixes
+from actsteer.sites.wrappers import (
+    class_name,
+    inside_adapters,
+    named_modules,
+    slot,
+    uncompiled,
+    unwrapped,
+    without_prefixes,
+)
 
 Predicate: TypeAlias = Callable[[str, nn.Module], bool]
 Sites: TypeAlias = str | nn.Module | Predicate | Iterable[str | nn.Module | Predicate]
@@ -24,10 +33,11 @@ _FIRST_RESULT = (nn.RNNBase, nn.MultiheadAttention)  # of a tuple whose first me
 def find_sites(model: nn.Module, sites: Sites) -> tuple[str, ...]:
     """The exact names of the sites that `sites` selects, in module order.
 
-    A name is the module's dotted one; prefixes that wrappers add (`_orig_mod.`, DDP's `module.`, FSDP's, checkpoint's)
-    do not belong to it. Without a suffix, or with `:out`, it stands for the module's output, with `:in` for its input.
-    Where these hold several tensors, keys lead to one: "h.0.attn:out.0", ":out.last_hidden_state",
-    "layers.0.self_attn:in.hidden_states".
+    A name is the module's dotted one; prefixes that wrappers add (`_orig_mod.`, DDP's `module.`, FSDP's, checkpoint's,
+    peft's `base_model.model.`) do not belong to it. Without a suffix, or with `:out`, it stands for its output,
+    with `:in` for its input. Where these hold several tensors, keys lead to one: "h.0.attn:out.0",
+    ":out.last_hidden_state", "layers.0.self_attn:in.hidden_states". What peft has put into a layer is selected by its
+    exact name alone.
 
     Args:
         model: any module; a TransformerLens model by its hook names too.
@@ -65,18 +75,50 @@ def select(modules: Mapping[str, nn.Module], sites: Sites, *, owner: str) -> tup
     return tuple(name for name in modules if name in found)
 
 
-def resolve(model: nn.Module, sites: Iterable[str]) -> dict[str, Place]:
-    """Exact names -> places, all or nothing.
+def resolve(model: nn.Module, sites: Iterable[str], *, modules: Modules | None = None) -> dict[str, Place]:
+    """Exact names -> places, all or nothing; `modules` is `named_sites(model)`, if that is known.
 
     Raises:
         SiteNotFoundError: a name that the model lacks, or a container that is never called.
         UnsupportedModelError: a scripted module, or one that an exported graph never calls.
     """
-    modules = named_sites(model)
+    modules = named_sites(model) if modules is None else modules
     return {site: _place(model, modules, site) for site in sites}
 
 
-def named_sites(model: nn.Module) -> dict[str, nn.Module]:
+@final
+class Modules(dict[str, nn.Module]):
+    """Name -> module, of a whole model, as one walk over it finds them."""
+
+    @cached_property
+    def _names(self) -> dict[int, list[str]]:
+        names: dict[int, list[str]] = {}
+        for name, module in self.items():
+            names.setdefault(id(unwrapped(module)), []).append(name)
+        return names
+
+    def names_of(self, module: nn.Module) -> list[str]:
+        """Every name of a module, wrapped or not."""
+        return self._names.get(id(unwrapped(module)), [])
+
+
+def are_there(model: nn.Module, places: Iterable[Place]) -> bool:
+    """Whether `resolve` would find these places again, as it does unless a module was replaced."""
+    points = hook_points(model)
+    return all(points.get(place.name, _at(model, place.name)) is place.module for place in places)
+
+
+def _at(model: nn.Module, name: str) -> nn.Module | None:
+    """The module of this name, as `named_sites` has it."""
+    module: nn.Module | None = model
+    for key in name.split(".") if name else ():
+        while module is not None and (inner := slot(module)) is not None:
+            module = module._modules[inner]
+        module = module._modules[key] if module is not None and key in module._modules else None
+    return None if module is None else uncompiled(module)
+
+
+def named_sites(model: nn.Module) -> Modules:
     """Every name by which a module of the model can be a site, a TransformerLens model's hook names among them."""
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
@@ -84,10 +126,11 @@ def named_sites(model: nn.Module) -> dict[str, nn.Module]:
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise UnsupportedModelError(f"{class_name(model)} is scripted and ignores hooks; steer the eager model")
-    modules: dict[str, nn.Module] = {}
+    modules = Modules()
     for name, module in named_modules(model):
         modules.setdefault(name, module)  # a wrapper before what it wraps
-    return modules | hook_points(model)
+    modules.update(hook_points(model))
+    return modules
 
 
 def hook_points(model: nn.Module) -> dict[str, nn.Module]:
@@ -98,15 +141,15 @@ def hook_points(model: nn.Module) -> dict[str, nn.Module]:
 
 def path_to(model: nn.Module, name: str) -> list[nn.Module]:
     """The modules from the model down to the one of this name, wrappers included; as far as the name leads."""
-    path = [model]
-    keys = name.split(".") if name else []
-    while True:
-        inner = slot(path[-1])
-        key = inner if inner is not None else keys.pop(0) if keys else None
-        child = dict(path[-1]._modules.items()).get(key) if key is not None else None
+    path, last = [model], model
+    keys = iter(name.split(".") if name else ())
+    while (key := slot(last) or next(keys, None)) is not None and key in last._modules:
+        child = last._modules[key]
         if child is None:
-            return path
+            break
         path.append(child)
+        last = child
+    return path
 
 
 def runs_torch_code(module: nn.Module) -> bool:
@@ -127,10 +170,13 @@ def _matched(
     modules: Mapping[str, nn.Module], item: str | nn.Module | Predicate, *, owner: str, every: bool = False
 ) -> list[str]:
     """The names that one item selects, at least one; of a module with several names the first, or every one."""
+    inside = inside_adapters(modules)
     candidates = {
         name: module
         for name, module in modules.items()
-        if (name or every) and not isinstance(module, nn.ModuleList | nn.ModuleDict)  # which are never called
+        if (name or every)
+        and not isinstance(module, nn.ModuleList | nn.ModuleDict)  # which are never called
+        and not name.startswith(inside)
     }
     match item:
         case str() if item in modules:
@@ -184,25 +230,27 @@ def _place(model: nn.Module, modules: Mapping[str, nn.Module], site: str) -> Pla
         raise SiteNotFoundError(
             f"site {site!r}: a {type(module).__name__} is never called; name its members, {close_names(name, members)}"
         )
-    for outer in (*path_to(model, name), module):
+    around = [*path_to(model, name), module]
+    for outer in around:
         if isinstance(outer, torch.jit.ScriptModule):
             raise UnsupportedModelError(
                 f"site {site!r}: {class_name(outer)} is scripted and ignores hooks; steer the eager model"
             )
-    for outer_name, graph in modules.items():
-        if (
-            isinstance(unwrapped(graph), torch.fx.GraphModule)
-            and name.startswith(f"{outer_name}." if outer_name else "")
-            and name
-        ):
-            _check_called(unwrapped(graph), name[len(outer_name) :].removeprefix("."), site)
+    if any(isinstance(outer, torch.fx.GraphModule) for outer in around):
+        _check_called_in_all(modules, name, site)
     if not path and side == "out" and isinstance(unwrapped(module), _FIRST_RESULT):
         path = ("0",) if runs_torch_code(unwrapped(module)) else ()
     return Place(site=site, name=name, module=uncompiled(module), side=side, path=path)
 
 
-def _check_called(graph: nn.Module, name: str, site: str) -> None:
-    assert isinstance(graph, torch.fx.GraphModule)
+def _check_called_in_all(modules: Mapping[str, nn.Module], name: str, site: str) -> None:
+    for outer_name, outer in modules.items():
+        graph = unwrapped(outer)
+        if isinstance(graph, torch.fx.GraphModule) and name and name.startswith(f"{outer_name}." if outer_name else ""):
+            _check_called(graph, name[len(outer_name) :].removeprefix("."), site)
+
+
+def _check_called(graph: torch.fx.GraphModule, name: str, site: str) -> None:
     called = [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
     if not any(name == target or name.startswith(f"{target}.") for target in called):
         raise UnsupportedModelError(

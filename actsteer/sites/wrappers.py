@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
+from functools import lru_cache
 
 from torch import nn
 
@@ -14,13 +15,50 @@ _SLOTS = {  # by the class's name, so that none of them need be imported
     "AveragedModel": "module",
     "FullyShardedDataParallel": "_fsdp_wrapped_module",
     "ActivationWrapper": "_checkpoint_wrapped_module",
+    "PeftModel": "base_model",  # of peft, which holds a tuner that holds the base model
+    "BaseTuner": "model",
 }
-_PREFIX = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)|^module(?=\.)")
+_ADAPTED = {"BaseTunerLayer": "base_layer", "AuxiliaryTrainingWrapper": "original_module"}  # peft's, of one layer
+_PREFIX = re.compile(
+    r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)|^(module|base_model\.model)(?=\.)"
+)
 
 
 def slot(module: nn.Module) -> str | None:
     """The name under which a wrapper holds what it wraps; None for any other module."""
-    return next((_SLOTS[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in _SLOTS), None)
+    for kind in type(module).__mro__:
+        if kind.__name__ in _SLOTS:
+            return _SLOTS[kind.__name__]
+    return None
+
+
+@lru_cache(maxsize=256)
+def _slot_of(kind: type[nn.Module]) -> str | None:
+    """`slot`, for walks over thousands of modules; compiled code could not read it."""
+    return next((_SLOTS[own.__name__] for own in kind.__mro__ if own.__name__ in _SLOTS), None)
+
+
+def inside_adapters(modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """With what the names begin of what peft has put into layers, which no pattern selects."""
+    kinds = {kind for kind in {type(module) for module in modules.values()} if _adapted(kind) is not None}
+    return tuple(f"{name}." for name, module in modules.items() if type(module) in kinds) if kinds else ()
+
+
+def _adapted(kind: type[nn.Module]) -> str | None:
+    """Under which name a layer of this class, if it has an adapter, holds what was there before."""
+    return next((_ADAPTED[base.__name__] for base in kind.__mro__ if base.__name__ in _ADAPTED), None)
+
+
+def without_adapters(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """As `named_modules`, with every layer to which peft has added an adapter as it was before."""
+    if (inside := _adapted(type(model))) is not None:
+        yield from without_adapters(getattr(model, inside), name)
+        return
+    yield name, model
+    for key, child in model._modules.items():
+        if child is not None:
+            inner = "" if key == slot(model) else key
+            yield from without_adapters(child, ".".join(part for part in (name, inner) if part))
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -41,15 +79,19 @@ def uncompiled(module: nn.Module) -> nn.Module:
     return module
 
 
-def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Every (name, module), a shared one under each of its names; a wrapper and what it wraps have the same name."""
-    yield "", model
-    for key, child in model._modules.items():
-        if child is None:
-            continue
-        outer = "" if key == slot(model) else key
-        for name, module in named_modules(child):
-            yield ".".join(part for part in (outer, name) if part), module
+    found: list[tuple[str, nn.Module]] = []
+    _walk(model, "", found)
+    return found
+
+
+def _walk(module: nn.Module, name: str, found: list[tuple[str, nn.Module]]) -> None:
+    found.append((name, module))
+    inner = _slot_of(type(module))  # type: ignore[arg-type]
+    for key, child in module._modules.items():
+        if child is not None:
+            _walk(child, name if key == inner else f"{name}.{key}" if name else key, found)
 
 
 def without_prefixes(name: str, known: Container[str] = ()) -> str:

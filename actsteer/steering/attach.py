@@ -13,9 +13,9 @@ from actsteer.errors import UnsupportedModelError
 from actsteer.sites.place import Place
 from actsteer.sites.resolve import path_to
 from actsteer.sites.shards import is_sharded
-from actsteer.sites.wrappers import named_modules, uncompiled
+from actsteer.sites.wrappers import named_modules, uncompiled, unwrapped
 from actsteer.steering import generation
-from actsteer.steering.backends import buffer, fold, hook, patch
+from actsteer.steering.backends import bias, buffer, hook, patch
 from actsteer.steering.backends.choose import Backend, Choice, Mechanism, Scope, choose
 from actsteer.steering.backends.mark import has_own_forward
 from actsteer.steering.backends.order import check_order
@@ -31,7 +31,7 @@ def choices(plan: Plan, *, backend: Backend, scope: Scope) -> dict[str, Choice]:
     """
     chosen = {site: choose(plan.model, edit.place, backend=backend, scope=scope) for site, edit in plan.edits.items()}
     for site, choice in chosen.items():
-        if choice.mechanism == "fold" and (reason := fold.obstacle(plan.edits[site], plan.model)) is not None:
+        if choice.mechanism == "fold" and (reason := bias.obstacle(plan.edits[site], plan.model)) is not None:
             raise UnsupportedModelError(f"site {site!r} cannot be folded: {reason}; use another backend")
     return chosen
 
@@ -59,12 +59,12 @@ def attach_all(plan: Plan, watch: Watch, chosen: Mapping[str, Choice], *, backen
             handles.callback(generation.attach(model, plan.passes, plan.readers, one_thread=scope == "thread"))
         for reader in plan.readers:
             add(reader.place, reader, choose(plan.model, reader.place, backend=listens, scope=scope).mechanism)
+        if backend == "buffer":
+            handles.callback(buffer.hold(plan))
         for site, edit in plan.edits.items():
             check_order(edit, chosen[site].mechanism)
-            if backend == "buffer":
-                handles.callback(buffer.hold(edit))
             if chosen[site].mechanism == "fold":
-                handles.callback(fold.attach(edit, plan.model))
+                handles.callback(bias.attach(edit, plan.model))
             else:
                 add(edit.place, edit.on_input if edit.place.side == "in" else edit.on_output, chosen[site].mechanism)
         for end in ends:  # after an edit of the model's own output
@@ -78,7 +78,8 @@ def attach_all(plan: Plan, watch: Watch, chosen: Mapping[str, Choice], *, backen
 
 
 def _place_of(model: nn.Module, module: nn.Module) -> Place:
-    name = next((name for name, own in named_modules(model) if own is module), "")
+    inside = module is not model and module is not unwrapped(model)
+    name = next((name for name, own in named_modules(model) if own is module), "") if inside else ""
     return Place(name, name, module)
 
 

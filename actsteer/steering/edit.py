@@ -2,161 +2,198 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
 from typing import Any, final
 
 import torch
-from einops import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
-from actsteer.errors import StrengthError, UnsupportedModelError
-from actsteer.private_names import is_outside_of_functions, saves_otherwise
+from actsteer.errors import ShapeError, StrengthError, UnsupportedModelError
+from actsteer.private_names import is_functorch_wrapped, is_outside_of_functions, saves_otherwise
 from actsteer.sites.axes import Layout
-from actsteer.sites.outputs import Arguments, get, locate, padded, put, unpadded
+from actsteer.sites.containers import Arguments
+from actsteer.sites.lens import Frame, Lens, View
 from actsteer.sites.place import Place
-from actsteer.sites.shards import full_shape, own_part, share, whole_rows
 from actsteer.steering.checkpointing import Checkpointing
 from actsteer.steering.copies import Uncopied
+from actsteer.steering.directions import Directions
 from actsteer.steering.interventions.add import Add
 from actsteer.steering.interventions.intervention import Intervention
 from actsteer.steering.passes import Now, Passes
 from actsteer.steering.reader import Reader
-from actsteer.steering.spread import Lay
+from actsteer.steering.strength import PerConcept, Terms, weighted, without_autocast
+from actsteer.vectors.stack import Stack
 
 _is_compiling = torch.compiler.is_compiling
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
+class Fired(Enum):
+    """Whether an edit has run since it was attached."""
+
+    NO = "no"
+    YES = "yes"
+    UNKNOWN = "unknown"  # it is in a bias, which nothing calls
+
+
 @final
 class SiteEdit(Uncopied):
-    """The edit of one site: `directions` (k, d), each with its strength and perhaps a gate.
+    """The edit of one site: the directions of k concepts, each with its strength and perhaps a gate.
 
     For `Add`, all that is constant is summed once, when the strengths change, into one tensor in the output's dtype
-    and device; a forward pass then costs one add, whatever the number of concepts. In compiled code nothing is kept
-    but `fired`, and the strengths are inputs of the graph, so that a change of them compiles nothing.
+    and device; a forward pass then costs one add, whatever the number of concepts. A concept of strength 0 costs
+    nothing. In compiled code nothing is kept but `fired`, and the strengths are inputs of the graph, so that a change
+    of them compiles nothing; but where they cannot be summed beforehand, a change of which concepts have one does.
     """
 
     __slots__ = (
-        "_asks",
+        "_apart",
+        "_asking",
         "_checkpointing",
-        "_concepts",
+        "_directions",
         "_dtype",
         "_exported",
-        "_like",
+        "_given",
         "_shape",
         "_shift",
+        "_stack",
         "_strengths",
+        "_terms",
         "_traced_shift",
-        "_trained",
         "changed",
         "constant",
-        "directions",
         "fired",
         "gates",
         "in_place",
         "interventions",
         "is_sum",
-        "layout",
+        "lens",
         "passes",
-        "place",
     )
 
     def __init__(
         self,
         place: Place,
         layout: Layout,
-        directions: Float[Tensor, "k d"],
+        stack: Stack,
         *,
-        concepts: Sequence[int],
         interventions: Sequence[Intervention],
-        gates: Sequence[Reader | None],
+        gates: Mapping[int, Reader],
         passes: Passes,
         checkpointing: Checkpointing,
     ) -> None:
-        self.place = place
-        self.layout = layout
-        self.directions = directions
+        self.lens = Lens(place, layout, size=stack.size)
         self.interventions = interventions
-        self.is_sum = all(isinstance(own, Add) and own.is_plain for own in interventions)  # of terms without h
-        self.fired: bool | None = False  # None: nobody can know, for it is folded into the weights
+        kinds = {id(own): own for own in interventions}.values()
+        self.is_sum = all(isinstance(own, Add) and not own.relative for own in kinds)  # of terms without h
+        self.fired = Fired.NO
         self.in_place = False  # new strengths are written into the tensors that compiled code reads already
         self.changed: Callable[[], None] | None = None  # called after new strengths
         self.constant: Tensor | None = None  # (d,), or (B, d): everything that no gate decides
-        self.gates = gates
+        self.gates = gates  # of the concepts that have one, by their places at this site, as everywhere below
         self.passes = passes
-        self._concepts = concepts  # their places in the bank
-        self._asks = [passes.asks(index) for index in concepts]  # whether tokens of one row get different strengths
+        self._stack = stack
+        self._directions = Directions(stack)
+        placed = passes.positions and {own for own, place in enumerate(stack.concepts) if place in passes.positions}
+        self._apart = frozenset(gates).union(placed)  # those that are not the same for all tokens of a row
         self._checkpointing = checkpointing
-        self._strengths: list[Tensor] = []
-        self._like: dict[int | tuple[int, ...], Tensor] = {}  # directions as they were last needed
-        self._shift = directions  # `constant` as it is added to outputs of this shape, dtype and state
+        self._given: PerConcept | None = None
+        self._terms: Terms | None = None  # those that are summed beforehand
+        self._strengths: list[Tensor] = []  # of the others that have one
+        self._asking = False  # whether tokens of one row get different amounts
+        self._shift = torch.empty(0)  # `constant` as it is added to outputs of this shape, dtype and state
         self._shape: torch.Size | None = None
         self._dtype: torch.dtype | None = None
         self._traced_shift: Tensor | None = None  # `constant` as compiled code adds it to whatever has that axis
-        self._trained = False
         self._exported: SiteEdit | None = None  # with strengths of its own, which an exported program keeps
+
+    @property
+    def place(self) -> Place:
+        """Where it edits."""
+        return self.lens.place
 
     @property
     def concepts(self) -> Sequence[int]:
         """The places of its concepts in the bank."""
-        return self._concepts
+        return self._stack.concepts
+
+    @property
+    def directions(self) -> Float[Tensor, "k d"]:
+        """The directions as they are now; not to be written into."""
+        return self._directions.all
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the directions ask for gradients."""
+        return self._directions.leaf is not None
+
+    @property
+    def size(self) -> int:
+        """The number of features, d."""
+        return self._stack.size
 
     def train_directions(self) -> Tensor:
-        """The directions as a leaf tensor (k, d) that asks for gradients, from the next forward pass on."""
-        if not self._trained:
-            self.directions = self.directions.detach().clone().requires_grad_()
-        self._trained = True
-        self._shape = self._traced_shift = None
-        return self.directions
-
-    def silence(self) -> None:
-        """Strength 0, in the shape of the present ones."""
-        self.set_strengths([torch.zeros_like(strength) for strength in self._strengths])
+        """The directions as a leaf tensor (k, d) that asks for gradients, from the next `set_strengths` on."""
+        return self._directions.train()
 
     @property
     def is_constant(self) -> bool:
         """Whether the same tensor is added to every row, whatever the activation."""
-        gated = any(gate is not None for gate in self.gates)
-        return self.is_sum and not gated and not any(self._asks) and all(s.ndim == 0 for s in self._strengths)
+        given = self._given
+        varies = given is not None and (given.by_token or any(own.ndim for own in given.by_row.values()))
+        return self.is_sum and not self._apart and not varies
 
     def notice(self, now: Now | None) -> None:
         """A pass begins: with pads, the next call goes the whole way round."""
         if now is not None and now.real is not None:
             self._shape = None
 
-    def check_strengths(self, strengths: Sequence[Tensor], *, per_token: bool) -> None:
+    def check_strengths(self, strengths: PerConcept) -> None:
         """StrengthError if the way in which this edit is attached leaves no room for these."""
-        if self.changed is not None and (per_token or any(strength.ndim for strength in strengths)):
+        rows = any(own.ndim for own in strengths.by_row.values())
+        if self.changed is not None and (strengths.by_token or rows):
             raise StrengthError(f"site {self.place.site!r}: a bias has one strength for all rows; use another backend")
-        if self.in_place and per_token:
+        if self.in_place and strengths.by_token:
             raise StrengthError(
                 f"site {self.place.site!r}: the buffer backend has no room for a strength per position or step; use "
                 "another backend"
             )
-        if self.in_place and [s.shape for s in strengths] != [s.shape for s in self._strengths]:
+        if self.in_place and self._given is not None and strengths.shapes != self._given.shapes:
             raise StrengthError(
                 f"site {self.place.site!r}: the buffer backend keeps the shape of its strengths, one number or the "
                 "same number of rows; install it with a strength of the shape that is to come"
             )
 
-    @torch.inference_mode(mode=False)  # what is kept must work in autograd later
-    def set_strengths(self, strengths: Sequence[Tensor]) -> None:
-        """New strengths, one of shape () or (B,) per direction, from the next forward pass on."""
-        self._asks = [self.passes.asks(index) for index in self._concepts]
-        ungated = self._plain
-        constant = None
-        if self.is_sum and ungated:
-            constant = _sum(self.directions[ungated], [strengths[index] for index in ungated])
+    def set_strengths(self, strengths: PerConcept, *, every: bool, idle: bool) -> None:
+        """New strengths of its concepts, from the next forward pass on.
+
+        Args:
+            every: whether a concept of strength 0 counts too: compiled code, or a gradient, waits for it.
+            idle: whether no concept has a strength, at any site; then those that had one stay, at 0, and what was
+                compiled with them is still right.
+        """
+        terms, others = strengths.parts(self._apart if self.is_sum else None, every=every)
+        self._given, self._terms = strengths, terms
+        constant = None if terms is None else terms.sum(self._directions.of(terms))
+        if idle and not every:
+            others = self._directions.others
+        if terms is None and self.is_sum and (not others or (idle and self.constant is not None)):
+            constant = self._directions.zero(self.constant)
+        self._directions.choose(others)
+        self._asking = bool(others) and any(
+            own in strengths.by_token or self._stack.concepts[own] in self.passes.positions for own in others
+        )
         if self.in_place:
-            for tensor, value in zip([self.constant, *self._strengths], [constant, *strengths], strict=True):
+            given = [strengths.at(own) for own in others]
+            for tensor, value in zip([self.constant, *self._strengths], [constant, *given], strict=True):
                 if tensor is not None and value is not None:
                     tensor.detach().copy_(value)
-            self._exported = self._twin(constant, strengths)
+            self._exported = self._twin(constant, given)
         else:
-            self.constant, self._strengths = constant, [strength.clone() for strength in strengths]
+            self.constant = constant
+            self._strengths = [strengths.at(own).clone() for own in others]
         self._shape = None
         self._traced_shift = self._traceable()
         if self.changed is not None:
@@ -173,7 +210,7 @@ class SiteEdit(Uncopied):
 
     def expect(self) -> None:
         """Forget that it ever fired."""
-        self.fired = None if self.changed is not None else False
+        self.fired = Fired.UNKNOWN if self.changed is not None else Fired.NO
         self._shape = None  # so that the next call goes the whole way round, where `fired` is set
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -200,7 +237,7 @@ class SiteEdit(Uncopied):
 
     def edit(self, module: nn.Module, value: Any) -> Any:
         """A module's output or its `Arguments`, with the activation edited."""
-        self.fired = True
+        self.fired = Fired.YES
         if self._exported is not None and _is_exporting():
             return self._exported.edit(module, value)
         if (
@@ -212,37 +249,20 @@ class SiteEdit(Uncopied):
             shift = self._traced_shift.to(dtype=value.dtype, device=value.device)
             if not value.is_nested and value.ndim >= shift.ndim and value.shape[-shift.ndim] == shift.shape[0]:
                 return value + shift
-        keys = locate(self.place, value)
-        raw = get(value, keys)
-        conversion = getattr(module, "hook_conversion", None)  # TransformerLens: how its users see the activation
-        activation = padded(raw if conversion is None else conversion.convert(raw), site=self.place.site)
-        shape, size = full_shape(activation, module), self.directions.shape[1]
-        axis = self.layout.feature_axis(shape, size=size, site=self.place.site)
-        packed = isinstance(get(value, keys[:-1]), PackedSequence) if keys else False
-        row_axis = None if packed else self.layout.row_axis if activation.ndim > 2 else 0
-        lay = Lay(self.place.site, shape, axis, row_axis)
-        edited = (self._add if self.is_sum else self._intervene)(
-            module, activation, lay, self._now(lay, activation.device)
-        )
-        if not _is_compiling():
-            cacheable = not keys and edited.__class__ is Tensor and conversion is None and not raw.is_nested
-            if self._checkpointing.notice(edited) or not cacheable:
-                self._shape = None
-        edited = unpadded(edited, raw)
-        return put(value, keys, edited if conversion is None else conversion.revert(edited))
+        view = self.lens.read(module, value).open()
+        now = self._now(view.frame, view.part.device)
+        edited = self._add(view, now) if self.is_sum else self._intervene(view, now)
+        if not _is_compiling() and (self._checkpointing.notice(edited) or not view.is_plain):
+            self._shape = None
+        return view.write(edited)
 
     def _may_have_pads(self) -> bool:
         return self.passes.sees_inputs and self.passes.now is not None
 
-    @property
-    def _plain(self) -> list[int]:
-        """The directions that have one strength for all tokens of a row, whatever the activation."""
-        return [i for i, gate in enumerate(self.gates) if gate is None and not self._asks[i]]
-
-    def _now(self, lay: Lay, device: torch.device) -> Now | None:
+    def _now(self, frame: Frame, device: torch.device) -> Now | None:
         """What is known of the pass that runs, if it matters."""
         now = self.passes.now
-        if not any(self._asks):
+        if not self._asking:
             return now
         if not _is_compiling() and _may_be_checkpointed() and self._checkpointing.runs_inside:
             raise UnsupportedModelError(
@@ -251,74 +271,61 @@ class SiteEdit(Uncopied):
             )
         if now is not None and now.tokens is not None:
             return now
-        return self.passes.of_shape(*lay.rows_and_length, device)
+        return self.passes.of_shape(*frame.rows_and_length, device)
 
-    def _add(self, module: nn.Module, activation: Tensor, lay: Lay, now: Now | None) -> Tensor:
-        plain = self._plain
-        others = [index for index in range(len(self.gates)) if index not in plain]
+    def _add(self, view: View, now: Now | None) -> Tensor:
+        activation, frame = view.part, view.frame
+        others, trained = self._directions.others, self.is_trained
         delta = self.constant
-        if delta is not None and self._trained:  # a graph of its own for every forward pass
-            delta = _sum(self.directions[plain], [self._strengths[index] for index in plain])
-        shift = None if delta is None else lay.vectors(delta, copies=_copies(now))
+        if trained and self._terms is not None:  # a graph of its own for every forward pass
+            delta = self._terms.sum(self._directions.of(self._terms))
+        shift = None if delta is None else frame.vectors(delta, copies=_copies(now))
         if others:
-            c = [self._strength(index, lay, now).movedim(lay.axis, -1)[..., 0] for index in others]
-            varied = _sum(self._rows(tuple(others), self.directions.dtype, c[0].device), c).movedim(-1, lay.axis)
+            amounts = [self._strength(own, frame, now).movedim(frame.axis, -1)[..., 0] for own in range(len(others))]
+            rows = self._directions.like(None, None, amounts[0].device)
+            c = torch.stack(torch.broadcast_tensors(*(amount.to(rows) for amount in amounts)))
+            varied = weighted(c, rows).movedim(-1, frame.axis)
             shift = varied if shift is None else shift.to(varied.device) + varied
         assert shift is not None
         shift = shift.to(dtype=activation.dtype, device=activation.device)
-        real = self._real(lay, now, device=shift.device)
+        real = self._real(frame, now, device=shift.device)
         if real is not None:
             shift = torch.where(real, shift, -0.0)
-        shift = share(shift, activation, module)
-        if (
-            not (_is_compiling() or others or real is not None or self._trained)
-            and delta is not None
-            and delta.ndim == 1
-        ):
+        shift = view.share(shift)
+        if not (_is_compiling() or others or real is not None or trained) and delta is not None and delta.ndim == 1:
             self._shift, self._shape, self._dtype = shift, activation.shape, activation.dtype
         return activation + shift
 
-    def _intervene(self, module: nn.Module, activation: Tensor, lay: Lay, now: Now | None) -> Tensor:
-        whole = whole_rows(activation, module)
-        last = whole.movedim(lay.axis, -1).to(
-            torch.promote_types(whole.dtype, torch.float32)
-        )  # rounded once, at the end
-        real = self._real(lay, now, device=last.device)
-        with _without_autocast(last.device.type):
-            for index, intervention in enumerate(self.interventions):
-                c = self._strength(index, lay, now)
+    def _intervene(self, view: View, now: Now | None) -> Tensor:
+        last = view.features_last()
+        last = last.to(torch.promote_types(last.dtype, torch.float32))  # rounded once, at the end
+        real = self._real(view.frame, now, device=last.device)
+        with without_autocast(last.device.type):
+            for own, place in enumerate(self._directions.others):
+                c = self._strength(own, view.frame, now)
                 c = c if real is None else torch.where(real, c.to(last.device), 0.0)
                 if c.ndim:  # a number for all stays on the CPU, where nobody waits for it
-                    c = c.to(last).movedim(lay.axis, -1)
-                last = intervention(last, self._rows(index, last.dtype, last.device), c)
-        return own_part(last.movedim(-1, lay.axis).to(activation.dtype), activation, module)
-
-    def _rows(self, which: int | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """One direction (d,), or several (k, d), in this dtype and on this device; the same tensor every time."""
-        rows = which if isinstance(which, int) else list(which)
-        if _is_compiling() or self._trained:  # whose directions change in place
-            return self.directions[rows].to(device, dtype)
-        kept = self._like.get(which)
-        if kept is None or kept.dtype is not dtype or kept.device != device:
-            with torch.inference_mode(mode=False):
-                kept = self._like[which] = self.directions[rows].to(device, dtype)
-        return kept
+                    c = c.to(last).movedim(view.frame.axis, -1)
+                direction = self._directions.like(own, last.dtype, last.device)
+                last = edited_by(self.interventions[place], last, direction, c)
+        return view.part_of(last)
 
     def _traceable(self) -> Tensor | None:
         """What may be added to a plain output in compiled code without a look at anything else; it costs few guards."""
-        axis = self.layout.axis
-        simple = self.is_constant and self.place.side == "out" and not self.place.path and not self._trained
-        if not simple or self.constant is None or axis is None or axis >= 0:
+        axis = self.lens.layout.axis
+        if self.constant is None or self.constant.ndim > 1 or self._directions.others or self.is_trained:
+            return None
+        if axis is None or axis >= 0 or self.place.side != "out" or self.place.path:
             return None
         if getattr(self.place.module, "hook_conversion", None) is not None:
             return None
-        return self.constant.view(-1, *[1] * (-axis - 1))
+        return self.constant if axis == -1 else self.constant.view(-1, *[1] * (-axis - 1))
 
-    def _strength(self, index: int, lay: Lay, now: Now | None) -> Tensor:
-        """How much of one direction: 0-dim or, of the activation's rank, per row or per token."""
-        c = self._strengths[index]
-        parts = [lay.rows(c, copies=_copies(now)) if c.ndim else c]
-        if (gate := self.gates[index]) is not None:
+    def _strength(self, own: int, frame: Frame, now: Now | None) -> Tensor:
+        """How much of one of the others: 0-dim or, of the activation's rank, per row or per token."""
+        c, place = self._strengths[own], self._directions.others[own]
+        parts = [frame.by_row(c, copies=_copies(now)) if c.ndim else c]
+        if (gate := self.gates.get(place)) is not None:
             weights = gate.weights_for(self.place.site)
             if c.ndim and len(c) not in (len(weights), len(weights) // _copies(now)):
                 raise StrengthError(
@@ -327,24 +334,26 @@ class SiteEdit(Uncopied):
                 )
             by_token = weights.ndim == 2
             parts.append(
-                lay.needed_tokens(weights, rows=len(weights)) if by_token else lay.rows(weights, copies=_copies(now))
+                frame.needs_tokens(weights, rows=len(weights))
+                if by_token
+                else frame.by_row(weights, copies=_copies(now))
             )
-        if now is not None and now.tokens is not None and self._asks[index]:
-            dose = now.doses[self._concepts[index]]
+        if now is not None and now.tokens is not None:
+            dose = now.doses.get(self._stack.concepts[place])
             if dose is not None:
-                parts.append(lay.needed_tokens(dose, rows=now.tokens.rows))
+                parts.append(frame.needs_tokens(dose, rows=now.tokens.rows))
         total = parts[-1]
         for part in parts[:-1]:
             total = total * (part.to(total.device) if part.ndim else part)  # a number for all may stay on the CPU
         return total
 
-    def _real(self, lay: Lay, now: Now | None, *, device: torch.device) -> Tensor | None:
+    def _real(self, frame: Frame, now: Now | None, *, device: torch.device) -> Tensor | None:
         """Where there are tokens and not pads, if the activation has positions; pads are not steered."""
         if now is None or now.real is None or now.tokens is None:
             return None
         if not _is_compiling() and _may_be_checkpointed():  # what runs again later does not know of pads
             return None
-        real = lay.tokens(now.real, rows=now.tokens.rows)
+        real = frame.by_token(now.real, rows=now.tokens.rows)
         return None if real is None else real.to(device)
 
 
@@ -357,21 +366,21 @@ def _may_be_checkpointed() -> bool:
     return saves_otherwise(True) is not None or not is_outside_of_functions()
 
 
-def _sum(directions: Float[Tensor, "k d"], strengths: Sequence[Tensor]) -> Float[Tensor, "*rows d"]:
-    """Σ c_k v_k, (d,) or (B, d); minus zero where every c is 0, because h + (-0.0) is h bit for bit."""
-    # in float32 at least, so that c · v is rounded once, to the output's dtype
-    directions = directions.to(torch.promote_types(directions.dtype, torch.float32))
-    if len(strengths) == 1:
-        c = strengths[0].to(directions)
-        return torch.where((c == 0)[..., None], -0.0, c[..., None] * directions[0])
-    c = torch.stack(torch.broadcast_tensors(*(strength.to(directions) for strength in strengths)))
-    with _without_autocast(directions.device.type):
-        total = einsum(c, directions, "k ..., k d -> ... d")
-    return torch.where((c == 0).all(dim=0)[..., None], -0.0, total)
-
-
-def _without_autocast(kind: str) -> AbstractContextManager[Any]:
-    # compiled code asks less: before torch 2.13 it knows no is_autocast_available
-    known = kind != "meta" if _is_compiling() else torch.amp.is_autocast_available(kind)
-    casts = known and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if casts else nullcontext()
+def edited_by(
+    intervention: Intervention,
+    activation: Float[Tensor, "*batch d"],
+    direction: Float[Tensor, " d"],
+    c: Float[Tensor, ...],
+) -> Float[Tensor, "*batch d"]:
+    """What the intervention makes of the activation; where c is 0, the activation as it is, bit for bit."""
+    # a number on the CPU is looked at; no other device waits for one
+    is_known = c.ndim == 0 and c.device.type == "cpu" and not _is_compiling() and not is_functorch_wrapped(c)
+    if is_known and not c:
+        return activation
+    edited = intervention(activation, direction, c)
+    if edited.shape != activation.shape:
+        raise ShapeError(
+            f"intervention {intervention!r}: expected an activation of the shape that it was given, "
+            f"{tuple(activation.shape)}, got {tuple(edited.shape)}"
+        )
+    return edited if is_known else torch.where(c == 0, activation, edited)

@@ -13,8 +13,10 @@ from actsteer.sites.wrappers import class_name
 from actsteer.steering.backends.choose import Choice
 from actsteer.steering.backends.order import edits_at
 from actsteer.steering.edit import SiteEdit
-from actsteer.steering.interventions.intervention import Intervention
-from actsteer.steering.strength import Schedule
+from actsteer.steering.interventions.chain import Chain
+from actsteer.steering.interventions.intervention import Intervention, PerSite
+from actsteer.steering.interventions.keep_norm import KeepNorm
+from actsteer.steering.strength import PerConcept, Schedule
 from actsteer.vectors.bank import VectorBank
 
 
@@ -23,7 +25,7 @@ def explain(
     bank: VectorBank,
     edits: Mapping[str, SiteEdit],
     choices: Mapping[str, Choice],
-    strengths: Sequence[Tensor | Schedule],
+    strengths: PerConcept,
 ) -> str:
     """One paragraph per site: the activation, the axis, the backend and why; each concept, in the order in which they
     edit, with its intervention and strength; how far the concepts overlap, and which of them do not commute."""
@@ -31,26 +33,36 @@ def explain(
     for site, edit in edits.items():
         side = "input" if edit.place.side == "in" else "output"
         part = "".join(f".{key}" for key in edit.place.path)
-        axis = "found at the first call" if edit.layout.axis is None else str(edit.layout.axis)
+        axis = "found at the first call" if edit.lens.layout.axis is None else str(edit.lens.layout.axis)
         choice = choices[site]
         via = "" if choice.mechanism == choice.backend else f" by {choice.mechanism}"
         lines += [
-            f"{site!r}: the {side}{part} of {type(edit.place.module).__name__}, {edit.directions.shape[1]} features",
+            f"{site!r}: the {side}{part} of {type(edit.place.module).__name__}, {edit.size} features",
             f"    axis: {axis}",
             f"    backend: {choice.backend}{via} ({choice.reason})",
         ]
-        here = [index for index, concept in enumerate(bank.concepts) if site in bank[concept]]
-        for own, index in enumerate(here):
+        for own, index in enumerate(edit.concepts):
             norm, strength = float(edit.directions[own].norm()), strengths[index]
             c = _shown(strength)
-            reader = edit.gates[own]
+            reader = edit.gates.get(own)
             gated = "" if reader is None else f", gated by {reader.gate!r}"
-            kind = type(edit.interventions[own]).__name__
-            where = "" if (own_positions := edit.passes.positions[index]) is None else f", at {_where(own_positions)}"
+            kind = _named(edit.interventions[own])
+            where = (
+                "" if (own_positions := edit.passes.positions.get(index)) is None else f", at {_where(own_positions)}"
+            )
             lines.append(f"    {bank.concepts[index]}: {kind}, c = {c}, norm {norm:.4g}{gated}{where}")
-        lines += _overlaps(edit, [bank.concepts[index] for index in here])
+        lines += _overlaps(edit, [bank.concepts[index] for index in edit.concepts])
         lines += _others(edit)
     return "\n".join(lines)
+
+
+def _named(intervention: Intervention | PerSite) -> str:
+    """The class's name and, in brackets, those of the interventions inside."""
+    if isinstance(intervention, KeepNorm):
+        return f"KeepNorm({_named(intervention.intervention)})"
+    if isinstance(intervention, Chain):
+        return f"Chain({', '.join(map(_named, intervention.interventions))})"
+    return type(intervention).__name__
 
 
 def _shown(strength: Tensor | Schedule) -> str:
@@ -85,7 +97,7 @@ def _others(edit: SiteEdit) -> list[str]:
     lines = []
     for other in edits_at(edit.place):
         if other is not edit:
-            kinds = ", ".join(type(intervention).__name__ for intervention in other.interventions)
+            kinds = ", ".join(_named(intervention) for intervention in other.interventions)
             lines.append(f"    steered already, by another Steerer: {kinds}")
     return lines
 

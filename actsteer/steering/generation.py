@@ -12,6 +12,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from actsteer.sites.wrappers import named_modules
 from actsteer.steering.generating import Generating
 from actsteer.steering.inputs import cache_in, cached
 from actsteer.steering.passes import Passes
@@ -29,8 +30,8 @@ def attach(
     teller = _Teller(passes, readers, get_ident() if one_thread else None)
     around: dict[str, Around] = {_GENERATE: teller.generate, _STREAM: teller.stream, _PREPARE: teller.prepare}
     with ExitStack() as handles:
-        hosts = (module for host in (model, passes[0].host) for module in host.modules())  # a bridge hides its model
-        for module in dict.fromkeys(hosts):
+        hosts = dict.fromkeys((model, passes[0].host))  # a bridge hides its model
+        for module in dict.fromkeys(module for host in hosts for _, module in named_modules(host)):
             if callable(getattr(type(module), _GENERATE, None)):
                 for name, own in around.items():
                     if callable(getattr(module, name, None)):

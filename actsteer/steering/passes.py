@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, Protocol, final, runtime_checkable
 
 import torch
@@ -17,11 +18,8 @@ from actsteer.steering.generating import Generating
 from actsteer.steering.inputs import KNOWN, MASKS, tokens_of
 from actsteer.steering.per_thread import PerThread
 from actsteer.steering.positions import chosen
-from actsteer.steering.strength import Schedule, strength_at
+from actsteer.steering.strength import PerConcept, Schedule, strength_at
 from actsteer.steering.tokens import Tokens
-
-PerToken = Tensor | Schedule
-"""A strength (B, S), one for each row and position; or one for each step of the generation."""
 
 
 @final
@@ -31,10 +29,10 @@ class Now:
     Args:
         tokens: where they stand; None if the inputs do not show it, and the activation's own positions count.
         real: which of them are not pads, (B, S); None: all.
-        doses: (B, S) or (1, S) for each concept; None where every token gets the same.
+        doses: place of a concept -> (B, S) or (1, S); of those of which tokens get different amounts.
     """
 
-    def __init__(self, tokens: Tokens | None, real: Tensor | None, doses: list[Tensor | None]) -> None:
+    def __init__(self, tokens: Tokens | None, real: Tensor | None, doses: Mapping[int, Tensor]) -> None:
         self.tokens, self.real, self.doses = tokens, real, doses
 
 
@@ -51,40 +49,36 @@ class Notices(Protocol):
 class Passes:
     """The forward passes of a module that is called with the tokens: the model or, in it, its encoder."""
 
-    def __init__(self, host: nn.Module, positions: Sequence[Positions | None], *, is_encoder: bool = False) -> None:
+    def __init__(self, host: nn.Module, positions: Mapping[int, Positions], *, is_encoder: bool = False) -> None:
         self.host = host
-        self.positions = tuple(positions)
+        self.positions = positions  # of the concepts, by their places, that are not steered at all of them
         self.is_encoder = is_encoder
-        self._by_column: list[Tensor | None] = [None] * len(self.positions)  # (B, S)
-        self._schedules: list[Schedule | None] = [None] * len(self.positions)
+        self._by_column: dict[int, Tensor] = {}  # (B, S)
+        self._schedules: dict[int, Schedule] = {}
+        self._asking: tuple[int, ...] = ()  # the concepts of which tokens of one row may get different amounts
         self.generating: PerThread[Generating] = PerThread()
         self.readers: list[Notices] = []  # what decides anew when a pass begins
         self.edits: list[Notices] = []
         self.is_read = False  # whether a gate reads in the module
-        self._first: list[Tensor | None] = [None] * len(self.positions)  # what the schedule says of step 0
+        self._first: dict[int, Tensor] = {}  # what a schedule says of step 0
         self._now: PerThread[Now] = PerThread()
         self._runs: PerThread[bool] = PerThread()
         self._announced: PerThread[bool] = PerThread()  # the next pass is known already
-        try:
-            self._names = list(inspect.signature(type(unwrapped(host)).forward).parameters)[1:]
-        except (TypeError, ValueError):
-            self._names = []
-        # whether the module may be told of pads, a cache or positions
-        self.sees_inputs = any(KNOWN.search(name) for name in self._names) or "kwargs" in self._names
+        # the arguments, and whether the module may be told of pads, a cache or positions
+        self._names, self.sees_inputs = _arguments(type(unwrapped(host)).forward)
         places = [self._names.index(name) for name in MASKS if name in self._names]
         self._unmasked = min(places, default=len(self._names))  # how many arguments come before any mask
 
-    def asks(self, concept: int) -> bool:
-        """Whether tokens of one row may get different strengths of a concept."""
-        varies = self._by_column[concept] is not None or self._first[concept] is not None
-        return varies or self.positions[concept] is not None
-
     @torch.inference_mode(mode=False)
-    def set_strengths(self, strengths: Sequence[PerToken | None]) -> None:
-        """New strengths per token, from the next pass on."""
-        self._by_column = [own if isinstance(own, Tensor) else None for own in strengths]
-        self._schedules = [own if callable(own) else None for own in strengths]
-        self._first = [None if not callable(own) else strength_at(own, 0) for own in strengths]
+    def set_strengths(self, strengths: PerConcept, *, every: bool) -> None:
+        """New strengths, from the next pass on; with `every`, a concept of strength 0 counts too."""
+        by_token, self._asking = strengths.by_token, ()
+        self._by_column = {place: own for place, own in by_token.items() if isinstance(own, Tensor)}
+        self._schedules = {place: own for place, own in by_token.items() if not isinstance(own, Tensor)}
+        self._first = {place: strength_at(own, 0) for place, own in self._schedules.items()}
+        if by_token or self.positions:
+            active = strengths.active(every=every)
+            self._asking = tuple(place for place in active if place in by_token or place in self.positions)
 
     def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Before the forward pass: find out about its tokens, unless the generation has told of them already."""
@@ -141,7 +135,7 @@ class Passes:
             own.notice(self.now)
 
     def _seen(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Now | None:
-        asks = any(self.asks(index) for index in range(len(self.positions))) or self.is_read
+        asks = bool(self._asking) or self.is_read
         if not asks and self._has_no_pads(args, kwargs):
             return None
         named = dict(zip(self._names, args, strict=False)) | dict(kwargs)
@@ -166,18 +160,19 @@ class Passes:
         real = tokens.real
         if real is not None and _has_no_pads(real):
             real = None
-        return Now(tokens, real, [self._dose(index, tokens) for index in range(len(self.positions))])
+        return Now(tokens, real, {place: self._dose(place, tokens) for place in self._asking})
 
-    def _dose(self, index: int, tokens: Tokens) -> Tensor | None:
-        positions = self.positions[index]
+    def _dose(self, place: int, tokens: Tokens) -> Tensor:
+        positions = self.positions.get(place)
         where = None if positions is None else chosen(positions, tokens)
-        amounts = self._amounts(index, tokens)
+        amounts = self._amounts(place, tokens)
         if amounts is None:
+            assert where is not None  # or it would not ask
             return where
         return amounts if where is None else torch.where(where, amounts, 0.0)
 
-    def _amounts(self, index: int, tokens: Tokens) -> Float[Tensor, "_ S"] | None:
-        by_column, first = self._by_column[index], self._first[index]
+    def _amounts(self, place: int, tokens: Tokens) -> Float[Tensor, "_ S"] | None:
+        by_column, first = self._by_column.get(place), self._first.get(place)
         if by_column is not None:
             return _columns_of(by_column, tokens).to(tokens.device)
         if first is None:
@@ -185,10 +180,18 @@ class Passes:
         if self.generating.get() is None or self.is_encoder:
             tokens.check_known()
             return first.to(tokens.device).expand(1, tokens.length)
-        schedule = self._schedules[index]  # a function, which compiled code must not see, or each is compiled anew
-        assert schedule is not None
+        schedule = self._schedules[place]  # a function, which compiled code must not see, or each is compiled anew
         amounts = torch.stack([first if step == 0 else strength_at(schedule, step) for step in tokens.steps])
         return amounts.to(tokens.device)[None]
+
+
+@lru_cache(maxsize=256)
+def _arguments(forward: Callable[..., Any]) -> tuple[list[str], bool]:
+    try:
+        names = list(inspect.signature(forward).parameters)[1:]
+    except (TypeError, ValueError):
+        names = []
+    return names, any(KNOWN.search(name) for name in names) or "kwargs" in names
 
 
 def _has_no_pads(mask: Any) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from actsteer.collecting.positions import Positions
 from actsteer.errors import ConceptNotFoundError, ShapeError, SiteNotFoundError, UnsupportedModelError, close_names
 from actsteer.sites.axes import Axes, known_size, layout, layouts
 from actsteer.sites.place import Place
-from actsteer.sites.resolve import Sites, resolve, select
+from actsteer.sites.resolve import Modules, Sites, are_there, named_sites, resolve, select
 from actsteer.sites.wrappers import unwrapped
 from actsteer.steering.checkpointing import Checkpointing
 from actsteer.steering.edit import SiteEdit
@@ -22,13 +22,13 @@ from actsteer.steering.gates.gate import AnyGate, Combination, leaves
 from actsteer.steering.inputs import encoder_of
 from actsteer.steering.interventions.ablate import Ablate
 from actsteer.steering.interventions.add import Add
-from actsteer.steering.interventions.intervention import Intervention, PerSite
+from actsteer.steering.interventions.intervention import Intervention, PerSite, check_intervention
 from actsteer.steering.passes import Passes
 from actsteer.steering.positions import check as check_positions
 from actsteer.steering.reader import CombinedReader, GateReader, Reader
-from actsteer.steering.strength import Schedule
-from actsteer.vectors.bank import VectorBank
-from actsteer.vectors.vector import SteeringVector, axes_of, check_model
+from actsteer.steering.strength import PerConcept
+from actsteer.vectors.bank import VectorBank, axes_of_bank, check_model, metadata_in, stack_of
+from actsteer.vectors.vector import SteeringVector
 
 Gates = AnyGate | Mapping[str, AnyGate]
 AllPositions = Positions | Mapping[str, Positions]
@@ -37,7 +37,7 @@ Interventions = Intervention | PerSite | Mapping[str, Intervention | PerSite]
 """One for every concept, or concept -> intervention; what is not named is added."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Plan:
     """What is to be done at which site.
 
@@ -45,7 +45,6 @@ class Plan:
         model: the model.
         bank: the vectors.
         edits: site -> its edit.
-        concepts: site -> the indices in the bank of the concepts that steer there.
         readers: the gates that read at a site, each once.
         passes: what is known of the forward pass: of the model and, where there is one, of its encoder.
         axis: site -> feature axis, where it was given now or with the vectors.
@@ -54,28 +53,48 @@ class Plan:
     model: nn.Module
     bank: VectorBank
     edits: dict[str, SiteEdit]
-    concepts: dict[str, list[int]]
     readers: tuple[GateReader, ...]
     passes: tuple[Passes, ...]
     axis: Mapping[str, int]
 
-    def set_strengths(self, strengths: Sequence[Tensor | Schedule]) -> None:
+    def __post_init__(self) -> None:
+        self._every = False  # whether concepts of strength 0 count too
+        self._strengths: PerConcept | None = None
+        self._groups: dict[tuple[int, ...], list[SiteEdit]] = {}  # the concepts -> the sites that have them
+        for edit in self.edits.values():
+            self._groups.setdefault(tuple(edit.concepts), []).append(edit)
+
+    @torch.inference_mode(mode=False)  # what is kept must work in autograd later
+    def set_strengths(self, strengths: PerConcept) -> None:
         """New strengths at every site or, where one cannot take them, at none."""
-        one = torch.ones((), dtype=torch.float64)
-        by_token = [own if callable(own) or own.ndim == 2 else None for own in strengths]
-        by_row = [own if isinstance(own, Tensor) and own.ndim < 2 else one for own in strengths]
-        own = {site: [by_row[index] for index in self.concepts[site]] for site in self.edits}
-        for site, edit in self.edits.items():
-            edit.check_strengths(own[site], per_token=any(by_token[i] is not None for i in self.concepts[site]))
+        here = [(strengths.among(concepts), edits) for concepts, edits in self._groups.items()]
+        for own, edits in here:
+            for edit in edits:
+                edit.check_strengths(own)
         for passes in self.passes:
-            passes.set_strengths(by_token)
-        for site, edit in self.edits.items():
-            edit.set_strengths(own[site])
+            passes.set_strengths(strengths, every=self._every)
+        idle = not strengths.active()
+        for own, edits in here:
+            for edit in edits:
+                edit.set_strengths(own, every=self._every, idle=idle)
+        self._strengths = strengths
 
     def silence(self) -> None:
-        """Strength 0 at every site."""
-        for edit in self.edits.values():
-            edit.silence()
+        """Strength 0 at every site, in the shapes of the present ones."""
+        if self._strengths is not None:
+            self.set_strengths(self._strengths.zero())
+
+    def count_every(self) -> None:
+        """From now on concepts of strength 0 count too: compiled code, or a gradient, waits for theirs."""
+        self._every = True
+        if self._strengths is not None:
+            self.set_strengths(self._strengths)
+
+    def train_directions(self) -> dict[str, Tensor]:
+        """Site -> its directions as a leaf tensor (k, d), from the next forward pass on."""
+        leaves = {site: edit.train_directions() for site, edit in self.edits.items()}
+        self.count_every()
+        return leaves
 
     def find_again(self) -> None:
         """The modules may have been replaced since the plan was made.
@@ -83,17 +102,20 @@ class Plan:
         Raises:
             SiteNotFoundError: one of them is gone.
         """
-        places = resolve(self.model, [*self.edits, *(reader.gate.site for reader in self.readers)])
-        for site, edit in self.edits.items():
-            edit.place = places[site]
+        present = [edit.place for edit in self.edits.values()] + [reader.place for reader in self.readers]
+        if are_there(self.model, present):
+            return
+        places = resolve(self.model, [place.site for place in present])
+        for edit in self.edits.values():
+            edit.lens.place = places[edit.place.site]
         for reader in self.readers:
-            reader.place = places[reader.gate.site]
+            reader.lens.place = places[reader.place.site]
 
     def vectors(self) -> VectorBank:
         """The bank with the directions as they are now."""
         rows: dict[str, dict[str, Tensor]] = {concept: {} for concept in self.bank.concepts}
         for site, edit in self.edits.items():
-            for index, direction in zip(self.concepts[site], edit.directions, strict=True):
+            for index, direction in zip(edit.concepts, edit.directions, strict=True):
                 rows[self.bank.concepts[index]][site] = direction
         return VectorBank({name: SteeringVector(own, metadata=self.bank[name].metadata) for name, own in rows.items()})
 
@@ -110,32 +132,32 @@ def make_plan(
     checkpointing: Checkpointing,
 ) -> Plan:
     """Everything resolved and checked, as far as that is possible before the model runs."""
-    places = _places(model, bank, sites)
-    check_model(model, dict(bank.items()))
+    modules = named_sites(model)
+    places = _places(model, bank, sites, modules)
+    check_model(model, bank)
     axes = _axes(bank, places, axis)
-    lies = layouts(model, places, axis=axes)
+    lies = layouts(model, places, axis=axes, modules=modules)
     passes = _passes(model, bank, positions)
-    readers, distinct = _readers(model, bank, gate, passes)
+    readers, distinct = _readers(model, bank, gate, passes, modules)
     interventions = _interventions(bank, intervention)
-    concepts = {site: [i for i, concept in enumerate(bank) if site in bank[concept]] for site in places}
+    made = {key: _by_site(own) for key, own in {id(own): own for own in interventions}.items()}
+    rules = [made[id(own)] for own in interventions]
     edits: dict[str, SiteEdit] = {}
     for site, place in places.items():
-        with torch.inference_mode(mode=False):  # so that they work in autograd later
-            directions = bank.directions(site)[concepts[site]].clone()
-        usual = site not in axes or axes[site] == layout(model, place).axis
+        stack = stack_of(bank, site)
+        usual = site not in axes or axes[site] == layout(model, place, modules=modules).axis
         size = known_size(place) if usual else None
-        if size not in (None, directions.shape[1]):
+        if size not in (None, stack.size):
             raise ShapeError(
-                f"site {site!r}: the activation has {size} features, the vector {directions.shape[1]}; was it "
+                f"site {site!r}: the activation has {size} features, the vector {stack.size}; was it "
                 "fitted on another model?"
             )
         edits[site] = SiteEdit(
             place,
             lies[site],
-            directions,
-            concepts=concepts[site],
-            interventions=[_at(interventions[index], site) for index in concepts[site]],
-            gates=[readers[index] for index in concepts[site]],
+            stack,
+            interventions=[rules[index](site) for index in stack.concepts],
+            gates={own: readers[index] for own, index in enumerate(stack.concepts) if index in readers},
             passes=_host(passes, place),
             checkpointing=checkpointing,
         )
@@ -143,7 +165,7 @@ def make_plan(
         own.is_read = any(_host(passes, reader.place) is own for reader in distinct)
         own.edits = [edit for edit in edits.values() if edit.passes is own]
     passes[0].readers = list(distinct)  # what was read in the encoder holds in the decoder
-    return Plan(model, bank, edits, concepts, distinct, passes, axes)
+    return Plan(model, bank, edits, distinct, passes, axes)
 
 
 def _check_concepts(named: Mapping[str, Any], bank: VectorBank, *, by: str) -> None:
@@ -156,16 +178,18 @@ def _passes(model: nn.Module, bank: VectorBank, positions: AllPositions | None) 
     """Of the model and, where there is one, of its encoder, which is run by itself when text is generated."""
     named = positions if isinstance(positions, Mapping) else dict.fromkeys(bank.concepts, positions)
     _check_concepts(named, bank, by="positions")
-    for own in named.values():
+    for own in {id(own): own for own in named.values()}.values():
         if own is not None:
             check_positions(own)
-    chosen = [named.get(concept) for concept in bank.concepts]
-    everywhere = [None if isinstance(own, str) and own == "all" else own for own in chosen]
+    chosen = {place: named.get(concept) for place, concept in enumerate(bank.concepts)}
+    somewhere = {
+        place: own for place, own in chosen.items() if own is not None and not (isinstance(own, str) and own == "all")
+    }
     bridged = getattr(model, "original_model", None) if hasattr(model, "hook_dict") else None
     host = bridged if isinstance(bridged, nn.Module) else unwrapped(model)
     encoder = encoder_of(host)
-    own = Passes(host, everywhere)
-    return (own,) if encoder is None else (own, Passes(encoder, everywhere, is_encoder=True))
+    own = Passes(host, somewhere)
+    return (own,) if encoder is None else (own, Passes(encoder, somewhere, is_encoder=True))
 
 
 def _host(passes: tuple[Passes, ...], place: Place) -> Passes:
@@ -176,43 +200,49 @@ def _host(passes: tuple[Passes, ...], place: Place) -> Passes:
 
 def _interventions(bank: VectorBank, intervention: Interventions | None) -> list[Intervention | PerSite]:
     """One per concept, in bank order: what was asked for, else what the vector's metadata says that it is meant for."""
-    if intervention is None:
-        return [_meant(concept, vector.metadata.get("intervention", "add")) for concept, vector in bank.items()]
-    if not isinstance(intervention, Mapping):
+    if intervention is not None and not isinstance(intervention, Mapping):
+        check_intervention(intervention, by="intervention")
         return [intervention] * len(bank)
-    _check_concepts(intervention, bank, by="intervention")
-    for concept, own in intervention.items():
-        if not callable(own) and not isinstance(own, PerSite):
-            raise TypeError(f"intervention: expected one such as Add(), got {own!r} for {concept!r}")
-    meant = {concept: vector.metadata.get("intervention", "add") for concept, vector in bank.items()}
-    return [intervention[concept] if concept in intervention else _meant(concept, meant[concept]) for concept in bank]
+    chosen = intervention or {}
+    _check_concepts(chosen, bank, by="intervention")
+    for concept, named in chosen.items():
+        check_intervention(named, by=f"intervention of {concept!r}")
+    return [
+        chosen[concept] if concept in chosen else _meant(concept, metadata.get("intervention", "add"))
+        for concept, metadata in metadata_in(bank).items()
+    ]
+
+
+def _by_site(own: Intervention | PerSite) -> Callable[[str], Intervention]:
+    return own.at if isinstance(own, PerSite) else lambda site: own
+
+
+_KNOWN: dict[str, Intervention] = {"add": Add(), "ablate": Ablate()}
 
 
 def _meant(concept: str, name: str) -> Intervention:
-    known: dict[str, Intervention] = {"add": Add(), "ablate": Ablate()}
-    if name not in known:
+    if name not in _KNOWN:
         raise UnsupportedModelError(
             f"concept {concept!r} is meant for the intervention {name!r}, which has more to it than a name; pass "
             "intervention=, for example intervention=Clamp(3.0)"
         )
-    return known[name]
+    return _KNOWN[name]
 
 
-def _at(intervention: Intervention | PerSite, site: str) -> Intervention:
-    return intervention.at(site) if isinstance(intervention, PerSite) else intervention
-
-
-def _places(model: nn.Module, bank: VectorBank, sites: Sites | None) -> dict[str, Place]:
+def _places(model: nn.Module, bank: VectorBank, sites: Sites | None, modules: Modules) -> dict[str, Place]:
     """Where the vectors' sites, or the chosen ones among them, are; one edit for one activation."""
     if not bank.sites:
         raise SiteNotFoundError("the vectors have no sites, so there is nothing to add")
-    places = resolve(model, bank.sites)
+    places = resolve(model, bank.sites, modules=modules)
     if sites is not None:
         chosen = select({site: place.module for site, place in places.items()}, sites, owner="the vectors")
         places = {site: places[site] for site in chosen}
-    for one, other in combinations(places.values(), 2):
+    there: dict[tuple[int, str], list[Place]] = {}
+    for place in places.values():
+        there.setdefault((id(place.module), place.side), []).append(place)
+    for one, other in chain.from_iterable(combinations(same, 2) for same in there.values()):
         shared = min(len(one.path), len(other.path))
-        if one.module is other.module and one.side == other.side and one.path[:shared] == other.path[:shared]:
+        if one.path[:shared] == other.path[:shared]:
             raise UnsupportedModelError(
                 f"sites {one.site!r} and {other.site!r} are one module, and an edit at either is an edit at both; "
                 "select one"
@@ -224,25 +254,29 @@ def _axes(bank: VectorBank, places: Mapping[str, Place], axis: Axes | None) -> M
     """Site -> feature axis: what was asked for now or, failing that, when the vectors were collected."""
     given = dict.fromkeys(places, axis) if isinstance(axis, int) else dict(axis or {})
     rest = [site for site in places if site not in given]
-    collected = axes_of(bank[concept].select(*(site for site in bank[concept] if site in rest)) for concept in bank)
+    collected = axes_of_bank(bank, rest)
     return {site: int(collected[f"axis {site}"]) for site in rest if f"axis {site}" in collected} | given
 
 
 def _readers(
-    model: nn.Module, bank: VectorBank, gate: Gates | None, passes: tuple[Passes, ...]
-) -> tuple[list[Reader | None], tuple[GateReader, ...]]:
-    """One per concept, in bank order, and those that read at a site; a gate that is used twice reads once."""
+    model: nn.Module, bank: VectorBank, gate: Gates | None, passes: tuple[Passes, ...], modules: Modules
+) -> tuple[dict[int, Reader], tuple[GateReader, ...]]:
+    """Those of the concepts, by their places, and those that read at a site; a gate that is used twice reads once."""
     gates = gate if isinstance(gate, Mapping) else dict.fromkeys(bank.concepts, gate) if gate is not None else {}
     _check_concepts(gates, bank, by="gate")
     single = {id(leaf): leaf for own in gates.values() for leaf in leaves(own)}
-    places = resolve(model, [leaf.site for leaf in single.values()])
+    places = resolve(model, [leaf.site for leaf in single.values()], modules=modules)
     made: dict[int, GateReader] = {}
     for key, leaf in single.items():
         place = places[leaf.site]
-        made[key] = GateReader(leaf, place, layout(model, place), _host(passes, place))
+        made[key] = GateReader(leaf, place, layout(model, place, modules=modules), _host(passes, place))
 
     def reader(own: AnyGate) -> Reader:
         return CombinedReader(own, [reader(g) for g in own.gates]) if isinstance(own, Combination) else made[id(own)]
 
-    readers = {concept: reader(own) for concept, own in gates.items()}
-    return [readers.get(concept) for concept in bank.concepts], tuple(made.values())
+    readers = {
+        place: reader(gates[concept])
+        for place, concept in enumerate(bank.concepts if gates else ())
+        if concept in gates
+    }
+    return readers, tuple(made.values())

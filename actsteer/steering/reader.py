@@ -9,18 +9,15 @@ import torch
 from einops import rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 from actsteer.errors import GateError
 from actsteer.sites.axes import Layout
-from actsteer.sites.outputs import Arguments, get, locate, members
+from actsteer.sites.lens import Frame, Lens
 from actsteer.sites.place import Place
-from actsteer.sites.shards import full
 from actsteer.steering.copies import Uncopied
 from actsteer.steering.gates.gate import AnyGate, Combination, Gate
 from actsteer.steering.passes import Now, Passes
 from actsteer.steering.per_thread import PerThread
-from actsteer.steering.spread import Lay
 
 
 @runtime_checkable
@@ -47,22 +44,25 @@ class GateReader(Uncopied):
 
     def __init__(self, gate: Gate, place: Place, layout: Layout, passes: Passes) -> None:
         self.gate = gate
-        self.place = place
+        self.lens = Lens(place, layout)
         self._weights: PerThread[Tensor] = PerThread()
-        self._layout = layout
         self._passes = passes
-        self._per_token = getattr(gate, "per", "sequence") == "token"
+        self._per_token = gate.per == "token"
 
     def __call__(self, module: nn.Module, args: Any, last: Any) -> None:
         """Decide; `last` is the output, or the keyword arguments."""
         if self._holds and self._weights.get() is not None:
             return
-        value = Arguments(args, last) if self.place.side == "in" else last
-        keys = locate(self.place, value)
-        if keys and isinstance(get(value, keys[:-1]), PackedSequence):
+        view = self.lens.heard(module, args, last)
+        if view.packed is not None:
             raise GateError(f"gate at site {self.gate.site!r}: a packed sequence has no rows; gate at an earlier site")
-        parts = [self._read(module, part) for part in members(get(value, keys))]
+        parts = [self._read(rows, frame, nested=view.raw.is_nested) for rows, frame in view.rows()]
         self._weights.set(parts[0] if len(parts) == 1 else torch.cat(parts))
+
+    @property
+    def place(self) -> Place:
+        """Where it reads."""
+        return self.lens.place
 
     def weights_for(self, site: str) -> Tensor:
         """The decision; GateError if the gate's site has not run yet in this forward pass."""
@@ -87,36 +87,29 @@ class GateReader(Uncopied):
     def _holds(self) -> bool:
         return self._passes.generating.get() is not None and not self._per_token
 
-    def _read(self, module: nn.Module, part: Tensor) -> Tensor:
-        site = self.gate.site
-        activation = full(part, module, site=site)
-        if (conversion := getattr(module, "hook_conversion", None)) is not None:
-            activation = conversion.convert(activation)
-        shape = tuple(activation.shape)
-        axis = self._layout.feature_axis(shape, size=None, site=site)
-        row_axis = self._layout.row_axis if activation.ndim > 2 else 0
-        if row_axis == axis:
+    def _read(self, activation: Float[Tensor, "*shape d"], frame: Frame, *, nested: bool) -> Tensor:
+        by_row = frame.rows_first(activation)
+        if by_row is None:
             raise GateError(
-                f"gate at site {site!r}: the activation has shape {shape} and no axis of rows; give the model a batch"
+                f"gate at site {self.gate.site!r}: the activation has shape {frame.shape} and no axis of rows; give "
+                "the model a batch"
             )
-        by_row = activation.movedim((row_axis, axis), (0, -1))
         if self._per_token:
-            return self._per_token_of(by_row, part)
+            return self._per_token_of(by_row)
         now = self._passes.now
         if now is None and by_row.ndim == 3:
             self._passes.check_runs()
-        mask = None if now is None or (part is not activation and part.is_nested) else self._prompt(now)
-        if mask is not None:
+        mask = None if now is None or nested else self._prompt(now)
+        if mask is not None and by_row.ndim == 3:
             assert now is not None and now.tokens is not None
-            lay = Lay(site, (*by_row.shape,), by_row.ndim - 1, 0)
-            spread = lay.tokens(mask, rows=now.tokens.rows)
-            if spread is not None and by_row.ndim == 3:
+            spread = Frame(self.gate.site, tuple(by_row.shape), 2, 0).by_token(mask, rows=now.tokens.rows)
+            if spread is not None:
                 wide = by_row.to(torch.promote_types(by_row.dtype, torch.float32))
                 total = torch.where(spread, wide, 0).sum(dim=1)
                 return self._decided((total / spread.sum(dim=1).clamp(min=1)).to(by_row.dtype))
         return self._decided(by_row if by_row.ndim == 2 else reduce(by_row, "rows ... d -> rows d", "mean"))
 
-    def _per_token_of(self, by_row: Float[Tensor, "rows *positions d"], part: Tensor) -> Tensor:
+    def _per_token_of(self, by_row: Float[Tensor, "rows *positions d"]) -> Tensor:
         if by_row.ndim == 2:
             now = self._passes.now
             tokens = None if now is None else now.tokens
@@ -127,7 +120,7 @@ class GateReader(Uncopied):
         if by_row.ndim != 3:
             raise GateError(
                 f"gate at site {self.gate.site!r}: per='token' reads an activation (rows, positions, d), got shape "
-                f"{tuple(part.shape)}; choose another site, or per='sequence'"
+                f"{tuple(by_row.shape)}; choose another site, or per='sequence'"
             )
         flat = self._decided(rearrange(by_row, "b s d -> (b s) d"))
         return rearrange(flat, "(b s) -> b s", b=by_row.shape[0])

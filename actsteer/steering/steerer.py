@@ -17,7 +17,7 @@ from actsteer.sites.resolve import Sites
 from actsteer.steering.attach import attach_all, choices
 from actsteer.steering.backends.choose import Backend, Choice, Scope, check
 from actsteer.steering.checkpointing import Checkpointing
-from actsteer.steering.edit import SiteEdit
+from actsteer.steering.edit import Fired, SiteEdit
 from actsteer.steering.explain import explain
 from actsteer.steering.interventions.intervention import Edit
 from actsteer.steering.plan import AllPositions, Gates, Interventions, make_plan
@@ -37,8 +37,8 @@ class Steerer:
 
     Args:
         model: any `nn.Module`, wrapped (compiled, DDP, FSDP) or not.
-        vectors: one vector, or a bank of concepts; they are copied (see `requires_grad_`). Or an edit that knows its
-            own sites: `LowRank`, `Affine` or `Replace`.
+        vectors: one vector, or a bank of concepts; they are copied (see `requires_grad_`). Or an edit that has its
+            sites: `LowRank`, `Affine`, `Replace`, `KeepNorm` around one, or yours (see `Edit`).
         c: the strength, in multiples of the vectors: one number; a tensor (B,), one per row of the batch, or (B, S),
             one per row and position; a callable of the generation step (0 for the prompt, 1 for the first token that
             was generated and is fed to the model, ...); or concept -> one of these (what is not named is 0). A vector
@@ -110,6 +110,7 @@ class Steerer:
         check(backend, scope)
         self.model = model
         self.bank = vectors
+        self._places = {concept: place for place, concept in enumerate(vectors)}
         self._intervention: Interventions | None = intervention
         self._gate = gate
         self._positions = positions
@@ -139,7 +140,7 @@ class Steerer:
 
     @c.setter
     def c(self, c: Strengths) -> None:
-        strengths = strengths_of(c, self.bank.concepts)
+        strengths = strengths_of(c, self._places)
         if self._installed is None or self._handles is not None:  # what is installed and not attached stays at 0
             self._plan.set_strengths(strengths)
         self._strengths = strengths
@@ -200,7 +201,7 @@ class Steerer:
         """
         if any(choice.mechanism == "fold" for choice in self.choices().values()):
             raise UnsupportedModelError("gradients do not reach directions that are folded; use another backend")
-        return {site: edit.train_directions() for site, edit in self.edits.items()}
+        return self._plan.train_directions()
 
     @property
     def vectors(self) -> VectorBank:
@@ -285,7 +286,7 @@ class Steerer:
         options: dict[str, Any] = {"c": c, "intervention": self._intervention, "gate": self._gate, "sites": self.sites}
         options["positions"] = self._positions
         options |= {"axis": self._plan.axis, "backend": self._backend, "scope": self._scope, "strict": self._strict}
-        trained = any(edit.directions.requires_grad for edit in self.edits.values())
+        trained = any(edit.is_trained for edit in self.edits.values())
         return self.model, self.vectors if trained else self.bank, options
 
     def _install(self) -> ExitStack:
@@ -304,7 +305,7 @@ class Steerer:
         return handles is not None
 
     def _check_applied(self) -> None:
-        silent = [edit.place for edit in self.edits.values() if edit.fired is False]
+        silent = [edit.place for edit in self.edits.values() if edit.fired is Fired.NO]
         if silent:
             kinds = {place.site: type(place.module).__name__ for place in silent}
             causes = {place.site: likely_cause(self.model, place) for place in silent}

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Iterator, Mapping
+from collections.abc import ItemsView, Iterable, Iterator, Mapping
 from os import PathLike
 from typing import Any, final
 
 import torch
-from einops import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -18,9 +17,12 @@ from actsteer.errors import (
     ZeroDirectionError,
     close_names,
 )
-from actsteer.files.stored import Stored
-from actsteer.vectors import formats
-from actsteer.vectors.vector import SteeringVector, axes_of, from_file
+from actsteer.files.formats import Format
+from actsteer.files.lazy import Stored
+from actsteer.sites import fingerprint
+from actsteer.vectors import on_disk
+from actsteer.vectors.stack import Stack, Vectors, read
+from actsteer.vectors.vector import SteeringVector, axes_in
 
 
 @final
@@ -44,33 +46,38 @@ class VectorBank:
             [1., 2.]])
     """
 
-    __slots__ = ("_vectors",)
+    __slots__ = ("_axis_keys", "_stacks", "_vectors")
 
     def __init__(self, vectors: Mapping[str, SteeringVector]) -> None:
         for concept, vector in vectors.items():
             if not (isinstance(concept, str) and isinstance(vector, SteeringVector)):
                 raise TypeError(f"a bank maps str to SteeringVector, got {concept!r}: {type(vector).__name__}")
-        self._vectors: dict[str, SteeringVector | Stored] = dict(vectors)
-        self._check_fits()
+        self._take(vectors)
 
     @classmethod
     def _of(cls, vectors: Mapping[str, SteeringVector | Stored]) -> VectorBank:
         """A bank some of whose vectors are still in a file."""
-        bank = cls({})
-        bank._vectors = dict(vectors)
-        bank._check_fits()
+        bank = cls.__new__(cls)
+        bank._take(vectors)
         return bank
 
-    def _check_fits(self) -> None:
-        seen: dict[str, tuple[str, int, torch.device]] = {}
-        for concept, vector in self._vectors.items():
-            for site, (size, device) in _sizes(vector).items():
-                first, other, there = seen.setdefault(site, (concept, size, device))
-                if (other, there) != (size, device):
+    def _take(self, vectors: Mapping[str, SteeringVector | Stored]) -> None:
+        self._vectors: Vectors = dict(vectors)
+        self._stacks: dict[str, Stack] = {}  # site -> the directions there
+        self._axis_keys: frozenset[str] | None = None  # of the metadata, once they were asked for
+        names = list(self._vectors)
+        for place, (concept, vector) in enumerate(self._vectors.items()):
+            for site, size, device in _sizes(vector):
+                stack = self._stacks.get(site)
+                if stack is None:
+                    stack = self._stacks[site] = Stack(self._vectors, site, size=size, device=device)
+                if stack.size != size or stack.device != device:
+                    first = names[stack.concepts[0]]
                     raise ShapeError(
-                        f"site {site!r}: {first!r} has {other} features on {there}, {concept!r} {size} on {device}; "
-                        "a bank holds vectors of one model, on one device"
+                        f"site {site!r}: {first!r} has {stack.size} features on {stack.device}, {concept!r} {size} on "
+                        f"{device}; a bank holds vectors of one model, on one device"
                     )
+                stack.add(place, concept)
 
     # --- reading -------------------------------------------------------------------------------------------------
     @property
@@ -81,14 +88,11 @@ class VectorBank:
     @property
     def sites(self) -> tuple[str, ...]:
         """Every site of every vector, in order of first appearance."""
-        return tuple(dict.fromkeys(site for vector in self._vectors.values() for site in _sizes(vector)))
+        return tuple(self._stacks)
 
     def __getitem__(self, concept: str) -> SteeringVector:
         self._known(concept)
-        vector = self._vectors[concept]
-        if isinstance(vector, Stored):
-            vector = self._vectors[concept] = from_file(vector)
-        return vector
+        return read(self._vectors, concept)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._vectors)
@@ -125,36 +129,45 @@ class VectorBank:
         Raises:
             ConceptNotFoundError: a concept that the bank lacks.
         """
-        chosen = self.select(*strengths)
+        chosen = self if strengths.keys() == self._vectors.keys() else self.select(*strengths)
+        c = torch.tensor([float(strengths[concept]) for concept in chosen], dtype=torch.float64)
         combined: dict[str, Tensor] = {}
-        for site in chosen.sites:
-            directions = chosen.directions(site)
-            c = directions.new_tensor([float(strength) for strength in strengths.values()])
-            combined[site] = einsum(c, directions, "k, k d -> d")
-        return SteeringVector(combined, metadata=axes_of(vector for _, vector in chosen.items()))
+        for site, stack in chosen._stacks.items():
+            rows = stack.rows()
+            own = c if len(rows) == len(c) else c[stack.concepts]
+            combined[site] = own.to(rows) @ rows
+        return SteeringVector(combined, metadata=axes_of_bank(chosen, chosen.sites))
 
     def directions(self, site: str) -> Float[Tensor, "k d"]:
         """The directions of all concepts at one site, stacked in bank order; zero where a vector lacks the site."""
-        found = {concept: self[concept][site] for concept, vector in self._vectors.items() if site in _sizes(vector)}
-        if not found:
-            raise SiteNotFoundError(f"no concept has a direction at {site!r}. {close_names(site, self.sites)}")
-        zero = torch.zeros_like(next(iter(found.values())))
-        return torch.stack([found.get(concept, zero) for concept in self._vectors])
+        stack = stack_of(self, site)
+        rows = stack.rows()
+        if len(rows) == len(self):
+            return rows.clone()
+        directions = rows.new_zeros(len(self), stack.size)
+        directions[stack.concepts] = rows
+        return directions
 
     def gram(self) -> Float[Tensor, "k k"]:
         """The inner products G_ij = v_i @ v_j: positive semi-definite, and how far the concepts interfere."""
         rows = self._rows()
-        return einsum(rows, rows, "i d, j d -> i j")
+        return rows @ rows.T
 
     def cosines(self) -> Float[Tensor, "k k"]:
-        """The cosines of the angles between the concepts, in [-1, 1]; ZeroDirectionError if a vector is zero."""
+        """The cosines of the angles between the concepts, in [-1, 1]; ZeroDirectionError if a vector is zero.
+
+        Computed in the vectors' dtype, or in float32 where that is narrower.
+        """
         rows = self._rows()
+        wide = torch.promote_types(rows.dtype, torch.float32)
         largest = torch.nn.functional.pad(rows, (0, 1)).abs().amax(dim=1, keepdim=True)  # a bank may have no sites
         for concept, size in zip(self._vectors, largest.flatten().tolist(), strict=True):
             if size == 0.0:
                 raise ZeroDirectionError(f"concept {concept!r} is zero, and a zero vector has no angle; leave it out")
-        unit = torch.nn.functional.normalize((rows / largest).double(), dim=1)
-        return einsum(unit, unit, "i d, j d -> i j").clamp(-1.0, 1.0).to(rows.dtype)
+        unit = rows.to(wide) / largest.to(wide)  # no square of these overflows, or vanishes
+        unit /= torch.linalg.vector_norm(unit, dim=1, keepdim=True, dtype=torch.float64).to(wide)
+        cosines = (unit @ unit.T).clamp_(-1.0, 1.0)
+        return cosines.fill_diagonal_(1.0).to(rows.dtype)
 
     def orthogonalize(self) -> VectorBank:
         """Gram-Schmidt in bank order: u_k = v_k less its components along the earlier vectors; the same span.
@@ -173,7 +186,7 @@ class VectorBank:
                     f"concept {concept!r} is zero or lies in the span of the concepts before it; leave it out"
                 )
         residuals = (q * r.diagonal()).T.to(rows.dtype)
-        sizes = {site: self.directions(site).shape[1] for site in self.sites}
+        sizes = {site: stack.size for site, stack in self._stacks.items()}
         return VectorBank(
             {
                 concept: SteeringVector(
@@ -184,51 +197,74 @@ class VectorBank:
         )
 
     def _rows(self) -> Float[Tensor, "k total"]:
-        """Each vector as one row, all its sites side by side."""
-        if not self.sites:
+        """Each vector as one row, all its sites side by side; not to be written into."""
+        stacks = list(self._stacks.values())
+        if not stacks:
             return torch.zeros(len(self), 0)
-        return torch.cat([self.directions(site) for site in self.sites], dim=1)
+        if len(stacks) == 1 and len(stacks[0].concepts) == len(self):
+            return stacks[0].rows()
+        return torch.cat([self.directions(site) for site in self._stacks], dim=1)
 
     # --- files ---------------------------------------------------------------------------------------------------
-    def save(self, path: str | PathLike[str], *, model: nn.Module | None = None, layer_offset: int = 0) -> None:
-        """Write the bank to a file, atomically; the suffix chooses the format.
+    def save(
+        self,
+        path: str | PathLike[str],
+        *,
+        model: nn.Module | None = None,
+        layer_offset: int = 0,
+        format: Format | None = None,  # noqa: A002
+    ) -> None:
+        """Write the bank to a file; the suffix chooses the format.
 
         `.safetensors` keeps everything, bit for bit. `.gguf` is the control vector of llama.cpp and repeng: one vector,
         in float32, at the outputs of blocks, from the second one on, which it knows by their numbers.
 
+        There is always a whole file: a temporary one beside it takes its place at the end. A link stays a link, and the
+        file keeps its mode; what processes that were killed while they saved have left in the folder is removed.
+
         Args:
             model: the vectors' own, for which the file will be meant; without it, what the metadata says of it.
             layer_offset: what to add to the number of a block, for readers who count otherwise than llama.cpp.
+            format: a format of your own, in the place of the one that the suffix chooses; see `Format`.
 
         Raises:
-            FileFormatError: the suffix names no format, or the format cannot express this.
+            FileFormatError: the suffix names no format, the format cannot express this, or there is a FIFO or a device.
             ModelMismatchError: a vector was made for a model of another architecture than `model`.
         """
         bank = {concept: ({s: v[s] for s in v}, v.metadata) for concept, v in self.items()}
-        formats.write(path, bank, model=model, layer_offset=layer_offset)
+        on_disk.write(path, bank, model=model, layer_offset=layer_offset, format=format)
 
     @classmethod
-    def load(cls, path: str | PathLike[str], model: nn.Module | None = None, *, layer_offset: int = 0) -> VectorBank:
+    def load(
+        cls,
+        path: str | PathLike[str],
+        model: nn.Module | None = None,
+        *,
+        layer_offset: int = 0,
+        format: Format | None = None,  # noqa: A002
+    ) -> VectorBank:
         """Read what `save` wrote, and the files of others; or all files that a pattern, "dir/*.safetensors", names.
 
-        Nothing in a file is executed, and one of ours with any altered bit is refused. Of a file over 16 MB,
-        or with more than 1000 directions, each vector is read, and verified, when it is asked for. A vector from a file
-        is checked when it is attached: a model of another architecture raises, one with other weights warns.
+        Nothing in a file is executed, and one of ours with any altered bit is refused. A file that is replaced
+        meanwhile is read whole, as it was or as it is. Of a file over 16 MB, or with more than 1000 directions, each
+        vector is read, and verified, when it is asked for. A vector from a file is checked when it is attached: a model
+        of another architecture raises; one with other weights, another head, or another vocabulary warns.
 
         Besides `.safetensors` and `.gguf` (llama.cpp, repeng, EasySteer) it reads `.svec` (conditional activation
-        steering), the `.safetensors` of steering-lite, and `.pt` files of tensors alone.
+        steering), the `.safetensors` of steering-lite, and `.pt` files of tensors alone (CAA, RepE, and others).
 
         Args:
             path: a file, or a pattern.
             model: where the file numbers the blocks of a model: the model that has names for them.
             layer_offset: what the file's numbers are above those of the blocks, counted from 0.
+            format: a format of your own, in the place of the one that the suffix chooses; see `Format`.
 
         Raises:
             FileFormatError: a file is corrupt, of an unknown kind, or of a newer version; two have the same concept.
             SiteNotFoundError: the model has no such block.
             ModelMismatchError: the file was made for a model of another architecture.
         """
-        return cls._of(formats.read(path, model=model, layer_offset=layer_offset))
+        return cls._of(on_disk.read(path, model=model, layer_offset=layer_offset, format=format))
 
     def _known(self, concept: str) -> None:
         if concept not in self._vectors:
@@ -238,11 +274,59 @@ class VectorBank:
         return VectorBank, (dict(self.items()),)
 
 
-def _sizes(vector: SteeringVector | Stored) -> dict[str, tuple[int, torch.device]]:
-    """Site -> features and device; what is in a file will be on the CPU."""
+def stack_of(bank: VectorBank, site: str) -> Stack:
+    """The directions at one site, as they are stacked in the bank.
+
+    Raises:
+        SiteNotFoundError: no concept has the site.
+    """
+    if site not in bank._stacks:
+        raise SiteNotFoundError(f"no concept has a direction at {site!r}. {close_names(site, bank.sites)}")
+    return bank._stacks[site]
+
+
+def axes_of_bank(bank: VectorBank, sites: Iterable[str]) -> dict[str, str]:
+    """The metadata "axis SITE" of all the vectors, at these sites, as `axes_of` has it; nothing is read for it."""
+    asked = {f"axis {site}" for site in sites}
+    if bank._axis_keys is None:
+        keys = (key for vector in bank._vectors.values() for key in metadata_of(vector) if key.startswith("axis "))
+        bank._axis_keys = frozenset(keys)
+    if not asked & bank._axis_keys:
+        return {}
+    return axes_in(((_names(vector), metadata_of(vector)) for vector in bank._vectors.values()), asked)
+
+
+def metadata_in(bank: VectorBank) -> dict[str, Mapping[str, str]]:
+    """Concept -> the metadata of its vector, which is not read for it."""
+    return {concept: metadata_of(vector) for concept, vector in bank._vectors.items()}
+
+
+def check_model(model: nn.Module, bank: VectorBank) -> None:
+    """Raise, or warn, where a vector from a file was made for another model; see `sites.fingerprint.check`."""
+    found = {
+        tuple(map(metadata_of(vector).get, fingerprint.KEYS)): (concept, metadata_of(vector))
+        for concept, vector in bank._vectors.items()
+        if isinstance(vector, Stored) or vector._is_from_file
+    }
+    for concept, metadata in found.values():
+        fingerprint.check(model, metadata, what=f"the vector {concept!r}")
+
+
+def metadata_of(vector: SteeringVector | Stored) -> Mapping[str, str]:
+    """The metadata of a vector, read or not; not to be written into."""
+    return vector.metadata if isinstance(vector, Stored) else vector._metadata
+
+
+def _names(vector: SteeringVector | Stored) -> Mapping[str, object]:
+    """What has the names of a vector's sites as its keys."""
+    return vector.sizes if isinstance(vector, Stored) else vector._directions
+
+
+def _sizes(vector: SteeringVector | Stored) -> list[tuple[str, int, torch.device]]:
+    """The sites, with features and device; what is in a file will be on the CPU."""
     if isinstance(vector, Stored):
-        return {site: (size, _CPU) for site, size in vector.sizes.items()}
-    return {site: (len(direction), direction.device) for site, direction in vector._directions.items()}
+        return [(site, size, _CPU) for site, size in vector.sizes.items()]
+    return [(site, direction.shape[0], direction.device) for site, direction in vector._directions.items()]
 
 
 _CPU = torch.device("cpu")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from numbers import Real
 from os import PathLike
 from typing import Any, final
@@ -12,9 +12,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from actsteer.errors import FileFormatError, ShapeError, SiteNotFoundError, ZeroDirectionError, close_names
-from actsteer.files.stored import Stored
+from actsteer.files.formats import Format
+from actsteer.files.lazy import Stored
+from actsteer.files.untrusted import not_dense
 from actsteer.sites import fingerprint
-from actsteer.vectors import formats
+from actsteer.vectors import on_disk
 from actsteer.vectors.site_map import SiteMap
 
 
@@ -197,22 +199,34 @@ class SteeringVector:
             SiteNotFoundError, ShapeError: a site from which no map leads, or one of another size.
         """
         carried = dict(along.carry(site, direction) for site, direction in self._directions.items())
-        own = ("model", "weights", "model_type")
+        own = fingerprint.KEYS
         kept = {key: value for key, value in self._metadata.items() if not key.startswith("axis ") and key not in own}
         return SteeringVector(carried, metadata=kept | along.metadata)
 
     # --- files ---------------------------------------------------------------------------------------------------
-    def save(self, path: str | PathLike[str], *, model: nn.Module | None = None, layer_offset: int = 0) -> None:
+    def save(
+        self,
+        path: str | PathLike[str],
+        *,
+        model: nn.Module | None = None,
+        layer_offset: int = 0,
+        format: Format | None = None,  # noqa: A002
+    ) -> None:
         """Write a bank of this one vector, under its concept's name (or "vector"); see `VectorBank.save`."""
         bank = {self.concept or "vector": (self._directions, self._metadata)}
-        formats.write(path, bank, model=model, layer_offset=layer_offset)
+        on_disk.write(path, bank, model=model, layer_offset=layer_offset, format=format)
 
     @classmethod
     def load(
-        cls, path: str | PathLike[str], model: nn.Module | None = None, *, layer_offset: int = 0
+        cls,
+        path: str | PathLike[str],
+        model: nn.Module | None = None,
+        *,
+        layer_offset: int = 0,
+        format: Format | None = None,  # noqa: A002
     ) -> SteeringVector:
         """Read a file that holds exactly one vector; see `VectorBank.load`."""
-        bank = formats.read(path, model=model, layer_offset=layer_offset)
+        bank = on_disk.read(path, model=model, layer_offset=layer_offset, format=format)
         if len(bank) != 1:
             raise FileFormatError(f"{path}: expected one vector, got {list(bank)}; open it with VectorBank.load")
         return from_file(next(iter(bank.values())))
@@ -269,17 +283,6 @@ def from_file(stored: Stored) -> SteeringVector:
     return _rebuild(stored.read(), stored.metadata, True)
 
 
-def check_model(model: nn.Module, bank: Mapping[str, SteeringVector]) -> None:
-    """Raise, or warn, where a vector from a file was made for another model; see `sites.fingerprint.check`."""
-    found = {
-        tuple(vector._metadata.get(key, "") for key in ("model", "weights")): concept
-        for concept, vector in bank.items()
-        if vector._is_from_file
-    }
-    for (model_, weights), concept in found.items():
-        fingerprint.check(model, {"model": model_, "weights": weights}, what=f"the vector {concept!r}")
-
-
 def _rebuild(directions: Mapping[str, Tensor], metadata: Mapping[str, str], is_from_file: bool) -> SteeringVector:
     vector = SteeringVector(directions, metadata=metadata)
     vector._is_from_file = is_from_file
@@ -292,14 +295,22 @@ def axes_of(vectors: Iterable[SteeringVector]) -> dict[str, str]:
     Raises:
         ShapeError: two of them have different axes at one site.
     """
+    return axes_in((vector._directions, vector._metadata) for vector in vectors)
+
+
+def axes_in(
+    described: Iterable[tuple[Container[str], Mapping[str, str]]], asked: Container[str] | None = None
+) -> dict[str, str]:
+    """`axes_of` vectors whose sites and metadata are given; all the keys, or those asked for."""
     axes: dict[str, str] = {}
-    for vector in vectors:
-        for site in vector:
-            axis = vector.metadata.get(f"axis {site}")
-            if axis is not None and axes.setdefault(f"axis {site}", axis) != axis:
+    for sites, metadata in described:
+        for key, axis in metadata.items():
+            if not key.startswith("axis ") or (asked is not None and key not in asked):
+                continue
+            if (site := key[5:]) in sites and axes.setdefault(key, axis) != axis:
                 raise ShapeError(
-                    f"site {site!r}: the vectors were collected along different axes, {axes[f'axis {site}']} and "
-                    f"{axis}; collect them along one"
+                    f"site {site!r}: the vectors were collected along different axes, {axes[key]} and {axis}; collect "
+                    "them along one"
                 )
     return axes
 
@@ -309,7 +320,11 @@ def _owned(site: str, direction: Tensor) -> Tensor:
         raise TypeError(f"a site is a module's name, a str; got {site!r}")
     if not isinstance(direction, Tensor):
         raise TypeError(f"site {site!r}: expected a tensor of shape (d,), got {type(direction).__name__}")
-    if direction.ndim != 1 or not direction.is_floating_point():
+    if (problem := not_dense(direction)) is not None:
+        raise ShapeError(
+            f"site {site!r}: expected a 1-D floating tensor of shape (d,), got {direction.dtype}: {problem}"
+        )
+    if direction.ndim != 1:
         raise ShapeError(
             f"site {site!r}: expected a 1-D floating tensor of shape (d,), got {direction.dtype} of shape "
             f"{tuple(direction.shape)}; a direction has one number per feature"

@@ -139,7 +139,7 @@ class Study:
             targets=data.y,
             sites=list(SITES),
             loss=F.cross_entropy,
-            rank=rank,
+            train=LowRank(rank=rank),
             steps=self.budget.steps,
             lr=0.01,
             concept=concept,

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 import typer
 from typer.testing import CliRunner
@@ -10,6 +11,7 @@ from actsteer import Moments
 from benchmarks.covariance import data, main, relative_error, streamed
 
 
+@pytest.mark.slow
 def test_the_file_has_rates_error_and_memory(tmp_path):
     app, out = typer.Typer(), tmp_path / "covariance.json"
     app.command()(main)

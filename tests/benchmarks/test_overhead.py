@@ -42,6 +42,7 @@ def quick(tmp_path_factory):
     return result.output, json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_the_file_says_what_ran_where(quick):
     _, found = quick
     assert list(found) == ["command", "versions", "cpu", "timings", "interventions", "conclusion"]

@@ -54,6 +54,32 @@ class Two(nn.Module):
 '''
 
 
+ESTIMATORS = '''
+"""Estimators, as a user has them."""
+from actsteer import ConceptErasure, SteeringVector
+
+
+class Signs:
+    reads = "means"
+
+    def __call__(self, *, positive, negative):
+        return SteeringVector({site: (positive[site].mean - negative[site].mean).sign() for site in positive})
+
+
+class Unready:
+    def __call__(self, *, positive, negative):
+        pass
+
+
+ready, erasure = Signs(), ConceptErasure
+
+
+class Needs(Signs):
+    def __init__(self, what):
+        pass
+'''
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """A folder with everything, made once; nobody writes into it."""
@@ -73,6 +99,8 @@ def models(tmp_path_factory):
     (folder / "love.txt").write_text("I love this day\n\nI love the weather very\nthis is good\n")
     (folder / "hate.txt").write_text("I hate this day\nI hate the weather\nthis is bad\n")
     (folder / "nets.py").write_text(NETS)
+    (folder / "own").mkdir()
+    (folder / "own" / "estimators.py").write_text(ESTIMATORS)
     generator = torch.Generator().manual_seed(0)
     torch.save(torch.randn(6, 4, generator=generator) + 1, folder / "right.pt")
     torch.save(torch.randn(6, 4, generator=generator) - 1, folder / "left.pt")

@@ -1,16 +1,19 @@
 """The commands, each as a user calls it, and against what the library itself gives."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from actsteer import MeanDifference, Steerer, SteeringVector, VectorBank, fit
+from actsteer import MeanDifference, Steerer, SteeringVector, VectorBank, collect, fit
 from actsteer.collecting.texts import text_batches
 from tests.cli.test_main import shell
 
 SITE = "model.layers.1"
+REPENG = Path(__file__).parent.parent / "files/data/repeng.gguf"
 
 
 def causal(folder, name="llama"):
@@ -140,6 +143,50 @@ def test_fit_on_tensors_with_every_estimator(run, folder, estimator):
     sides = {"positive": torch.load("right.pt"), "negative": torch.load("left.pt")}
     expected = fit(nets.build(), **sides, sites=["1", "2"], estimator=getattr(actsteer, estimator)())
     assert SteeringVector.load(folder / "v.safetensors").allclose(expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["Signs", "ready"])
+def test_fit_with_an_estimator_of_the_users(run, folder, name):
+    import nets
+
+    files = ["--positive", "right.pt", "--negative", "left.pt", "--sites", "1"]
+    done = run("fit", "-m", "nets:build", *files, "--estimator", f"own.estimators:{name}", "-o", "v.safetensors")
+    assert done.code == 0, done.err
+    from own.estimators import Signs
+
+    sides = {"positive": torch.load("right.pt"), "negative": torch.load("left.pt")}
+    expected = fit(nets.build(), **sides, sites="1", estimator=Signs())
+    found = SteeringVector.load(folder / "v.safetensors", nets.build())
+    assert found.equal(expected) and found.concept == "right"
+    assert found.metadata["estimator"] == "own.estimators:Signs"
+    assert "estimator: own.estimators:Signs" in run("show", "v.safetensors").out
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "why"),
+    [
+        ("Median", 2, "Median: expected MeanDifference, WhitenedMeanDifference, .*, or yours as module:Class"),
+        ("own.estimators:Nothing", 2, "'own.estimators' has no 'Nothing'"),
+        ("own.nothing:Signs", 2, "no module 'own.nothing' here or installed; expected module:Class"),
+        ("own.estimators:Unready", 2, "expected an object with `reads`, one of 'means'"),
+        ("own.estimators:Needs", 1, "own.estimators:Needs raised TypeError: .*'what'"),
+        ("nets:number", 2, "expected an object with `reads`.*got int"),
+    ],
+)
+def test_an_estimator_that_cannot_be_had_is_named_before_any_work(run, folder, monkeypatch, name, code, why):
+    monkeypatch.setattr("actsteer.cli.models.load", lambda *_, **__: pytest.fail("it began to work"))
+    files = ["--positive", "right.pt", "--negative", "left.pt", "--sites", "1"]
+    done = run("fit", "-m", "nets:build", *files, "--estimator", name, "-o", "v.safetensors")
+    assert done.code == code
+    assert re.search(why, " ".join(done.err.split()))
+
+
+def test_an_edit_has_no_file_and_that_is_said(run, folder):
+    files = ["--positive", "right.pt", "--negative", "left.pt", "--sites", "1"]
+    done = run("fit", "-m", "nets:build", *files, "--estimator", "own.estimators:erasure", "-o", "v.safetensors")
+    assert done.code == 2
+    assert "it gives an edit, LowRank, and a file holds vectors; call fit in Python" in done.err
+    assert not (folder / "v.safetensors").exists()
 
 
 def test_inputs_by_name_and_in_safetensors(run, folder):
@@ -446,6 +493,80 @@ def test_convert_needs_a_model_that_names_the_blocks(run, folder):
     assert not (folder / "v.safetensors").exists()
 
 
+def test_convert_writes_over_what_it_made_and_nothing_else(run, folder, bank):
+    for target in ("love.gguf", "copy.safetensors"):
+        for _ in range(2):  # once more when it is there
+            assert run("convert", "love.safetensors", target).code == 0
+        assert SteeringVector.load(folder / target).equal(bank["love"])
+    others = {
+        "weights.safetensors": lambda path: save_file({"weight": torch.ones(2)}, path),
+        "stats.safetensors": collect(causal(folder), torch.tensor([[3]]), sites=SITE, progress=False).save,
+        "lite.safetensors": lambda path: save_file({"layer1.v": torch.ones(16)}, path),
+        "text.safetensors": lambda path: path.write_text("mine"),
+        "text.gguf": lambda path: path.write_text("mine"),
+        "theirs.gguf": lambda path: path.write_bytes(REPENG.read_bytes()),
+        "empty.gguf": Path.touch,
+    }
+    for name, write in others.items():
+        write(folder / name)
+        before = (folder / name).read_bytes()
+        done = run("convert", "love.safetensors", name)
+        assert done.code == 2
+        assert f"{name}: it is there already, and no bank of actsteer's; choose another name" in done.err
+        assert (folder / name).read_bytes() == before
+    for name in ("bank.safetensors", "calm.safetensors"):
+        before = (folder / name).read_bytes()
+        done = run("convert", "love.gguf", name)
+        assert done.code == 2
+        assert "it is there already, with " in done.err
+        assert (folder / name).read_bytes() == before
+
+
+def test_convert_what_peers_write(run, folder):
+    (folder / "sycophancy").mkdir()
+    torch.save(torch.arange(16.0), folder / "sycophancy/vec_layer_1_Llama-2-7b.pt")
+    torch.save({-1: torch.arange(16.0)[None].numpy()}, folder / "repe.pt")
+    for source, concept, site in (
+        ("sycophancy/vec_layer_1_Llama-2-7b.pt", "sycophancy", "model.layers.1"),
+        ("repe.pt", "repe", "model.layers.2"),
+    ):
+        assert run("convert", source, f"{concept}.safetensors", "-m", "llama").code == 0
+        v = SteeringVector.load(folder / f"{concept}.safetensors")
+        assert v.equal(SteeringVector({site: torch.arange(16.0)}))
+        assert v.concept == concept
+
+
+def test_convert_with_a_format_of_one_s_own(run, folder, bank):
+    (folder / "csvs.py").write_text(
+        "import torch\n"
+        "from actsteer.files.lazy import Named\n"
+        "SUFFIX = '.csv'\n"
+        "def read(path):\n"
+        "    lines = [line.split(',') for line in path.read_text().split()]\n"
+        "    rows = {site: torch.tensor([float(number) for number in row]) for site, *row in lines}\n"
+        "    return {path.stem: Named(rows, {'concept': path.stem})}\n"
+        "def write(path, vectors):\n"
+        "    (vector,) = vectors.values()\n"
+        "    rows = (','.join([site, *map(repr, row.tolist())]) for site, row in vector.directions.items())\n"
+        "    path.write_text('\\n'.join(rows))\n"
+    )
+    assert run("convert", "love.safetensors", "love.csv", "--format", "csvs").code == 0
+    assert (folder / "love.csv").read_text().startswith(f"{SITE},")
+    assert run("convert", "love.csv", "back.safetensors", "--format", "csvs").code == 0
+    assert SteeringVector.load(folder / "back.safetensors").equal(bank["love"])
+    for wrong, why in (
+        (["love.csv", "new.safetensors"], "unknown format '.csv'"),
+        (["love.csv", "new.safetensors", "--format", "absent"], "No module named 'absent'"),
+        (["love.csv", "new.safetensors", "--format", "nets"], "a format needs SUFFIX, read, write"),
+        (["love.safetensors", "new.safetensors", "--format", "csvs"], "its files end in .csv"),
+        (["calm.safetensors", "love.csv", "--format", "csvs"], "it is there already"),
+    ):
+        done = run("convert", *wrong)
+        assert done.code != 0
+        assert why in done.err
+        assert not (folder / "new.safetensors").exists()
+
+
 # --- fold and verify ---------------------------------------------------------------------------------------------
 def test_fold_a_llama_and_verify_it(run, folder, bank):
     done = run("fold", "-m", "llama", "-b", "bank.safetensors", "-c", "2", "--verify-on", "love.txt", "-o", "folded")
@@ -680,6 +801,7 @@ def test_capitals_in_suffixes(run, folder):
     assert run("fit", "-m", "llama", *files, "-o", "w.safetensors").code == 0
 
 
+@pytest.mark.slow
 def test_a_narrow_screen_does_not_fold_names(folder):
     done = shell("sites", "llama", cwd=folder, COLUMNS="20")
     assert "model.layers.2.post_attention_layernorm  LlamaRMSNorm" in done.stdout

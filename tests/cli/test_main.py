@@ -74,6 +74,7 @@ def test_wrong_usage_exits_with_2(run, arguments):
     assert done.out == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "why"),
     [
@@ -188,6 +189,7 @@ def test_stopping_it_is_no_error(run, monkeypatch):
     assert "Traceback" not in done.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", ["typer", "rich"])
 def test_without_its_extra_it_says_which(extra):
     code = f"import sys; sys.modules[{extra!r}] = None\nfrom actsteer.cli.main import main\nmain()"

@@ -27,7 +27,6 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from actsteer import (
-    BatchError,
     Centroids,
     ConceptErasure,
     DistributedError,
@@ -129,6 +128,12 @@ def means_alone_come_together_too() -> None:
 
 
 @check
+def variances_alone_come_together_too() -> None:
+    seen = gather(model(), data()[rank::world], covariance="diagonal").all_reduce()
+    torch.testing.assert_close(seen["2"].variance, truth()["2"].variance, rtol=1e-12, atol=1e-12)
+
+
+@check
 def shares_of_any_size() -> None:
     cuts = [0, 1, *[20 + i for i in range(world - 2)], 24]
     same(gather(model(), data()[cuts[rank] : cuts[rank + 1]]).all_reduce(), truth())
@@ -223,84 +228,45 @@ def data_parallel_times_tensor_parallel() -> None:
     same(gather(network, data()[mesh["dp"].get_local_rank() :: 2]).all_reduce(), truth())
 
 
-# --- failures --------------------------------------------------------------------------------------------------------
+# --- shares of nothing -----------------------------------------------------------------------------------------------
 @check
-def a_rank_that_fails_tells_the_others() -> None:
-    def share() -> object:
-        return gather(model(), failing(2, OSError("disk gone")) if rank == 1 else data()).all_reduce()
-
-    for _ in range(3):
-        kind, said = (OSError, "disk gone") if rank == 1 else (DistributedError, "rank 1 failed: OSError: disk gone")
-        fails(share, kind, said)
-        every_rank_has_the_statistics_of_all()
-
-
-@check
-def a_rank_whose_model_fails_tells_the_others() -> None:
-    rows = data()[:, :3] if rank == 0 else data()
-
-    def share() -> object:
-        return gather(model(), rows).all_reduce()
-
-    fails(share, RuntimeError if rank == 0 else DistributedError, "mat1" if rank == 0 else "rank 0 failed: Runtime")
-    every_rank_has_the_statistics_of_all()
+def an_empty_share_is_a_share_of_nothing() -> None:
+    for kept in (True, "diagonal", False):
+        rows = data()[:0] if rank == 1 else data()[rank - (rank > 1) :: world - 1]
+        seen = gather(model(), rows, covariance=kept)
+        assert seen.sites == tuple(SITES)
+        whole, reduced = gather(model(), data(), covariance=kept), seen.all_reduce()
+        assert reduced.metadata == whole.metadata
+        for site in SITES:
+            assert reduced[site].count == 24
+            torch.testing.assert_close(reduced[site].mean, whole[site].mean, rtol=1e-12, atol=1e-12)
+        if kept is True:
+            same(reduced.all_reduce(), whole)
 
 
 @check
-def ranks_that_all_fail_each_by_themselves_go_on_afterwards() -> None:
-    for _ in range(5):
-        fails(lambda: record(model(), failing(1, OSError("gone")), sites="0", progress=False), Exception, "gone")
-        every_rank_has_the_statistics_of_all()
+def an_empty_share_of_classes_is_one_too() -> None:
+    labels = [index % 3 for index in range(24)]
+    rows, own = (data()[:0], []) if rank == 1 else (data(), labels)
+    seen = gather(model(), rows, by=own, sites="1").all_reduce()
+    expected = gather(model(), data(), by=labels, sites="1")
+    assert list(seen) == [0, 1, 2]
+    for label in expected:
+        assert seen[label]["1"].count == (world - 1) * expected[label]["1"].count
 
 
 @check
-def a_failure_in_a_row_is_heard_in_a_row() -> None:
-    for _ in range(2):  # caught, and then the next one fails too
-        if rank == 1:
-            fails(lambda: gather(model(), failing(0, OSError("again"))), OSError, "again")
-        else:
-            fails(lambda: truth().all_reduce(), DistributedError, "rank 1 failed: OSError: again")
-    every_rank_has_the_statistics_of_all()
+def nothing_on_any_rank_is_nothing() -> None:
+    seen = gather(model(), []).all_reduce()
+    assert seen.sites == tuple(SITES) and not any(seen[site].count for site in SITES)
 
 
 @check
-def a_rank_that_fails_in_a_sharded_model_does_not_keep_the_others_waiting() -> None:
-    network = fully_shard(model())
-    batches = failing(2, OSError("disk gone")) if rank == 1 else data().split(3)
-    fails(lambda: gather(network, batches), OSError if rank == 1 else DistributedError, "disk gone")
-    same(gather(fully_shard(model()), data()[rank::world]).all_reduce(), truth())
-
-
-@check
-def a_sharded_model_wants_as_many_batches_on_every_rank() -> None:
-    network = fully_shard(model())
-    rows = data()[:6] if rank else data()[:9]
-    fails(lambda: gather(network, rows, batch_size=3), DistributedError, "ranks [0] have a batch number 3, ranks [1")
-    every_rank_has_the_statistics_of_all()
-
-
-@check
-def other_sites_are_refused_by_all() -> None:
-    own = gather(model(), data(), sites="0" if rank == 1 else "2")
-    fails(own.all_reduce, DistributedError, "rank 1 has the sites of sizes {'0': 8}, rank 0 {'2': 4}")
-    every_rank_has_the_statistics_of_all()
-
-
-@check
-def other_positions_are_refused_by_all() -> None:
-    words = nn.Sequential(nn.Embedding(9, 4))
-    tokens = torch.arange(8).reshape(2, 4)
-    own = collect(words, tokens, sites="0", positions="last" if rank == 1 else "all", progress=False)
-    fails(own.all_reduce, DistributedError, "positions")
-    every_rank_has_the_statistics_of_all()
-
-
-@check
-def a_rank_without_rows_tells_the_others() -> None:
-    rows = data()[:0] if rank == 1 else data()
-    kind = BatchError if rank == 1 else DistributedError
-    fails(lambda: gather(model(), rows).all_reduce(), kind, "batches: there are none")
-    every_rank_has_the_statistics_of_all()
+def an_axis_that_only_rows_tell_is_no_disagreement() -> None:
+    network = nn.Sequential(nn.MaxPool2d(1))
+    images = torch.zeros(4, 2, 5, 5)
+    seen = collect(network, images[:0] if rank == 0 else images, sites="0", progress=False).all_reduce()
+    assert seen.metadata["axis 0"] == "-3" and seen["0"].count == 100 * (world - 1)
 
 
 @check
@@ -310,7 +276,7 @@ def groups_side_by_side() -> None:
     every_rank_has_the_statistics_of_all()
 
 
-# --- each in a world of its own, where none that goes wrong meets another ---------------------------------------------
+# --- failures, each in a world of its own: they are final ------------------------------------------------------------
 def apart(function: Callable[[], None]) -> Callable[[], None]:
     """A check in a new world, in which a rank waits five seconds for the others."""
 
@@ -325,41 +291,139 @@ def apart(function: Callable[[], None]) -> Callable[[], None]:
     return check(run)
 
 
-def one_after_another(collected: Callable[[str, Tensor], Statistics]) -> list[str]:
-    """What becomes of two reductions in a row, of which a program catches the errors: nothing wrong."""
-    became = []
-    for name, rows in (("first", data()), ("second", data() + 100)):
-        try:
-            same(collected(name, rows[rank::world]).all_reduce(), truth(rows))
-            became.append("reduced")
-        except (SiteNotFoundError, DistributedError) as error:
-            became.append(type(error).__name__)
-    return became
+def is_final(reason: str) -> None:
+    """Whatever comes next fails on every rank, for the same reason."""
+    for _ in range(2):
+        fails(lambda: gather(model(), data()), DistributedError, reason)
+        fails(lambda: Statistics({}).all_reduce(), DistributedError, reason)
+
+
+@apart
+def a_rank_that_fails_tells_the_others() -> None:
+    def share() -> object:
+        return gather(model(), failing(2, OSError("disk gone")) if rank == 1 else data()).all_reduce()
+
+    kind, said = (OSError, "disk gone") if rank == 1 else (DistributedError, "rank 1 failed: OSError: disk gone")
+    fails(share, kind, said)
+    is_final("rank 1 failed: OSError: disk gone")
+
+
+@apart
+def nothing_is_set_on_the_error_of_the_user() -> None:
+    error = OSError("disk gone")
+    with pytest.raises((OSError, DistributedError)):
+        gather(model(), failing(1, error) if rank == 1 else data()).all_reduce()
+    assert vars(error) == {}
+
+
+@apart
+def a_rank_whose_model_fails_tells_the_others() -> None:
+    rows = data()[:, :3] if rank == 0 else data()
+
+    def share() -> object:
+        return gather(model(), rows).all_reduce()
+
+    fails(share, RuntimeError if rank == 0 else DistributedError, "mat1" if rank == 0 else "rank 0 failed: Runtime")
+    is_final("rank 0 failed: RuntimeError: mat1")
+
+
+@apart
+def ranks_that_all_fail_by_themselves_hear_of_the_first() -> None:
+    fails(lambda: record(model(), failing(1, OSError("gone")), sites="0", progress=False), Exception, "gone")
+    dist.barrier()
+    is_final("failed: OSError: gone")
+
+
+@apart
+def a_rank_that_fails_in_a_sharded_model_does_not_keep_the_others_waiting() -> None:
+    network = fully_shard(model())
+    batches = failing(2, OSError("disk gone")) if rank == 1 else data().split(3)
+    fails(lambda: gather(network, batches), OSError if rank == 1 else DistributedError, "disk gone")
+    is_final("disk gone")
+
+
+@apart
+def a_sharded_model_wants_as_many_batches_on_every_rank() -> None:
+    network = fully_shard(model())
+    rows = data()[:6] if rank else data()[:9]
+    fails(lambda: gather(network, rows, batch_size=3), DistributedError, "ranks [0] have a batch number 3, ranks [1")
+
+
+@apart
+def other_sites_are_refused_by_all() -> None:
+    own = gather(model(), data(), sites="0" if rank == 1 else "2")
+    fails(own.all_reduce, DistributedError, "rank 1 has the sites of sizes {'0': 8}, rank 0 {'2': 4}")
+    is_final("rank 1 has the sites of sizes")
+
+
+@apart
+def other_sites_of_a_share_of_nothing_are_refused_by_all() -> None:
+    own = gather(model(), data()[:0] if rank == 1 else data(), sites="0" if rank == 1 else "2")
+    fails(own.all_reduce, DistributedError, "rank 1 has the sites of sizes {'0': 0}, rank 0 {'2': 4}")
+
+
+@apart
+def another_covariance_is_refused_by_all() -> None:
+    own = gather(model(), data(), covariance=True if rank == 1 else "diagonal")
+    fails(own.all_reduce, DistributedError, "rank 1 has the covariance True, rank 0 diagonal")
+
+
+@apart
+def a_covariance_on_some_ranks_alone_is_refused_by_all() -> None:
+    own = gather(model(), data(), covariance=rank == 1)
+    fails(own.all_reduce, DistributedError, "rank 1 has the covariance True, rank 0 False")
+
+
+@apart
+def another_dtype_is_refused_by_all() -> None:
+    own = gather(model().float() if rank == 1 else model(), data().float() if rank == 1 else data())
+    fails(own.all_reduce, DistributedError, "rank 1 has the metadata")
+
+
+@apart
+def other_positions_are_refused_by_all() -> None:
+    words = nn.Sequential(nn.Embedding(9, 4))
+    tokens = torch.arange(8).reshape(2, 4)
+    own = collect(words, tokens, sites="0", positions="last" if rank == 1 else "all", progress=False)
+    fails(own.all_reduce, DistributedError, "positions")
+
+
+@apart
+def classes_on_one_rank_alone_are_refused_by_all() -> None:
+    own = gather(model(), data(), by=[0] * 24 if rank == 1 else None)
+    fails(own.all_reduce, DistributedError, "rank 1 has the classes True, rank 0 False")
+
+
+@apart
+def another_call_on_one_rank_is_refused_by_all() -> None:
+    network = fully_shard(model())
+    own = gather(nn.Sequential(nn.Identity()), data(), sites="0")
+    fails(
+        own.all_reduce if rank == 1 else lambda: gather(network, data()),
+        DistributedError,
+        "rank 0 at batch 1, rank 1 at all_reduce",
+    )
 
 
 @apart
 def a_failure_that_nobody_waited_for_mixes_no_statistics() -> None:
     with contextlib.suppress(OSError, DistributedError):
         record(model(), failing(1, OSError("gone")) if rank == 1 else data(), sites="0", progress=False)
-    one_after_another(lambda name, rows: gather(model(), rows))
+    fails(lambda: gather(model(), data()[rank::world]).all_reduce(), DistributedError, "rank 1 failed: OSError: gone")
 
 
 @apart
 def a_wrong_argument_on_one_rank_mixes_no_statistics() -> None:
-    sites = {"first": "no such site" if rank == 1 else SITES, "second": SITES}
-    became = one_after_another(lambda name, rows: gather(model(), rows, sites=sites[name]))
-    assert became == ["SiteNotFoundError" if rank == 1 else "DistributedError", "reduced"]
+    sites = "no such site" if rank == 1 else SITES
+    kind = SiteNotFoundError if rank == 1 else DistributedError
+    fails(lambda: gather(model(), data()[rank::world], sites=sites).all_reduce(), kind, "no such site")
+    is_final("rank 1 failed: SiteNotFoundError")
 
 
 @apart
-def a_rank_that_comes_too_late_mixes_no_statistics() -> None:
+def a_rank_that_comes_too_late_is_named_and_mixes_no_statistics() -> None:
     time.sleep(7 if rank == 1 else 0)
-    one_after_another(lambda name, rows: gather(model(), rows))
-
-
-@apart
-def classes_on_one_rank_alone_are_refused_by_all() -> None:
-    fails(gather(model(), data(), by=[0] * 24 if rank == 1 else None).all_reduce, DistributedError, "")
+    fails(lambda: gather(model(), data()).all_reduce(), DistributedError, "all_reduce: ranks [1] did not come")
 
 
 @apart
@@ -369,7 +433,6 @@ def a_failure_inside_of_another_collection_is_heard_once() -> None:
         yield record(nn.Sequential(nn.Identity()), rows, sites="0", progress=False)["0"]
 
     fails(lambda: gather(model(), batches()).all_reduce(), OSError if rank == 1 else DistributedError, "gone")
-    every_rank_has_the_statistics_of_all()
 
 
 @apart

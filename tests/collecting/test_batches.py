@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from actsteer import BatchError, collect
 from actsteer.collecting.batches import call, iterate
-from actsteer.collecting.undisturbed import undisturbed
+from actsteer.collecting.eval_mode import eval_mode
 from tests.oracles import state
 
 X = torch.arange(12.0).reshape(6, 2)
@@ -71,7 +71,7 @@ def test_a_tensor_is_the_one_argument():
     assert torch.equal(call(Sum(), (X,)), X)
 
 
-# --- undisturbed -------------------------------------------------------------------------------------------------
+# --- eval_mode -------------------------------------------------------------------------------------------------
 def disturbed_model():
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Sequential(nn.Dropout(), nn.Linear(2, 1)))
     model[1].eval()
@@ -83,7 +83,7 @@ def disturbed_model():
 @pytest.mark.parametrize("frozen", [False, True])
 def test_inside_the_model_evaluates_and_is_frozen_if_asked(frozen):
     model = disturbed_model()
-    with undisturbed(model, frozen=frozen):
+    with eval_mode(model, frozen=frozen):
         assert not any(module.training for module in model.modules())
         assert [p.requires_grad for p in model.parameters()] == [False] + [not frozen] * 5
 
@@ -94,16 +94,16 @@ def test_afterwards_the_model_is_as_it_was_found_however_it_ends(frozen, error):
     model = disturbed_model()
     before = state(model)
     if error is None:
-        with undisturbed(model, frozen=frozen):
+        with eval_mode(model, frozen=frozen):
             pass
     else:
-        with pytest.raises(error), undisturbed(model, frozen=frozen):
+        with pytest.raises(error), eval_mode(model, frozen=frozen):
             raise error
     assert state(model) == before
 
 
 # --- errors ------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("empty", [[], (), X[:0], torch.tensor(1.0), iter([])], ids=str)
+@pytest.mark.parametrize("empty", [[], (), X[:0], torch.tensor(1.0), iter([])])
 def test_no_batches_are_an_error(empty):
     with pytest.raises(BatchError, match="batches: there are none; is the generator used up, or the tensor empty"):
         listed(empty)

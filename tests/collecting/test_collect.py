@@ -92,12 +92,11 @@ def test_merging_commutes_and_associates(a, b, c):
     assert one.merge(two).metadata == one.metadata
 
 
-def test_merging_keeps_the_covariance_only_where_both_have_it():
+def test_merging_drops_no_covariance_in_silence():
     with_, without = (collect(IDENTITY, X, sites="0", covariance=asked) for asked in (True, False))
-    for merged in (with_.merge(without), without.merge(with_)):
-        assert merged["0"].count == 6
-        with pytest.raises(StatisticsError, match="no covariance was collected"):
-            _ = merged["0"].covariance
+    for one, other in ((with_, without), (without, with_)):
+        with pytest.raises(StatisticsError, match="collect both alike"):
+            one.merge(other)
 
 
 # --- rows --------------------------------------------------------------------------------------------------------
@@ -292,6 +291,14 @@ def test_activations_that_are_not_finite_are_refused(number):
     bad[1, 0] = number
     with pytest.raises(StatisticsError, match="site '0': the activations are not finite; look for inf or nan"):
         collect(IDENTITY, bad, sites="0", batch_size=1)
+
+
+@pytest.mark.parametrize("kept", ["diagonal", True])
+def test_covariances_that_are_not_finite_are_refused(kept):
+    large = torch.tensor([[1e200, 0.0], [-1e200, 1.0]], dtype=torch.float64)
+    assert collect(IDENTITY, large, sites="0")["0"].mean.tolist() == [0, 0.5]
+    with pytest.raises(StatisticsError, match=r"site '0': the activations are not finite.*squares are too large"):
+        collect(IDENTITY, large, sites="0", covariance=kept)
 
 
 def test_a_site_that_never_runs_is_named():

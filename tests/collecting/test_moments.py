@@ -265,3 +265,84 @@ def test_without_the_scatter_there_is_no_fourth_sum_and_from_a_scatter_alone_it_
     made = Moments(3, torch.zeros(2), torch.eye(2))
     assert made.merge(Moments.of(X, covariance=True)).update(X).fourth.isnan()
     assert bool(made.scatter.isfinite().all())
+
+
+# --- variances alone -------------------------------------------------------------------------------------------------
+@given(eighths(9, 3), st.lists(st.integers(1, 8), unique=True).map(sorted), st.booleans())
+def test_the_variances_are_the_diagonal_of_the_covariance_after_any_split(rows, cuts, grown):
+    whole = Moments.empty(3, covariance="diagonal")
+    for part in torch.tensor_split(rows, cuts):
+        whole = whole.update(part) if grown else whole.merge(Moments.of(part, covariance="diagonal"))
+    assert_allclose(whole.variance, Moments.of(rows, covariance=True).covariance.diagonal(), atol=1e-12)
+    assert_allclose(whole.variance, Moments.of(rows, covariance=True).variance, atol=1e-12)
+    assert torch.equal((-whole).variance, whole.variance)
+
+
+@pytest.mark.parametrize(
+    "rows", [far_away(), outlier(200), outlier(0), drifting()], ids=["far", "outlier", "first", "drifting"]
+)
+def test_the_variances_are_as_exact_as_the_covariances(rows):
+    _, scatter, _ = exact(rows)
+    for size in (1, 7, 400):
+        moments = Moments.empty(3, covariance="diagonal")
+        for part in rows.split(size):
+            moments.update(part)
+        found = moments.variance * 399
+        array = rows.numpy() - rows.numpy().mean(axis=0)
+        true = [scatter[i][i] for i in range(3)]
+        assert furthest(found, true) <= 2 * furthest((array**2).sum(axis=0), true) + 30 * EPS
+
+
+def test_variances_take_no_memory_for_a_covariance_and_say_so():
+    found = Moments.of(torch.zeros(2, 2000), covariance="diagonal")
+    assert (found.kept, found.has_covariance, repr(found)) == (
+        "diagonal",
+        False,
+        "Moments(count=2, d=2000, covariance='diagonal')",
+    )
+    assert sum(tensor.numel() for tensor in (found._origin, found._offset, found._squares)) == 3 * 2000
+    for name in ("covariance", "scatter", "fourth"):
+        with pytest.raises(StatisticsError, match="covariance='diagonal'; collect with covariance=True"):
+            getattr(found, name)
+    with pytest.raises(StatisticsError, match="the variance of a single row is not defined"):
+        _ = Moments.of(X[:1], covariance="diagonal").variance
+    with pytest.raises(StatisticsError, match="no covariance was collected"):
+        _ = Moments.of(X).variance
+
+
+def test_a_copy_with_variances_is_a_value():
+    own = Moments.of(X, covariance="diagonal")
+    twin, before = own.copy(), own.variance
+    own.update(9 * X)
+    own.variance.zero_()
+    assert torch.equal(twin.variance, before) and not torch.equal(own.variance, before)
+
+
+def test_moments_can_be_made_from_the_diagonal_of_a_scatter():
+    made = Moments(3, torch.zeros(2), torch.tensor([2.0, 4.0]))
+    assert made.variance.tolist() == [1, 2]
+    with pytest.raises(ShapeError, match="or its diagonal"):
+        Moments(3, torch.zeros(2), torch.zeros(3))
+
+
+@pytest.mark.parametrize("wrong", ["full", 1, None])
+def test_another_word_for_what_is_kept_is_refused(wrong):
+    with pytest.raises(ValueError, match="expected False, True or 'diagonal'"):
+        Moments.of(X, covariance=wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_moments_know_the_dtype_of_their_rows(dtype):
+    own = Moments.of(X.to(dtype), covariance=True)
+    assert own.dtype is (-own).dtype is own.copy().dtype is own.merge(Moments.empty(2)).dtype is dtype
+    assert own.merge(Moments.of(X.double(), covariance=True)).dtype is torch.float64
+    assert Moments.empty(2).dtype is None
+
+
+@given(eighths(9, 3), st.lists(st.integers(1, 8), unique=True).map(sorted))
+def test_means_alone_are_those_of_the_covariances(rows, cuts):
+    grown, whole = Moments.empty(3), Moments.of(rows, covariance=True)
+    for part in torch.tensor_split(rows, cuts):
+        grown.update(part)
+    assert grown.count == whole.count
+    assert_allclose(grown.mean, whole.mean, atol=1e-14)

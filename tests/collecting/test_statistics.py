@@ -33,8 +33,9 @@ OWN = torch.tensor([[0.5, 2.0], [4.0, 2.0], [2.0, -1.0]])
 def raw(moments):
     """All numbers of some moments, as bit patterns."""
     tensors = [moments.mean] if moments.count else []
-    tensors += [moments.scatter, moments.fourth] if moments.has_covariance else []
-    return moments.count, moments.d, [bits(tensor).tolist() for tensor in tensors]
+    tensors += [moments.scatter, moments.fourth] if moments.kept is True else []
+    tensors += [moments.variance] if moments.kept == "diagonal" and moments.count > 1 else []
+    return moments.kept, moments.count, moments.d, [bits(tensor).tolist() for tensor in tensors]
 
 
 def same(one, other):
@@ -60,8 +61,10 @@ def any_statistics(draw):
     for site in draw(st.lists(names, unique=True, max_size=3)):
         d = draw(st.integers(1, 3))
         rows = draw(stored(d * 4, torch.float32)).reshape(4, d)
-        own = Moments.of(rows[:2], covariance=draw(st.booleans()))
-        moments[site] = own.update(rows[2:]) if draw(st.booleans()) else own.merge(Moments.of(rows[2:]))
+        kept = draw(st.sampled_from([False, True, "diagonal"]))
+        own = Moments.of(rows[:2], covariance=kept)
+        more = Moments.of(rows[2:], covariance=kept)
+        moments[site] = own.update(rows[2:]) if draw(st.booleans()) else own.merge(more)
     return Statistics(moments, metadata=draw(st.dictionaries(names, names, max_size=2)))
 
 
@@ -71,6 +74,7 @@ def by_class():
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @given(any_statistics())
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path_factory, stats):
     path = tmp_path_factory.mktemp("saved") / "stats.safetensors"
@@ -273,6 +277,54 @@ def test_classes_of_other_sites_or_models_do_not_go_together(by_class):
             by_class.merge(other_model)
 
 
+def test_variances_go_wherever_covariances_go(tmp_path):
+    whole = torch.var(MODEL(X), dim=0)
+    plain, full = (collect(MODEL, X, sites="1", covariance=kept) for kept in ("diagonal", True))
+    assert_allclose(plain["1"].variance, whole.detach(), rtol=1e-13)
+    assert_allclose(full["1"].variance, plain["1"].variance, rtol=1e-13)
+    classes = collect(MODEL, X, sites="1", by=LABELS, covariance="diagonal")
+    classes.save(tmp_path / "classes.safetensors")
+    loaded = ClassStatistics.load(tmp_path / "classes.safetensors")
+    assert_allclose(loaded.total()["1"].variance, whole.detach(), rtol=1e-13)
+    assert torch.equal((-plain)["1"].variance, plain["1"].variance)
+    assert same(plain.all_reduce(), plain)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_parts_with_a_covariance_on_one_side_alone_do_not_merge(kept):
+    one, other = (collect(MODEL, X, sites="*", covariance=covariance) for covariance in (kept, "diagonal"))
+    for parts in ((one, other), (other, one)):
+        with pytest.raises(StatisticsError, match="collect both alike"):
+            parts[0].merge(parts[1])
+
+
 def test_outside_of_a_process_group_reducing_changes_nothing(by_class):
     assert same(by_class.all_reduce(), by_class)
     assert same(by_class.total().all_reduce(), by_class.total())
+
+
+# --- shares of nothing -----------------------------------------------------------------------------------------------
+def test_a_share_of_nothing_changes_nothing_and_is_saved(tmp_path):
+    stats = collect(MODEL, X, sites="*", covariance=True)
+    nothing = Statistics({site: Moments.empty(0, covariance=True) for site in stats}, metadata=stats.metadata)
+    nothing.save(tmp_path / "nothing.safetensors")
+    for share in (nothing, Statistics.load(tmp_path / "nothing.safetensors")):
+        assert same(share.merge(stats), stats) and same(stats.merge(share), stats)
+        with pytest.raises(StatisticsError, match="the mean of no rows"):
+            _ = share["0"].mean
+
+
+def test_a_share_without_any_class_changes_nothing_and_is_saved(tmp_path, by_class):
+    nothing = Statistics({site: Moments.empty(0) for site in by_class.sites}, metadata=by_class.metadata)
+    ClassStatistics({}, nothing=nothing).save(tmp_path / "nothing.safetensors")
+    for share in (ClassStatistics({}, nothing=nothing), ClassStatistics.load(tmp_path / "nothing.safetensors")):
+        assert list(share) == [] and share.sites == by_class.sites
+        assert same(share.merge(by_class), by_class) and same(by_class.merge(share), by_class)
+        assert same(pickle.loads(pickle.dumps(share)).merge(by_class), by_class)
+
+
+def test_a_share_of_nothing_lacks_the_axes_that_only_rows_tell():
+    model, images = nn.Sequential(nn.MaxPool2d(1)), torch.zeros(2, 3, 4, 4)
+    stats = collect(model, images, sites="0")
+    nothing = Statistics({"0": Moments.empty(0)}, metadata={k: v for k, v in stats.metadata.items() if k != "axis 0"})
+    assert same(nothing.merge(stats), stats) and same(stats.merge(nothing), stats)

@@ -17,7 +17,6 @@ from actsteer import (
     SiteNotFoundError,
     Statistics,
     StatisticsError,
-    SteeringVector,
     WhitenedMeanDifference,
     collect,
     fit,
@@ -181,7 +180,7 @@ def test_an_estimator_keeps_nothing(estimator):
 @every_estimator
 def test_it_is_an_estimator(estimator):
     assert isinstance(estimator, Estimator)
-    assert estimator.needs_covariance == isinstance(estimator, WhitenedMeanDifference)
+    assert estimator.reads == ("covariance" if isinstance(estimator, WhitenedMeanDifference) else "means")
 
 
 # --- fit ---------------------------------------------------------------------------------------------------------
@@ -193,7 +192,7 @@ POSITIVE, NEGATIVE = torch.randn(20, 2).double() + 1, torch.randn(15, 2).double(
 def test_fit_is_collect_twice_and_estimate(estimator):
     sites = ["0", "2"]
     positive, negative = (
-        collect(MODEL, x, sites=sites, covariance=estimator.needs_covariance) for x in (POSITIVE, NEGATIVE)
+        collect(MODEL, x, sites=sites, covariance=estimator.reads == "covariance") for x in (POSITIVE, NEGATIVE)
     )
     fitted = fit(MODEL, positive=POSITIVE, negative=NEGATIVE, sites=sites, estimator=estimator)
     expected = estimator(positive=positive, negative=negative)
@@ -211,18 +210,6 @@ def test_fit_names_the_concept_and_splits_as_told():
     fitted = fit(MODEL, positive=POSITIVE, negative=NEGATIVE, sites="0", concept="nine", batch_size=4)
     assert fitted.concept == "nine"
     assert fitted.allclose(fit(MODEL, positive=POSITIVE, negative=NEGATIVE, sites="0"), atol=1e-12)
-
-
-def test_fit_accepts_the_user_s_own_estimator():
-    class Median:
-        needs_covariance = False
-
-        def __call__(self, *, positive, negative):
-            return SteeringVector({site: torch.ones(2) for site in positive}, metadata={"concept": "own", "a": "1"})
-
-    fitted = fit(MODEL, positive=POSITIVE, negative=NEGATIVE, sites="3", estimator=Median(), concept="nine")
-    assert fitted["3"].tolist() == [1, 1]
-    assert fitted.metadata == {"concept": "nine", "a": "1"}
 
 
 # --- errors ------------------------------------------------------------------------------------------------------

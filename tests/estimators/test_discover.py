@@ -70,3 +70,43 @@ def test_what_cannot_be_is_refused():
     for bad in ({"norm": 0.0}, {"lr": -1.0}, {"count": 0}, {"steps": 0}):
         with pytest.raises(ValueError, match="expected"):
             found(**bad)
+
+
+class Conversion:
+    """As TransformerLens shows a hook point to its users: heads apart."""
+
+    def convert(self, tensor):
+        return tensor.unflatten(-1, (2, -1))
+
+    def revert(self, tensor):
+        return tensor.flatten(-2)
+
+
+def test_a_target_is_read_as_its_users_see_it():
+    model, plain = network(), found(target="2", steps=20)["0"]
+    model[2].hook_conversion = Conversion()
+    shown = found(model, target="2", steps=20)["0"]  # the sum of the squares is the same
+    torch.testing.assert_close(shown["1"], plain["1"], rtol=1e-4, atol=1e-5)
+
+
+class Ragged(nn.Module):
+    """Gives its rows as a nested tensor of two rows, and nothing that is padded."""
+
+    def forward(self, x):
+        return torch.nested.as_nested_tensor([x[:5], x[5:]], layout=torch.jagged)
+
+
+class RaggedTarget(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net, self.ragged = network(), Ragged()
+
+    def forward(self, x):
+        return self.ragged(self.net(x))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_target_counts_every_row_that_it_holds():
+    plain = found(steps=20)["0"]
+    nested = found(RaggedTarget(), site="net.1", target="ragged", steps=20)["0"]
+    torch.testing.assert_close(nested["net.1"], plain["1"], rtol=1e-4, atol=1e-5)

@@ -210,3 +210,20 @@ def test_the_feature_is_that_of_the_largest_absolute_cosine_with_the_sign_of_the
     assert SparseFeature(decoder)(positive=sides[1], negative=sides[0]).equal(-found)
     named = SparseFeature(decoder, feature=best)(positive=sides[0], negative=sides[1])
     assert named.equal(found)
+
+
+@pytest.mark.parametrize(
+    ("rows", "default", "wanted"),
+    [
+        (torch.float64, torch.float32, torch.float64),
+        (torch.float32, torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float32, torch.float64, torch.float64),
+    ],
+)
+def test_the_edit_has_the_dtype_of_the_rows_or_the_default_one_if_that_is_wider(rows, default, wanted):
+    torch.set_default_dtype(default)
+    x = normal(12).to(rows)
+    sides = [Statistics({"0": Moments.of(x + side, covariance=True)}) for side in (0, 4)]
+    edit = ConceptErasure()(positive=sides[1], negative=sides[0])
+    assert {part.dtype for part in edit["0"]} == {wanted}

@@ -99,7 +99,7 @@ def assert_same(found, expected, **tolerance):
 @of_sums
 @pytest.mark.parametrize("positions", POSITIONS, ids=str)
 def test_of_sums_it_is_collect_twice_and_estimate(estimator, positions):
-    options = {"sites": SITE, "positions": positions, "covariance": estimator.needs_covariance, "progress": False}
+    options = {"sites": SITE, "positions": positions, "covariance": estimator.reads == "covariance", "progress": False}
     toward, away = (collect(MODEL, side, **options) for side in (POSITIVE, NEGATIVE))
     assert_same(fitted(estimator, positions=positions), estimator(positive=toward, negative=away))
 
@@ -202,21 +202,6 @@ def test_the_feature_axis_and_the_model_are_remembered(estimator):
 @every_estimator
 def test_a_concept_is_named(estimator):
     assert fitted(estimator, concept="kind").concept == "kind"
-
-
-@pytest.mark.parametrize("keep_norm", [False, True])
-def test_an_edit_of_the_users_own_estimator_comes_back_whole(keep_norm):
-    edit = LowRank({SITE: (torch.ones(1, D), torch.ones(1, D), torch.ones(1))}, keep_norm=keep_norm)
-
-    class Own:
-        needs_covariance = False
-
-        def __call__(self, *, positive, negative):
-            return edit
-
-    found = fitted(Own(), concept="kind")
-    assert_same(found, edit)
-    assert found.at(SITE).keep_norm is keep_norm and found.concept == "kind"
 
 
 # --- what cannot be --------------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def test_training_finds_the_vector_of_float32(dtype):
 
 @every_half
 def test_a_low_rank_edit_is_trained_as_in_float32(dtype):
-    found, expected = trained(dtype, rank=2), trained(torch.float32, rank=2)
+    found, expected = (trained(kind, train=LowRank(rank=2)) for kind in (dtype, torch.float32))
     assert isinstance(found, LowRank)
     reads, adds, offsets = (part.float() for part in found["1"])
     assert all(part.isfinite().all() for part in (reads, adds, offsets))
@@ -87,7 +87,7 @@ def test_a_small_step_is_not_lost_on_a_large_start(dtype):
     """Steps of half a rounding error add up: float32 inside, the activation's dtype at the end."""
     start = SteeringVector({"0": torch.full((2,), 16.0, dtype=dtype)})
     model, step = nn.Sequential(nn.Identity()), 16 * EPS[dtype] / 4
-    options = {"sites": "0", "start": start, "loss": lambda output: output.float().sum(), "progress": False}
+    options = {"sites": "0", "train": start, "loss": lambda output: output.float().sum(), "progress": False}
     found = optimize(model, torch.zeros(4, 2, dtype=dtype), steps=200, lr=step, **options)["0"]
     torch.testing.assert_close(found.double(), torch.full((2,), 16 - 100 * step).double(), rtol=8 * EPS[dtype], atol=0)
 

@@ -10,6 +10,7 @@ from torch.nn import functional
 from actsteer import (
     ActsteerError,
     BatchError,
+    LowRank,
     ProjectionAbove,
     ShapeError,
     SiteNotFoundError,
@@ -161,26 +162,26 @@ def test_every_form_of_a_batch_trains_alike(model, batch):
 # --- start and gate ----------------------------------------------------------------------------------------------
 def test_training_continues_from_a_start(model):
     first = train(model, steps=60)
-    assert loss_under(model, train(model, start=first, steps=1, lr=1e-9))[0] == pytest.approx(
+    assert loss_under(model, train(model, train=first, steps=1, lr=1e-9))[0] == pytest.approx(
         loss_under(model, first)[0], rel=1e-5
     )
 
 
 def test_a_start_at_some_of_the_sites_leaves_the_others_at_zero(model):
     start = SteeringVector({"2": torch.full((4,), 0.5)})
-    v = train(model, sites=["0", "2"], start=start, steps=1, lr=1e-9)
+    v = train(model, sites=["0", "2"], train=start, steps=1, lr=1e-9)
     assert v.sites == ("0", "2")
     assert torch.allclose(v["2"], start["2"], atol=1e-6)
     assert torch.allclose(v["0"], torch.zeros(4), atol=1e-6)
 
 
-@pytest.mark.parametrize("rank", [None, 1])
-def test_positions_decide_which_tokens_the_training_moves(rank):
+@pytest.mark.parametrize("kind", [None, LowRank(rank=1)], ids=["vector", "edit"])
+def test_positions_decide_which_tokens_the_training_moves(kind):
     model, rows = nn.Sequential(nn.Identity()), torch.zeros(4, 3, 2)
     goal = torch.tensor([[9.0, 9.0], [1.0, 2.0], [9.0, 9.0]]).expand(4, 3, 2)
     options = {"targets": goal, "loss": functional.mse_loss, "lr": 0.05, "steps": 400, "progress": False}
     found = optimize(
-        model, rows, sites="0", positions=1, rank=rank, generator=torch.Generator().manual_seed(0), **options
+        model, rows, sites="0", positions=1, train=kind, generator=torch.Generator().manual_seed(0), **options
     )
     with Steerer(model, found, positions=1):
         torch.testing.assert_close(model(rows)[:, 1], goal[:, 1], rtol=0, atol=0.05)
@@ -326,7 +327,7 @@ def test_a_wrong_site_and_a_wrong_start_are_named(model):
     with pytest.raises(SiteNotFoundError, match="Sequential has no site '9'"):
         train(model, sites="9")
     with pytest.raises(ShapeError, match="site '2': 4 features against 3; were they fitted on one model"):
-        train(model, start=SteeringVector({"2": torch.ones(3)}))
+        train(model, train=SteeringVector({"2": torch.ones(3)}))
 
 
 def test_a_site_that_never_runs_is_named(model):

@@ -1,4 +1,4 @@
-"""optimize with a rank: low-rank edits trained by gradient."""
+"""optimize with train=LowRank: low-rank edits trained by gradient."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def network():
 
 
 def trained(model=None, **options):
-    options = {"sites": ["1", "3"], "rank": 2, "steps": 40, "lr": 0.05, "progress": False} | options
+    options = {"sites": ["1", "3"], "train": LowRank(rank=2), "steps": 40, "lr": 0.05, "progress": False} | options
     options |= {"loss": nn.functional.cross_entropy, "targets": TARGETS, "generator": torch.Generator().manual_seed(0)}
     return optimize(model or network(), options.pop("batches", X), **options)
 
@@ -64,7 +64,7 @@ def test_a_generator_makes_it_reproducible_and_the_model_is_left_alone():
 
 
 def test_a_rank_above_the_features_is_that_of_the_features():
-    assert trained(rank=9, steps=2).rank == 6
+    assert trained(train=LowRank(rank=9), steps=2).rank == 6
 
 
 def test_a_large_penalty_keeps_it_small():
@@ -74,7 +74,9 @@ def test_a_large_penalty_keeps_it_small():
 
 
 def test_a_norm_budget_is_for_vectors():
-    with pytest.raises(ValueError, match="rank"):
+    with pytest.raises(
+        ValueError, match="max_norm: what a low-rank edit adds depends on the activation; limit it by l2"
+    ):
         trained(max_norm=1.0)
 
 
@@ -84,7 +86,7 @@ def test_mini_batches_from_a_list_train_it_too():
         list(X.split(8)),
         targets=list(TARGETS.split(8)),
         sites="1",
-        rank=1,
+        train=LowRank(rank=1),
         steps=12,
         loss=nn.functional.cross_entropy,
         progress=False,

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from actsteer import BatchError, LossError, ShapeError, Steerer, optimize
+from actsteer import BatchError, LossError, Retain, ShapeError, Steerer, Validation, optimize
 from tests.oracles import state
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -42,14 +42,14 @@ def moved(model, vector, x):
 
 def test_retention_keeps_the_answers_on_other_data():
     model = network()
-    free, kept = trained(), trained(retain=OTHER, retain_weight=5.0)
+    free, kept = trained(), trained(retain=Retain(OTHER, weight=5.0))
     assert moved(model, kept, OTHER) < 0.5 * moved(model, free, OTHER)
     assert kept.norm() > 0
 
 
 def test_a_larger_weight_keeps_more():
     model = network()
-    divergences = [moved(model, trained(retain=OTHER, retain_weight=w), OTHER) for w in (0.1, 1.0, 10.0)]
+    divergences = [moved(model, trained(retain=Retain(OTHER, weight=w)), OTHER) for w in (0.1, 1.0, 10.0)]
     assert divergences == sorted(divergences, reverse=True)
 
 
@@ -68,7 +68,7 @@ def test_l2_shrinks_the_vector():
 def test_of_a_validated_training_the_best_vector_is_returned():
     model = network()
     validation, answers = OTHER, torch.zeros(64, dtype=torch.long)  # the contrary: the start is best
-    vector = trained(model, validation=validation, validation_targets=answers, patience=2)
+    vector = trained(model, validation=Validation(validation, targets=answers, patience=2))
     with torch.no_grad():
         before = float(cross_entropy(model(validation), answers))
         with Steerer(model, vector):
@@ -86,7 +86,7 @@ def test_patience_ends_a_training_early():
         calls.append(1)
         return cross_entropy(output, target)
 
-    trained(loss=loss, steps=400, validation=OTHER, validation_targets=torch.zeros(64, dtype=torch.long), patience=1)
+    trained(loss=loss, steps=400, validation=Validation(OTHER, targets=torch.zeros(64, dtype=torch.long), patience=1))
     early = len(calls)
     calls.clear()
     trained(loss=loss, steps=400)
@@ -96,7 +96,7 @@ def test_patience_ends_a_training_early():
 def test_the_model_is_left_as_it_was():
     model = network().train()
     before = state(model)
-    trained(model, retain=OTHER, validation=X, validation_targets=ONES, steps=5)
+    trained(model, retain=OTHER, validation=Validation(X, targets=ONES), steps=5)
     assert state(model) == before and all(parameter.grad is None for parameter in model.parameters())
 
 

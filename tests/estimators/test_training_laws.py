@@ -6,15 +6,18 @@ from torch import nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from actsteer import (
+    Ablate,
     Add,
     LossError,
     LowRank,
     ProjectionAbove,
+    Retain,
     ShapeError,
     SiteNotFoundError,
     StatisticsError,
     Steerer,
     SteeringVector,
+    Validation,
     discover,
     optimize,
 )
@@ -23,7 +26,7 @@ from tests.oracles import state
 G = torch.Generator().manual_seed(0)
 X, OTHER = torch.randn(32, 5, generator=G), torch.randn(24, 5, generator=G) + 1
 TARGETS = torch.arange(32) % 3
-both = pytest.mark.parametrize("rank", [None, 2], ids=["vector", "edit"])
+both = pytest.mark.parametrize("train", [None, LowRank(rank=2)], ids=["vector", "edit"])
 
 
 def network():
@@ -79,7 +82,14 @@ def test_with_a_budget_the_optimum_is_the_projection_on_the_ball():
 def test_an_edit_of_full_rank_finds_any_affine_map():
     x = torch.randn(64, 3, generator=generator())
     wanted, shift = torch.randn(3, 3, generator=generator(1)) / 2, torch.tensor([0.5, -0.5, 1.0])
-    options = {"sites": "0", "rank": 3, "steps": 800, "lr": 0.05, "progress": False, "loss": nn.functional.mse_loss}
+    options = {
+        "sites": "0",
+        "train": LowRank(rank=3),
+        "steps": 800,
+        "lr": 0.05,
+        "progress": False,
+        "loss": nn.functional.mse_loss,
+    }
     model = nn.Sequential(nn.Identity())
     edit = optimize(model, x, targets=x @ wanted.T + shift, generator=generator(), **options)
     reads, adds, offsets = edit["0"]
@@ -89,7 +99,7 @@ def test_an_edit_of_full_rank_finds_any_affine_map():
 
 # --- budgets ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("budget", [0.0, 0.1, 0.3, 0.7, 1.1])
-@pytest.mark.parametrize("options", [{}, {"start": SteeringVector({"1": torch.full((6,), 9.0)})}, {"lr": 100.0}])
+@pytest.mark.parametrize("options", [{}, {"train": SteeringVector({"1": torch.full((6,), 9.0)})}, {"lr": 100.0}])
 def test_the_norm_is_never_above_its_budget(budget, options):
     seen = []
 
@@ -106,16 +116,16 @@ def test_a_budget_that_is_never_reached_changes_nothing():
 
 
 @both
-def test_no_penalty_and_no_retention_change_nothing(rank):
-    assert same(trained(rank=rank, l2=0.0, retain=None, retain_weight=7.0), trained(rank=rank))
+def test_no_penalty_and_no_retention_change_nothing(train):
+    assert same(trained(train=train, l2=0.0, retain=Retain([OTHER], weight=0.0)), trained(train=train))
 
 
 # --- retention -------------------------------------------------------------------------------------------------------
 @both
-def test_retention_holds_the_answers_on_other_data_at_a_price_in_the_loss(rank):
+def test_retention_holds_the_answers_on_other_data_at_a_price_in_the_loss(train):
     model = network()
-    free = trained(model, rank=rank)
-    kept = trained(model, rank=rank, retain=OTHER, retain_weight=20.0)
+    free = trained(model, train=train)
+    kept = trained(model, train=train, retain=Retain(OTHER, weight=20.0))
 
     @torch.no_grad()
     def moved(steering):
@@ -128,13 +138,13 @@ def test_retention_holds_the_answers_on_other_data_at_a_price_in_the_loss(rank):
 
 
 @both
-def test_inside_another_steerer_what_is_retained_are_the_steered_answers(rank):
+def test_inside_another_steerer_what_is_retained_are_the_steered_answers(train):
     """On top of a steering whose answers are to stay, a huge weight leaves no room."""
     model = network()
     with Steerer(model, SteeringVector({"4": torch.tensor([5.0, 0.0, -5.0])})), torch.no_grad():
         before = log_softmax(model(X), dim=-1)
     with Steerer(model, SteeringVector({"4": torch.tensor([5.0, 0.0, -5.0])})):
-        kept = trained(model, rank=rank, retain=X, retain_weight=1e4)
+        kept = trained(model, train=train, retain=Retain(X, weight=1e4))
         with Steerer(model, kept), torch.no_grad():
             after = log_softmax(model(X), dim=-1)
     assert (after.exp() - before.exp()).abs().max() < 0.05
@@ -142,17 +152,18 @@ def test_inside_another_steerer_what_is_retained_are_the_steered_answers(rank):
 
 # --- early stopping --------------------------------------------------------------------------------------------------
 @both
-def test_a_validated_training_never_returns_what_is_worse_than_the_start(rank):
+def test_a_validated_training_never_returns_what_is_worse_than_the_start(train):
     model = network()
-    contrary = {"validation": X, "validation_targets": (TARGETS + 1) % 3}
+    contrary = (TARGETS + 1) % 3
     for patience in (1, 3, 100):
-        found = trained(model, rank=rank, patience=patience, lr=0.5, **contrary)
-        before, after = (loss_under(model, found, targets=contrary["validation_targets"], c=c) for c in (0.0, 1.0))
+        validation = Validation(X, targets=contrary, patience=patience)
+        found = trained(model, train=train, lr=0.5, validation=validation)
+        before, after = (loss_under(model, found, targets=contrary, c=c) for c in (0.0, 1.0))
         assert after <= before + 1e-6
 
 
 @both
-def test_what_is_returned_is_the_best_that_validation_saw(rank):
+def test_what_is_returned_is_the_best_that_validation_saw(train):
     model, seen = network(), []
 
     def loss(output, target):
@@ -162,19 +173,19 @@ def test_what_is_returned_is_the_best_that_validation_saw(rank):
         return value
 
     answers = TARGETS.roll(1)
-    found = trained(model, rank=rank, loss=loss, lr=0.3, patience=100, validation=X, validation_targets=answers)
+    found = trained(model, train=train, loss=loss, lr=0.3, validation=Validation(X, targets=answers, patience=100))
     assert abs(loss_under(model, found, targets=answers) - min(seen)) < 1e-6
     assert len(seen) == 21 and min(seen) < seen[-1]
 
 
 # --- what it depends on ----------------------------------------------------------------------------------------------
 @both
-def test_it_is_reproducible_and_leaves_the_global_seed_and_the_model_alone(rank):
+def test_it_is_reproducible_and_leaves_the_global_seed_and_the_model_alone(train):
     model = network().train()
     model[0].weight.grad = torch.ones_like(model[0].weight)
     before, seed = state(model), torch.random.get_rng_state()
-    options = {"rank": rank, "batch_size": 8, "retain": OTHER, "validation": OTHER, "steps": 20}
-    options |= {"validation_targets": torch.zeros(24, dtype=torch.long)}
+    options = {"train": train, "batch_size": 8, "retain": OTHER, "steps": 20}
+    options |= {"validation": Validation(OTHER, targets=torch.zeros(24, dtype=torch.long))}
     assert same(trained(model, **options), trained(model, **options))
     after = state(model)
     for name, own in before.items():
@@ -187,15 +198,15 @@ def test_it_is_reproducible_and_leaves_the_global_seed_and_the_model_alone(rank)
 
 
 @both
-def test_a_gate_in_training_leaves_out_the_rows_that_it_will_leave_out(rank):
+def test_a_gate_in_training_leaves_out_the_rows_that_it_will_leave_out(train):
     model = network()
     gate = ProjectionAbove(SteeringVector({"0": torch.ones(6)}), threshold=0.0)
     with torch.no_grad():
         fires = model[0](X).sum(1) > 0
     assert 4 < fires.sum() < 28
-    found = trained(model, rank=rank, gate=gate, steps=30)
+    found = trained(model, train=train, gate=gate, steps=30)
     scrambled = torch.where(fires, TARGETS, (TARGETS + 1) % 3)  # what the other rows ask for has no gradient
-    other = trained(model, rank=rank, gate=gate, steps=30, targets=scrambled)
+    other = trained(model, train=train, gate=gate, steps=30, targets=scrambled)
     for a, b in zip(tensors(found), tensors(other), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
@@ -203,16 +214,16 @@ def test_a_gate_in_training_leaves_out_the_rows_that_it_will_leave_out(rank):
 # --- what cannot be --------------------------------------------------------------------------------------------------
 @both
 @pytest.mark.parametrize("of", ["a parameter of the loss", "the input"])
-def test_a_loss_that_depends_on_other_things_alone_is_refused(rank, of):
+def test_a_loss_that_depends_on_other_things_alone_is_refused(train, of):
     other = torch.ones(4, 5, requires_grad=True)
     batches = [X[:4]] if of == "a parameter of the loss" else [other]
-    options = {"sites": "1", "steps": 2, "rank": rank, "progress": False}
+    options = {"sites": "1", "steps": 2, "train": train, "progress": False}
     with pytest.raises(LossError, match="depends on"):
         optimize(network(), batches, loss=lambda _: other.square().mean(), **options)
 
 
 @both
-def test_a_site_that_the_loss_cannot_see_is_still_zero(rank):
+def test_a_site_that_the_loss_cannot_see_is_still_zero(train):
     class Fork(nn.Module):
         def __init__(self):
             super().__init__()
@@ -221,42 +232,108 @@ def test_a_site_that_the_loss_cannot_see_is_still_zero(rank):
         def forward(self, x):
             return self.a(x), self.b(x)
 
-    options = {"sites": ["a", "b"], "steps": 3, "rank": rank, "progress": False, "generator": generator()}
+    options = {"sites": ["a", "b"], "steps": 3, "train": train, "progress": False, "generator": generator()}
     found = optimize(Fork(), X, loss=lambda out: out[0].square().mean(), **options)
-    constant = found if rank is None else found.constant
+    constant = found if train is None else found.constant
     assert constant["a"].any() and not constant["b"].any()
 
 
-def test_a_start_at_another_site_is_refused():
+def test_what_has_another_site_is_refused():
     with pytest.raises(SiteNotFoundError, match="'0'"):
-        trained(start=SteeringVector({"0": torch.ones(6)}))
+        trained(train=SteeringVector({"0": torch.ones(6)}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_start_in_another_dtype_gives_the_activation_s(dtype):
-    assert trained(steps=1, start=SteeringVector({"1": torch.ones(6, dtype=dtype)}))["1"].dtype is torch.float32
+    assert trained(steps=1, train=SteeringVector({"1": torch.ones(6, dtype=dtype)}))["1"].dtype is torch.float32
 
 
-@pytest.mark.parametrize("bad", [{"max_norm": -1.0}, {"l2": -1.0}, {"retain_weight": float("nan")}, {"patience": 0}])
+@pytest.mark.parametrize("bad", [{"max_norm": -1.0}, {"l2": -1.0}])
 def test_options_are_checked_before_the_model_runs(bad):
     model = network()
     model.forward = lambda x: pytest.fail("the model ran")
     with pytest.raises(ValueError, match=next(iter(bad))):
         trained(model, **bad)
+    for train in (2, LowRank, Ablate()):
+        with pytest.raises(TypeError, match=r"train: expected a SteeringVector, or an edit such as LowRank\(rank=4\)"):
+            trained(model, train=train)
+    for number in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="weight: expected a number >= 0"):
+            Retain(OTHER, weight=number)
+    with pytest.raises(ValueError, match="patience: expected 1 or more, got 0"):
+        Validation(OTHER, patience=0)
     for rank in (0, -1):
-        with pytest.raises(ValueError, match="rank"):
-            trained(model, rank=rank)
+        with pytest.raises(ValueError, match="rank: expected 1 or more"):
+            LowRank(rank=rank)
+
+
+def test_data_alone_are_what_their_value_is_by_default():
+    """retain=data is Retain(data), and validation=data is Validation(data)."""
+    options = {"loss": lambda output: output.square().mean(), "targets": None, "lr": 0.3, "steps": 20}
+    by_default = trained(retain=Retain(OTHER), validation=Validation(X), **options)
+    assert same(trained(retain=OTHER, validation=X, **options), by_default)
+
+
+# --- edits that go on ------------------------------------------------------------------------------------------------
+def random_edit(*sites, rank=2):
+    drawn = generator(5)
+    return LowRank({s: tuple(torch.randn(n, generator=drawn) for n in ((rank, 6), (rank, 6), (rank,))) for s in sites})
+
+
+def test_an_edit_goes_on_from_where_it_is():
+    """After one step of no length it is the same map, though its rows may be others."""
+    start, h = random_edit("1"), torch.randn(10, 6, generator=generator(1))
+    found = trained(train=start, lr=1e-9, steps=1)
+    torch.testing.assert_close(*(e.at("1")(h, h[0], torch.tensor(1.0)) for e in (found, start)), rtol=1e-4, atol=1e-4)
+    again = trained(train=found, lr=1e-9, steps=1)
+    for one, other in zip(again["1"], found["1"], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert loss_under(network(), trained(train=found, steps=60)) < loss_under(network(), found)
+
+
+def test_an_edit_at_some_of_the_sites_starts_elsewhere_where_it_changes_nothing():
+    start, h = random_edit("1"), torch.randn(10, 6, generator=generator(1))
+    found = trained(sites=["0", "1"], train=start, lr=1e-9, steps=1)
+    assert found.sites == ("0", "1") and found.rank == 2
+    torch.testing.assert_close(found.at("0")(h, h[0], torch.tensor(1.0)), h, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_given_is_left_as_it_is_and_names_the_result():
+    start = random_edit("1").described({"concept": "kind", "other": "x"})
+    before = [part.clone() for part in start["1"]]
+    found = trained(train=start, steps=5)
+    assert all(torch.equal(a, b) for a, b in zip(start["1"], before, strict=True))
+    assert found.concept == "kind" and "other" not in found.metadata
+    assert trained(train=LowRank(rank=1, concept="kind"), steps=1).concept == "kind"
+    assert trained(train=SteeringVector({}, concept="kind"), steps=1, concept="given").concept == "given"
+
+
+def test_an_edit_of_another_place_or_size_is_refused():
+    with pytest.raises(SiteNotFoundError, match=r"train has the sites \['0'\], which are not trained"):
+        trained(train=random_edit("0"))
+    with pytest.raises(ShapeError, match="site '4': the activation has 3 features, the edit 6"):
+        trained(sites="4", train=random_edit("4"))
+
+
+def test_an_edit_that_is_not_trained_yet_says_so():
+    blank = LowRank(rank=4)
+    assert blank.rank == 4 and blank.sites == () and blank.described({"concept": "x"}).rank == 4
+    with pytest.raises(SiteNotFoundError, match="no sites"):
+        Steerer(network(), blank)
+    for bad in ({}, {"sites": {}}, {"sites": {"1": random_edit("1")["1"]}, "rank": 2}):
+        with pytest.raises(ShapeError, match="expected one site or more, or rank= for an edit that is yet to be"):
+            LowRank(**bad)
 
 
 def test_the_rank_that_the_metadata_tells_is_the_edit_s():
-    found = trained(rank=99, steps=1)
+    found = trained(train=LowRank(rank=99), steps=1)
     assert found.metadata["rank"] == str(found.rank) == "6"
 
 
 def test_a_diverged_edit_is_refused_as_a_diverged_vector_is():
-    for rank in (None, 1):
+    for train in (None, LowRank(rank=1)):
         with pytest.raises(ShapeError, match="diverge"):
-            trained(rank=rank, loss=lambda output, target: output.sum() * float("nan"), steps=2)
+            trained(train=train, loss=lambda output, target: output.sum() * float("nan"), steps=2)
 
 
 @pytest.mark.parametrize("target", ["0", "1"], ids=["before", "the same"])

@@ -4,7 +4,18 @@ import pytest
 import torch
 from torch import nn
 
-from actsteer import MeanDifference, PrincipalDirection, RidgeDirection, collect_pairs, discover, fit, optimize
+from actsteer import (
+    LowRank,
+    MeanDifference,
+    PrincipalDirection,
+    Retain,
+    RidgeDirection,
+    Validation,
+    collect_pairs,
+    discover,
+    fit,
+    optimize,
+)
 
 IDENTITY = nn.Sequential(nn.Identity())
 
@@ -50,8 +61,8 @@ def test_the_validation_loss_weighs_every_row_alike(batch_size):
     def loss(output, target):
         return (output - target).square().mean()
 
-    options = {"targets": torch.ones(10, 1), "validation": torch.zeros(10, 1), "validation_targets": answers}
-    options |= {"sites": "0", "loss": loss, "steps": 100, "lr": 0.02, "patience": 30, "progress": False}
+    options = {"targets": torch.ones(10, 1), "validation": Validation(torch.zeros(10, 1), targets=answers, patience=30)}
+    options |= {"sites": "0", "loss": loss, "steps": 100, "lr": 0.02, "progress": False}
     found = optimize(IDENTITY, torch.zeros(10, 1), batch_size=batch_size, **options)["0"]
     assert abs(float(found) - 0.7) < 0.05  # of the ten answers the mean
 
@@ -81,8 +92,8 @@ def test_cross_moments_do_not_depend_on_the_cut_nor_on_where_zero_is(cut, far):
     torch.testing.assert_close(seen.covariance, 2 * torch.cov(a.T), rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize("rank", [None, 1])
-def test_pads_do_not_count_in_what_is_retained(rank):
+@pytest.mark.parametrize("train", [None, LowRank(rank=1)], ids=["vector", "edit"])
+def test_pads_do_not_count_in_what_is_retained(train):
     """Only the pads of the retained data would object to the training; so retention changes nothing."""
 
     class Head(nn.Module):
@@ -96,14 +107,14 @@ def test_pads_do_not_count_in_what_is_retained(rank):
 
     x = torch.tensor([[[0.0, 0.0], [0.0, 0.0]]])
     retain = [{"x": x - torch.tensor([[[40.0, 0.0], [0.0, 0.0]]]), "attention_mask": torch.tensor([[1, 0]])}]
-    options = {"sites": "site", "steps": 20, "lr": 0.1, "rank": rank, "progress": False}
+    options = {"sites": "site", "steps": 20, "lr": 0.1, "train": train, "progress": False}
 
     def trained(**more):
         generator = torch.Generator().manual_seed(0)
         return optimize(Head(), [x], loss=lambda out: -out[..., 0].mean(), generator=generator, **options | more)
 
-    free, kept = trained(), trained(retain=retain, retain_weight=10.0)
-    with_pads = trained(retain=[{"x": retain[0]["x"]}], retain_weight=10.0)
-    amount = [v["site"][0] if rank is None else v.constant["site"][0] for v in (free, kept, with_pads)]
+    free, kept = trained(), trained(retain=Retain(retain, weight=10.0))
+    with_pads = trained(retain=Retain([{"x": retain[0]["x"]}], weight=10.0))
+    amount = [v["site"][0] if train is None else v.constant["site"][0] for v in (free, kept, with_pads)]
     torch.testing.assert_close(amount[1], amount[0], rtol=1e-3, atol=1e-4)
     assert amount[2] < 0.9 * amount[0]

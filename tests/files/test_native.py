@@ -253,6 +253,7 @@ def test_a_large_file_that_changes_while_it_is_open_is_refused(tmp_path):
     assert loaded["c0"] is first
 
 
+@pytest.mark.slow
 def test_a_large_bank_is_saved_over_itself_pickled_and_copied(tmp_path):
     path = tmp_path / "large.safetensors"
     bank = large(path)
@@ -430,6 +431,7 @@ def test_a_loaded_vector_is_carried_over_on_purpose(tmp_path):
 
 
 # --- damage ------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize("site", ["2", "層", "\x1f"], ids=ascii)
 def test_every_single_flipped_bit_is_refused(file, site):
     VectorBank({"nine": SteeringVector({site: torch.tensor([1.0, -2.0])}, concept="nine")}).save(file)

@@ -21,12 +21,14 @@ from transformers import (
 )
 
 from actsteer import (
+    Affine,
     BatchError,
     Centroids,
     ConceptErasure,
     LogisticDirection,
     LowRank,
     MeanDifference,
+    MomentMatching,
     PrincipalDirection,
     Steerer,
     UnsupportedModelError,
@@ -158,6 +160,27 @@ def test_a_shared_prefix_changes_no_estimator(estimator):
     ]
     assert found[0].sites == found[1].sites == ("model.layers.1", "model.layers.3")
     assert found[0].allclose(found[1], rtol=1e-6, atol=1e-9)
+
+
+class Own:
+    """An estimator of the user's own, which gives an edit."""
+
+    reads = "variances"
+
+    def __call__(self, *, positive, negative):
+        return Affine({site: (positive[site].variance.diag(), negative[site].mean) for site in positive})
+
+
+@pytest.mark.parametrize("estimator", [Own(), MomentMatching(match="variances")], ids=["of the user", "ours"])
+def test_a_shared_prefix_changes_no_edit(estimator):
+    model, at = causal("llama"), site("llama")
+    plain, shared = (
+        fit_pairs(model, tokenizer(), PAIRS, sites=at, estimator=estimator, concept="praise", share_prefix=shares)
+        for shares in (False, True)
+    )
+    assert isinstance(shared, Affine) and shared.concept == "praise" and shared.metadata == plain.metadata
+    for one, other in zip(plain[at], shared[at], strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_texts_that_all_begin_alike_run_that_beginning_once():

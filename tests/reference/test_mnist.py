@@ -172,6 +172,7 @@ def test_the_summary_of_one_seed_has_no_spread():
 
 
 # --- steering --------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_each_digit_is_added_where_its_nine_probes_fire():
     sample = load("bundled")
     model = train_classifier(sample.train.of(*range(8)), seed=0, epochs=1)

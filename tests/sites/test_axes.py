@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from actsteer import ShapeError, SiteNotFoundError, Steerer, SteeringVector, VectorBank, collect, fit, record
 from actsteer.sites.axes import Layout, known_size, layout, layouts
-from actsteer.sites.outputs import get, locate
+from actsteer.sites.containers import get, locate
 from actsteer.sites.place import Place
 from actsteer.sites.resolve import resolve
 

@@ -14,10 +14,11 @@ from torch.optim.swa_utils import AveragedModel
 
 from actsteer import OutputError, SiteNotFoundError, Steerer, SteeringVector, collect, find_sites, fit, optimize, record
 from actsteer.sites.axes import layout
-from actsteer.sites.fingerprint import fingerprint
+from actsteer.sites.fingerprint import described, fingerprint
 from actsteer.sites.resolve import named_sites, path_to, resolve
 from actsteer.sites.wrappers import class_name, named_modules, slot, unwrapped, without_prefixes
 from tests.oracles import state
+from tests.zoo import llama
 
 V = torch.tensor([1.0, -2.0, 4.0])
 X = torch.tensor([[1.0, 2.0], [-1.0, 0.5], [0.0, -3.0]])
@@ -231,6 +232,131 @@ def test_prefixes_fall_out_wherever_they_stand(parts, outermost):
 def test_a_name_that_only_begins_like_a_prefix_is_left():
     for name in ("_orig_model.0", "a._orig_mod_b", "modules.0", "module", "a.module.b"):
         assert without_prefixes(name) == name
+
+
+# --- peft ------------------------------------------------------------------------------------------------------------
+class BaseTunerLayer:
+    """Of the name of peft's."""
+
+
+class AddedLinear(nn.Module, BaseTunerLayer):
+    """A layer with an adapter, as peft makes them."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(base_layer.in_features, 1, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(1, base_layer.out_features, bias=False)})
+        nn.init.zeros_(self.lora_B["default"].weight)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
+
+
+class BaseTuner(nn.Module):
+    """Of the name, and with the slot, of peft's."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args, **kwargs):
+        return self.model.forward(*args, **kwargs)
+
+
+class LoraModel(BaseTuner):
+    """What peft has for LoRA."""
+
+
+class PeftModel(nn.Module):
+    """Of the name, and with the slot, of peft's."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.base_model = model
+
+    def forward(self, *args, **kwargs):
+        return self.base_model(*args, **kwargs)
+
+
+def with_lora(wrap=lambda model: model):
+    model = bare()
+    model[0][0] = AddedLinear(model[0][0])
+    return wrap(PeftModel(LoraModel(model))).eval()
+
+
+by_outer = pytest.mark.parametrize("wrap", [lambda model: model, DistributedDataParallel], ids=["alone", "in DDP"])
+
+
+@by_outer
+def test_a_model_with_adapters_has_the_names_and_the_fingerprint_of_the_bare_one(wrap):
+    model = with_lora(wrap)
+    for sites in ("*", lambda _, module: True, "re:.*"):
+        assert find_sites(model, sites) == NAMES
+    assert find_sites(model, "base_model.model.0.*") == ("0.0", "0.1")
+    assert fingerprint(model) == fingerprint(bare())
+    assert class_name(model) == "Sequential"
+    assert described(model)["weights"] != described(bare())["weights"]
+
+
+@by_outer
+def test_what_an_adapter_is_made_of_is_found_by_its_exact_name(wrap):
+    model = with_lora(wrap)
+    assert find_sites(model, "0.0.lora_B.default") == ("0.0.lora_B.default",)
+    assert find_sites(model, "0.0.base_layer") == ("0.0.base_layer",)
+
+
+@pytest.mark.parametrize("prefix", ["base_model.model.", "module.base_model.model.", "base_model.model._orig_mod."])
+def test_peft_s_prefix_falls_out_on_the_bare_and_on_the_adapted_model(prefix):
+    for model in (bare(), with_lora(), with_lora(DistributedDataParallel)):
+        assert find_sites(model, f"{prefix}0.0") == ("0.0",)
+        assert resolve(model, [f"{prefix}0.1:in"])[f"{prefix}0.1:in"].name == "0.1"
+
+
+def test_a_part_that_is_called_base_model_keeps_its_name():
+    model = nn.Sequential()
+    model.add_module("base_model", nn.Sequential())
+    model.base_model.add_module("model", bare())
+    assert find_sites(model, "base_model.model.0") == ("base_model.model.0",)
+    assert without_prefixes("a.base_model.model.0") == "a.base_model.model.0"
+
+
+@by_outer
+def test_a_model_with_adapters_is_steered_as_the_bare_one(wrap):
+    model, plain = with_lora(wrap), bare()
+    v = SteeringVector({"0.0": V, "0:in": V[:2], "1": V[:2]})
+    with Steerer(plain, v, c=2), torch.no_grad():
+        expected = plain(X)
+    with Steerer(model, v, c=2), torch.no_grad():
+        torch.testing.assert_close(model(X), expected)
+    ours, theirs = collect(model, X, sites="*", progress=False), collect(plain, X, sites="*", progress=False)
+    assert ours.sites == theirs.sites
+    assert all(torch.equal(ours[site].mean, theirs[site].mean) for site in ours)
+
+
+def test_a_vector_of_the_bare_model_is_known_on_the_adapted_one_as_of_other_weights(tmp_path):
+    SteeringVector({"0.0": V}, concept="c").save(tmp_path / "v.safetensors", model=bare())
+    v = SteeringVector.load(tmp_path / "v.safetensors")
+    with pytest.warns(UserWarning, match="the vector 'c' was made for a Sequential .* with other weights"):
+        Steerer(with_lora(), v)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft, about transformers
+def test_a_model_that_peft_has_made():
+    peft = pytest.importorskip("peft")
+    model, plain, ids = llama(), llama(), torch.tensor([[3, 1, 4, 1, 5]])
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(model, config).eval()
+    assert find_sites(model, "*") == find_sites(plain, "*")
+    assert fingerprint(model) == fingerprint(plain)
+    v = SteeringVector({"model.layers.1": torch.arange(16.0) / 8, "model.layers.0.self_attn.q_proj": torch.ones(16)})
+    with Steerer(plain, v), torch.no_grad():
+        expected = plain(ids).logits
+    for prefix in ("", "base_model.model."):
+        with Steerer(model, SteeringVector({f"{prefix}{site}": v[site] for site in v})), torch.no_grad():
+            torch.testing.assert_close(model(ids).logits, expected)
 
 
 # --- structure -------------------------------------------------------------------------------------------------------

@@ -131,6 +131,7 @@ def test_warm_compiled_code_honours_every_entry_and_every_exit(way, backend, ful
     assert state(model) == before
 
 
+@pytest.mark.slow
 @pytest.mark.case(1, 2)
 @ways
 def test_warm_compiled_code_honours_an_edit_of_an_input(way):
@@ -179,6 +180,7 @@ def test_an_edit_attached_before_the_first_compilation_stays_and_leaves(way):
     assert state(model) == before
 
 
+@pytest.mark.slow
 @pytest.mark.case(4)
 @pytest.mark.parametrize("site", ["part.1", "part"])
 def test_a_compiled_part_of_an_eager_model_is_steered_inside_and_at_its_end(site):
@@ -229,7 +231,7 @@ class Times:
 class Positive:
     """A gate: rows whose first feature at its site is positive."""
 
-    site = "0"
+    site, per = "0", "sequence"
 
     def __call__(self, rows: Tensor) -> Tensor:
         return rows[:, 0] > 0
@@ -258,6 +260,7 @@ def truth(c, options):
     return torch.cat(outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.case(5, 6, 7)
 @kinds
 def test_new_strengths_and_new_steerers_compile_at_most_twice(strengths, options):
@@ -273,6 +276,7 @@ def test_new_strengths_and_new_steerers_compile_at_most_twice(strengths, options
     assert counter.frame_count - start <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.case(7)
 @kinds
 def test_new_strengths_inside_the_block_compile_at_most_twice(strengths, options):
@@ -289,6 +293,7 @@ def test_new_strengths_inside_the_block_compile_at_most_twice(strengths, options
     assert agree(call(X), expected({}))
 
 
+@pytest.mark.slow
 @pytest.mark.case(5, 6)
 @pytest.mark.parametrize("warm", [False, True], ids=["installed first", "compiled first"])
 @kinds
@@ -335,6 +340,7 @@ def test_eager_passes_between_compiled_ones_compile_nothing_in_an_installed_buff
     steerer.uninstall()
 
 
+@pytest.mark.slow
 @pytest.mark.case(7)
 def test_batches_of_new_sizes_are_steered_right():
     model = exact()
@@ -349,6 +355,7 @@ def test_batches_of_new_sizes_are_steered_right():
     assert agree(call(X), expected({}))
 
 
+@pytest.mark.slow
 @pytest.mark.case(10)
 def test_past_the_recompile_limit_every_subset_of_sites_is_still_right():
     model = exact()
@@ -466,6 +473,7 @@ def test_one_of_two_hooks_may_leave_before_another_model_of_the_class_is_compile
     assert agree(calls[1](X), expected({}))
 
 
+@pytest.mark.slow
 @pytest.mark.case(2)
 def test_two_steerers_of_other_axes_interventions_and_directions_do_not_share_compiled_code():
     def build() -> nn.Module:
@@ -491,6 +499,7 @@ def test_two_steerers_of_other_axes_interventions_and_directions_do_not_share_co
             assert agree(call(x), x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["a hyper-parameter", "a threshold"])
 def test_what_an_intervention_or_a_gate_holds_is_not_baked_into_compiled_code(kind):
     model = exact()
@@ -511,6 +520,7 @@ def test_what_an_intervention_or_a_gate_holds_is_not_baked_into_compiled_code(ki
         assert agree(call(X), expected({}))
 
 
+@pytest.mark.slow
 def test_the_gates_decide_anew_in_every_compiled_pass():
     model = exact()
     call = torch.compile(model, backend="eager")
@@ -550,6 +560,7 @@ def test_modes_of_training_and_of_gradients_are_all_steered():
                 assert agree(call(X), expected({}))
 
 
+@pytest.mark.slow
 def test_gradients_through_a_compiled_steered_model_are_those_of_the_eager_one():
     def gradients(call, model):
         model.zero_grad()
@@ -578,6 +589,7 @@ def test_a_checkpointed_compiled_block_left_before_its_backward_pass_is_warned_a
         torch.utils.checkpoint.checkpoint(call, x, use_reentrant=reentrant).sum()
 
 
+@pytest.mark.slow
 def test_a_vector_of_another_size_raises_in_compiled_code():
     model = exact()
     call = torch.compile(model, backend="eager")
@@ -666,6 +678,7 @@ def test_graph_breaks_around_the_sites_change_nothing():
         assert agree(call(X), 2 * X)
 
 
+@pytest.mark.slow
 def test_regions_that_are_compiled_once_for_all_layers_are_steered_one_by_one():
     class Layer(nn.Module):
         def __init__(self) -> None:
@@ -749,6 +762,7 @@ def test_steerers_entered_around_a_compilation_leave_in_any_order(order):
     assert state(model) == before
 
 
+@pytest.mark.slow
 @pytest.mark.case(2, 10, 31)
 @pytest.mark.parametrize("seed", range(8))
 def test_any_walk_through_entering_leaving_compiling_and_calling_is_the_sum_of_what_is_attached(seed):
@@ -821,6 +835,7 @@ def fused_encoder():
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.case(12)
 @pytest.mark.parametrize("site", ENCODER_SITES)
 def test_a_warm_compiled_encoder_on_the_fast_path_is_steered_as_the_eager_slow_one(site):
@@ -984,6 +999,7 @@ SITES = {
 SITES |= {"model.layers.1.self_attn": -torch.ones(8), "model.norm": torch.arange(8.0), "": torch.arange(32.0)}
 
 
+@pytest.mark.slow
 @pytest.mark.case(8)
 @pytest.mark.parametrize("warm", [True, False], ids=["after an unsteered generate", "first of all"])
 def test_compiled_decoding_with_a_static_cache_is_steered_as_the_eager_one(llama, warm):
@@ -1005,6 +1021,7 @@ def test_compiled_decoding_with_a_static_cache_is_steered_as_the_eager_one(llama
         torch.testing.assert_close(got_logits, logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.case(8)
 def test_compiled_decoding_under_a_gate_is_the_eager_one(llama):
     direction = SteeringVector({"model.layers.0": torch.arange(8.0)})
@@ -1019,6 +1036,7 @@ def test_compiled_decoding_under_a_gate_is_the_eager_one(llama):
     torch.testing.assert_close(got_logits, logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.case(5, 8)
 def test_two_concepts_swept_in_compiled_decoding_are_their_eager_sums(llama):
     bank = VectorBank({"a": SteeringVector({"model.layers.0": torch.arange(8.0)})})

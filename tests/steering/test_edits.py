@@ -16,14 +16,12 @@ from actsteer import (
     Clamp,
     ConceptNotFoundError,
     Intervention,
+    KeepNorm,
     LowRank,
-    Moments,
     Replace,
     Rotate,
     ShapeError,
     SiteNotFoundError,
-    Statistics,
-    StatisticsError,
     Steerer,
     SteeringVector,
     VectorBank,
@@ -51,17 +49,7 @@ RULES = {  # what the row becomes at c = 1
     "affine": (Affine({"0": (W, B)}).at("0"), H @ W.T + B),
     "low rank": (LowRank({"0": (READS, ADDS, OFFSETS)}).at("0"), H + (H @ READS.T + OFFSETS) @ ADDS),
 }
-KEEPING = {
-    "add": Add(keep_norm=True),
-    "relative": Add(relative=True, keep_norm=True),
-    "ablate": Ablate(keep_norm=True),
-    "one-sided": Ablate(one_sided=True, keep_norm=True),
-    "clamp": Clamp(2.5, keep_norm=True),
-    "replace": Replace({"0": B}, keep_norm=True).at("0"),
-    "replace all": Replace({"0": H.flip(0)}, keep_norm=True).at("0"),
-    "affine": Affine({"0": (W, B)}, keep_norm=True).at("0"),
-    "low rank": LowRank({"0": (READS, ADDS, OFFSETS)}, keep_norm=True).at("0"),
-}
+KEEPING = {name: KeepNorm(rule) for name, (rule, _) in RULES.items()}
 ALL = {name: rule for name, (rule, _) in RULES.items()} | {f"{name}, norm kept": rule for name, rule in KEEPING.items()}
 ALL |= {"rotate": Rotate(0.7), "chain": Chain(Ablate(), Add())}
 BY_ROW = {name: rule for name, rule in ALL.items() if "replace all" not in name}  # that one has its rows itself
@@ -117,14 +105,6 @@ def test_replacing_and_mapping_at_one_are_exact():
 
 
 # --- the laws --------------------------------------------------------------------------------------------------------
-@every
-@pytest.mark.parametrize("zero", [0.0, -0.0])
-def test_at_strength_zero_it_is_the_identity_bit_for_bit(rule, zero):
-    rows = H.clone()
-    rows[0] = torch.tensor([0.0, -0.0, 1.0, -0.0])
-    assert torch.equal(bits(rule(rows, V, torch.tensor(zero, dtype=torch.float64))), bits(rows))
-
-
 @every
 def test_it_is_an_intervention_and_changes_nothing_in_place(rule):
     rows, direction = H.clone(), V.clone()
@@ -195,6 +175,55 @@ def test_a_bank_is_applied_concept_by_concept_at_every_site(rule):
     torch.testing.assert_close(steered(H, c=c, intervention=rule), rule(2 * first, U, 0.5 * ONE))
 
 
+def unlimited(h, v, c):
+    """An intervention of the user's own that is nowhere finite."""
+    return h * math.inf + math.nan
+
+
+STEERED = BY_ROW | {"of the user": unlimited}
+
+
+@pytest.mark.parametrize("rule", STEERED.values(), ids=STEERED)
+@pytest.mark.parametrize("c", [0.0, -0.0, torch.zeros(6), torch.zeros(6, 3)], ids=["0", "-0", "rows", "tokens"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_at_strength_zero_the_activation_stays_bit_for_bit(rule, c, dtype):
+    x = H.to(dtype).clone() if not torch.is_tensor(c) or c.ndim < 2 else H.to(dtype)[:, None].repeat(1, 3, 1)
+    x[0] = torch.tensor([0.0, -0.0, math.inf, -math.inf])
+    with Steerer(model := Two(), SteeringVector({"first": V}), c=c, intervention=rule):
+        assert torch.equal(bits(model.first(x)), bits(x))
+
+
+def test_rows_at_strength_zero_stay_bit_for_bit_among_others():
+    c = torch.tensor([0.0, 1.0, -0.0, 1.0, 1.0, 0.0])
+    with Steerer(model := Two(), SteeringVector({"first": V}), c=c, intervention=unlimited):
+        seen = model.first(H)
+    assert torch.equal(seen[c == 0], H[c == 0]) and not bool(seen[c != 0].isfinite().any())
+
+
+def test_what_an_intervention_gives_has_the_shape_of_what_it_was_given():
+    message = r"expected an activation of the shape .*\(6, 4\), got \(4,\)"
+    steerer = Steerer(model := Two(), SteeringVector({"first": V}), intervention=lambda h, v, c: v)
+    with pytest.raises(ShapeError, match=message), steerer:
+        model.first(H)
+
+
+@pytest.mark.parametrize("c", [1.0, 0.5, torch.linspace(-1, 2, 6, dtype=torch.float64)], ids=["1", "0.5", "rows"])
+def test_the_norm_is_kept_around_an_edit_with_sites_and_inside_a_chain(c):
+    edit = LowRank({"first": (READS, ADDS, OFFSETS), "second": (ADDS, READS, OFFSETS)}, concept="kind")
+    by_row = c[:, None] if torch.is_tensor(c) else c * ONE
+    first = KeepNorm(edit.at("first"))(H, V, by_row)
+    expected = KeepNorm(edit.at("second"))(2 * first, V, by_row)
+    torch.testing.assert_close(steered(H, KeepNorm(edit), c={"kind": c}), expected)
+    bank = SteeringVector({"first": V, "second": U})
+    first = Add()(KeepNorm(edit.at("first"))(H, V, by_row), V, by_row)
+    expected = Add()(KeepNorm(edit.at("second"))(2 * first, U, by_row), U, by_row)
+    torch.testing.assert_close(steered(H, bank, c=c, intervention=Chain(KeepNorm(edit), Add())), expected)
+    named = KeepNorm(edit).described({"concept": "other"})
+    assert named.constant.concept == "other" and torch.equal(
+        named.at("first")(H, V, ONE), KeepNorm(edit.at("first"))(H, V, ONE)
+    )
+
+
 def test_every_concept_may_have_an_intervention_of_its_own():
     seen = steered(H, intervention={"v": Ablate()})
     first = Add()(Ablate()(H, V, ONE), B, ONE)
@@ -256,10 +285,20 @@ def test_compiled_it_is_the_same_and_a_change_of_strength_compiles_nothing(rule)
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ConceptNotFoundError, match="intervention names no concept of the bank: 'x'"):
         Steerer(Two(), BANK, intervention={"x": Ablate()})
-    with pytest.raises(TypeError, match="expected one such as Add"):
-        Steerer(Two(), BANK, intervention={"v": "ablate"})
-    with pytest.raises(SiteNotFoundError, match="no edit at site"):
-        Steerer(Two(), BANK, intervention=Affine({"first": (W, B)}))
+    for bad, message in (("ablate", "expected one such as Add"), (Ablate, "the class Ablate; call it first")):
+        for intervention in (bad, {"v": bad}):
+            with pytest.raises(TypeError, match=message):
+                Steerer(Two(), BANK, intervention=intervention)
+    for rule in (Affine({"first": (W, B)}), KeepNorm(Affine({"first": (W, B)})), Chain(Affine({"first": (W, B)}))):
+        with pytest.raises(SiteNotFoundError, match="no edit at site"):
+            Steerer(Two(), BANK, intervention=rule)
+    with pytest.raises(TypeError, match="has no sites; give the Steerer vectors, and this as intervention="):
+        Steerer(Two(), KeepNorm(Ablate()))
+    for make in (KeepNorm, Chain):
+        with pytest.raises(TypeError, match=f"{make.__name__}: expected"):
+            make("ablate")
+        with pytest.raises(TypeError, match=r"call what at\(site\) gives"):
+            make(Affine({"first": (W, B)}))(H, V, ONE)
     with pytest.raises(ShapeError, match="values of shape"), Steerer(model := Two(), Replace({"first": H})):
         model(H[:3])
     for bad in ({}, {"0": torch.ones(2).int()}, {"0": torch.tensor([math.nan])}, {"0": torch.tensor(1.0)}):
@@ -268,23 +307,6 @@ def test_what_does_not_fit_is_refused():
     for bad in ({}, {"0": (W[:2], B)}, {"0": (W, B[:2])}, {"0": (W * math.inf, B)}):
         with pytest.raises(ShapeError):
             Affine(bad)
-
-
-def test_matching_gives_the_mean_and_the_covariance_of_the_other_side():
-    generator = torch.Generator().manual_seed(3)
-    low, high = (
-        torch.randn(50, D, generator=generator, dtype=torch.float64) @ m + s for m, s in ((W, 1.0), (W.T, -3.0))
-    )
-    negative, positive = (Statistics({"0": Moments.of(rows, covariance=True)}) for rows in (low, high))
-    rule = Affine.matching(positive=positive, negative=negative).at("0")
-    moved = rule(low, V, ONE)
-    torch.testing.assert_close(moved.mean(0), high.mean(0))
-    torch.testing.assert_close(moved.T.cov(), high.T.cov())
-    torch.testing.assert_close(rule.weight, rule.weight.T)  # symmetric: the map that moves rows least
-    means = Affine.matching(positive=positive, negative=negative, covariance=False).at("0")
-    torch.testing.assert_close(means(low, V, ONE), low - low.mean(0) + high.mean(0))
-    with pytest.raises(StatisticsError):
-        Affine.matching(positive=positive, negative=Statistics({"1": Moments.of(low)}))
 
 
 def test_an_edit_owns_its_tensors():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from actsteer import ProjectionAbove, Steerer, SteeringVector, VectorBank
+from actsteer import Ablate, Chain, KeepNorm, ProjectionAbove, Steerer, SteeringVector, VectorBank
 from tests.oracles import state
 from tests.zoo import cnn, exact
 
@@ -62,6 +62,10 @@ OPTIONS = {
     ),
     "no gate": ({"gate": {"eight": ProjectionAbove(SteeringVector({"0": D}), 1.0)}}, "nine: Add, c = 1, norm 5\n"),
     "intervention": ({"intervention": Nothing()}, "eight: Nothing, c = 1"),
+    "inside another": (
+        {"intervention": Chain(Ablate(), KeepNorm(Nothing()))},
+        "eight: Chain(Ablate, KeepNorm(Nothing)), c",
+    ),
     "axis": ({"axis": {"1": 1}}, "axis: 1"),
     "some sites": ({"sites": "1"}, "Sequential: 1 site, in this order"),
     "patch": ({"backend": "patch"}, "backend: patch (as asked for)"),

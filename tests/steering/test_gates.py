@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -45,6 +45,8 @@ def steered(model, x, vectors, **options):
 class Weight:
     """A gate of the user's own: how much, by any function of the rows."""
 
+    per = "sequence"
+
     def __init__(self, site, function):
         self.site = site
         self.function = function
@@ -55,7 +57,6 @@ class Weight:
 
 # --- the decision --------------------------------------------------------------------------------------------------
 @given(eighths(5, 3), eighths(3).filter(lambda v: bool(v.any())), st.integers(-16, 16).map(lambda k: k / 8 + 1 / 16))
-@settings(deadline=None, max_examples=50)
 def test_it_fires_where_the_scalar_projection_exceeds_the_threshold(rows, direction, threshold):
     gate = above("0", direction, threshold)
     expected = [sum(h * v for h, v in zip(row, direction.tolist(), strict=True)) for row in rows.tolist()]
@@ -274,7 +275,6 @@ def accuracy(threshold, positive, negative):
 
 
 @given(projections, projections)
-@settings(deadline=None, max_examples=200)
 def test_from_projections_no_threshold_separates_better(positive, negative):
     values = sorted({*positive, *negative})
     middles = [(low + high) / 2 for low, high in pairwise(values)]
@@ -290,7 +290,6 @@ def test_from_projections_no_threshold_separates_better(positive, negative):
 
 
 @given(eighths(4, 2), eighths(3, 2))
-@settings(deadline=None, max_examples=25)
 def test_from_activations_it_is_as_from_their_projections(positive, negative):
     positive = positive + torch.tensor([0.0, 17.0])  # apart, so that a threshold exists
     by_rows = ProjectionAbove.between(AXIS, positive={"0": positive}, negative={"0": negative, "1": normal(2, 9)})
@@ -305,7 +304,6 @@ def statistics(rows, *, covariance):
 
 
 @given(eighths(5, 2), eighths(4, 2))
-@settings(deadline=None, max_examples=50)
 def test_from_statistics_both_classes_err_equally_often(positive, negative):
     positive = positive + torch.tensor([0.0, 20.0])
     high, low = positive[:, 1].mean().item(), negative[:, 1].mean().item()

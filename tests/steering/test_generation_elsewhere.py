@@ -146,6 +146,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.case(8, 39)
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.filterwarnings("ignore")
@@ -163,6 +164,7 @@ def test_compiled_generation_is_steered_as_eager_generation_is(way):
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.case(5, 8)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["number", "rows", "schedule"])

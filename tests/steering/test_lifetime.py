@@ -170,7 +170,7 @@ class Lifetime(RuleBasedStateMachine):
 
 
 TestLifetime = pytest.mark.case(31, 32)(Lifetime.TestCase)
-TestLifetime.settings = settings(deadline=None, max_examples=60, stateful_step_count=15)
+TestLifetime.settings = settings(stateful_step_count=15)
 
 
 @pytest.mark.case(32)
@@ -444,7 +444,7 @@ TARGETS = [
     ("actsteer.steering.backends.patch.attach", 4),
     ("actsteer.steering.backends.patch.Patch.add", 4),
     ("actsteer.steering.backends.patch.Patch.of", 4),
-    ("actsteer.steering.backends.fold.attach", 3),
+    ("actsteer.steering.backends.bias.attach", 3),
     ("actsteer.steering.edit.SiteEdit.set_strengths", 3),
     ("actsteer.steering.edit.SiteEdit.expect", 3),
 ]
@@ -509,7 +509,7 @@ def test_a_keeper_that_cannot_be_registered_leaves_no_patch(monkeypatch):
 class Raises:
     """An intervention, or a gate at "0", that fails."""
 
-    site = "0"
+    site, per = "0", "sequence"
 
     def __init__(self, error):
         self.error = error
@@ -724,6 +724,7 @@ def test_a_foreign_forward_on_top_is_kept_and_told_about(backend):
 
 
 # --- garbage -----------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.case(37)
 @kinds
 @pytest.mark.parametrize("attached", [False, True], ids=["detached", "dropped while attached"])

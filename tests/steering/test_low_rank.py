@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from actsteer import LowRank, ShapeError, SiteNotFoundError, Steerer
+from actsteer import KeepNorm, LowRank, ShapeError, SiteNotFoundError, Steerer
 from tests.oracles import state
 from tests.zoo import bits
 
@@ -74,7 +74,7 @@ def test_without_reading_it_is_plain_steering_by_its_constant():
 
 def test_keep_norm_keeps_the_norm():
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
-    seen = steered(x, LowRank({"0": PARTS}, keep_norm=True))
+    seen = steered(x, KeepNorm(LowRank({"0": PARTS})))
     torch.testing.assert_close(seen.norm(dim=-1), x.norm(dim=-1))
     torch.testing.assert_close(seen, formula(x) * (x.norm(dim=-1) / formula(x).norm(dim=-1))[:, None])
 

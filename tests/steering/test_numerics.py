@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -239,7 +239,6 @@ calls = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60)
 @given(st.lists(calls, min_size=1, max_size=8), st.sampled_from(["hook", "patch"]), st.booleans(), st.booleans())
 def test_any_sequence_of_calls_is_at_each_one_what_a_plain_model_says(sequence, backend, gated, custom):
     model = nn.Sequential(nn.Identity(), nn.Identity())

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -70,7 +70,6 @@ def test_one_strength_per_row_is_a_loop_over_the_rows(case):
 
 
 @given(directions, directions, scalars, scalars)
-@settings(deadline=None, max_examples=25)
 def test_two_concepts_are_their_combination(first, second, a, b):
     bank = VectorBank({"a": SteeringVector({"1": first, "3": second}), "b": SteeringVector({"3": first})})
     strengths = {"a": a, "b": b}
@@ -80,14 +79,12 @@ def test_two_concepts_are_their_combination(first, second, a, b):
 
 
 @given(st.lists(directions, min_size=1, max_size=4), scalars)
-@settings(deadline=None, max_examples=25)
 def test_a_bank_is_the_sum_of_its_concepts(rows, c):
     bank = VectorBank({str(i): SteeringVector({"1": row}) for i, row in enumerate(rows)})
     assert torch.equal(steered(exact(), X, bank, c=c), by_hand(exact(), X, {"1": c * sum(rows)}))
 
 
 @given(directions, directions, scalars, scalars)
-@settings(deadline=None, max_examples=25)
 def test_nested_steerers_sum(first, second, a, b):
     model = exact()
     with Steerer(model, SteeringVector({"1": first}), c=a), Steerer(model, SteeringVector({"1": second}), c=b):

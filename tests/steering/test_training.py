@@ -24,7 +24,7 @@ WARNING = "a steered forward pass was checkpointed, and its backward pass has no
 class Weight:
     """A soft gate at "0": how much, as a smooth function of the row."""
 
-    site = "0"
+    site, per = "0", "sequence"
 
     def __call__(self, rows):
         return rows.sum(dim=1).sigmoid()

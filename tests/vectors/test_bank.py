@@ -18,6 +18,7 @@ from actsteer import (
     VectorBank,
     ZeroDirectionError,
 )
+from actsteer.vectors.bank import stack_of
 from tests.oracles import flat, gram_schmidt
 from tests.strategies import SIZES, banks, independent_banks, scalars
 
@@ -206,6 +207,44 @@ def test_more_vectors_than_dimensions_are_refused():
 def test_directions_are_stacked_in_bank_order_with_zero_for_a_missing_site():
     assert torch.equal(BANK.directions("2"), torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
     assert torch.equal(BANK.directions("5"), torch.tensor([[0.0], [2.0]]))
+
+
+def test_a_bank_stacks_the_directions_of_the_concepts_that_have_a_site_and_no_others():
+    bank = VectorBank({str(i): SteeringVector({str(i): torch.ones(2), "all": torch.ones(3)}) for i in range(20)})
+    assert sum(stack_of(bank, site).rows().numel() for site in bank.sites) == 20 * 2 + 20 * 3
+    assert stack_of(bank, "7").concepts == [7] and stack_of(bank, "7").rows().shape == (1, 2)
+
+
+@given(banks(), st.data())
+def test_some_directions_are_those_of_the_vectors_whether_all_were_stacked_or_not(bank, data):
+    for site in bank.sites:
+        stack = stack_of(bank, site)
+        which = data.draw(st.lists(st.sampled_from(range(len(stack.concepts))), unique=True, min_size=1))
+        expected = torch.stack([bank[bank.concepts[stack.concepts[own]]][site] for own in sorted(which)])
+        assert torch.equal(stack.rows(sorted(which)), expected)
+        assert torch.equal(bank.directions(site)[stack.concepts], stack.rows())
+        assert torch.equal(stack.rows(sorted(which)), expected)
+
+
+def test_what_a_bank_gives_out_is_a_copy():
+    before = BANK.directions("2")
+    BANK.directions("2").zero_()
+    BANK.combine({"eight": 1.0, "nine": 0.0})["2"].zero_()
+    assert torch.equal(BANK.directions("2"), before)
+
+
+def test_a_cosine_with_itself_is_one_and_neither_order_nor_scale_matters():
+    bank = VectorBank({str(i): SteeringVector({"0": torch.randn(7)}) for i in range(5)})
+    cosines = bank.cosines()
+    assert torch.equal(cosines.diagonal(), torch.ones(5))
+    assert torch.equal(VectorBank({c: 8 * v for c, v in bank.items()}).cosines(), cosines)
+    half = VectorBank({c: v.to(dtype=torch.float16) for c, v in bank.items()}).cosines()
+    assert half.dtype is torch.float16
+    assert_allclose(half, cosines, atol=2e-3)
+
+
+def test_combining_names_in_any_order_is_the_same():
+    assert BANK.combine({"nine": 2.0, "eight": -1.0}).equal(BANK.combine({"eight": -1.0, "nine": 2.0}))
 
 
 # --- errors ------------------------------------------------------------------------------------------------------

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from actsteer.steering.edit import SiteEdit
+from actsteer.steering.plan import Plan
 
 
-def hold(edit: SiteEdit) -> Callable[[], None]:
-    """Have the edit keep its tensors from now on; returns what lets them go again."""
-    edit.in_place = True
+def hold(plan: Plan) -> Callable[[], None]:
+    """Have the edits keep their tensors from now on, which have room for every concept; returns what lets them go."""
+    plan.count_every()
+    for edit in plan.edits.values():
+        edit.in_place = True
 
     def release() -> None:
-        edit.in_place = False
+        for edit in plan.edits.values():
+            edit.in_place = False
 
     return release

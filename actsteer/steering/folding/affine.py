@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from actsteer.errors import NotFoldable
-from actsteer.steering.edit import SiteEdit
+from actsteer.steering.edit import SiteEdit, edited_by
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def _map(site: str, edit: SiteEdit, strengths: Sequence[Tensor]) -> AffineMap:
 
     def apply(rows: Tensor) -> Tensor:
         for intervention, direction, strength in zip(edit.interventions, directions, strengths, strict=True):
-            rows = intervention(rows, direction, strength.to(directions))
+            rows = edited_by(intervention, rows, direction, strength.to(directions))
         return rows
 
     d = directions.shape[1]

@@ -14,16 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from actsteer.collecting.batches import call
-from actsteer.collecting.undisturbed import buffers_kept, undisturbed
+from actsteer.collecting.eval_mode import buffers_kept, eval_mode
 from actsteer.errors import AttachedError, NotFoldable
-from actsteer.sites.axes import Axes
+from actsteer.sites.axes import Axes, Layout
+from actsteer.sites.containers import Arguments
+from actsteer.sites.lens import Lens
 from actsteer.sites.listen import listen
-from actsteer.sites.outputs import Arguments, get, locate
 from actsteer.sites.place import Place
 from actsteer.sites.resolve import Sites, resolve
 from actsteer.sites.shards import is_gathered_now_and_then
 from actsteer.sites.wrappers import named_modules, unwrapped
-from actsteer.steering.backends import fold as backend
+from actsteer.steering.backends import bias as bias_backend
 from actsteer.steering.folding import pretrained
 from actsteer.steering.folding.affine import AffineMap, affine_maps
 from actsteer.steering.folding.layers import kind_of, obstacle, write_input, write_output
@@ -90,7 +91,8 @@ def fold(
     True
     """
     steerer = Steerer(model, vectors, c=c, intervention=intervention, sites=sites, axis=axis)
-    strengths = strengths_of(c, steerer.bank.concepts)
+    given = strengths_of(c, {concept: place for place, concept in enumerate(steerer.bank)})
+    strengths = [given[place] for place in range(len(given))]
     if any(not isinstance(own, Tensor) or own.ndim for own in strengths):
         raise NotFoldable(
             "c: weights have one strength for all rows and steps; give one number, or one for each concept"
@@ -146,7 +148,7 @@ def unfold(model: nn.Module) -> None:
 
 
 def _check_free(model: nn.Module) -> None:
-    if any(backend.is_folded(module) for module in model.modules()):
+    if any(bias_backend.is_folded(module) for module in model.modules()):
         raise AttachedError("a Steerer with backend='fold' is attached to this model; detach it first")
 
 
@@ -262,12 +264,12 @@ class _Folding:
         seen: dict[Run, Tensor] = {}
 
         def notice(run: Run, place: Place, value: Any) -> None:
-            seen[run] = get(value, locate(place, value)).detach().clone()
+            seen[run] = Lens(place, Layout(None)).read(run.module, value).raw.detach().clone()
 
         constant = Replace({site: edit.bias})
         axes = {site: self._steerer.axes[site]} if site in self._steerer.axes else None
         with ExitStack() as stack:
-            stack.enter_context(undisturbed(self._target))
+            stack.enter_context(eval_mode(self._target))
             stack.enter_context(Steerer(self._target, constant, axis=axes, strict=False))
             for run in readers:  # after the steering
                 place = Place(site=f"{run.name}:in", name=run.name, module=run.module, side="in")

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from actsteer.collecting.batches import call
-from actsteer.collecting.undisturbed import undisturbed
+from actsteer.collecting.eval_mode import eval_mode
 from actsteer.errors import NotFoldable
-from actsteer.sites.outputs import tensors_in
+from actsteer.sites.containers import tensors_in
 from actsteer.steering.folding.unpadded import at_tokens, unpadded
 from actsteer.steering.steerer import Steerer
 from actsteer.vectors.vector import SteeringVector
@@ -35,7 +35,7 @@ class Proof:
         plain = self._outputs(model)
         with steerer:
             self._expected, again = self._outputs(model), self._outputs(model)
-            zeros = {site: torch.zeros(edit.directions.shape[1]) for site, edit in steerer.edits.items()}
+            zeros = {site: torch.zeros(edit.size) for site, edit in steerer.edits.items()}
             with Steerer(model, SteeringVector(zeros), axis=steerer.axes, intervention=Rounding()):
                 rounded = self._outputs(model)
         least = [8 * _eps(one) * _size(one) for one in self._expected]
@@ -82,7 +82,7 @@ class Rounding:
 @torch.no_grad()
 def outputs(model: nn.Module, batch: Any) -> list[Tensor]:
     """The tensors of a model's output on a batch, in evaluation mode."""
-    with undisturbed(model):
+    with eval_mode(model):
         found = [tensor for tensor in tensors_in(call(model, batch)) if tensor.numel()]
     if not any(tensor.is_floating_point() for tensor in found):
         raise NotFoldable(f"{type(model).__name__} gives no floating tensors, by which a fold could be proved")

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, saved_tensors_hooks
 
 from actsteer.collecting.batches import call
-from actsteer.collecting.undisturbed import undisturbed
+from actsteer.collecting.eval_mode import eval_mode
 from actsteer.errors import NotFoldable
-from actsteer.sites.outputs import Arguments, get, locate, put, tensors_in
+from actsteer.sites.axes import Layout
+from actsteer.sites.containers import Arguments, tensors_in
+from actsteer.sites.lens import Lens
 from actsteer.sites.place import Place
 from actsteer.sites.wrappers import named_modules
 from actsteer.steering.folding.layers import kind_of
@@ -56,7 +58,7 @@ class Trace:
         if any(parameter.is_inference() for parameter in model.parameters()):
             raise NotFoldable("the model was made in inference mode, where nothing can be traced; make it outside")
         with ExitStack() as stack:
-            stack.enter_context(undisturbed(model))
+            stack.enter_context(eval_mode(model))
             stack.enter_context(_gradients(model))
             stack.enter_context(saved_tensors_hooks(_forget, _forget))  # nobody goes backward
             inputs = {site: place for site, place in places.items() if place.side == "in"}
@@ -199,16 +201,17 @@ class Trace:
         stack.callback(module.register_forward_hook(after).remove)
 
     def _noticing(self, site: str, place: Place) -> Any:
+        lens = Lens(place, Layout(None))
+
         def notice(_: nn.Module, args: tuple[Any, ...], value: Any) -> Any:
-            whole = Arguments(args, value) if place.side == "in" else value
-            keys = locate(place, whole)
-            copied = get(whole, keys).clone()  # a node of its own, so that who reads it has not read what it came from
+            view = lens.heard(place.module, args, value)
+            copied = view.raw.clone()  # a node of its own, so that who reads it has not read what it came from
             if site in self.sites:
                 raise NotFoldable(f"site {site!r} runs more than once in one pass, and has one set of weights")
             if copied.grad_fn is not None:
                 self.sites[site] = copied.grad_fn
                 self._order[site] = len(self._runs)
-            whole = put(whole, keys, copied)
+            whole = view.write_raw(copied)
             return tuple(whole) if place.side == "in" else whole
 
         return notice

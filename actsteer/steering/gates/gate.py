@@ -9,20 +9,40 @@ from jaxtyping import Float
 from torch import Tensor
 
 Per: TypeAlias = Literal["sequence", "token"]
-"""Whether a gate decides once for a sequence, from the mean over its prompt, or for each token by itself."""
+"""Whether a gate decides once for a sequence, from the mean over its prompt, or anew for each token."""
 
 
 @runtime_checkable
 class Gate(Protocol):
-    """A decision per row, read at the gate's own site: the steered one, or one that runs before it.
+    """A decision per row or per token, read at the gate's site: the steered one, or one that runs before it.
 
-    A gate that has an attribute `per = "token"` is given every token as a row of its own; any other decides once per
-    sequence, from the mean over the tokens of its prompt, pads left out, and that holds for what is generated after it.
+    A class of your own that has these three members does all that ours do. With `per = "sequence"` it decides once
+    for each row of the batch, from the mean over the tokens of its prompt, pads left out, and that holds for what is
+    generated after it; with `per = "token"` it is given every token as a row.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from actsteer import Steerer, SteeringVector
+    >>> class FirstIsPositive:
+    ...     site, per = "0", "sequence"
+    ...
+    ...     def __call__(self, rows):
+    ...         return rows[:, 0] > 0
+    >>> model, v = nn.Sequential(nn.Identity()), SteeringVector({"0": torch.ones(2)})
+    >>> with Steerer(model, v, gate=FirstIsPositive()):
+    ...     model(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
+    tensor([[ 2.,  1.],
+            [-1.,  0.]])
     """
 
     @property
     def site(self) -> str:
         """The name of the module whose activation the gate reads."""
+        ...
+
+    @property
+    def per(self) -> Per:
+        """Whether it decides once per "sequence" or for each "token"."""
         ...
 
     def __call__(self, rows: Float[Tensor, "rows d"]) -> Tensor:
@@ -31,19 +51,39 @@ class Gate(Protocol):
 
 
 @runtime_checkable
-class Score(Gate, Protocol):
+class ScoredGate(Gate, Protocol):
     """A gate that compares a number per row with a threshold; `Soft` makes a weight of the two."""
 
-    threshold: float
+    @property
+    def threshold(self) -> float:
+        """The gate fires where the score exceeds it."""
+        ...
 
     def score(self, rows: Float[Tensor, "rows d"]) -> Float[Tensor, " rows"]:
-        """The number per row; the gate fires where it exceeds the threshold."""
+        """The number of each row."""
         ...
 
 
 @runtime_checkable
 class Combination(Protocol):
-    """A decision made from those of other gates, each of which reads at a site of its own."""
+    """A gate made of gates, each of which reads at its site: `And`, `Or`, `Not`, or a class of your own.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from actsteer import ProjectionAbove, Steerer, SteeringVector
+    >>> class Either:
+    ...     def __init__(self, *gates):
+    ...         self.gates = gates
+    ...
+    ...     def combine(self, weights):
+    ...         return weights[0] ^ weights[1]
+    >>> one, other = (ProjectionAbove(SteeringVector({"0": v}), 0.0) for v in torch.eye(2))
+    >>> model, v = nn.Sequential(nn.Identity()), SteeringVector({"0": torch.ones(2)})
+    >>> with Steerer(model, v, gate=Either(one, other)):
+    ...     model(torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
+    tensor([[1., 1.],
+            [2., 0.]])
+    """
 
     @property
     def gates(self) -> tuple[Gate | Combination, ...]:
@@ -51,11 +91,12 @@ class Combination(Protocol):
         ...
 
     def combine(self, weights: Sequence[Tensor]) -> Tensor:
-        """The decision, from one of each gate: bools or weights, all of one shape."""
+        """The decision, from one of each gate: bools or weights, all of one shape, (rows,) or (rows, tokens)."""
         ...
 
 
 AnyGate: TypeAlias = Gate | Combination
+"""What a Steerer takes as a gate."""
 
 
 def leaves(gate: AnyGate) -> Iterator[Gate]:
@@ -63,14 +104,22 @@ def leaves(gate: AnyGate) -> Iterator[Gate]:
 
     Raises:
         TypeError: something that is no gate.
+        ValueError: a gate whose `per` is no known word.
     """
+    if isinstance(gate, type):
+        raise TypeError(f"gate: expected an object, got the class {gate.__name__}; call it first")
     if isinstance(gate, Combination):
         for inner in gate.gates:
             yield from leaves(inner)
-    elif isinstance(gate, Gate):
-        yield gate
-    else:
-        raise TypeError(f"gate: expected a gate with a site, such as ProjectionAbove, got {type(gate).__name__}")
+        return
+    if not isinstance(gate, Gate):
+        missing = [name for name in ("site", "per", "__call__") if not hasattr(gate, name)]
+        raise TypeError(
+            f"gate: expected one such as ProjectionAbove, with site, per and __call__(rows), got "
+            f"{type(gate).__name__}, which has no {', no '.join(missing)}"
+        )
+    check_per(gate.per)
+    yield gate
 
 
 def check_per(per: str) -> None:

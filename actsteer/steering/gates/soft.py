@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from actsteer.steering.gates.gate import Per, Score
+from actsteer.steering.gates.gate import Per, ScoredGate
 
 
 @final
@@ -34,8 +34,8 @@ class Soft:
 
     __slots__ = ("gate", "width")
 
-    def __init__(self, gate: Score, *, width: float = 1.0) -> None:
-        if not isinstance(gate, Score):
+    def __init__(self, gate: ScoredGate, *, width: float = 1.0) -> None:
+        if not isinstance(gate, ScoredGate):
             raise TypeError(f"expected a gate with a score and a threshold, got {type(gate).__name__}")
         if not (math.isfinite(width) and width > 0):
             raise ValueError(f"width: expected a number above 0, got {width}")
@@ -48,8 +48,8 @@ class Soft:
 
     @property
     def per(self) -> Per:
-        """As the gate inside."""
-        return getattr(self.gate, "per", "sequence")
+        """What the gate inside decides for."""
+        return self.gate.per
 
     def __call__(self, rows: Float[Tensor, "rows d"]) -> Float[Tensor, " rows"]:
         """A weight per row, in float32 at least."""

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import SiteNotFoundError, StatisticsError, close_names
-from actsteer.steering.gates.gate import Score
+from actsteer.steering.gates.gate import ScoredGate
 
 Evidence: TypeAlias = Statistics | Mapping[str, Tensor] | Tensor
 """What a threshold is chosen from: statistics, recorded activations (site -> (n, d)), or scores (n,)."""
 
 
-def best_split(gate: Score, *, positive: Evidence, negative: Evidence) -> float:
+def best_split(gate: ScoredGate, *, positive: Evidence, negative: Evidence) -> float:
     """The midpoint between the two neighbouring scores at which the balanced accuracy is largest.
 
     Raises:
@@ -32,7 +32,7 @@ def best_split(gate: Score, *, positive: Evidence, negative: Evidence) -> float:
     return float(values[best] + values[min(best + 1, len(values) - 1)]) / 2
 
 
-def _scores(gate: Score, evidence: Evidence) -> Tensor:
+def _scores(gate: ScoredGate, evidence: Evidence) -> Tensor:
     if isinstance(evidence, Statistics):
         raise StatisticsError(
             f"gate at site {gate.site!r}: expected recorded activations, or scores, of both sides; for "

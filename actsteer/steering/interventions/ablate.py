@@ -8,11 +8,11 @@ from typing import final
 from jaxtyping import Float
 from torch import Tensor
 
-from actsteer.steering.interventions.intervention import moved, unit
+from actsteer.steering.interventions.intervention import unit
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Ablate:
     """Remove the component along the direction: h - c · (h·u) u, with u = v/‖v‖.
 
@@ -20,7 +20,6 @@ class Ablate:
 
     Args:
         one_sided: remove only what points along v, max(h·u, 0), and leave what points away from it.
-        keep_norm: scale what is left to the norm of h.
 
     Source: directional ablation, Arditi et al. 2024 (refusal); one-sided, as in angular and conditional steering.
 
@@ -31,13 +30,13 @@ class Ablate:
     """
 
     one_sided: bool = False
-    keep_norm: bool = False
 
     def __call__(
         self, activation: Float[Tensor, "*batch d"], direction: Float[Tensor, " d"], c: Float[Tensor, ...]
     ) -> Float[Tensor, "*batch d"]:
-        """h - c · (h·u) u; where c is 0, h itself."""
+        """h - c · (h·u) u."""
         along = unit(direction)
         component = (activation @ along)[..., None]
-        change = -(component.clamp(min=0) if self.one_sided else component) * along
-        return moved(activation, change, c, keep_norm=self.keep_norm)
+        if self.one_sided:
+            component = component.clamp(min=0)
+        return activation - c * (component * along)

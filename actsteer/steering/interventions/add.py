@@ -8,17 +8,16 @@ from typing import final
 from jaxtyping import Float
 from torch import Tensor
 
-from actsteer.steering.interventions.intervention import moved, unit
+from actsteer.steering.interventions.intervention import unit
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Add:
     """Move along the direction: h + c · v, in the activation's own units.
 
     Args:
         relative: h + c · ‖h‖ · v/‖v‖ instead: c in units of the activation's own norm.
-        keep_norm: scale the sum to the norm of h.
 
     Source: activation addition (ActAdd), Turner et al. 2023; contrastive activation addition (CAA), Rimsky et al. 2023.
 
@@ -29,16 +28,10 @@ class Add:
     """
 
     relative: bool = False
-    keep_norm: bool = False
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether what is added does not depend on the activation."""
-        return not (self.relative or self.keep_norm)
 
     def __call__(
         self, activation: Float[Tensor, "*batch d"], direction: Float[Tensor, " d"], c: Float[Tensor, ...]
     ) -> Float[Tensor, "*batch d"]:
-        """h + c · v; where c is 0, h itself."""
+        """h + c · v."""
         change = activation.norm(dim=-1, keepdim=True) * unit(direction) if self.relative else direction
-        return moved(activation, change, c, keep_norm=self.keep_norm)
+        return activation + c * change

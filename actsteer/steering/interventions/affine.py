@@ -11,9 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import linear
 
-from actsteer.collecting.statistics import Statistics
-from actsteer.errors import ShapeError, SiteNotFoundError, StatisticsError, close_names
-from actsteer.steering.interventions.intervention import settled
+from actsteer.errors import ShapeError, SiteNotFoundError, close_names
 from actsteer.vectors.vector import SteeringVector
 
 
@@ -24,27 +22,25 @@ class AffineAt:
 
     weight: Float[Tensor, "d d"]
     bias: Float[Tensor, " d"]
-    keep_norm: bool = False
 
     def __call__(
         self, activation: Float[Tensor, "*batch d"], direction: Float[Tensor, " d"], c: Float[Tensor, ...]
     ) -> Float[Tensor, "*batch d"]:
-        """The activation on its way to W h + b, which it is at c = 1; where c is 0, h itself."""
+        """The activation on its way to W h + b, which it is at c = 1."""
         goal = linear(activation, self.weight.to(activation), self.bias.to(activation))
-        return settled(activation, torch.lerp(activation, goal, c.to(activation)), c, keep_norm=self.keep_norm)
+        return torch.lerp(activation, goal, c.to(activation))
 
 
 @final
 class Affine:
     """An affine map at every site: h + c · (W h + b - h), which at c = 1 is W h + b.
 
-    `Steerer(model, Affine(maps))` takes it in the place of vectors. `Affine.matching` fits one; `LowRank` is the same
+    `Steerer(model, Affine(maps))` takes it in the place of vectors. `MomentMatching` fits one; `LowRank` is the same
     with a few numbers where W - 1 is of low rank. A value: it copies what comes in.
 
     Args:
         maps: site -> (W, b), of shapes (d, d) and (d,).
-        keep_norm: scale the result to the norm of h.
-        concept: a name for it.
+        concept, metadata: as for a `SteeringVector`.
 
     Raises:
         ShapeError: shapes that do not fit, or numbers that are not finite.
@@ -58,37 +54,16 @@ class Affine:
     """
 
     def __init__(
-        self, maps: Mapping[str, tuple[Tensor, Tensor]], *, keep_norm: bool = False, concept: str | None = None
+        self,
+        maps: Mapping[str, tuple[Tensor, Tensor]],
+        *,
+        concept: str | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         if not maps:
             raise ShapeError("expected one site or more, got none")
-        self._parts = {site: AffineAt(*_owned(site, *parts), keep_norm) for site, parts in maps.items()}
-        self._concept = concept
-
-    @classmethod
-    def matching(
-        cls, *, positive: Statistics, negative: Statistics, covariance: bool = True, concept: str | None = None
-    ) -> Affine:
-        """The map that gives the negative side's activations the positive side's mean and, if asked, covariance.
-
-        b = μ₊ - W μ₋ with W = Σ₋^-½ (Σ₋^½ Σ₊ Σ₋^½)^½ Σ₋^-½, the map that moves Gaussian rows least; W = 1 without the
-        covariance. Directions in which the negative side does not vary stay as they are.
-
-        Raises:
-            StatisticsError: the statistics have no covariance, or other sites.
-
-        Source: MiMiC, Singh et al. 2024 (mean matching, and mean and covariance matching).
-        """
-        if set(positive.sites) != set(negative.sites):
-            raise StatisticsError(f"positive has the sites {positive.sites}, negative {negative.sites}; collect alike")
-        maps = {}
-        for site in positive.sites:
-            high, low = positive[site], negative[site]
-            weight = torch.eye(high.d, dtype=torch.float64, device=high.mean.device)
-            if covariance:
-                weight = _transport(low.covariance, high.covariance)
-            maps[site] = (weight, high.mean - weight @ low.mean)
-        return cls(maps, concept=concept)
+        self._parts = {site: AffineAt(*_owned(site, *parts)) for site, parts in maps.items()}
+        self._metadata = dict(metadata or {}) | ({} if concept is None else {"concept": concept})
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -98,7 +73,21 @@ class Affine:
     @property
     def constant(self) -> SteeringVector:
         """What an activation of zero becomes: b."""
-        return SteeringVector({site: part.bias for site, part in self._parts.items()}, concept=self._concept)
+        return SteeringVector({site: part.bias for site, part in self._parts.items()}, metadata=self._metadata)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """A copy of the metadata."""
+        return dict(self._metadata)
+
+    @property
+    def concept(self) -> str | None:
+        """What the edit stands for, if it was named."""
+        return self._metadata.get("concept")
+
+    def described(self, metadata: Mapping[str, str]) -> Affine:
+        """The same edit with other metadata."""
+        return Affine({site: self[site] for site in self._parts}, metadata=metadata)
 
     def at(self, site: str) -> AffineAt:
         """The edit of one site."""
@@ -112,20 +101,7 @@ class Affine:
         return part.weight.clone(), part.bias.clone()
 
     def __repr__(self) -> str:
-        return f"Affine(sites={self.sites}, concept={self._concept!r})"
-
-
-def _transport(source: Tensor, target: Tensor) -> Tensor:
-    """The symmetric map from one covariance to another; 1 where the source does not vary."""
-    values, vectors = torch.linalg.eigh(source)
-    varies = values > values.max().clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
-    basis, deviations = vectors[:, varies], values[varies].sqrt()
-    scaled = deviations[:, None] * (basis.T @ target @ basis) * deviations
-    within, turns = torch.linalg.eigh(scaled)
-    root = (turns * within.clamp(min=0).sqrt()) @ turns.T
-    still = torch.eye(len(values)).to(source) - basis @ basis.T
-    moved: Tensor = still + basis @ (root / deviations[:, None] / deviations) @ basis.T
-    return moved
+        return f"Affine(sites={self.sites}, concept={self.concept!r})"
 
 
 def _owned(site: str, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import final
 from jaxtyping import Float
 from torch import Tensor
 
-from actsteer.steering.interventions.intervention import Intervention
+from actsteer.steering.interventions.intervention import Intervention, PerSite, at_site, check_intervention
 
 
 @final
@@ -16,8 +16,8 @@ from actsteer.steering.interventions.intervention import Intervention
 class Chain:
     """Several interventions by one direction in the order given, each with the same c.
 
-    `Chain(Ablate(), Add())` puts a row at c along the direction, whatever it had there, if c is 1; where they do not
-    commute, the order counts.
+    With c = 1, `Chain(Ablate(), Add())` replaces what a row has along the direction by the direction itself. The order
+    counts where two interventions do not commute.
 
     >>> import torch
     >>> from actsteer import Ablate, Add
@@ -25,15 +25,23 @@ class Chain:
     tensor([[2., 4.]])
     """
 
-    interventions: tuple[Intervention, ...]
+    interventions: tuple[Intervention | PerSite, ...]
 
-    def __init__(self, *interventions: Intervention) -> None:
+    def __init__(self, *interventions: Intervention | PerSite) -> None:
+        for intervention in interventions:
+            check_intervention(intervention, by="Chain")
         object.__setattr__(self, "interventions", interventions)
 
     def __call__(
         self, activation: Float[Tensor, "*batch d"], direction: Float[Tensor, " d"], c: Float[Tensor, ...]
     ) -> Float[Tensor, "*batch d"]:
-        """What the last one makes of it; where c is 0, h itself."""
+        """What the last one makes of it."""
         for intervention in self.interventions:
+            if not isinstance(intervention, Intervention):
+                raise TypeError(f"{self!r} is another intervention at each site; call what at(site) gives")
             activation = intervention(activation, direction, c)
         return activation
+
+    def at(self, site: str) -> Chain:
+        """The chain of the interventions of one site."""
+        return Chain(*(at_site(intervention, site) for intervention in self.interventions))

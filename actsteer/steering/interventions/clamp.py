@@ -8,7 +8,7 @@ from typing import final
 from jaxtyping import Float
 from torch import Tensor
 
-from actsteer.steering.interventions.intervention import moved, unit
+from actsteer.steering.interventions.intervention import unit
 
 
 @final
@@ -20,7 +20,6 @@ class Clamp:
 
     Args:
         target: t, in the activation's own units.
-        keep_norm: scale the result to the norm of h; its projection is then no longer t.
 
     Source: feature clamping, Templeton et al. 2024 (scaling monosemanticity), on a direction.
 
@@ -30,12 +29,10 @@ class Clamp:
     """
 
     target: float
-    keep_norm: bool = False
 
     def __call__(
         self, activation: Float[Tensor, "*batch d"], direction: Float[Tensor, " d"], c: Float[Tensor, ...]
     ) -> Float[Tensor, "*batch d"]:
-        """h + c · (t - h·u) u; where c is 0, h itself."""
+        """h + c · (t - h·u) u."""
         along = unit(direction)
-        change = (self.target - activation @ along)[..., None] * along
-        return moved(activation, change, c, keep_norm=self.keep_norm)
+        return activation + c * ((self.target - activation @ along)[..., None] * along)

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from actsteer.errors import ShapeError, SiteNotFoundError, close_names
-from actsteer.steering.interventions.intervention import moved
 from actsteer.vectors.vector import SteeringVector
 
 
@@ -24,28 +23,26 @@ class LowRankAt:
     reads: Float[Tensor, "r d"]
     adds: Float[Tensor, "r d"]
     offsets: Float[Tensor, " r"]
-    keep_norm: bool = False
 
     def __call__(
         self, activation: Float[Tensor, "*batch d"], direction: Float[Tensor, " d"], c: Float[Tensor, ...]
     ) -> Float[Tensor, "*batch d"]:
-        """The edited activation; where c is 0, h itself. The direction is not used."""
+        """The edited activation; the direction is not used."""
         reads, adds, offsets = (part.to(activation) for part in (self.reads, self.adds, self.offsets))
-        change = linear(linear(activation, reads, offsets), adds.T)
-        return moved(activation, change, c, keep_norm=self.keep_norm)
+        return activation + c * linear(linear(activation, reads, offsets), adds.T)
 
 
 @final
 class LowRank:
     """h + c · Uᵀ(A h + b) at every site: what is added has r directions, and how much of each depends on h linearly.
 
-    `Steerer(model, edit, c=...)` takes it in the place of vectors. `optimize(..., rank=r)` trains one, as ReFT's
-    h + Rᵀ(W h + b - R h) with A = W - R and U = R (Wu et al. 2024); `ConceptErasure` fits one (LEACE, Belrose et al.
-    2023). With A = 0 it is plain steering by `constant`. A value: it copies what comes in and what goes out.
+    `Steerer(model, edit, c=...)` takes it in the place of vectors. `optimize(..., train=LowRank(rank=r))` trains one:
+    ReFT's h + Rᵀ(W h + b - R h) with A = W - R and U = R (Wu et al. 2024); `ConceptErasure` fits one (LEACE, Belrose et
+    al. 2023). With A = 0 it is plain steering by `constant`. A value: it copies what comes in and what goes out.
 
     Args:
         sites: site -> (A, U, b), of shapes (r, d), (r, d) and (r,).
-        keep_norm: scale the result to the norm of h.
+        rank: r, in the place of sites: an edit that has none yet, for `optimize` to train.
         concept, metadata: as for a `SteeringVector`.
 
     Raises:
@@ -62,16 +59,18 @@ class LowRank:
 
     def __init__(
         self,
-        sites: Mapping[str, tuple[Tensor, Tensor, Tensor]],
+        sites: Mapping[str, tuple[Tensor, Tensor, Tensor]] | None = None,
         *,
-        keep_norm: bool = False,
+        rank: int | None = None,
         concept: str | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        if not sites:
-            raise ShapeError("expected one site or more, got none")
-        self._keep_norm = keep_norm
-        self._parts = {site: _owned(site, parts, keep_norm=keep_norm) for site, parts in sites.items()}
+        if bool(sites) == (rank is not None):
+            raise ShapeError("expected one site or more, or rank= for an edit that is yet to be trained, and not both")
+        if rank is not None and rank < 1:
+            raise ValueError(f"rank: expected 1 or more, got {rank}")
+        self._parts = {site: _owned(site, parts) for site, parts in (sites or {}).items()}
+        self._rank = rank or max(len(part.offsets) for part in self._parts.values())
         self._metadata = dict(metadata or {}) | ({} if concept is None else {"concept": concept})
 
     @property
@@ -92,7 +91,7 @@ class LowRank:
     @property
     def rank(self) -> int:
         """The largest number of directions at any site."""
-        return max(len(part.offsets) for part in self._parts.values())
+        return self._rank
 
     @property
     def constant(self) -> SteeringVector:
@@ -101,11 +100,12 @@ class LowRank:
 
     def at(self, site: str) -> LowRankAt:
         """The edit of one site, a copy."""
-        return _owned(site, self[site], keep_norm=self._keep_norm)
+        return _owned(site, self[site])
 
     def described(self, metadata: Mapping[str, str]) -> LowRank:
         """The same edit with other metadata."""
-        return LowRank({site: self[site] for site in self._parts}, keep_norm=self._keep_norm, metadata=metadata)
+        parts = {site: self[site] for site in self._parts}
+        return LowRank(parts, rank=None if parts else self._rank, metadata=metadata)
 
     def __getitem__(self, site: str) -> tuple[Tensor, Tensor, Tensor]:
         """Copies of (A, U, b) at a site."""
@@ -118,7 +118,7 @@ class LowRank:
         return f"LowRank(rank={self.rank}, sites={self.sites}, concept={self.concept!r})"
 
 
-def _owned(site: str, parts: Sequence[Tensor], *, keep_norm: bool) -> LowRankAt:
+def _owned(site: str, parts: Sequence[Tensor]) -> LowRankAt:
     if len(parts) != 3 or not all(isinstance(part, Tensor) for part in parts):
         raise ShapeError(f"site {site!r}: expected three tensors, A, U and b, got {[type(p).__name__ for p in parts]}")
     reads, adds, offsets = parts
@@ -128,4 +128,4 @@ def _owned(site: str, parts: Sequence[Tensor], *, keep_norm: bool) -> LowRankAt:
     if not all(part.is_floating_point() and bool(part.isfinite().all()) for part in (reads, adds, offsets)):
         raise ShapeError(f"site {site!r}: expected finite floating tensors; did a loss diverge?")
     with torch.inference_mode(mode=False):  # so that they work in autograd later
-        return LowRankAt(reads.detach().clone(), adds.detach().clone(), offsets.detach().clone(), keep_norm)
+        return LowRankAt(reads.detach().clone(), adds.detach().clone(), offsets.detach().clone())

@@ -11,7 +11,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from actsteer.errors import ShapeError, SiteNotFoundError, close_names
-from actsteer.steering.interventions.intervention import settled
 from actsteer.vectors.vector import SteeringVector
 
 
@@ -21,19 +20,18 @@ class ReplaceAt:
     """The edit of one site, h + c · (a - h), with `values` a of shape (d,) or that of the activation."""
 
     values: Float[Tensor, "*batch d"]
-    keep_norm: bool = False
 
     def __call__(
         self, activation: Float[Tensor, "*batch d"], direction: Float[Tensor, " d"], c: Float[Tensor, ...]
     ) -> Float[Tensor, "*batch d"]:
-        """The activation on its way to the values, which it is at c = 1; where c is 0, h itself."""
+        """The activation on its way to the values, which it is at c = 1."""
         if self.values.ndim > 1 and self.values.shape != activation.shape:
             raise ShapeError(
                 f"Replace: an activation of shape {tuple(activation.shape)}, features last, and values of shape "
                 f"{tuple(self.values.shape)} for it; record them on a batch of this shape, or give one row (d,)"
             )
         goal = self.values.to(activation).expand_as(activation)
-        return settled(activation, torch.lerp(activation, goal, c.to(activation)), c, keep_norm=self.keep_norm)
+        return torch.lerp(activation, goal, c.to(activation))
 
 
 @final
@@ -45,8 +43,7 @@ class Replace:
     Args:
         activations: site -> a, of shape (d,) for every row and position, or of the activation's own shape, with the
             features last.
-        keep_norm: scale the result to the norm of h.
-        concept: a name for it.
+        concept, metadata: as for a `SteeringVector`.
 
     Raises:
         ShapeError: no sites, or tensors that are not finite; when the model runs, another shape than the activation's.
@@ -65,8 +62,8 @@ class Replace:
         self,
         activations: Mapping[str, Float[Tensor, "*batch d"]],
         *,
-        keep_norm: bool = False,
         concept: str | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         if not activations:
             raise ShapeError("expected one site or more, got none")
@@ -76,8 +73,8 @@ class Replace:
                     f"site {site!r}: expected finite floating values, (d,) or (..., d), got {tuple(values.shape)}"
                 )
         with torch.inference_mode(mode=False):  # so that they work in autograd later
-            self._parts = {s: ReplaceAt(values.detach().clone(), keep_norm) for s, values in activations.items()}
-        self._concept = concept
+            self._parts = {s: ReplaceAt(values.detach().clone()) for s, values in activations.items()}
+        self._metadata = dict(metadata or {}) | ({} if concept is None else {"concept": concept})
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -88,7 +85,21 @@ class Replace:
     def constant(self) -> SteeringVector:
         """What an activation of zero becomes, on average over rows and positions."""
         rows = {site: part.values.reshape(-1, part.values.shape[-1]) for site, part in self._parts.items()}
-        return SteeringVector({site: own.mean(dim=0) for site, own in rows.items()}, concept=self._concept)
+        return SteeringVector({site: values.mean(dim=0) for site, values in rows.items()}, metadata=self._metadata)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """A copy of the metadata."""
+        return dict(self._metadata)
+
+    @property
+    def concept(self) -> str | None:
+        """What the edit stands for, if it was named."""
+        return self._metadata.get("concept")
+
+    def described(self, metadata: Mapping[str, str]) -> Replace:
+        """The same edit with other metadata."""
+        return Replace({site: part.values for site, part in self._parts.items()}, metadata=metadata)
 
     def at(self, site: str) -> ReplaceAt:
         """The edit of one site."""
@@ -97,4 +108,4 @@ class Replace:
         return self._parts[site]
 
     def __repr__(self) -> str:
-        return f"Replace(sites={self.sites}, concept={self._concept!r})"
+        return f"Replace(sites={self.sites}, concept={self.concept!r})"

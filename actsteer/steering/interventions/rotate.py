@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from actsteer.steering.interventions.intervention import settled, unit
+from actsteer.steering.interventions.intervention import unit
 
 
 @final
@@ -37,7 +37,7 @@ class Rotate:
     def __call__(
         self, activation: Float[Tensor, "*batch d"], direction: Float[Tensor, " d"], c: Float[Tensor, ...]
     ) -> Float[Tensor, "*batch d"]:
-        """The activation, turned; where c is 0, h itself."""
+        """The activation, turned."""
         along = unit(direction)
         component = (activation @ along)[..., None]
         rest = activation - component * along
@@ -46,4 +46,4 @@ class Rotate:
         norm = activation.norm(dim=-1, keepdim=True)
         spans = (across > torch.finfo(across.dtype).eps * norm) & along.any()
         edited = norm * (turned.cos() * along + turned.sin() * (rest / torch.where(spans, across, 1)))
-        return settled(activation, torch.where(spans, edited, activation), c, keep_norm=False)
+        return torch.where(spans, edited, activation)

@@ -14,6 +14,7 @@ from actsteer import (
     Affine,
     Clamp,
     ConceptNotFoundError,
+    KeepNorm,
     LowRank,
     NotFoldable,
     ProjectionAbove,
@@ -220,6 +221,7 @@ def test_every_affine_edit(edit, c):
     same(mlp(), edit, X, c=c)
 
 
+@pytest.mark.slow
 @given(
     site=st.sampled_from([("0", 8), ("1", 8), ("2", 8), ("3", 8), ("4", 3)]),
     c=st.floats(0.1, 4.0),
@@ -346,8 +348,8 @@ def quantised():
         (
             lambda: net(nn.Linear(4, 4), nn.Tanh()),
             "0",
-            {"intervention": Add(keep_norm=True)},
-            "Add is not an affine map",
+            {"intervention": KeepNorm(Add())},
+            "KeepNorm is not an affine map",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Checkpoint: sums on disk, so that a pass over the data resumes where it was stopped."""
+"""Resume: sums on disk, so that a pass over the data goes on where it was stopped."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from actsteer.collecting import storage
-from actsteer.errors import BatchError, StatisticsError
+from actsteer.collecting import moments_file
+from actsteer.errors import BatchError, FileFormatError, StatisticsError
 from actsteer.files import sealed
 
 
@@ -35,20 +35,30 @@ class Checkpoint:
         self._path, self._every, self._job = path, every, dict(job)
         self._digest = hashlib.sha256()  # of all batches so far
         self._expected = ""
-        self.classes: storage.Classes = {}
+        self.classes: moments_file.Classes = {}
         self.axes: dict[str, int] = {}
         self.done = 0
         if Path(path).exists():
             self._resume()
 
     def _resume(self) -> None:
-        self.classes, document = storage.read(self._path, "checkpoint")
-        if document["job"] != self._job:
-            changed = [k for k in self._job if document["job"].get(k) != self._job[k]]
+        self.classes, document = moments_file.read(self._path, "checkpoint")
+        found: list[Any] = [document.get(key) for key in ("job", "axes", "done", "batches")]
+        job, axes, done, batches = found
+        if (
+            not (isinstance(job, dict) and isinstance(axes, dict) and isinstance(batches, str))
+            or not all(type(number) is int for number in (done, *axes.values()))
+            or done < 0
+        ):
+            raise FileFormatError(f"{self._path}: not what a pass has left there; give another path, or delete it")
+        if job != self._job:
+            changed = [k for k in {**self._job, **job} if job.get(k) != self._job.get(k)]
             raise StatisticsError(
                 f"{self._path}: a checkpoint of another pass; {changed} differ; give another path, or delete it"
             )
-        self.axes, self.done, self._expected = document["axes"], document["done"], document["batches"]
+        if strange := {site for own in self.classes.values() for site in own}.difference(job["sites"]):
+            raise FileFormatError(f"{self._path}: it has sums of {sorted(strange)}, which are no sites of its pass")
+        self.axes, self.done, self._expected = axes, done, batches
 
     def unseen(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The batches, with what belongs to them, that are not in the sums yet; afterwards the file is written.
@@ -81,7 +91,7 @@ class Checkpoint:
 
     def _write(self) -> None:
         document = {"job": self._job, "axes": self.axes, "done": self.done, "batches": self._digest.hexdigest()}
-        storage.write(self._path, "checkpoint", self.classes, document)
+        moments_file.write(self._path, "checkpoint", self.classes, document)
 
 
 def weights(model: nn.Module) -> str:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from actsteer import collect, record
-from actsteer.collecting.undisturbed import undisturbed
+from actsteer.collecting.eval_mode import eval_mode
 from tests.oracles import state
 
 X = torch.tensor([[0.0, 2.0], [4.0, 2.0], [2.0, -1.0]])
@@ -41,10 +41,10 @@ FORMS = {
 @pytest.mark.parametrize("batches", FORMS.values(), ids=FORMS.keys())
 @pytest.mark.parametrize("sites", [["site"], ["site", "after"], ["after:in", "site:in"]])
 @pytest.mark.parametrize("run", [collect, record])
-def test_each_batch_runs_exactly_once_in_inference_mode(batches, sites, run):
+def test_each_batch_runs_exactly_once_without_gradients(batches, sites, run):
     model = Counting()
     run(model, batches(), sites=sites, batch_size=1)
-    assert model.seen == [(1, True, False, False)] * 3
+    assert model.seen == [(1, False, False, False)] * 3
     assert model.training
 
 
@@ -132,7 +132,7 @@ def test_frozen_parameters_are_thawed_after_an_error():
     before = state(model)
 
     def run():
-        with undisturbed(model, frozen=True):
+        with eval_mode(model, frozen=True):
             assert not any(parameter.requires_grad for parameter in model.parameters())
             assert not any(module.training for module in model.modules())
             raise BoomError

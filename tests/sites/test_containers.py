@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from actsteer import OutputError
-from actsteer.sites.outputs import Arguments, get, locate, members, padded, put, unpadded
+from actsteer import OutputError, Steerer, SteeringVector, record
+from actsteer.sites.axes import Layout
+from actsteer.sites.containers import Arguments, get, locate, put
+from actsteer.sites.lens import Lens
 from actsteer.sites.place import Place
 
 Named = namedtuple("Named", ["hidden", "cache"])
@@ -338,37 +340,49 @@ def nested_tensor(layout):
     return rows, torch.nested.nested_tensor(rows, layout=layout)
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=["strided", "jagged"])
+every_nested = pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=["strided", "jagged"])
+ignoring = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+LENS = Lens(place(), Layout(-1))
+
+
+def read(value, module=None):
+    return LENS.read(module or nn.Identity(), value)
+
+
+def plus_one(nested_one):
+    view = read(nested_one).open()
+    return view.write(view.part + 1)
+
+
+@ignoring
+@every_nested
 @pytest.mark.case(14)
 def test_a_nested_tensor_is_padded_and_back_with_its_layout(layout):
     rows, nested_one = nested_tensor(layout)
-    assert locate(place(), nested_one) == ()
-    full = padded(nested_one)
-    assert full.shape == (3, 3, 4)
-    back = unpadded(full + 1, nested_one)
+    assert read(nested_one).open().part.shape == read(nested_one).open().frame.shape == (3, 3, 4)
+    back = plus_one(nested_one)
     assert back.is_nested
     assert back.layout is layout
     assert all(torch.equal(one, row + 1) for one, row in zip(back.unbind(), rows, strict=True))
-    assert [tuple(part.shape) for part in members(nested_one)] == [(1, length, 4) for length in LENGTHS]
+    assert [tuple(part.shape) for part, _ in read(nested_one).rows()] == [(1, length, 4) for length in LENGTHS]
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@ignoring
 @pytest.mark.case(14)
 def test_a_jagged_one_still_adds_to_what_it_was_made_from():
     rows, nested_one = nested_tensor(torch.jagged)
-    total = nested_one + unpadded(padded(nested_one) + 1, nested_one)
+    total = nested_one + plus_one(nested_one)
     assert all(torch.equal(one, 2 * row + 1) for one, row in zip(total.unbind(), rows, strict=True))
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=["strided", "jagged"])
+@ignoring
+@every_nested
 @pytest.mark.case(14)
 def test_gradients_flow_through_padding_and_back(layout):
     rows, _ = nested_tensor(layout)
     leaves_ = [row.requires_grad_() for row in rows]
-    back = unpadded(padded(torch.nested.as_nested_tensor(leaves_, layout=layout)) * 2, nested_tensor(layout)[1])
-    sum(part.sum() for part in back.unbind()).backward()
+    view = read(torch.nested.as_nested_tensor(leaves_, layout=layout)).open()
+    sum(part.sum() for part in view.write(view.part * 2).unbind()).backward()
     assert all(torch.equal(leaf.grad, torch.full_like(leaf, 2.0)) for leaf in leaves_)
 
 
@@ -380,25 +394,114 @@ def with_holes():
     return torch.nested.narrow(torch.zeros(2, 5, 4), 1, torch.tensor([0, 1]), torch.tensor([3, 2]), layout=torch.jagged)
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@ignoring
 @pytest.mark.parametrize("make", [transposed, with_holes])
 @pytest.mark.case(14)
 def test_a_nested_tensor_of_another_kind_is_edited_rightly_or_refused(make):
     nested_one = make()
     before = [row.clone() for row in nested_one.unbind()]
     try:
-        locate(place(), nested_one)
-        back = unpadded(padded(nested_one) + 1, nested_one)
+        back = plus_one(nested_one)
     except OutputError:
         return
     assert all(torch.equal(one, row + 1) for one, row in zip(back.unbind(), before, strict=True))
 
 
-def test_an_ordinary_tensor_passes_through():
-    x = torch.ones(2, 3)
-    assert padded(x) is x
-    assert unpadded(x, x) is x
-    assert [part is x for part in members(x)] == [True]
+# --- the lens --------------------------------------------------------------------------------------------------------
+@given(nested.filter(lambda value: any(True for _ in paths(value))), st.data())
+def test_what_is_written_back_unchanged_is_the_same_value(value, data):
+    path = data.draw(st.sampled_from(list(paths(value))))
+    lens = Lens(place(".".join(map(str, path))), Layout(0))
+    view = lens.read(nn.Identity(), value).open()
+    assert flat(view.write(view.part)) == flat(value)
+    assert torch.equal(view.part_of(view.features_last()), view.part)
+
+
+@given(st.integers(2, 4), st.data())
+def test_the_features_are_last_and_the_rows_first_wherever_they_lie(rank, data):
+    shape = data.draw(st.permutations(range(2, 2 + rank)))
+    axis = data.draw(st.integers(0, rank - 1))
+    row_axis = data.draw(st.sampled_from([other for other in range(rank) if other != axis])) if rank > 2 else 1 - axis
+    if rank == 2 and row_axis:
+        return  # rows of a matrix are on its first axis
+    x = torch.arange(float(torch.Size(shape).numel())).reshape(shape)
+    view = Lens(place(), Layout(axis, row_axis=row_axis)).read(nn.Identity(), x)
+    ((last, frame),) = view.rows()
+    assert torch.equal(last, x.movedim(axis, -1))
+    assert torch.equal(frame.rows_first(last), x.movedim((row_axis, axis), (0, -1)))
+    assert last.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()  # a view
+    assert torch.equal(view.open().part_of(view.features_last()), x)
+
+
+class Answer:
+    """A user's output class, which torch's registry knows."""
+
+    def __init__(self, words, score):
+        self.words, self.score = words, score
+
+
+torch.utils._pytree.register_pytree_node(
+    Answer,
+    lambda answer: ([answer.words, answer.score], None),
+    lambda parts, _: Answer(*parts),
+    flatten_with_keys_fn=lambda answer: (
+        [(torch.utils._pytree.GetAttrKey(name), getattr(answer, name)) for name in ("words", "score")],
+        None,
+    ),
+)
+
+
+class Pair:
+    """Another one, whose parts have no names there."""
+
+    def __init__(self, one, other):
+        self.one, self.other = one, other
+
+
+torch.utils._pytree.register_pytree_node(
+    Pair, lambda pair: ([pair.one, pair.other], None), lambda parts, _: Pair(*parts)
+)
+
+
+@pytest.mark.case(20)
+def test_a_class_of_the_user_s_own_is_a_container_once_torch_s_registry_knows_it():
+    answer = Answer(OLD, torch.tensor(0.5))
+    written = put(answer, locate(place(), answer), NEW)
+    assert (type(written), written.words is NEW, written.score is answer.score) == (Answer, True, True)
+    assert answer.words is OLD
+    assert locate(place("words"), answer) == ("words",)
+    pair = Pair(None, OLD)
+    assert locate(place("1"), (IMAGE, pair)[1]) == (1,)
+    assert put(pair, (1,), NEW).other is NEW
+
+
+def test_a_class_that_the_registry_does_not_know_is_refused_and_told_how():
+    class Unknown:
+        hidden = OLD
+
+    with pytest.raises(OutputError, match=r"expected a floating tensor.*got a Unknown.*register"):
+        locate(place(), Unknown())
+
+
+def test_a_model_whose_blocks_give_a_registered_class_is_steered_and_collected():
+    class Block(nn.Linear):
+        def forward(self, x):
+            return Answer(super().forward(x), torch.tensor(1.0))
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Block(2, 2)
+
+        def forward(self, x):
+            return self.block(x).words
+
+    model, x = Model(), torch.randn(4, 2)
+    v = SteeringVector({"block": torch.tensor([1.0, 2.0])})
+    plain = model(x)
+    with Steerer(model, v, c=2):
+        assert torch.equal(model(x), plain + 2 * v["block"])
+    torch.testing.assert_close(record(model, x, sites="block", progress=False)["block"], plain)
 
 
 def test_a_copy_of_the_container_is_shallow():

@@ -41,7 +41,8 @@ def raw(stats):
         (label, site): (
             own[site].count,
             bits(own[site].mean).tolist(),
-            [bits(own[site].scatter).tolist(), bits(own[site].fourth).item()] if own[site].has_covariance else [],
+            [bits(own[site].scatter).tolist(), bits(own[site].fourth).item()] if own[site].kept is True else [],
+            bits(own[site].variance).tolist() if own[site].kept and own[site].count > 1 else [],
         )
         for label, own in classes.items()
         for site in own
@@ -51,6 +52,7 @@ def raw(stats):
 JOBS = {
     "plain": {},
     "covariance": {"covariance": True},
+    "variance": {"covariance": "diagonal"},
     "last": {"positions": "last"},
     "mean": {"positions": "mean", "covariance": True},
     "a mask": {"positions": torch.tensor([True, False, True, True]), "covariance": True},
@@ -174,6 +176,7 @@ SCRIPT = """
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_resumes_bit_for_bit(path, tmp_path):
     def run(checkpoint, dies, out):
         command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(checkpoint), str(dies), str(tmp_path / out)]
@@ -226,6 +229,7 @@ JOB = {"sites": "2", "covariance": True, "positions": "last"}
 OTHER_JOBS = {
     "sites": {"sites": ["0", "2"]},
     "covariance": {"covariance": False},
+    "variance": {"covariance": "diagonal"},
     "word": {"positions": "mean"},
     "index": {"positions": 0},
     "all": {"positions": "all"},

@@ -2,11 +2,14 @@
 
 import json
 import pickle
+from collections import OrderedDict
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from actsteer import FileFormatError, SiteNotFoundError, Steerer, SteeringVector, VectorBank, collect
 from actsteer.integrations.steering_vectors import from_steering_vectors
@@ -122,8 +125,25 @@ def test_a_model_s_weights_are_no_vectors(tmp_path, model):
         (torch.stack([A, B, A]), {"v": {0: A, 1: B, 2: A}}),
         ({"calm": {1: A}, "angry": {1: B, 2: A}}, {"calm": {1: A}, "angry": {1: B, 2: A}}),
         ({"calm": torch.stack([A, B, A])[0], "angry": B}, {"v": {"calm": A, "angry": B}}),  # sites
+        ({-1: A, -3: B[None]}, {"v": {0: B, 2: A}}),  # RepE, whose last layer is -1
+        ({"-1": A, "layer_-2": B}, {"v": {1: B, 2: A}}),
+        ({-4: A}, {"v": {"model.layers.0:in": A}}),  # of hidden_states with the embeddings
+        ({"calm": {-1: A}, "angry": {-2: B}}, {"calm": {2: A}, "angry": {1: B}}),
+        (torch.stack([A, B, A])[:, None], {"v": {0: A, 1: B, 2: A}}),  # (L, 1, d)
+        (torch.stack([A, B])[:, None].half(), {"v": {0: A.half(), 1: B.half()}}),
+        ([A, B], {"v": {0: A, 1: B}}),
+        ((A[None], B), {"v": {0: A, 1: B}}),
+        ({"calm": [A, B], "angry": torch.stack([B, A, B])}, {"calm": {0: A, 1: B}, "angry": {0: B, 1: A, 2: B}}),
+        (A.numpy()[None], {"v": {0: A}}),
+        ({-1: A.numpy(), -2: B.numpy()[None]}, {"v": {1: B, 2: A}}),
+        ({0: A.numpy().astype("float16"), 1: B}, {"v": {0: A.half(), 1: B}}),
+        ({"calm": {1: A.double().numpy()}}, {"calm": {1: A.double()}}),
+        (np.asfortranarray(torch.stack([A, B]).numpy()), {"v": {0: A, 1: B}}),
+        (np.broadcast_to(np.float32(0.5), (2, 16)), {"v": {0: torch.full((16,), 0.5), 1: torch.full((16,), 0.5)}}),
+        (nn.Parameter(torch.stack([A, B])), {"v": {0: A, 1: B}}),
+        (OrderedDict({"layer_1": A}), {"v": {1: A}}),
     ],
-    ids=["mapping", "names", "row", "stack", "concepts", "sites"],
+    ids=str,
 )
 def test_plain_tensors(tmp_path, model, content, expected):
     torch.save(content, tmp_path / "v.pt")
@@ -157,6 +177,152 @@ def test_rotalabs_has_a_file_for_each_layer(tmp_path, model):
     assert SteeringVector.load(folder / "layer_2.pt", model).sites == ("model.layers.2",)
 
 
+@pytest.mark.parametrize(
+    ("name", "concept", "layer", "variant"),
+    [
+        ("vec_layer_1.pt", "sycophancy", 1, None),
+        ("vec_layer_2_Llama-2-7b-chat-hf.pt", "sycophancy", 2, "Llama-2-7b-chat-hf"),
+        ("refusal_vec_layer_0_Llama-2-13b.pt", "refusal", 0, "Llama-2-13b"),
+        ("vec_layer_-1.pt", "sycophancy", 2, None),
+        ("layer_1.pt", "sycophancy", 1, None),
+        ("layer2.pth", "sycophancy", 2, None),
+        ("power_seeking_layer_1.bin", "power_seeking", 1, None),
+    ],
+)
+@pytest.mark.parametrize(
+    "make", [lambda: A, lambda: A[None].clone(), lambda: A.numpy()], ids=["(d,)", "(1, d)", "numpy"]
+)
+def test_a_file_named_after_its_layer_is_a_direction_at_this_block_s_output(
+    tmp_path, model, name, concept, layer, variant, make
+):
+    """CAA writes vec_layer_<N>_<model>.pt into a folder for each behaviour."""
+    folder = tmp_path / "sycophancy"
+    folder.mkdir()
+    torch.save(make(), folder / name)
+    bank = VectorBank.load(folder / name, model)
+    assert bank.concepts == (concept,)
+    v = bank[concept]
+    assert v.equal(SteeringVector({f"model.layers.{layer}": A}))
+    assert v.metadata.get("variant") == variant
+    change = mean(model, v.sites[0]), mean(model, v.sites[0], v)
+    assert torch.allclose(change[1] - change[0], A.double(), atol=1e-5)
+
+
+def test_caa_s_folders_are_concepts(tmp_path, model):
+    for behaviour, sign in (("refusal", 1), ("corrigible", -1)):
+        (tmp_path / behaviour).mkdir()
+        for layer in (0, 2):
+            torch.save(sign * (layer + 1) * A, tmp_path / behaviour / f"vec_layer_{layer}_m.pt")
+    bank = VectorBank.load(tmp_path / "*" / "vec_layer_*_m.pt", model)
+    assert bank.concepts == ("corrigible", "refusal")
+    assert bank["corrigible"].equal(SteeringVector({"model.layers.0": -A, "model.layers.2": -3 * A}))
+
+
+@pytest.mark.parametrize("name", ["layer_1.pt", "positive_layer_1.pt", "vec_layer_1_m.pt"])
+def test_activations_are_no_layers(tmp_path, model, name):
+    torch.save(torch.stack([A, B, A]), tmp_path / name)
+    with pytest.raises(FileFormatError, match=r"its name tells one layer, and its shape is \(3, 16\)"):
+        VectorBank.load(tmp_path / name, model)
+
+
+def test_layers_from_the_end_need_the_model_and_no_offset(tmp_path, model):
+    torch.save({-1: A, -2: B}, tmp_path / "v.pt")
+    with pytest.raises(FileFormatError, match="name them with model="):
+        VectorBank.load(tmp_path / "v.pt")
+    with pytest.raises(FileFormatError, match=r"layer -2 counts from the end, .* leave layer_offset out"):
+        VectorBank.load(tmp_path / "v.pt", model, layer_offset=1)
+    torch.save({-1: A, -5: B}, tmp_path / "v.pt")
+    with pytest.raises(SiteNotFoundError, match="layer -5 would be block -2"):
+        VectorBank.load(tmp_path / "v.pt", model)
+    torch.save({-1: A, 2: B}, tmp_path / "v.pt")
+    with pytest.raises(FileFormatError, match=r"layer 2 is 'model.layers.2', and so is another one of \[-1, 2\]"):
+        VectorBank.load(tmp_path / "v.pt", model)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ({1: A, "calm": B}, r"expected layers alone, or sites alone; \['calm'\] are no layers"),
+        ({1.0: A}, "expected layers' numbers or names, got the key 1.0"),
+        ({True: A}, "expected layers' numbers or names, got the key True"),
+        ({("a", 1): A}, "expected layers' numbers or names, got the key"),
+        ({0: torch.ones(2, 16)}, r"layer 0: expected a finite direction \(d,\), got float32 of shape \(2, 16\)"),
+        ({0: A / 0}, "layer 0: expected a finite direction"),
+        (torch.ones(2, 2, 2), r"expected a tensor \(layers, d\) or \(layers, 1, d\), got \(2, 2, 2\)"),
+        (A, r"got \(16,\); a file with one direction is named after its layer, layer_<N>.pt"),
+        ([A, None], "expected a tensor"),
+        ({0: np.arange(3)}, "a numpy array of other numbers than float16, float32 or float64"),
+        ({0: np.array([1], ">f4")}, "a numpy array of other numbers than .*, little-endian"),
+        ({0: np.array([None])}, "a numpy array of other numbers"),
+        ({0: np.array(["a"])}, "a numpy array of other numbers"),
+        ({0: np.float32(1)}, "nothing is unpickled beside them"),
+        ({0: np.array([Ellipsis])}, "nothing is unpickled beside them"),
+    ],
+    ids=str,
+)
+def test_what_is_refused_is_told(tmp_path, model, content, why):
+    torch.save(content, tmp_path / "v.pt")
+    with pytest.raises(FileFormatError, match=why):
+        VectorBank.load(tmp_path / "v.pt", model)
+
+
+def test_no_numpy_is_called_with_what_a_file_says(tmp_path, model, monkeypatch):
+    torch.save({1: A.numpy()}, tmp_path / "v.pt")
+
+    def explode(*_, **__):
+        raise AssertionError("numpy was called")
+
+    monkeypatch.setattr(np._core.multiarray, "_reconstruct", explode)
+    assert VectorBank.load(tmp_path / "v.pt", model)["v"].equal(SteeringVector({"model.layers.1": A}))
+
+
+class Forged:
+    """What a hostile pickle says of a numpy array."""
+
+    def __init__(self, *state):
+        self.state = state
+
+    def __reduce__(self):
+        return np._core.multiarray._reconstruct, (np.ndarray, (0,), b"b"), self.state
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        (1, (2**62, 2**62), np.dtype("f4"), False, b"\0" * 64),
+        (1, (-1, 16), np.dtype("f4"), False, b"\0" * 64),
+        (1, (3,), np.dtype("f4"), False, b"\0" * 64),
+        (1, (16,), np.dtype("f4"), False, [0.0] * 16),
+        (1, (16,), "f4", False, b"\0" * 64),
+        (1, "ab", np.dtype("f4"), False, b"\0" * 64),
+        (1, (), np.dtype("f4"), False, b""),
+        (1, (10**12, 0), np.dtype("f4"), False, b""),
+        (1, (16,), np.dtype("f4"), False),
+        (),
+    ],
+    ids=str,
+)
+def test_forged_arrays_are_refused(tmp_path, model, state):
+    torch.save({1: Forged(*state)}, tmp_path / "v.pt")
+    with pytest.raises(FileFormatError, match=r"v\.pt"):
+        VectorBank.load(tmp_path / "v.pt", model)
+
+
+def test_lists_within_lists_end(tmp_path, model):
+    """A few bytes may say that there are 2^60 lists."""
+    content = [A]
+    for _ in range(60):
+        content = [content, content]
+    torch.save(content, tmp_path / "v.pt")
+    with pytest.raises(FileFormatError, match=r"v\.pt"):
+        VectorBank.load(tmp_path / "v.pt", model)
+    endless: list[object] = []
+    endless.append(endless)
+    torch.save(endless, tmp_path / "v.pt")
+    with pytest.raises(FileFormatError, match=r"v\.pt"):
+        VectorBank.load(tmp_path / "v.pt", model)
+
+
 class Trap:
     """What a hostile pickle does when it is loaded."""
 
@@ -181,7 +347,7 @@ def test_nothing_is_unpickled_but_tensors(tmp_path, monkeypatch, model, content)
     [
         A,
         {},
-        [A],
+        [1.0],
         {0: [1.0]},
         {0: torch.ones(2, 2)},
         {0: torch.ones(2, dtype=torch.int64)},
@@ -198,7 +364,7 @@ def test_tensors_that_are_no_directions_are_refused(tmp_path, model, content):
 
 @pytest.mark.parametrize("suffix", [".svec", ".pt", ".pth", ".bin"])
 def test_they_are_not_written(tmp_path, suffix):
-    with pytest.raises(FileFormatError, match="unknown format"):
+    with pytest.raises(FileFormatError, match=f"{suffix} is only read; name the file with .safetensors or .gguf"):
         SteeringVector({"0": A}).save(tmp_path / f"v{suffix}")
     with pytest.raises(FileNotFoundError):
         SteeringVector.load(tmp_path / f"v{suffix}")

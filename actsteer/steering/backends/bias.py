@@ -1,4 +1,4 @@
-"""The fold backend: c · v written into the bias that the module adds at its output, and the bias put back by copy."""
+"""The backend "fold": c · v written into the bias that the module adds at its output, and the bias put back by copy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from actsteer.errors import UnsupportedModelError
 from actsteer.private_names import has_frozen_weights
 from actsteer.sites.shards import is_sharded
 from actsteer.steering.backends.patch import Patch
-from actsteer.steering.edit import SiteEdit
+from actsteer.steering.edit import Fired, SiteEdit
 
 _ADD_A_BIAS = (
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
@@ -33,7 +33,7 @@ def attach(edit: SiteEdit, model: nn.Module) -> Callable[[], None]:
         raise UnsupportedModelError(f"site {edit.place.site!r} cannot be folded: {reason}; use another backend")
     module = edit.place.module
     fold = _folds.setdefault(id(module), _Fold(module))
-    edit.fired = None
+    edit.fired = Fired.UNKNOWN
     edit.changed = lambda: fold.write(edit)
     edit.changed()
 
@@ -56,7 +56,7 @@ def obstacle(edit: SiteEdit, model: nn.Module) -> str | None:
     place = edit.place
     module = place.module
     bias = module._parameters.get("bias")
-    if edit.directions.requires_grad:
+    if edit.is_trained:
         return "its directions are trained"
     if not edit.is_constant:
         return "only an ungated Add with one strength for all rows is the same for every input"
@@ -64,8 +64,8 @@ def obstacle(edit: SiteEdit, model: nn.Module) -> str | None:
         return "it is not the whole output of its module"
     if is_sharded(module) or any(p is not None and p.is_meta for p in module._parameters.values()):
         return "its parameters are sharded, or not on this device"
-    if bias is not None and bias.shape != edit.directions.shape[1:]:
-        return f"its bias has shape {tuple(bias.shape)}, the vector {edit.directions.shape[1]} features"
+    if bias is not None and bias.shape != (edit.size,):
+        return f"its bias has shape {tuple(bias.shape)}, the vector {edit.size} features"
     if "bias" not in module._parameters or not _adds_its_bias(module):
         return f"a {type(module).__name__} does not add a bias to its output, or its forward was replaced"
     if bias is not None and sum(_same(other, bias) for m in model.modules() for other in m._parameters.values()) > 1:
@@ -113,7 +113,7 @@ class _Fold:
         if bias is None:
             weight = parameters["weight"]
             assert weight is not None
-            size = self._edits[0].directions.shape[1]
+            size = self._edits[0].size
             bias = nn.Parameter(weight.new_zeros(size), requires_grad=False)
             parameters["bias"] = bias
         total: Any = torch.zeros_like(bias) if self._original is None else self._original

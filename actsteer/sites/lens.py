@@ -1,0 +1,284 @@
+"""Lens: reads the activation out of what a module takes or gives, and writes an edited one back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from actsteer.errors import OutputError, ShapeError, StrengthError
+from actsteer.sites.axes import Layout
+from actsteer.sites.containers import Arguments, get, locate, put
+from actsteer.sites.place import Place
+from actsteer.sites.shards import full, full_shape, own_part, share, whole_rows
+
+_is_compiling = torch.compiler.is_compiling
+_KEPT = 256  # shapes of one site; a generation without a cache has one for each of its steps
+
+
+@final
+class Lens:
+    """Where the activation of one site lies, and how.
+
+    What depends on the activation's shape alone is found once for each shape.
+
+    Args:
+        place: the module, its side, and the part of it.
+        layout: what the module's class says of the axes.
+        size: how many features there must be, if that is known.
+    """
+
+    def __init__(self, place: Place, layout: Layout, *, size: int | None = None) -> None:
+        self.place, self.layout = place, layout
+        self._size = size
+        self._frames: dict[tuple[tuple[int, ...], bool], Frame] = {}
+
+    def read(self, module: nn.Module, value: Any) -> View:
+        """The activation in a module's output or its `Arguments`.
+
+        Raises:
+            OutputError: there is none, or several could be meant.
+            ShapeError: its feature axis has another size, or cannot be known.
+        """
+        return View(self, module, value)
+
+    def heard(self, module: nn.Module, args: tuple[Any, ...], last: Any) -> View:
+        """As `read`, of what a hook is called with: `last` is the output or, at an input, the keyword arguments."""
+        return self.read(module, Arguments(args, last) if self.place.side == "in" else last)
+
+    def frame(self, shape: tuple[int, ...], *, packed: bool = False) -> Frame:
+        """The axes of an activation of this shape; `packed`: its rows are those of a `PackedSequence`."""
+        if _is_compiling():  # which would guard on what is kept
+            return self._found(shape, packed)
+        key = (shape, packed)
+        if key not in self._frames:
+            if len(self._frames) >= _KEPT:
+                self._frames.clear()
+            self._frames[key] = self._found(shape, packed)
+        return self._frames[key]
+
+    def _found(self, shape: tuple[int, ...], packed: bool) -> Frame:
+        axis = self.layout.feature_axis(shape, size=self._size, site=self.place.site)
+        row_axis = None if packed else self.layout.row_axis if len(shape) > 2 else 0
+        return Frame(self.place.site, shape, axis, row_axis)
+
+
+@final
+class View:
+    """The activation in one value, of which the rest stays as it is."""
+
+    __slots__ = ("_keys", "_lens", "_module", "_value", "frame", "part", "raw")
+
+    def __init__(self, lens: Lens, module: nn.Module, value: Any) -> None:
+        self._lens, self._module, self._value = lens, module, value
+        self._keys = locate(lens.place, value)
+        self.raw: Tensor = get(value, self._keys)
+        """The tensor as it lies in the value."""
+
+    @property
+    def packed(self) -> PackedSequence | None:
+        """The `PackedSequence` that holds the activation, if one does."""
+        holder = get(self._value, self._keys[:-1]) if self._keys else None
+        return holder if isinstance(holder, PackedSequence) else None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the value is the activation, and as its users see it."""
+        ordinary = self.raw.__class__ is Tensor and not self.raw.is_nested
+        return ordinary and not self._keys and _conversion(self._module) is None
+
+    def rows(self) -> list[tuple[Float[Tensor, "*shape d"], Frame]]:
+        """The whole activation, gathered from all processes, with the features last, and its frame as it lay before.
+
+        Of a nested one each row, as a batch of one.
+
+        Raises:
+            OutputError: the processes hold different plain tensors.
+        """
+        found = []
+        for part in [row[None] for row in self.raw.unbind()] if self.raw.is_nested else [self.raw]:
+            whole = _converted(full(part, self._module, site=self._lens.place.site), self._module)
+            frame = self._lens.frame(tuple(whole.shape), packed=self.packed is not None)
+            found.append((whole.movedim(frame.axis, -1), frame))
+        return found
+
+    def open(self) -> View:
+        """This view with `part`: what this process holds, a nested one filled up with zeros; and `frame`, the whole's.
+
+        Raises:
+            OutputError: a nested activation that cannot be filled up.
+        """
+        self.part = _padded(_converted(self.raw, self._module), site=self._lens.place.site)
+        shape = full_shape(self.part, self._module)
+        self.frame = self._lens.frame(shape, packed=self.packed is not None)
+        return self
+
+    def share(self, shift: Tensor) -> Tensor:
+        """What is added to `part`, of what is added to the whole."""
+        return share(shift, self.part, self._module)
+
+    def features_last(self) -> Tensor:
+        """All features of the rows of `part`, on the last axis."""
+        return whole_rows(self.part, self._module).movedim(self.frame.axis, -1)
+
+    def part_of(self, edited: Tensor) -> Tensor:
+        """The inverse of `features_last`, in the dtype of `part`."""
+        return own_part(edited.movedim(-1, self.frame.axis).to(self.part.dtype), self.part, self._module)
+
+    def write(self, part: Tensor) -> Any:
+        """The value with another `part`."""
+        tensor, conversion = _unpadded(part, self.raw), _conversion(self._module)
+        return self.write_raw(tensor if conversion is None else conversion.revert(tensor))
+
+    def write_raw(self, tensor: Tensor) -> Any:
+        """The value with another tensor in the place of `raw`."""
+        return put(self._value, self._keys, tensor)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The axes of an activation of a whole shape: that of its features, and that of its rows (None: it has none)."""
+
+    site: str
+    shape: tuple[int, ...]
+    axis: int
+    row_axis: int | None
+
+    @property
+    def rows_and_length(self) -> tuple[int, int]:
+        """The rows and positions of an activation that has these axes and that of its features.
+
+        Raises:
+            ShapeError: it has others.
+        """
+        if len(self.shape) != 3 or self.row_axis is None or self.row_axis == self.axis:
+            raise ShapeError(
+                f"site {self.site!r}: expected an activation of shape (rows, positions, d), got {self.shape}, in which "
+                "the positions cannot be told; steer another site, or all positions"
+            )
+        return self.shape[self.row_axis], self.shape[3 - self.row_axis - self.axis]
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the features are on the last axis."""
+        return self.axis == len(self.shape) - 1
+
+    def rows_first(self, last: Float[Tensor, "*shape d"]) -> Float[Tensor, "rows *others d"] | None:
+        """An activation whose features are last already, with the rows first; None if it has no axis of rows."""
+        if self.row_axis is None or self.row_axis == self.axis:
+            return None
+        return last.movedim(self.row_axis - (self.row_axis > self.axis), 0)
+
+    def vectors(self, delta: Float[Tensor, "*B d"], *, copies: int = 1) -> Tensor:
+        """(d,) on the axis of the features; or (B, d), one per row, on that and the axis of the rows."""
+        shape = [1] * len(self.shape)
+        shape[self.axis] = delta.shape[-1]
+        if delta.ndim == 1:
+            return delta.reshape(shape)
+        where = self._row_axis_for(delta.shape[0], copies)
+        rows = delta if delta.shape[0] == self.shape[where] else delta.repeat_interleave(copies, dim=0)
+        shape[where] = len(rows)
+        return (rows if where < self.axis else rows.T).reshape(shape)
+
+    def by_row(self, weights: Shaped[Tensor, " B"], *, copies: int = 1) -> Tensor:
+        """(B,) on the axis of the rows; each serves all the copies that were made of its row.
+
+        Raises:
+            StrengthError: another number of rows.
+        """
+        where = self._row_axis_for(len(weights), copies)
+        rows = weights if len(weights) == self.shape[where] else weights.repeat_interleave(copies)
+        shape = [1] * len(self.shape)
+        shape[where] = len(rows)
+        return rows.reshape(shape)
+
+    def by_token(self, weights: Shaped[Tensor, "B S"], *, rows: int) -> Tensor | None:
+        """(B, S), or (1, S) for all of so many rows, on the axes of the rows and positions; None where there are no
+        such axes, or they cannot be told."""
+        if self.row_axis is None or self.row_axis == self.axis or len(self.shape) < 2:
+            return None
+        length = weights.shape[1]
+        shape = [1] * len(self.shape)
+        if len(self.shape) == 2 and self.shape[self.row_axis] == rows * length:  # the tokens of all rows in a line
+            shape[self.row_axis] = rows * length
+            return weights.expand(rows, length).reshape(shape)
+        others = [i for i, size in enumerate(self.shape) if i not in (self.axis, self.row_axis) and size == length]
+        if self.shape[self.row_axis] != rows or len(others) != 1:
+            return None
+        shape[self.row_axis], shape[others[0]] = len(weights), length
+        return (weights if self.row_axis < others[0] else weights.T).reshape(shape)
+
+    def needs_tokens(self, weights: Shaped[Tensor, "B S"], *, rows: int) -> Tensor:
+        """As `by_token`.
+
+        Raises:
+            ShapeError: the activation has no such axes.
+        """
+        placed = self.by_token(weights, rows=rows)
+        if placed is None:
+            raise ShapeError(
+                f"site {self.site!r}: {rows} rows of {weights.shape[1]} positions, and an activation of shape "
+                f"{self.shape}, in which they cannot be told; steer a site whose activation has the shape (rows, "
+                "positions, d), or all positions"
+            )
+        return placed
+
+    def _row_axis_for(self, count: int, copies: int) -> int:
+        axis = self.row_axis
+        if axis is None or axis == self.axis or len(self.shape) < 2 or self.shape[axis] not in (count, count * copies):
+            where = "are packed" if axis is None else f"are on axis {axis}"
+            raise StrengthError(
+                f"site {self.site!r}: {count} rows of strength or gate against an activation of shape {self.shape} "
+                f"whose rows {where}; give one strength per row"
+            )
+        return axis
+
+
+def packed_rows(packed: PackedSequence) -> Int[Tensor, " n"]:
+    """The row of the batch from which every element is."""
+    rows = torch.cat([torch.arange(int(size)) for size in packed.batch_sizes])
+    return rows if packed.sorted_indices is None else packed.sorted_indices.cpu()[rows]
+
+
+def _conversion(module: nn.Module) -> Any:
+    """How users of TransformerLens see the activation of a hook point; None for any other module."""
+    return getattr(module, "hook_conversion", None)
+
+
+def _converted(tensor: Tensor, module: nn.Module) -> Tensor:
+    conversion = _conversion(module)
+    if conversion is None:
+        return tensor
+    converted: Tensor = conversion.convert(tensor)
+    return converted
+
+
+def _padded(activation: Tensor, *, site: str) -> Tensor:
+    """A nested activation as an ordinary one, filled up with zeros; any other as it is.
+
+    Raises:
+        OutputError: a jagged one with holes, or whose ragged axis is not the second.
+    """
+    if activation.is_nested and activation.layout is torch.jagged:
+        jagged: Any = activation
+        if jagged._ragged_idx != 1 or jagged.lengths() is not None:
+            raise OutputError(
+                f"site {site!r}: expected a nested tensor of shape (rows, ragged, ...) without holes; choose a module "
+                "before it was transposed or narrowed"
+            )
+    return torch.nested.to_padded_tensor(activation, 0.0) if activation.is_nested else activation
+
+
+def _unpadded(activation: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `_padded`, in the layout of the nested tensor that it was made from."""
+    if not like.is_nested:
+        return activation
+    parts = [row[tuple(map(slice, member.shape))] for row, member in zip(activation, like.unbind(), strict=True)]
+    if like.layout is torch.jagged:
+        offsets: Tensor = like.offsets()  # type: ignore[attr-defined]
+        return torch.nested.nested_tensor_from_jagged(torch.cat(parts), offsets)
+    return torch.nested.as_nested_tensor(parts)
