@@ -47,9 +47,9 @@ PARTS: Mapping[str, str] = MappingProxyType(
         "torch.nn.modules.batchnorm._NormBase": _ALL,
         "torch.nn.modules.conv._ConvNd": _ALL,
         "torch.Tensor._version": _ALL,
-        "torch.utils._pytree": _ALL,
         "torch.nested._internal.nested_tensor.NestedTensor._ragged_idx": "jagged activations: an AttributeError",
         "torch.autograd.graph.Node._saved_alpha": "a sum with alpha looks like a plain one until the fold's proof",
+        "torch.utils._pytree.SUPPORTED_NODES": "output classes of the user's own that torch's registry knows",
         # by which checkpoints, wrappers and processes are known
         "torch.utils.checkpoint.unpack_hook": "that a checkpoint's backward pass has run: a warning without cause",
         "torch.utils.checkpoint.recompute_fn": "the same",
@@ -62,12 +62,13 @@ PARTS: Mapping[str, str] = MappingProxyType(
         "torch.distributed.fsdp.FSDPModule._get_fsdp_state": "statistics under FSDP2: the rows of one rank alone count",
         "torch.distributed.fsdp.FSDPModule._fsdp_param_group": "the same",
         "torch.distributed.fsdp.FSDPModule._fsdp_param_groups": "the same, in newer torch",
-        # of transformers and accelerate
+        # of transformers, accelerate and numpy
         "transformers.output_capturing_hook": "the steering in the hidden states that the model gives out",
         "transformers.PreTrainedModel._tp_size": "statistics under tensor parallelism: every row counts once per rank",
         "transformers.PreTrainedModel._device_mesh": "the same",
         "transformers.PreTrainedModel._is_stateful": "the refusal to share prefixes where the cache is a state",
         "accelerate.hooks._hf_hook": "that a pass runs whole where weights are offloaded",
+        "numpy._core.multiarray._reconstruct": "files of peers that hold numpy arrays: they are refused",
     }
 )
 

@@ -26,7 +26,8 @@ from benchmarks.memory import peak
 from benchmarks.overhead import described, shown
 from benchmarks.timing import Ratio, set_threads
 
-BODY, BY_HAND = "the body alone", "by hand"
+BODY, INFERENCE, BY_HAND = "the body alone", "the body in inference mode", "by hand"
+SITES, BATCHES = 30, 40
 SHAPE: dict[str, Any] = {
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -45,12 +46,14 @@ def main(
     rows: Annotated[int, typer.Option(help="Rows up to which memory is measured.")] = 10_000,
     quick: Annotated[bool, typer.Option("--quick", help="A tiny model: a check that it works.")] = False,
 ) -> None:
-    """Time collect against the model's body, without its head, over the same batches; and measure the memory."""
+    """Time collect against the model's body, without its head, over the same batches, and against bare hooks on a small
+    model, where its own work shows; and measure the memory."""
     console = Console(width=140)
     model, texts = language_model(quick=quick), token_lists(2 * pairs)
-    with set_threads(threads), torch.inference_mode():
+    with set_threads(threads), torch.no_grad():
         timed = times(ways(model, texts), repeats=repeats)
         shared = times(prefix_ways(model, pairs), repeats=repeats)
+        beyond = overhead(repeats=repeats)
     memory = {name: peak(prepared, name, 2 * pairs, quick, threads=threads) for name in ways(model, texts)}
     growth = {str(n): peak(grown, n, quick, threads=threads) for n in sizes(rows)}
     tokens = sum(map(len, texts))
@@ -58,6 +61,10 @@ def main(
     console.print(
         f"memory of collect, every token a row: {', '.join(f'{n} rows {mb:.0f} MB' for n, mb in growth.items())}"
     )
+    mode = Ratio.of(over(timed[BODY], timed[INFERENCE]))
+    console.print(f"no_grad, in which collect runs: {shown(mode)} of the time in inference mode")
+    for name, milliseconds in beyond.items():
+        console.print(f"collect beyond bare hooks that sum, {SITES} sites, {name}: {shown(Ratio.of(milliseconds))} ms")
     sharing = Ratio.of(over(shared[SHARED], shared[PLAIN]))
     console.print(f"{SHARED}: {shown(sharing)} of {PLAIN} ({PREFIX} of {PREFIX + ENDING} tokens are shared)")
     if out is not None:
@@ -67,6 +74,7 @@ def main(
         results = {name: {"seconds": seconds, "megabytes": memory[name]} for name, seconds in timed.items()}
         document = described(command) | {"texts": len(texts), "tokens": tokens, "ways": results}
         document |= {"megabytes by rows": growth, "shared prefix": vars(sharing)}
+        document |= {"no_grad over inference mode": vars(mode), "milliseconds beyond bare hooks": beyond}
         out.write_text(json.dumps(document, indent=2) + "\n")
 
 
@@ -102,7 +110,7 @@ def ways(model: nn.Module, texts: list[str]) -> dict[str, Run]:
     blocks = [f"model.layers.{index}" for index in range(blocks_of(model))]
     middle = blocks[len(blocks) // 2 - 1]
     cases = {f"block {len(blocks) // 2} of {len(blocks)}": [middle], f"all {len(blocks)} blocks": blocks}
-    made: dict[str, Run] = {BODY: partial(body, model, batches)}
+    made: dict[str, Run] = {BODY: partial(body, model, batches), INFERENCE: partial(inferred, model, batches)}
     for name, sites in cases.items():
         made[f"{BY_HAND}, {name}"] = partial(by_hand, model, batches, sites)
         made[f"collect, {name}"] = partial(collect, model, batches, sites=sites, positions="last", progress=False)
@@ -119,6 +127,12 @@ def body(model: Any, batches: list[dict[str, Tensor]]) -> None:
     """The model without its head, nothing kept."""
     for batch in batches:
         model.model(**batch, use_cache=False)
+
+
+def inferred(model: Any, batches: list[dict[str, Tensor]]) -> None:
+    """The same in inference mode."""
+    with torch.inference_mode():
+        body(model, batches)
 
 
 def by_hand(model: nn.Module, batches: list[dict[str, Tensor]], sites: list[str]) -> dict[str, Tensor]:
@@ -180,6 +194,45 @@ def times(runs: dict[str, Run], *, repeats: int) -> dict[str, list[float]]:
     return taken
 
 
+def overhead(*, repeats: int) -> dict[str, list[float]]:
+    """What `collect` takes beyond bare hooks that sum at the same sites, in milliseconds, round by round: "per batch",
+    the difference of many batches and one, and "per call", of one batch."""
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(SITES))).train(False)
+    sites, batch = [str(index) for index in range(SITES)], torch.randn(32, 64)
+    ways: dict[str, Callable[[int], Any]] = {
+        "collect": lambda count: collect(model, [batch] * count, sites=sites, stop=False, progress=False),
+        BY_HAND: lambda count: _summed(model, [batch] * count),
+    }
+    found: dict[str, list[float]] = {"per batch": [], "per call": []}
+    for turn in range(repeats + 1):
+        taken: dict[tuple[str, int], float] = {}
+        for name in sorted(ways, reverse=bool(turn % 2)):
+            for count in (1, BATCHES + 1):
+                start = time.perf_counter()
+                ways[name](count)
+                taken[name, count] = 1e3 * (time.perf_counter() - start)
+        if turn:  # the first warms up
+            beyond = {count: taken["collect", count] - taken[BY_HAND, count] for count in (1, BATCHES + 1)}
+            found["per batch"].append((beyond[BATCHES + 1] - beyond[1]) / BATCHES)
+            found["per call"].append(beyond[1])
+    return found
+
+
+def _summed(model: nn.Sequential, batches: list[Tensor]) -> dict[str, Tensor]:
+    sums: dict[str, Tensor] = {}
+
+    def hook(site: str, module: nn.Module, args: Any, output: Tensor) -> None:
+        total = output.sum(0, dtype=torch.float64)
+        sums[site] = sums[site] + total if site in sums else total
+
+    handles = [module.register_forward_hook(partial(hook, site)) for site, module in model.named_children()]
+    for batch in batches:
+        model(batch)
+    for handle in handles:
+        handle.remove()
+    return sums
+
+
 def over(seconds: list[float], base: list[float]) -> list[float]:
     """The ratios, round by round."""
     return [own / other for own, other in zip(seconds, base, strict=True)]
@@ -188,8 +241,8 @@ def over(seconds: list[float], base: list[float]) -> list[float]:
 def prepared(name: str, texts: int, quick: bool) -> Run:
     """One of the ways, for a process of its own."""
     model = language_model(quick=quick)
-    _inferred(ways(model, ["aa"])[name])  # what libraries allocate once
-    return partial(_inferred, ways(model, token_lists(texts))[name])
+    _without_gradients(ways(model, ["aa"])[name])  # what libraries allocate once
+    return partial(_without_gradients, ways(model, token_lists(texts))[name])
 
 
 def grown(rows: int, quick: bool) -> Run:
@@ -211,8 +264,8 @@ def sizes(rows: int) -> list[int]:
     return [n for n in (1024, 10_240, 102_400) if n <= max(1024, rows * 1.1)]
 
 
-def _inferred(run: Run) -> Any:
-    with torch.inference_mode():
+def _without_gradients(run: Run) -> Any:
+    with torch.no_grad():
         return run()
 
 

@@ -20,7 +20,7 @@ from actsteer.private_names import OLDEST, PARTS, refuse_older
 ROOT = Path(actsteer.__file__).parent.parent
 FILES = sorted(path for path in (ROOT / "actsteer").rglob("*.py") if path.name != "private_names.py")
 OLDEST_TORCH = ".".join(map(str, OLDEST))
-NOT_TORCHS = {"_fields", "_replace", "_getframe", "_core", "_reconstruct"}  # Python's and NumPy's
+PYTHONS = {"_fields", "_replace", "_getframe"}  # which Python documents
 NAMED = {word for part in PARTS for word in part.split(".")}
 PRIVATE = re.compile(r"_[a-z]\w*|[a-z_.]+\._[a-z][\w.]*")
 
@@ -66,7 +66,7 @@ def used(nodes):
 
 TREES = [tree(path) for path in FILES]
 OWN = {word for nodes in TREES for word in own(nodes)}
-USED = {word for nodes in TREES for word in used(nodes)} - OWN - NOT_TORCHS
+USED = {word for nodes in TREES for word in used(nodes)} - OWN - PYTHONS
 
 
 def test_every_private_name_that_is_not_the_librarys_own_is_named_in_one_place():

@@ -8,10 +8,12 @@ from typing import Annotated
 
 import typer
 
+from actsteer.cli.collect import collect
 from actsteer.cli.convert import convert
 from actsteer.cli.fit import fit
 from actsteer.cli.fold import fold
 from actsteer.cli.generate import generate
+from actsteer.cli.merge import merge
 from actsteer.cli.show import show
 from actsteer.cli.sites import sites
 from actsteer.cli.verify import verify
@@ -22,6 +24,11 @@ _EXAMPLES: dict[Callable[..., None], list[str]] = {
         "actsteer fit -m ./llama --positive calm.txt --negative angry.txt --sites model.layers.14 -o calm.safetensors",
         "actsteer fit -m nets:build --positive nines.pt --negative rest.pt --sites 're:relu.*' -o nine.safetensors",
     ],
+    collect: [
+        "actsteer collect -m ./llama --texts calm.txt --sites 'model.layers.*' -o calm-stats.safetensors",
+        "actsteer collect -m ./llama --texts ./corpus --sites model.layers.14 --shard 2/8 -o part2.safetensors",
+    ],
+    merge: ["actsteer merge part*.safetensors -o all.safetensors"],
     show: ["actsteer show calm.safetensors", "actsteer show 'tones/*.safetensors'"],
     generate: [
         "actsteer generate -m ./llama -b calm.safetensors -c 2 'The meeting was'",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from actsteer.cli.models import Loaded
 from actsteer.collecting.batches import Batches
-from actsteer.collecting.texts import input_device, text_batches
+from actsteer.collecting.texts import TextStream, input_device, text_batches
 
 _TENSORS = "expected a tensor, a tuple of them, or a mapping name -> tensor"
 
@@ -93,6 +93,37 @@ def batches(path: Path, loaded: Loaded, *, batch_size: int, chat: bool = False) 
             return next(iter(named.values())), False  # a tensor that had to have a name in its file
         return [named], False
     return [tuple(tensor.to(device) for tensor in found)], False
+
+
+def dataset_batches(
+    name: str, loaded: Loaded, *, split: str, column: str, config: str | None, batch_size: int, chat: bool
+) -> TextStream:
+    """The texts of a dataset, a directory or a name, read as they are needed.
+
+    Raises:
+        typer.BadParameter: there is none, or `datasets` is not installed.
+    """
+    hint = "--texts"
+    if getattr(getattr(loaded.model, "config", None), "is_encoder_decoder", False):
+        raise typer.BadParameter("a model with a decoder of its own takes texts from a file", param_hint=hint)
+    if not Path(name).exists() and (Path(name).suffix or name.startswith((".", "/", "~"))):
+        raise typer.BadParameter(f"{name}: there is no such file or directory", param_hint=hint)
+    try:
+        import datasets
+    except ImportError:
+        raise typer.BadParameter(
+            f"{name}: no file, and a dataset needs pip install 'actsteer[datasets]'", param_hint=hint
+        ) from None
+    try:
+        if (Path(name) / "dataset_info.json").exists():
+            found: Any = datasets.load_from_disk(name)
+        else:
+            found = datasets.load_dataset(name, config, split=split, streaming=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise typer.BadParameter(f"{name}: no file, and no dataset was found: {error}", param_hint=hint) from None
+    device, tokenizer = input_device(loaded.model), loaded.tokenizer()
+    stream: TextStream = text_batches(tokenizer, found, batch_size=batch_size, chat=chat, column=column, device=device)
+    return stream
 
 
 def one_batch(path: Path, loaded: Loaded, *, chat: bool = False) -> Any:

@@ -10,9 +10,10 @@ import typer
 
 from actsteer.cli import factory, models, options, screen
 from actsteer.cli.examples import batches
-from actsteer.cli.options import BatchSize, Chat, Device, DtypeName, ModelName, OutPath, TrustRemoteCode
+from actsteer.cli.options import BatchSize, Chat, Device, DtypeName, OutPath, TrustRemoteCode
 from actsteer.cli.show import describe
 from actsteer.collecting.positions import Positions
+from actsteer.collecting.statistics import Statistics
 from actsteer.estimators import fit as fitting
 from actsteer.estimators.estimator import Estimator, check_estimator
 from actsteer.estimators.logistic_direction import LogisticDirection
@@ -20,6 +21,7 @@ from actsteer.estimators.mean_difference import MeanDifference
 from actsteer.estimators.principal_direction import PrincipalDirection
 from actsteer.estimators.ridge_direction import RidgeDirection
 from actsteer.estimators.whitened_mean_difference import WhitenedMeanDifference
+from actsteer.files import sealed
 from actsteer.vectors.bank import VectorBank
 from actsteer.vectors.vector import SteeringVector
 
@@ -28,15 +30,21 @@ _OURS: dict[str, Callable[[], Estimator[Any]]] = {
     for kind in (MeanDifference, WhitenedMeanDifference, PrincipalDirection, RidgeDirection, LogisticDirection)
 }
 """The estimators that `actsteer fit` knows by a name alone."""
-_FILE = "Texts, .txt or .jsonl, a line each; or inputs, .safetensors or .pt."
+_FILE = "Texts, .txt or .jsonl, a line each; inputs, .safetensors or .pt; or statistics, as `collect` writes them."
 
 
 def fit(
-    model: ModelName,
     positive: Annotated[Path, typer.Option(help=f"Examples of the concept. {_FILE}", **options.READ)],
     negative: Annotated[Path, typer.Option(help="Examples without it.", **options.READ)],
-    sites: Annotated[list[str], typer.Option(help="A name, a glob or re:EXPRESSION; repeatable.", show_default=False)],
     output: OutPath,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="A Hugging Face directory or name, or module:factory; not for statistics."),
+    ] = None,
+    sites: Annotated[
+        list[str] | None,
+        typer.Option(help="A name, a glob or re:EXPRESSION; repeatable. Of statistics names, or all."),
+    ] = None,
     concept: Annotated[str | None, typer.Option(help="What the vector stands for; the positive file's name.")] = None,
     estimator: Annotated[
         str, typer.Option(help=f"How the direction is found: {', '.join(_OURS)}, or yours as module:Class.")
@@ -54,20 +62,35 @@ def fit(
     options.check_output(output, ".safetensors", ".gguf", inputs=(positive, negative))
     made = _estimator(estimator)
     asked = None if positions is None else options.positions(positions)
-    loaded = models.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    toward, are_texts = batches(positive, loaded, batch_size=batch_size, chat=chat)
-    away, _ = batches(negative, loaded, batch_size=batch_size, chat=chat)
-    chosen: Positions = asked if asked is not None else "last" if are_texts else "all"
-    vector = fitting.fit(
-        loaded.model,
-        positive=toward,
-        negative=away,
-        sites=sites,
-        estimator=made,
-        concept=concept or positive.stem,
-        positions=chosen,
-        batch_size=batch_size,
-    )
+    name = concept or positive.stem
+    if _are_statistics(positive, negative):
+        if asked is not None:
+            raise typer.BadParameter("statistics have their positions already", param_hint="--positions")
+        if made.reads in ("pairs", "rows"):
+            raise typer.BadParameter(
+                f"{estimator} reads {made.reads}, which statistics do not have; give it texts", param_hint="--estimator"
+            )
+        high, low = (_statistics(path, sites) for path in (positive, negative))
+        vector = fitting.estimated(made, positive=high, negative=low, concept=name)
+        known = models.names(model, trust_remote_code=trust_remote_code)
+    else:
+        if model is None or not sites:
+            raise typer.BadParameter("texts and inputs need --model and --sites")
+        loaded = models.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        toward, are_texts = batches(positive, loaded, batch_size=batch_size, chat=chat)
+        away, _ = batches(negative, loaded, batch_size=batch_size, chat=chat)
+        chosen: Positions = asked if asked is not None else "last" if are_texts else "all"
+        vector = fitting.fit(
+            loaded.model,
+            positive=toward,
+            negative=away,
+            sites=sites,
+            estimator=made,
+            concept=name,
+            positions=chosen,
+            batch_size=batch_size,
+        )
+        known = loaded.model
     if not isinstance(vector, SteeringVector):
         raise typer.BadParameter(
             f"{estimator}: it gives an edit, {type(vector).__name__}, and a file holds vectors; call fit in Python",
@@ -75,9 +98,24 @@ def fit(
         )
     if not float(vector.norm()):
         screen.complain("warning", "the vector is zero: both sides are alike at these sites")
-    vector.save(output, model=loaded.model)
+    vector.save(output, model=known)
     describe(VectorBank({vector.concept or "vector": vector}))
     screen.say(f"written to {output}")
+
+
+def _are_statistics(*paths: Path) -> bool:
+    """Whether these are files of statistics; all of them or none."""
+    kinds = [sealed.kind_of(path) if path.suffix.lower() == ".safetensors" else None for path in paths]
+    found = [kind == "statistics" for kind in kinds]
+    if any(found) and not all(found):
+        raise typer.BadParameter("one side has statistics, the other examples; give both alike")
+    return all(found)
+
+
+def _statistics(path: Path, sites: list[str] | None) -> Statistics:
+    """Those of a file, at some of its sites or at all."""
+    stats = Statistics.load(path)
+    return Statistics({site: stats[site] for site in sites or stats}, metadata=stats.metadata)
 
 
 def _estimator(name: str) -> Estimator[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +21,7 @@ from actsteer.cli.options import (
     StrengthTexts,
     TrustRemoteCode,
 )
-from actsteer.files.replacing import replacing
+from actsteer.files.replacing import filling, replacing
 from actsteer.steering.folding import fold as folding
 
 
@@ -60,12 +59,9 @@ def fold(
     before = set(host.state_dict())
     folding.fold(loaded.model, vectors, strength, verify_on=batch, inplace=True)
     if is_pretrained:
-        with tempfile.TemporaryDirectory(dir=output.resolve().parent, prefix=".actsteer-") as temporary:
+        with filling(output) as temporary:
             for part in (host, *companions):
                 part.save_pretrained(temporary)
-            output.mkdir(exist_ok=True)
-            for own in Path(temporary).iterdir():
-                own.replace(output / own.name)
     else:
         with replacing(output) as temporary_file:
             save_model(host, str(temporary_file))

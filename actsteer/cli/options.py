@@ -87,6 +87,18 @@ def one_strength(texts: list[str]) -> float | dict[str, float]:
     return found[0]
 
 
+def shard(text: str) -> tuple[int, int]:
+    """ "2/8": part 2 of the parts 0 to 7.
+
+    >>> shard("2/8")
+    (2, 8)
+    """
+    number, _, of = text.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and int(number) < int(of)):
+        raise typer.BadParameter(f"{text!r}: expected i/n, from 0/n to n-1/n", param_hint="--shard")
+    return int(number), int(of)
+
+
 def positions(text: str) -> Positions:
     """ "last" and the like as they are, "3" as an index, "1:4" as a slice.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from typing import Any, TypeAlias
+from itertools import islice
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,31 @@ def iterate(
                 bar.set_postfix_str(f"{rows / elapsed:,.0f} rows/s", refresh=False)
     if empty and not may_be_empty:
         raise BatchError("batches: there are none; is the generator used up, or the tensor empty?")
+
+
+@runtime_checkable
+class Shares(Protocol):
+    """Batches that give one of n parts of themselves without going over the others."""
+
+    def share(self, number: int, of: int) -> Batches:
+        """The part of this number, from 0."""
+        ...
+
+
+def share(batches: Batches, shard: tuple[int, int], *, batch_size: int) -> Batches:
+    """The i-th of n parts of the batches, for shard = (i, n): every n-th from the i-th, unless they are `Shares`.
+
+    Raises:
+        BatchError: no such part.
+    """
+    number, of = shard
+    if not 0 <= number < of:
+        raise BatchError(f"shard: expected (i, n) with i from 0 to n - 1, got {shard}")
+    if isinstance(batches, Shares):
+        return batches.share(number, of)
+    if isinstance(batches, Tensor):
+        return torch.split(batches, batch_size)[number::of] if len(batches) else ()
+    return list(batches[number::of]) if isinstance(batches, list | tuple) else islice(batches, number, None, of)
 
 
 def call(model: nn.Module, batch: Any) -> Any:

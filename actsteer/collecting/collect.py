@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from actsteer.collecting.batches import Batches, iterate
+from actsteer.collecting.batches import Batches, iterate, share
 from actsteer.collecting.classes import ClassStatistics, Label
 from actsteer.collecting.labels import Labels, labelled
 from actsteer.collecting.moments import Covariance, Moments
@@ -38,6 +38,7 @@ def collect(
     axis: Axes | None = ...,
     batch_size: int = ...,
     stop: bool = ...,
+    shard: tuple[int, int] | None = ...,
     checkpoint: str | PathLike[str] | None = ...,
     every: int = ...,
     progress: bool = ...,
@@ -56,6 +57,7 @@ def collect(
     axis: Axes | None = ...,
     batch_size: int = ...,
     stop: bool = ...,
+    shard: tuple[int, int] | None = ...,
     checkpoint: str | PathLike[str] | None = ...,
     every: int = ...,
     progress: bool = ...,
@@ -73,6 +75,7 @@ def collect(
     axis: Axes | None = None,
     batch_size: int = 256,
     stop: bool = True,
+    shard: tuple[int, int] | None = None,
     checkpoint: str | PathLike[str] | None = None,
     every: int = 100,
     progress: bool = True,
@@ -82,9 +85,11 @@ def collect(
     The model runs in evaluation mode and without gradients, each batch once, and is left as it was found. The first
     batch runs whole. Where each site ran exactly once in it, later passes end when all of them have: what lies behind
     the last one, hooks included, is not called then. Every 32nd pass runs whole again, and raises if a site ran more
-    often. A model of which a part behind the last site writes what it reads at its next batch needs `stop=False`:
-    nothing else can tell. Inside a `with Steerer(...)` block the steered activations are collected. Under
-    torch.distributed each process collects its own share, which may be empty, and `all_reduce` brings them together.
+    often; a model that FSDP shards always runs whole. What a model writes behind its last site and reads at its next
+    batch is the user's to declare, with `stop=False`: such passes have to run whole.
+
+    Inside a `with Steerer(...)` block the steered activations are collected. Under torch.distributed each process
+    collects its own share, which may be empty, and `all_reduce` brings them together.
 
     Args:
         batches: an iterable of model inputs, or one tensor that is split by `batch_size`.
@@ -99,6 +104,9 @@ def collect(
             attention mask, pads do not count, and positions are counted among the real tokens.
         axis: the feature axis, of every site or site -> axis, where it is not the one that the module's class tells.
         stop: False runs every pass whole.
+        shard: (i, n) collects the i-th of n parts of the batches alone, counted from 0: every n-th one, or, of a
+            streamed dataset, what it gives to the i-th of n processes. A part may be empty. The parts, each from a
+            process of its own and saved, `merge` to what one pass gives.
         checkpoint: a `.safetensors` file in which the sums are kept, after `every` batches and at the end. If it is
             there already, the batches that it has seen are skipped, and the statistics are bit for bit those of an
             uninterrupted pass.
@@ -124,8 +132,9 @@ def collect(
         metadata = fingerprint.described(model) | described(positions)
         sums = _Sums(covariance=covariance)
         observation = Observation(model, names, axis=axis, positions=positions, stop=stop)
-        is_share = not is_alone()  # which may be empty
-        stream = iterate(batches, batch_size=batch_size, progress=progress, label="collect", may_be_empty=is_share)
+        is_share = shard is not None or not is_alone()  # which may be empty
+        own = batches if shard is None else share(batches, shard, batch_size=batch_size)
+        stream = iterate(own, batch_size=batch_size, progress=progress, label="collect", may_be_empty=is_share)
         pairs: Iterable[tuple[Any, Any]] = ((batch, None) for batch in stream) if by is None else labelled(stream, by)
         if checkpoint is not None:
             job: dict[str, Any] = metadata | {
@@ -136,6 +145,7 @@ def collect(
             }
             job |= {"weights": weights(model), "rank": 0 if is_alone() else dist.get_rank()}
             job |= {"batch_size": batch_size} if isinstance(batches, Tensor) else {}
+            job |= {"shard": list(shard)} if shard is not None else {}
             job |= {"positions code": code_of(positions)} if callable(positions) else {}
             saved = Checkpoint(checkpoint, every, job)
             sums.classes = saved.classes
@@ -149,7 +159,7 @@ def collect(
     def made(moments: Mapping[str, Moments]) -> Statistics:
         return Statistics({site: moments[site] for site in names}, metadata=described_by, replicas=same)
 
-    nothing = dict.fromkeys(names, Moments.empty(0, covariance=covariance))
+    nothing = {site: Moments.empty(0, covariance=covariance) for site in names}
     if by is None:
         return made(sums.classes.get(None, nothing))
     classes = {label: made(own) for label, own in sums.classes.items() if label is not None}

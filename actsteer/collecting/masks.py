@@ -56,7 +56,7 @@ class TokenMasks:
             return None
         raise ShapeError(
             f"site {site!r}: the attention mask has shape {tuple(mask.shape)}, the activation {shape} (rows, positions)"
-            ", and nobody can tell which of its positions are pads; pass positions=mask, or feed batches without pads"
+            ", and it cannot be told which of its positions are pads; pass positions=mask, or feed batches without pads"
         )
 
     def _for(self, site: str, shape: tuple[int, ...]) -> Tensor | None:

@@ -51,7 +51,7 @@ class Moments:
 
     S is the scatter Σ (x - mean)(x - mean)ᵀ; with covariance="diagonal" its diagonal alone is kept.
 
-    The mean is held as an origin, that of the first rows, and an offset from it. So the differences δ, and with
+    The mean is held as an origin, that of the first rows, and the sum of x - origin. So the differences δ, and with
     them the scatter, stay exact where the mean is a billion times the spread.
 
     >>> m = Moments.empty(2, covariance=True).update(torch.tensor([[0.0, 2.0], [4.0, 2.0]]))
@@ -61,7 +61,7 @@ class Moments:
     [8.0, 0.0]
     """
 
-    __slots__ = ("_buffer", "_offset", "_origin", "_scatter", "_shared", "_squares", "count", "dtype")
+    __slots__ = ("_buffer", "_origin", "_scatter", "_shared", "_squares", "_total", "count", "d", "dtype")
 
     @torch.inference_mode(mode=False)  # what is kept must work in autograd later
     def __init__(
@@ -73,11 +73,13 @@ class Moments:
                 f"expected a mean of shape (d,), and a scatter of shape (d, d) or its diagonal, (d,); got {shapes}"
             )
         self.count = count
+        self.d: int = mean.shape[0]
+        """The number of features."""
         self.dtype: torch.dtype | None = mean.dtype if count else None
         """The dtype of the rows; None before there are any."""
         self._buffer: Tensor | None = None
         self._origin = exact(mean).clone()
-        self._offset = torch.zeros_like(self._origin)
+        self._total = torch.zeros_like(self._origin)  # of x - origin
         self._scatter: Scatter | None = None
         self._squares: Tensor | None = None  # the diagonal of the scatter, where it is kept alone
         if scatter is not None and scatter.ndim == 1:
@@ -108,11 +110,6 @@ class Moments:
 
     # --- reading -------------------------------------------------------------------------------------------------
     @property
-    def d(self) -> int:
-        """The number of features."""
-        return len(self._origin)
-
-    @property
     def kept(self) -> Covariance:
         """What was collected beside the mean: False, "diagonal" or True, as `collect(covariance=)` takes it."""
         return "diagonal" if self._squares is not None else self._scatter is not None
@@ -132,6 +129,11 @@ class Moments:
         if not self.count:
             raise StatisticsError("the mean of no rows is not defined; collect at least one")
         return self._origin + self._offset
+
+    @property
+    def _offset(self) -> Float[Tensor, " d"]:
+        """The mean less the origin."""
+        return self._total / max(1, self.count)
 
     @property
     def variance(self) -> Float[Tensor, " d"]:
@@ -166,7 +168,7 @@ class Moments:
     def is_finite(self) -> bool:
         """Whether the mean is, and what was collected beside it: sums of squares overflow before their terms do."""
         squares = self._squares if self._scatter is None else self._scatter.second.diagonal()  # the largest, by Cauchy
-        parts = [self._origin, self._offset] if squares is None else [self._origin, self._offset, squares]
+        parts = [self._origin, self._total] if squares is None else [self._origin, self._total, squares]
         return all(bool(part.isfinite().all()) for part in parts)
 
     def _degrees(self, name: str) -> int:
@@ -190,11 +192,12 @@ class Moments:
         Raises:
             ShapeError: not rows of d features.
         """
-        if rows.ndim != 2 or rows.shape[1] != self._origin.shape[0]:
-            raise ShapeError(f"expected rows of shape (n, {self.d}), got {tuple(rows.shape)}; is it the same model?")
-        count = rows.shape[0]
-        if count:
-            self.dtype = rows.dtype if self.dtype is None else torch.promote_types(self.dtype, rows.dtype)
+        shape = rows.shape
+        if len(shape) != 2 or shape[1] != self.d:
+            raise ShapeError(f"expected rows of shape (n, {self.d}), got {tuple(shape)}; is it the same model?")
+        if count := shape[0]:
+            if rows.dtype is not self.dtype:
+                self.dtype = rows.dtype if self.dtype is None else torch.promote_types(self.dtype, rows.dtype)
             if self._shared:
                 self._unshare()
             if type(rows) is not Tensor or rows.requires_grad:
@@ -225,7 +228,8 @@ class Moments:
         moved = (other._origin.to(device) - self._origin) + (other._offset.to(device) - self._offset)
         merged = Moments(count, self._origin)
         merged.dtype = torch.promote_types(self.dtype or torch.float64, other.dtype or torch.float64)
-        merged._offset = self._offset + moved * (other.count / count)
+        further = (other._origin.to(device) - self._origin) * other.count
+        merged._total = self._total + (further + other._total.to(device))
         if self._scatter is not None and other._scatter is not None:
             ours, theirs = (self._scatter, self.count), (other._scatter.to(device), other.count)
             third, fourth = moved_sums(*ours, -moved * (other.count / count))
@@ -241,8 +245,8 @@ class Moments:
     def copy(self) -> Moments:
         """The same moments; its tensors become its own when either is updated."""
         copied = Moments.__new__(Moments)
-        copied.count, copied.dtype, copied._buffer = self.count, self.dtype, None
-        copied._origin, copied._offset = self._origin, self._offset
+        copied.count, copied.d, copied.dtype, copied._buffer = self.count, self.d, self.dtype, None
+        copied._origin, copied._total = self._origin, self._total
         copied._scatter, copied._squares = self._scatter, self._squares
         copied._shared = self._shared = True
         return copied
@@ -250,7 +254,7 @@ class Moments:
     def __neg__(self) -> Moments:
         """The moments of the negated rows."""
         negated = Moments(self.count, -self._origin)
-        negated._offset, negated.dtype = -self._offset, self.dtype
+        negated._total, negated.dtype = -self._total, self.dtype
         if (sums := self._scatter) is not None:
             negated._scatter = Scatter(sums.second.clone(), -sums.third, sums.fourth.clone())
         negated._squares = None if self._squares is None else self._squares.clone()
@@ -261,25 +265,24 @@ class Moments:
 
     @torch.inference_mode(mode=False)
     def _unshare(self) -> None:
-        self._origin, self._offset = self._origin.clone(), self._offset.clone()
+        self._origin, self._total = self._origin.clone(), self._total.clone()
         self._scatter = None if self._scatter is None else self._scatter.clone()
         self._squares = None if self._squares is None else self._squares.clone()
         self._shared = False
 
     def _absorb_mean(self, rows: Float[Tensor, "n d"], count: int) -> None:
         """In place, in a buffer that is kept: it costs little more than the sum of the rows."""
-        if self._buffer is None:
+        origin, buffer = self._origin, self._buffer
+        if buffer is None:
             with torch.inference_mode(mode=False):
-                self._buffer = torch.empty_like(self._origin)
-        if rows.device != self._origin.device:
-            rows = exact(rows).to(self._origin.device)
-        total = torch.sum(rows, 0, dtype=torch.float64, out=self._buffer)
-        if not self.count:
-            torch.div(total, count, out=self._origin)
-            self._offset.zero_()
+                buffer = self._buffer = torch.empty_like(origin)
+        if rows.device != origin.device:
+            rows = exact(rows).to(origin.device)
+        torch.sum(rows, 0, dtype=torch.float64, out=buffer)
+        if self.count:
+            self._total.add_(buffer.sub_(origin, alpha=count))
         else:
-            total.sub_(self._origin, alpha=count).sub_(self._offset, alpha=count)
-            self._offset.add_(total, alpha=1 / (self.count + count))
+            torch.div(buffer, count, out=origin)
         self.count += count
 
     @torch.inference_mode(mode=False)
@@ -308,7 +311,7 @@ class Moments:
         if self._squares is not None:
             within = (rows - shift).square_().sum(dim=0)
             self._squares = self._squares + within + moved.square() * (self.count * len(rows) / count)
-        self._offset = self._offset + moved * (len(rows) / count)
+        self._total = self._total + shift * len(rows)
         self.count = count
 
 

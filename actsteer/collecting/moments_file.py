@@ -67,13 +67,13 @@ def read(path: str | PathLike[str], kind: str) -> tuple[Classes, dict[str, Any]]
     return classes, document
 
 
-_NAMES = ("origin", "offset", "squares", "second", "third", "fourth")
+_NAMES = ("origin", "total", "squares", "second", "third", "fourth")
 _KEPT = ({"squares"}, {"second", "third", "fourth"}, set[str]())
-"""Beside origin and offset: variances, a covariance, or nothing."""
+"""Beside origin and total: variances, a covariance, or nothing."""
 
 
 def _tensors(moments: Moments) -> dict[str, Tensor]:
-    found = {"origin": moments._origin, "offset": moments._offset}
+    found = {"origin": moments._origin, "total": moments._total}
     if (sums := moments._scatter) is not None:
         found |= {"second": sums.second, "third": sums.third, "fourth": sums.fourth}
     if moments._squares is not None:
@@ -86,11 +86,11 @@ def _moments(count: Any, tensors: Mapping[str, Tensor | None], *, d: int | None)
     if type(count) is not int or not 0 <= count < 2**63:
         raise ValueError(f"expected a count, got {count!r}")
     found = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    origin, offset, squares, second, third, fourth = (tensors[name] for name in _NAMES)
-    if origin is None or offset is None or found.keys() - {"origin", "offset"} not in _KEPT:
-        raise ValueError(f"expected origin and offset, and one of {_KEPT}, got {sorted(found)}")
+    origin, total, squares, second, third, fourth = (tensors[name] for name in _NAMES)
+    if origin is None or total is None or found.keys() - {"origin", "total"} not in _KEPT:
+        raise ValueError(f"expected origin and total, and one of {_KEPT}, got {sorted(found)}")
     size = len(origin) if d is None and origin.ndim else d
-    shapes: dict[str, tuple[int | None, ...]] = {"origin": (size,), "offset": (size,), "squares": (size,)}
+    shapes: dict[str, tuple[int | None, ...]] = {"origin": (size,), "total": (size,), "squares": (size,)}
     shapes |= {"second": (size, size), "third": (size,), "fourth": ()}
     for name, tensor in found.items():
         if tensor.dtype != torch.float64 or tuple(tensor.shape) != shapes[name]:
@@ -98,7 +98,7 @@ def _moments(count: Any, tensors: Mapping[str, Tensor | None], *, d: int | None)
                 f"{name}: expected float64 of shape {shapes[name]}, got {tensor.dtype} {tuple(tensor.shape)}"
             )
     made = Moments(count, origin)
-    made._offset, made._squares = offset, squares
+    made._total, made._squares = total, squares
     if second is not None and third is not None and fourth is not None:
         made._scatter = Scatter(second, third, fourth)
     return made

@@ -237,7 +237,7 @@ class _Listener:
             rows = asked.rows if asked.rows is not None else asked.masks.rows
             if rows not in whole.shape[:2] or whole.shape[0] == whole.shape[1]:
                 raise ShapeError(
-                    f"site {self.place.site!r}: the model has modules with batch_first=False, and nobody can tell "
+                    f"site {self.place.site!r}: the model has modules with batch_first=False, and it cannot be told "
                     f"which axis of an activation of shape {tuple(whole.shape)} holds the rows; choose a site inside "
                     "of them"
                 )

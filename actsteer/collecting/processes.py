@@ -108,7 +108,7 @@ def _outcome(store: Store, key: str) -> str:
         waited = time.monotonic() - start
         if waited > patience.total_seconds():
             return store.compare_set(key, "", "late").decode()
-        if waited - looked > 0.2:  # now and then, whether somebody has failed who will not come
+        if waited - looked > 0.2:  # now and then, whether a rank has failed, which will not come
             looked = waited
             if store.check(["failed"]):
                 return store.compare_set(key, "", "failed").decode()
@@ -278,7 +278,7 @@ def _merged(part: Moments, counts: Tensor, means: Tensor, empty: Moments, group:
     offsets = (means[:, 0] - origin) + means[:, 1]
     offset = (counts / total).to(offsets) @ offsets
     merged = Moments(int(total), origin)
-    merged._offset = offset
+    merged._total = offset * merged.count
     shift = (part._origin.to(origin.device) - origin) + part._offset.to(origin.device) - offset
     if part._scatter is not None:
         sums = part._scatter.to(origin.device)

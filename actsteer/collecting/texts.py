@@ -2,27 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeAlias, final
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import islice
+from typing import Any, Protocol, TypeAlias, final, overload, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from actsteer.errors import BatchError
+from actsteer.errors import BatchError, close_names
 
 Text: TypeAlias = str | Sequence[Mapping[str, Any]]
 """A text or, for `chat`, the messages of a conversation: mappings with "role" and "content"."""
 
 
+@runtime_checkable
+class Dataset(Protocol):
+    """A dataset of Hugging Face `datasets`, in memory or streamed."""
+
+    column_names: Any
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        """Its rows, column -> value."""
+        ...
+
+
+@overload
 def text_batches(
     tokenizer: Any,
     texts: Sequence[Text],
     *,
+    batch_size: int = ...,
+    chat: bool = ...,
+    column: str = ...,
+    device: torch.device | str | None = ...,
+) -> TextBatches: ...
+
+
+@overload
+def text_batches(
+    tokenizer: Any,
+    texts: Dataset,
+    *,
+    batch_size: int = ...,
+    chat: bool = ...,
+    column: str = ...,
+    device: torch.device | str | None = ...,
+) -> TextStream: ...
+
+
+def text_batches(
+    tokenizer: Any,
+    texts: Sequence[Text] | Dataset,
+    *,
     batch_size: int = 32,
     chat: bool = False,
+    column: str = "text",
     device: torch.device | str | None = None,
-) -> TextBatches:
+) -> TextBatches | TextStream:
     """Texts as batches for `collect`, `fit` and the rest: token ids and attention masks, in the order of the texts.
 
     Padded on the right, whatever side the tokenizer pads on: so every token has the position that it has alone, and the
@@ -30,12 +68,14 @@ def text_batches(
 
     Args:
         tokenizer: any of transformers.
-        texts: strings; with `chat` also conversations.
+        texts: strings; with `chat` also conversations. Or a dataset of Hugging Face `datasets`, which is read and
+            tokenized batch by batch, however large it is: `load_dataset(..., streaming=True)`.
         chat: apply the tokenizer's chat template, a string as the user's message, and end where the model is to answer.
+        column: where a dataset has its texts.
         device: where the tensors go.
 
     Raises:
-        BatchError: no texts, or one without a token.
+        BatchError: no texts, or one without a token; no such column.
 
     >>> class Letters:  # a tokenizer, in short
     ...     pad_token_id = None
@@ -45,14 +85,14 @@ def text_batches(
     ...     batch["input_ids"].tolist(), batch["attention_mask"].tolist()
     ([[1, 2, 3], [2, 0, 0]], [[1, 1, 1], [1, 0, 0]])
     """
-    if isinstance(texts, str) or not texts:
-        raise BatchError(f"texts: expected a sequence of one or more, got {texts!r}")
     if batch_size < 1:
         raise BatchError(f"batch_size: expected 1 or more, got {batch_size}")
-    ids = [_ids(tokenizer, text, chat=chat) for text in texts]
-    if empty := [text for text, own in zip(texts, ids, strict=True) if not len(own)]:
-        raise BatchError(f"texts: {empty[0]!r} has no tokens")
-    return TextBatches(ids, batch_size, device)
+    encode = partial(_ids, tokenizer, chat=chat)
+    if isinstance(texts, Dataset):
+        return TextStream(texts, column, encode, batch_size, device)
+    if isinstance(texts, str) or not texts:
+        raise BatchError(f"texts: expected a sequence of one or more, got {texts!r}")
+    return TextBatches([encode(text) for text in texts], batch_size, device)
 
 
 @final
@@ -69,10 +109,51 @@ class TextBatches:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for start in range(0, len(self.ids), self._batch_size):
-            own = self.ids[start : start + self._batch_size]
-            mask = pad_sequence([torch.ones_like(ids) for ids in own], batch_first=True)
-            batch = {"input_ids": pad_sequence(own, batch_first=True), "attention_mask": mask}
-            yield {name: tensor.to(self._device) for name, tensor in batch.items()}
+            yield _padded(self.ids[start : start + self._batch_size], self._device)
+
+
+@final
+class TextStream:
+    """The same of a dataset, which is read and tokenized as it is gone over."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        column: str,
+        encode: Callable[[Text], Tensor],
+        batch_size: int,
+        device: torch.device | str | None,
+    ) -> None:
+        if dataset.column_names is not None and column not in dataset.column_names:
+            raise BatchError(
+                f"texts: the dataset has no column {column!r}. {close_names(column, dataset.column_names)}"
+            )
+        self._dataset, self._column, self._encode = dataset, column, encode
+        self._batch_size, self._device = batch_size, device
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        rows = iter(self._dataset)
+        while own := [self._encode(row[self._column]) for row in islice(rows, self._batch_size)]:
+            yield _padded(own, self._device)
+
+    def share(self, number: int, of: int) -> TextStream:
+        """Every so many batches of a dataset in memory; of a streamed one, what `datasets` lets one process read."""
+        dataset: Any = self._dataset
+        if hasattr(dataset, "select"):
+            starts = range(number * self._batch_size, len(dataset), of * self._batch_size)
+            own = [index for start in starts for index in range(start, min(start + self._batch_size, len(dataset)))]
+            part = dataset.select(own)
+        else:
+            from datasets.distributed import split_dataset_by_node
+
+            part = split_dataset_by_node(dataset, rank=number, world_size=of)
+        return TextStream(part, self._column, self._encode, self._batch_size, self._device)
+
+
+def _padded(ids: Sequence[Tensor], device: torch.device | str | None) -> dict[str, Tensor]:
+    mask = pad_sequence([torch.ones_like(own) for own in ids], batch_first=True)
+    batch = {"input_ids": pad_sequence(list(ids), batch_first=True), "attention_mask": mask}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def input_device(model: nn.Module) -> torch.device | None:
@@ -87,8 +168,12 @@ def _ids(tokenizer: Any, text: Text, *, chat: bool) -> Tensor:
     if not chat:
         if not isinstance(text, str):
             raise BatchError(f"texts: expected a string, got {type(text).__name__}; pass chat=True for conversations")
-        return torch.tensor(tokenizer(text)["input_ids"], dtype=torch.long)
-    messages = [{"role": "user", "content": text}] if isinstance(text, str) else list(text)
-    answers = messages[-1]["role"] != "assistant"
-    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=answers, tokenize=True, return_dict=True)
-    return torch.tensor(encoded["input_ids"], dtype=torch.long)
+        found = tokenizer(text)["input_ids"]
+    else:
+        messages = [{"role": "user", "content": text}] if isinstance(text, str) else list(text)
+        answers = messages[-1]["role"] != "assistant"
+        made = tokenizer.apply_chat_template(messages, add_generation_prompt=answers, tokenize=True, return_dict=True)
+        found = made["input_ids"]
+    if not len(found):
+        raise BatchError(f"texts: {text!r} has no tokens")
+    return torch.tensor(found, dtype=torch.long)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from actsteer.collecting.batches import Batches, iterate
-from actsteer.collecting.record import record
+from actsteer.collecting.record import Recorder, record
 
 
 @final
@@ -21,7 +21,7 @@ class Rows(Mapping[str, Tensor]):
     gives them batch by batch instead: the model runs anew each time that they are gone over, and nothing is kept.
 
     Args:
-        options: as for `record`: `sites`, `positions`, `axis`, `batch_size`.
+        options: as for `record`: `sites`, `positions`, `axis`, `batch_size`, `stop`.
 
     >>> import torch
     >>> from actsteer import SteeringVector, fit
@@ -63,8 +63,9 @@ class Rows(Mapping[str, Tensor]):
 @final
 class _Blocks:
     def __init__(self, model: nn.Module, batches: Batches, options: Mapping[str, Any]) -> None:
-        self._model, self._batches, self._options = model, batches, options
+        self._batches, self._batch_size = batches, options["batch_size"]
+        self._recorder = Recorder(model, **{name: own for name, own in options.items() if name != "batch_size"})
 
     def __iter__(self) -> Iterator[Mapping[str, Tensor]]:
-        for batch in iterate(self._batches, batch_size=self._options["batch_size"], progress=False, label=""):
-            yield record(self._model, [batch], progress=False, **self._options)
+        for batch in iterate(self._batches, batch_size=self._batch_size, progress=False, label=""):
+            yield self._recorder.record([batch])

@@ -21,7 +21,7 @@ class Format(Protocol):
     A module of your own is as good as those of `FORMATS`: `bank.save(path, format=mine)`,
     `VectorBank.load(path, format=mine)`, and `actsteer convert --format mine`.
 
-    What `read` gives for each concept is one of three:
+    What `read` gives for each concept is one of three, of `actsteer.files.lazy`:
 
     - `Named(directions, metadata)`: site -> tensor of shape (d,), and strings;
     - `Numbered(directions, side=..., model_hint=..., metadata=...)`, where the file numbers a model's blocks: `load`
@@ -30,6 +30,7 @@ class Format(Protocol):
 
     >>> import json, pathlib, tempfile, torch, types
     >>> from actsteer import SteeringVector
+    >>> from actsteer.files.lazy import Named
     >>> def read(path):
     ...     return {
     ...         concept: Named({site: torch.tensor(row) for site, row in rows.items()}, {"concept": concept})

@@ -36,7 +36,8 @@ _LOCK = threading.Lock()  # torch has one list of what may be in a file
 def read(path: Path) -> dict[str, Named | Numbered]:
     """Concept -> vector, by the blocks' numbers, or by site where the keys are names.
 
-    The concept is the file's name; where that tells a layer, what stands before it or, without that, the folder's.
+    The concept is the file's name; where that tells a layer, what stands before it or, without that, the folder's. What
+    stands behind the layer, in CAA's files the model, is the metadata's "variant".
     """
     with path.open("rb") as file:
         size = file.seek(0, 2)
@@ -53,8 +54,8 @@ def read(path: Path) -> dict[str, Named | Numbered]:
         metadata = {} if found["rest"] is None else {"variant": found["rest"]}
         return {found["concept"] or path.absolute().parent.name: Numbered(rows, metadata=metadata)}
     if isinstance(content, Mapping) and _is_by_concept(content):
-        return {_key(path, concept): _vector(path, own, budget) for concept, own in content.items()}
-    return {path.stem: _vector(path, content, budget)}
+        return {concept: _vector(path, concept, own, budget) for concept, own in _by_name(path, content).items()}
+    return {path.stem: _vector(path, path.stem, content, budget)}
 
 
 def write(path: Path, vectors: Mapping[str, Named]) -> None:
@@ -81,7 +82,7 @@ def _loaded(path: Path, file: BinaryIO, size: int) -> Any:
         ) from None
 
 
-def _vector(path: Path, content: Any, budget: _Budget) -> Named | Numbered:
+def _vector(path: Path, concept: str, content: Any, budget: _Budget) -> Named | Numbered:
     if isinstance(content, Tensor):
         budget.check("it", content)
         if content.ndim == 3 and content.shape[1] == 1:
@@ -95,14 +96,14 @@ def _vector(path: Path, content: Any, budget: _Budget) -> Named | Numbered:
         content = dict(enumerate(content))
     if not isinstance(content, Mapping) or not all(isinstance(row, Tensor) for row in content.values()):
         raise FileFormatError(f"{path}: expected a tensor (layers, d) or a mapping layer -> tensor (d,)")
-    rows = {_key(path, key): budget.row(key, row) for key, row in content.items()}
+    rows = {key: budget.row(key, row) for key, row in _by_name(path, content).items()}
     numbers = {key: foreign.layer(key) for key in rows}
     by_number: dict[int, Tensor] = {}
     for key, number in numbers.items():
         if number is not None:
             foreign.put(path, by_number, number, rows[key])
     if not by_number:
-        return Named(foreign.checked(path, rows), {"concept": path.stem})
+        return Named(foreign.checked(path, rows), {"concept": concept})
     if len(by_number) < len(rows):
         names = [key for key, number in numbers.items() if number is None]
         raise FileFormatError(f"{path}: expected layers alone, or sites alone; {names} are no layers")
@@ -123,10 +124,14 @@ def _is_stack(content: Any) -> bool:
     return isinstance(content, Tensor) and not_plain(content) is None and content.ndim > 1 and len(content) > 1
 
 
-def _key(path: Path, key: Any) -> str:
-    if type(key) not in (int, str):
-        raise FileFormatError(f"{path}: expected layers' numbers or names, got the key {key!r}")
-    return str(key)
+def _by_name(path: Path, content: Mapping[Any, Any]) -> dict[str, Any]:
+    """The same with strings for keys, which were strings or numbers."""
+    for key in content:
+        if type(key) not in (int, str):
+            raise FileFormatError(f"{path}: expected layers' numbers or names, got the key {key!r}")
+        if type(key) is int and str(key) in content:
+            raise FileFormatError(f"{path}: layer {key} is there twice, under two names")
+    return {str(key): value for key, value in content.items()}
 
 
 class _Budget:

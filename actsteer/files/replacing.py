@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import stat
 import uuid
 from collections.abc import Iterator
@@ -57,6 +58,26 @@ def replacing(target: Path) -> Iterator[Path]:
             os.close(descriptor)
 
 
+@contextmanager
+def filling(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, whose files are moved into that one on leaving without an error.
+
+    Where the process is killed, the next save removes it, as `replacing` has it.
+    """
+    folder = Path(os.path.realpath(folder))
+    _remove_abandoned(folder.parent)
+    temporary, descriptor = _created(folder, is_folder=True)
+    try:
+        yield temporary
+        folder.mkdir(exist_ok=True)
+        for own in temporary.iterdir():
+            own.replace(folder / own.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
 def check_replaceable(target: Path) -> int | None:
     """The mode of the file that is there, None where there is none; raises as `replacing` does."""
     if not target.parent.is_dir():
@@ -73,11 +94,17 @@ def check_replaceable(target: Path) -> int | None:
     return stat.S_IMODE(mode)
 
 
-def _created(target: Path, mode: int | None) -> tuple[Path, int]:
-    """A new temporary file, and its descriptor, which holds the lock."""
+def _created(target: Path, mode: int | None = None, *, is_folder: bool = False) -> tuple[Path, int]:
+    """A new temporary file or folder, and its descriptor, which holds the lock."""
     while True:
         temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.actsteer")
-        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666 if mode is None else mode)
+        if is_folder:
+            temporary.mkdir(mode=0o700)
+            if fcntl is None:
+                return temporary, -1
+            descriptor = os.open(temporary, os.O_RDONLY)
+        else:
+            descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666 if mode is None else mode)
         if fcntl is not None:
             with suppress(OSError):  # a file system without locks, on which nothing is removed either
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -87,12 +114,13 @@ def _created(target: Path, mode: int | None) -> tuple[Path, int]:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove the temporary files on which nobody holds a lock."""
+    """Remove the temporary files and folders on which no process holds a lock."""
     if fcntl is None:
         return
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
-            if _TEMPORARY.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+            is_ours = entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False)
+            if is_ours and _TEMPORARY.fullmatch(entry.name):
                 with suppress(OSError):
                     _remove_unlocked(Path(entry.path))
 
@@ -101,6 +129,9 @@ def _remove_unlocked(temporary: Path) -> None:
     descriptor = os.open(temporary, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        temporary.unlink()
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink()
     finally:
         os.close(descriptor)

@@ -49,7 +49,7 @@ class Layout:
         that the last, if there are at most three axes.
 
         Raises:
-            ShapeError: another size there, or an axis that nobody can know.
+            ShapeError: another size there, or an axis that cannot be known.
         """
         axis = self._inferred(shape, size, site) if self.axis is None else self.axis
         if not -len(shape) <= axis < len(shape):

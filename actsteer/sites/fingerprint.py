@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import math
 import re
@@ -73,13 +74,23 @@ def weights(model: nn.Module) -> str | None:
         if type(parameter) not in (Tensor, nn.Parameter) or parameter.is_meta:
             return None  # sharded, offloaded, fake, not made yet
         if parameter.dtype in _HELD_BY:
-            flat = parameter.detach().reshape(-1)
-            samples.append(flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES].cpu())
+            samples.append(_sampled(parameter.detach()))
             common &= set(_HELD_BY[parameter.dtype])
     if not samples or not common:
         return None
-    rows = torch.cat([sample.to(torch.float64) for sample in samples])
+    if len({sample.device for sample in samples}) > 1:
+        samples = [sample.cpu() for sample in samples]
+    rows = torch.cat(samples).cpu().to(torch.float64)  # of several dtypes, in one that holds them all
     return " ".join(f"{str(dtype)[6:]}:{_hash(rows.to(dtype))}" for dtype in _HELD_BY if dtype in common)
+
+
+def _sampled(parameter: Tensor) -> Tensor:
+    """Some of a parameter's numbers, at equal distances."""
+    size = parameter.numel()
+    step = max(1, size // _SAMPLES)
+    if not parameter.is_contiguous():
+        return parameter.reshape(-1)[::step][:_SAMPLES]
+    return parameter.as_strided((min(_SAMPLES, -(-size // step)),), (step,), parameter.storage_offset())
 
 
 def described(model: nn.Module) -> dict[str, str]:
@@ -164,7 +175,8 @@ def _hashed(shapes: list[tuple[str, tuple[int, ...]]]) -> str:
 
 
 def _hash(rows: Tensor) -> str:
-    return hashlib.sha256(bytes(rows.contiguous().view(torch.uint8).tolist())).hexdigest()[:16]
+    rows = rows.contiguous()
+    return hashlib.sha256(ctypes.string_at(rows.data_ptr(), rows.nbytes)).hexdigest()[:16]
 
 
 def _hashes(text: str | None) -> dict[str, str]:

@@ -153,7 +153,7 @@ def path_to(model: nn.Module, name: str) -> list[nn.Module]:
 
 
 def runs_torch_code(module: nn.Module) -> bool:
-    """Whether the module's class has its forward from torch, and not from somebody who made another of it."""
+    """Whether the module's class has its forward from torch, and is not overridden outside of torch."""
     home = getattr(getattr(type(module), "forward", None), "__module__", None)
     return isinstance(home, str) and home.startswith("torch.")
 

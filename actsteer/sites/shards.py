@@ -32,7 +32,7 @@ def full(activation: Tensor, module: nn.Module, *, site: str) -> Tensor:
     """The whole activation, gathered from all processes where each holds a part.
 
     Raises:
-        OutputError: on every process, if they hold different plain tensors, of which nobody can tell how they belong
+        OutputError: on every process, if they hold different plain tensors, of which it cannot be told how they belong
             together; an ordinary module between two parallel ones cannot be told apart from one of its own.
     """
     if (placed := _columns(activation, module)) is not None:

@@ -28,7 +28,8 @@ def slot(module: nn.Module) -> str | None:
     """The name under which a wrapper holds what it wraps; None for any other module."""
     for kind in type(module).__mro__:
         if kind.__name__ in _SLOTS:
-            return _SLOTS[kind.__name__]
+            name = _SLOTS[kind.__name__]
+            return name if name in module._modules else None  # else a class of the user's that is only called so
     return None
 
 
@@ -51,14 +52,16 @@ def _adapted(kind: type[nn.Module]) -> str | None:
 
 def without_adapters(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """As `named_modules`, with every layer to which peft has added an adapter as it was before."""
-    if (inside := _adapted(type(model))) is not None:
-        yield from without_adapters(getattr(model, inside), name)
+    adapted = _adapted(type(model))
+    base = model._modules[adapted] if adapted is not None and adapted in model._modules else None
+    if base is not None:
+        yield from without_adapters(base, name)
         return
     yield name, model
+    inner = slot(model)
     for key, child in model._modules.items():
         if child is not None:
-            inner = "" if key == slot(model) else key
-            yield from without_adapters(child, ".".join(part for part in (name, inner) if part))
+            yield from without_adapters(child, name if key == inner else f"{name}.{key}" if name else key)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

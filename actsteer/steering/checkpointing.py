@@ -54,7 +54,7 @@ class Checkpointing:
         caller = frame.f_code.co_name
         if caller == "backward" or (caller in _RECOMPUTES and not edited.requires_grad):
             self._waiting = self._waiting[:-1]  # computed again, and steered
-        elif caller == "forward" and frame.f_locals["ctx"].next_functions:  # reentrant, and somebody wants gradients
+        elif caller == "forward" and frame.f_locals["ctx"].next_functions:  # reentrant, and gradients are wanted
             self._waiting.append(_Pass())
         elif caller not in _RECOMPUTES and caller != "forward" and torch.is_grad_enabled() and self._trains(edited):
             waiting = _Pass()

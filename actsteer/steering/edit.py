@@ -267,7 +267,7 @@ class SiteEdit(Uncopied):
         if not _is_compiling() and _may_be_checkpointed() and self._checkpointing.runs_inside:
             raise UnsupportedModelError(
                 f"site {self.place.site!r}: under gradient checkpointing a part of the model runs again later, when "
-                "nobody knows the positions any more; steer all positions, or train without checkpointing"
+                "the positions are not known any more; steer all positions, or train without checkpointing"
             )
         if now is not None and now.tokens is not None:
             return now
@@ -304,7 +304,7 @@ class SiteEdit(Uncopied):
             for own, place in enumerate(self._directions.others):
                 c = self._strength(own, view.frame, now)
                 c = c if real is None else torch.where(real, c.to(last.device), 0.0)
-                if c.ndim:  # a number for all stays on the CPU, where nobody waits for it
+                if c.ndim:  # a number for all stays on the CPU: reading it waits for no other device
                     c = c.to(last).movedim(view.frame.axis, -1)
                 direction = self._directions.like(own, last.dtype, last.device)
                 last = edited_by(self.interventions[place], last, direction, c)

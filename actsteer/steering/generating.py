@@ -21,7 +21,7 @@ class Generating:
         return rows // self.rows if self.rows and rows % self.rows == 0 else 1
 
     def within(self, tokens: Tokens) -> Tokens:
-        """The tokens of a pass of this generation; the first one has the prompt, if nobody has told of it."""
+        """The tokens of a pass of this generation; the first one has the prompt, unless that is known."""
         if self.prompt is None and isinstance(tokens.start, int):
             self.prompt = tokens.start + tokens.length
         if self.rows is None:

@@ -108,7 +108,7 @@ class _Watched:
         return self._around(self.module, self._previous, args, kwargs)
 
     def leave(self) -> None:
-        """Put back what was there; under what somebody has put there since, do nothing any more."""
+        """Put back what was there; a wrapper put around it since goes on calling this one, which then does nothing."""
         self._is_gone = True
         own = self.module.__dict__
         while isinstance(top := own.get(self.name), _Watched) and top._is_gone:  # Steerers leave in any order

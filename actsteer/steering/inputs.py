@@ -40,8 +40,8 @@ def tokens_of(named: Mapping[str, Any], host: nn.Module, *, is_encoder: bool, st
     if mask is None and isinstance(given := named.get(f"{prefix}attention_mask"), Tensor):
         start = None
         unknown = (
-            f"positions: the attention mask is {given.dtype} of shape {tuple(given.shape)}, and nobody can tell which "
-            f"tokens are pads; pass one of shape {shape} with 1 for a token and 0 for a pad"
+            f"positions: the attention mask is {given.dtype} of shape {tuple(given.shape)}, and it cannot be told "
+            f"which tokens are pads; pass one of shape {shape} with 1 for a token and 0 for a pad"
         )
     return Tokens(
         *shape,
@@ -98,19 +98,18 @@ def _start(named: Mapping[str, Any], length: int, mask: Tensor | None) -> tuple[
         if seen is None and mask is not None and mask.shape[1] > length:
             seen = mask.shape[1] - length
         if seen is None:
-            return None, f"positions: {name!r} holds what was computed before, and nobody can tell how much{_HINT}"
+            return None, f"positions: {name!r} holds what was computed before, and it cannot be told how much{_HINT}"
         if isinstance(seen, int) and seen == 0:
             return 0, ""
-        return seen, f"positions: with {name!r}, nobody can tell where the prompt ended{_HINT}"
+        return seen, f"positions: with {name!r}, it cannot be told where the prompt ended{_HINT}"
     places = named.get("position_ids")
     if isinstance(places, Tensor) and places.ndim == 2 and places.shape[1] == length and mask is None:
         if torch.compiler.is_compiling() or bool((places == torch.arange(length, device=places.device)).all()):
             return 0, ""
         first = places[:, 0]
         if bool((first == first[0]).all()) and bool((places.diff(dim=1) == 1).all()):
-            return int(
-                first[0]
-            ), f"positions: 'position_ids' begin at {int(first[0])}, and nobody can tell where the prompt ended{_HINT}"
+            begin = int(first[0])
+            return begin, f"positions: 'position_ids' begin at {begin}, and the end of the prompt is not known{_HINT}"
         return (
             None,
             f"positions: 'position_ids' do not count up by one, as in one text per row; pass an attention_mask{_HINT}",

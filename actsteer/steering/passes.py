@@ -120,7 +120,7 @@ class Passes:
         return self._about(Tokens(rows, length, prompt=length, device=device))
 
     def check_runs(self) -> None:
-        """PositionsError if a part of a model is called by itself, where nobody sees what the model would be given."""
+        """PositionsError if a part of a model is called by itself, so that what the model is given is not seen."""
         if self.sees_inputs and not self._runs.get():
             name = type(unwrapped(self.host)).__name__
             raise PositionsError(

@@ -58,7 +58,7 @@ class Steerer:
         backend: "auto" takes a hook, or under code that is compiled already, which ignores hooks, a patch of the
             module's `forward`. "buffer" keeps the strengths in tensors that compiled code reads (see `install`).
             "fold" writes c · v into the module's bias: no cost at all, and it works in scripted, exported and frozen
-            code; but `state_dict` shows it, a copy made inside the block keeps it, and nobody can prove that it ran.
+            code; but `state_dict` shows it, a copy made inside the block keeps it, and that it ran cannot be proved.
         scope: "process": every thread that runs the model is steered. "thread": the attaching thread alone; eager only.
         strict: on leaving, raise if the model ran and a site did not.
 

@@ -215,7 +215,7 @@ def strength_at(schedule: Schedule, step: int) -> Tensor:
 
 
 def _checked(strength: object, where: str) -> float | Tensor | Schedule:
-    """A number, unless it lies on another device, where nobody waits for it; or a copy of a tensor; or a schedule."""
+    """A number, unless it is on another device, which is not waited for; or a copy of a tensor; or a schedule."""
     if isinstance(strength, Real):
         if not math.isfinite(strength):
             raise StrengthError(f"{where}: expected a finite number, got {strength}")

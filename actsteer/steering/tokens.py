@@ -18,9 +18,9 @@ class Tokens:
 
     Args:
         rows, length: B and S.
-        start: the column of the first of them: how many columns lie in the cache; None if nobody can know.
+        start: the column of the first of them: how many columns lie in the cache; None if it cannot be known.
         mask: the tokens (true) and pads (false) of all columns so far, (B, start + S); None where there are no pads.
-        prompt: the number of columns of the prompt; None if nobody can know.
+        prompt: the number of columns of the prompt; None if it cannot be known.
         prompt_mask: the mask of all columns of the prompt, where `mask` does not reach so far yet.
         batch: the inputs that a callable chooses positions from, of all columns so far; None if they are not known.
         copies: how many rows in a row were made from one of the caller's, as beams are.
@@ -110,6 +110,6 @@ class Tokens:
         )
 
     def check_known(self) -> None:
-        """Raise PositionsError if nobody can know where the prompt ends."""
+        """Raise PositionsError if it cannot be known where the prompt ends."""
         if self.prompt is None:
             raise PositionsError(self.unknown)

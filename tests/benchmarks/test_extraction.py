@@ -34,6 +34,8 @@ def test_the_file_has_every_way_with_its_times_and_memory(tmp_path):
     assert list(found["ways"]) == list(ways(language_model(quick=True), token_lists(2)))
     assert all(len(way["seconds"]) == 2 and way["megabytes"] > 0 for way in found["ways"].values())
     assert list(found["megabytes by rows"]) == ["1024"]
+    assert all(len(found["milliseconds beyond bare hooks"][name]) == 2 for name in ("per batch", "per call"))
+    assert f"{found['no_grad over inference mode']['median']:.3f}" in result.output
     assert f"{found['shared prefix']['median']:.3f}" in result.output
 
 

@@ -300,7 +300,7 @@ def test_variances_take_no_memory_for_a_covariance_and_say_so():
         False,
         "Moments(count=2, d=2000, covariance='diagonal')",
     )
-    assert sum(tensor.numel() for tensor in (found._origin, found._offset, found._squares)) == 3 * 2000
+    assert sum(tensor.numel() for tensor in (found._origin, found._total, found._squares)) == 3 * 2000
     for name in ("covariance", "scatter", "fourth"):
         with pytest.raises(StatisticsError, match="covariance='diagonal'; collect with covariance=True"):
             getattr(found, name)

@@ -42,15 +42,15 @@ TENSORS = {
     "origin of no shape": lambda t: t.update({"0/0/origin": torch.zeros((), dtype=torch.float64)}),
     "origin of two axes": lambda t: t.update({"0/0/origin": torch.zeros(3, 1, dtype=torch.float64)}),
     "origin in float32": lambda t: t.update({"0/0/origin": torch.zeros(3)}),
-    "offset of one": lambda t: t.update({"0/0/offset": torch.zeros(1, dtype=torch.float64)}),
-    "offset of none": lambda t: t.update({"0/0/offset": torch.zeros(0, dtype=torch.float64)}),
-    "offset of whole numbers": lambda t: t.update({"0/0/offset": torch.zeros(3, dtype=torch.int64)}),
+    "total of one": lambda t: t.update({"0/0/total": torch.zeros(1, dtype=torch.float64)}),
+    "total of none": lambda t: t.update({"0/0/total": torch.zeros(0, dtype=torch.float64)}),
+    "total of whole numbers": lambda t: t.update({"0/0/total": torch.zeros(3, dtype=torch.int64)}),
     "second of a vector": lambda t: t.update({"0/0/second": torch.zeros(3, dtype=torch.float64)}),
     "second not square": lambda t: t.update({"0/0/second": torch.zeros(3, 4, dtype=torch.float64)}),
     "third of another size": lambda t: t.update({"0/0/third": torch.zeros(2, dtype=torch.float64)}),
     "fourth with an axis": lambda t: t.update({"0/0/fourth": torch.zeros(1, dtype=torch.float64)}),
     "no origin": lambda t: t.pop("0/0/origin"),
-    "no offset": lambda t: t.pop("0/1/offset"),
+    "no total": lambda t: t.pop("0/1/total"),
     "no third": lambda t: t.pop("0/0/third"),
     "second alone": lambda t: [t.pop("0/0/third"), t.pop("0/0/fourth")],
     "one too many": lambda t: t.update({"0/9/origin": torch.zeros(3, dtype=torch.float64)}),
@@ -124,7 +124,7 @@ def test_sealed_classes_that_do_not_fit_are_refused(tmp_path, change):
 def test_classes_of_two_sizes_are_refused(tmp_path):
     path = tmp_path / "s.safetensors"
     CLASSES.save(path)
-    small = {f"1/0/{name}": torch.zeros(2, dtype=torch.float64) for name in ("origin", "offset")}
+    small = {f"1/0/{name}": torch.zeros(2, dtype=torch.float64) for name in ("origin", "total")}
     changed(path, lambda tensors, _: tensors.update(small))
     with pytest.raises(FileFormatError, match=r"expected float64 of shape \(3,\), got torch.float64 \(2,\)"):
         ClassStatistics.load(path)

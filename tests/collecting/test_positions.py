@@ -286,7 +286,7 @@ def test_an_activation_of_another_length_than_the_mask_is_refused_where_there_ar
         def forward(self, x, attention_mask):
             return self.site(x[:, ::2])
 
-    with pytest.raises(ShapeError, match="nobody can tell which of its positions are pads"):
+    with pytest.raises(ShapeError, match="it cannot be told which of its positions are pads"):
         recorded("all", model=Shorter())
     assert torch.equal(recorded("last", model=Shorter(), batch=(EIGHTHS, torch.ones_like(MASK))), EIGHTHS[:, 2])
 

@@ -15,10 +15,6 @@ X = torch.arange(8.0).reshape(4, 2) / 8
 BATCHES = [X, X + 1, -X]
 
 
-def resnet18():
-    return pytest.importorskip("torchvision.models").resnet18()
-
-
 # --- collected is what plain hooks see, in three batches -------------------------------------------------------------
 def heard(model, batches, site):
     """What a plain hook sees of full passes: the outputs or, at `:in`, the inputs, call after call."""
@@ -47,6 +43,10 @@ def check_as_plain_hooks_see_it(build, sites, **options):
         assert torch.equal(rows[site], wanted[site]), (site, len(rows[site]), len(wanted[site]))
         assert stats[site].count == len(wanted[site])
         torch.testing.assert_close(stats[site].mean, wanted[site].double().mean(0), rtol=1e-12, atol=1e-12)
+
+
+def resnet18():
+    return pytest.importorskip("torchvision.models").resnet18()
 
 
 @pytest.mark.parametrize("build", AGAIN, ids=lambda build: build.__name__)

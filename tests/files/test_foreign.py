@@ -101,7 +101,8 @@ def test_steering_lite_s_keys_are_concepts(tmp_path, model):
 def test_a_layer_that_is_there_twice_is_refused(tmp_path, model):
     save_file({"layer1.v": A, "layers1.v": B}, tmp_path / "v.safetensors")
     torch.save({"layer_1": A, 1: B}, tmp_path / "v.pt")
-    for name in ("v.safetensors", "v.pt"):
+    torch.save({1: A, "1": B}, tmp_path / "w.pt")
+    for name in ("v.safetensors", "v.pt", "w.pt"):
         with pytest.raises(FileFormatError, match="layer 1 is there twice, under two names"):
             VectorBank.load(tmp_path / name, model)
 
@@ -128,6 +129,7 @@ def test_a_model_s_weights_are_no_vectors(tmp_path, model):
         ({-1: A, -3: B[None]}, {"v": {0: B, 2: A}}),  # RepE, whose last layer is -1
         ({"-1": A, "layer_-2": B}, {"v": {1: B, 2: A}}),
         ({-4: A}, {"v": {"model.layers.0:in": A}}),  # of hidden_states with the embeddings
+        ({"calm": {"a": A}, "angry": {"b": B}}, {"calm": {"a": A}, "angry": {"b": B}}),  # sites
         ({"calm": {-1: A}, "angry": {-2: B}}, {"calm": {2: A}, "angry": {1: B}}),
         (torch.stack([A, B, A])[:, None], {"v": {0: A, 1: B, 2: A}}),  # (L, 1, d)
         (torch.stack([A, B])[:, None].half(), {"v": {0: A.half(), 1: B.half()}}),

@@ -1,13 +1,16 @@
 """Mutated files: each is read as it was written or refused, in memory that the file's size bounds."""
 
+import json
 import random
 import tracemalloc
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from actsteer import FileFormatError, SteeringVector, VectorBank
+from actsteer import FileFormatError, SiteNotFoundError, SteeringVector, VectorBank
+from tests.zoo import llama
 
 MUTATIONS = 24_000
 BANK = VectorBank(
@@ -98,3 +101,34 @@ def test_control_vectors(tmp_path, seed):
     refused, most = refused_or_same(path, VectorBank({"calm": VECTOR}), 3000, seed)
     assert refused > 0.8 * 3000
     assert most < 2**20
+
+
+A = torch.arange(6.0) / 8
+FOREIGN = {
+    "negative.pt": lambda path: torch.save({-1: A, -2: A}, path),
+    "numpy.pt": lambda path: torch.save({1: A.numpy(), 2: A.numpy()[None]}, path),
+    "vec_layer_1_x.pt": lambda path: torch.save(A, path),
+    "concepts.pt": lambda path: torch.save({"x": {1: A}, "y": [A, A]}, path),
+    "old.pt": lambda path: torch.save(torch.stack([A, A])[:, None], path, _use_new_zipfile_serialization=False),
+    "v.svec": lambda path: path.write_text(json.dumps({"model_type": "llama", "directions": {"1": [1.0, 2.0]}})),
+    "lite.safetensors": lambda path: save_file({"layer1.v": A}, path),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's, of tensors that a file claims to be sparse
+@pytest.mark.parametrize(("name", "write"), FOREIGN.items(), ids=FOREIGN.keys())
+def test_what_others_write_is_read_or_refused_in_words(tmp_path, name, write):
+    """It has no seal, so a changed number is read; whatever is wrong with it is one of this library's errors."""
+    path, model, rng, refused = tmp_path / name, llama(), random.Random(0), 0
+    write(path)
+    content = path.read_bytes()
+    for _ in range(400):
+        path.write_bytes(mutated(content, rng))
+        try:
+            bank = VectorBank.load(path, model)
+        except (FileFormatError, SiteNotFoundError):
+            refused += 1
+        else:
+            assert all(bool(v[site].isfinite().all()) for _, v in bank.items() for site in v)
+    assert refused > 200

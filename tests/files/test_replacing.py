@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from actsteer import FileFormatError, Moments, Statistics, SteeringVector, VectorBank
-from actsteer.files.replacing import replacing
+from actsteer.files.replacing import filling, replacing
 
 V = SteeringVector({"model.layers.1": torch.tensor([1.0, -2.0])}, concept="nine")
 STATISTICS = Statistics({"2": Moments.of(torch.ones(3, 2))})
@@ -103,9 +103,9 @@ KILLED = """
 """
 
 
-def killed_while_saving(path):
+def killed_while_saving(path, script=KILLED):
     root = Path(__file__).parent.parent.parent
-    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(path)]
+    command = [sys.executable, "-c", textwrap.dedent(script), str(path)]
     done = subprocess.run(command, check=False, cwd=root, env=os.environ, timeout=60)
     assert done.returncode == -signal.SIGKILL
 
@@ -120,6 +120,45 @@ def test_what_a_killed_process_has_left_is_removed_by_the_next_save(tmp_path, su
     assert len(list(tmp_path.iterdir())) == 2
     V.save(tmp_path / "other.safetensors")
     assert sorted(own.name for own in tmp_path.iterdir()) == sorted(["other.safetensors", path.name])
+
+
+FILLED = """
+    import os, pathlib, signal, sys
+    from actsteer.files.replacing import filling
+
+    with filling(pathlib.Path(sys.argv[1])) as folder:
+        (folder / "config.json").write_text("{}")
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_folder_that_a_killed_process_has_left_is_removed_too(tmp_path):
+    killed_while_saving(tmp_path / "model", FILLED)
+    (left,) = tmp_path.iterdir()
+    assert [own.name for own in left.iterdir()] == ["config.json"]
+    with filling(tmp_path / "mine") as mine:
+        (mine / "a").touch()
+        V.save(tmp_path / "v.safetensors")
+        assert sorted(own.name for own in tmp_path.iterdir()) == sorted([mine.name, "v.safetensors"])
+    assert sorted(own.name for own in tmp_path.iterdir()) == ["mine", "v.safetensors"]
+    assert [own.name for own in (tmp_path / "mine").iterdir()] == ["a"]
+
+
+def test_a_folder_is_filled_at_the_end_or_not_at_all(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+
+    def fail():
+        with filling(tmp_path / "new") as folder:
+            (folder / "a").touch()
+            raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        fail()
+    with filling(tmp_path / "link") as folder:
+        (folder / "a").touch()
+    assert sorted(own.name for own in tmp_path.iterdir()) == ["link", "there"]
+    assert [own.name for own in (tmp_path / "there").iterdir()] == ["a"]
 
 
 def test_what_others_are_writing_and_their_files_stay(tmp_path):

@@ -334,6 +334,14 @@ def test_a_model_with_adapters_is_steered_as_the_bare_one(wrap):
     assert all(torch.equal(ours[site].mean, theirs[site].mean) for site in ours)
 
 
+@pytest.mark.parametrize("name", ["BaseTuner", "PeftModel", "DataParallel", "BaseTunerLayer"])
+def test_a_class_that_is_only_called_so_is_a_module_like_any_other(name):
+    model = type(name, (nn.Sequential,), {})(nn.Linear(2, 3), nn.ReLU())
+    assert find_sites(model, "*") == ("0", "1")
+    assert slot(model) is None
+    assert fingerprint(model).startswith(f"{name}:9:")
+
+
 def test_a_vector_of_the_bare_model_is_known_on_the_adapted_one_as_of_other_weights(tmp_path):
     SteeringVector({"0.0": V}, concept="c").save(tmp_path / "v.safetensors", model=bare())
     v = SteeringVector.load(tmp_path / "v.safetensors")

@@ -135,7 +135,7 @@ def _adds_its_bias(module: nn.Module) -> bool:
     if not isinstance(getattr(present, "__self__", None), Patch) and (
         getattr(present, "__func__", None) is not type(module).forward
     ):
-        return False  # somebody else's
+        return False  # a wrapper's
     if type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers."):
         return True
     return any(type(module).forward is kind.forward for kind in _ADD_A_BIAS if isinstance(module, kind))

@@ -34,13 +34,13 @@ def mark(module: nn.Module) -> Callable[[], None]:
 
 
 def remark(module: nn.Module) -> None:
-    """Put the mark back, if somebody wants it and nothing else lies there."""
+    """Put the mark back, if it is wanted and nothing else is there."""
     if module in _marks and "forward" not in module.__dict__:
         module.__dict__["forward"] = module.forward
 
 
 def is_marked(module: nn.Module) -> bool:
-    """Whether the module's `forward` is the mark, and not a patch or what somebody else has put there."""
+    """Whether the module's `forward` is the mark, and not a patch or another wrapper."""
     return module in _marks and has_own_forward(module)
 
 

@@ -116,7 +116,7 @@ class Patch:
             )
 
     def _settle(self) -> None:
-        """Put the forward that suits the callbacks on the module, unless somebody else's lies there."""
+        """Put the forward that suits the callbacks on the module, unless another one is there."""
         single = len(self._after) == 1 and not self._before
         self._only = self._after[0] if single else None
         if self._in_place():

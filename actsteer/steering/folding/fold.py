@@ -70,7 +70,7 @@ def fold(
         model: any `nn.Module`; it is not changed, unless `inplace`.
         vectors, c, intervention, sites, axis: as for `Steerer`, with one strength for all rows.
         verify_on: a batch of inputs, on which it is proved: a tensor, a tuple or a mapping. Pads, as its attention_mask
-            shows them, are left out; folded weights steer them too, where nobody looks.
+            shows them, are left out; folded weights steer them too, which changes no answer at a token.
         inplace: change the model itself, until `unfold`.
 
     Raises:

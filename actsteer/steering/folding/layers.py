@@ -51,7 +51,7 @@ def obstacle(model: nn.Module, module: nn.Module, edit: AffineMap, *, at: Litera
     if weight is not None and (not weight.is_floating_point() or weight.dtype.itemsize < 2):
         return f"its weight is quantised, {weight.dtype}"
     if module._forward_hooks or module._forward_pre_hooks:
-        return "it has hooks, and nobody knows what they do"
+        return "it has hooks, which may change what it gives"
     for name in getattr(module, "parametrizations", ()):
         if name == "bias" or edit.weight is not None or at == "input":
             return f"its {name} is parametrised"

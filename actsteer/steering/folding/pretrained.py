@@ -77,7 +77,7 @@ def _shapes(model: Any, flags: tuple[str, ...]) -> dict[str, torch.Size]:
     try:
         with torch.device("meta"):
             return {name: tensor.shape for name, tensor in type(model)(config).state_dict().items()}
-    except Exception:  # somebody else's constructor
+    except Exception:  # a constructor of the user's
         return {}
 
 

@@ -60,7 +60,7 @@ class Trace:
         with ExitStack() as stack:
             stack.enter_context(eval_mode(model))
             stack.enter_context(_gradients(model))
-            stack.enter_context(saved_tensors_hooks(_forget, _forget))  # nobody goes backward
+            stack.enter_context(saved_tensors_hooks(_forget, _forget))  # there is no backward pass
             inputs = {site: place for site, place in places.items() if place.side == "in"}
             for site, place in inputs.items():  # before the module's own inputs are looked at
                 notice = self._noticing(site, place)

@@ -52,7 +52,7 @@ class Undo:
         self._left = [(*one, own := one[0]._parameters.get(one[2]), _digest(own)) for one in found.values()]
 
     def check(self) -> None:
-        """NotFoldable, if somebody has changed or replaced the parameters since, whose work would be lost."""
+        """NotFoldable, if the parameters were changed or replaced since: that work would be lost."""
         for module, name, key, own, numbers in self._left:
             now = module._parameters.get(key)
             if (now is None) != (own is None) or _digest(now) != numbers:
