@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from actsteer.private_names import dynamo
 
 
 @contextmanager
@@ -70,7 +71,7 @@ def _keeps_cache(config: Any) -> bool:
 
 def _eager() -> AbstractContextManager[Any]:
     """Compiled code stands aside: it would ignore the hooks."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled
+    if dynamo() is None:  # nothing is compiled
         return nullcontext()
     eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return eager

@@ -164,7 +164,7 @@ def weighted(c: Tensor, directions: Float[Tensor, "k d"]) -> Float[Tensor, "*row
 
 def without_autocast(kind: str) -> AbstractContextManager[Any]:
     """A block in which products on this kind of device keep their dtype."""
-    # compiled code asks less: before torch 2.13 it knows no is_autocast_available
+    # compiled code is asked less: before torch 2.12 it knows no is_autocast_available
     known = kind != "meta" if torch.compiler.is_compiling() else torch.amp.is_autocast_available(kind)
     casts = known and torch.is_autocast_enabled(kind)
     return torch.autocast(kind, enabled=False) if casts else nullcontext()
