@@ -6,6 +6,7 @@ numbers are small integers and eighths, so that sums over processes are exact in
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import traceback
@@ -195,6 +196,17 @@ def or_refused(attempt: Callable[[], object]) -> None:
     dist.all_gather_object(everywhere, said)
     assert len({bool(other) for other in everywhere}) == 1, everywhere
     assert not any(other.startswith("wrong") for other in everywhere), everywhere
+    if said:  # of collecting, a failure is final for the group
+        rank = dist.get_rank()
+        dist.destroy_process_group()
+        join(rank)
+
+
+def join(rank: int) -> None:
+    """A new group of both processes."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{STORE}.{next(GROUPS)}", rank=rank, world_size=2, timeout=timedelta(seconds=20)
+    )
 
 
 def refused(action: Callable[[], object], message: str) -> None:
@@ -208,6 +220,8 @@ def refused(action: Callable[[], object], message: str) -> None:
     assert message in said, f"expected {message!r} in {said}"
 
 
+STORE = ""
+GROUPS = itertools.count()
 SITES = {"up": WIDE, "act": WIDE, "down": NARROW, "norm": NARROW, "down:in": WIDE, "up:in": NARROW}
 PLAIN = ["up", "down", "norm", "down:in", "up:in"]
 WAYS = {
@@ -469,9 +483,9 @@ def main(rank: int, store: str, results: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", module="torch.*")
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=20)
-    )
+    global STORE
+    STORE = store
+    join(rank)
     said = {}
     for name, function in CHECKS.items():
         try:
