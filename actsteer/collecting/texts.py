@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, Protocol, TypeAlias, final, overload, runtime_checkable
@@ -124,10 +124,8 @@ class TextStream:
         batch_size: int,
         device: torch.device | str | None,
     ) -> None:
-        if dataset.column_names is not None and column not in dataset.column_names:
-            raise BatchError(
-                f"texts: the dataset has no column {column!r}. {close_names(column, dataset.column_names)}"
-            )
+        if dataset.column_names is not None:
+            _check_column(column, dataset.column_names)
         self._dataset, self._column, self._encode = dataset, column, encode
         self._batch_size, self._device = batch_size, device
 
@@ -136,11 +134,9 @@ class TextStream:
         while own := [self._encode(self._text(row)) for row in islice(rows, self._batch_size)]:
             yield _padded(own, self._device)
 
-    def _text(self, row: Mapping[str, Any]) -> Text:
-        if self._column not in row:  # a streamed dataset may know its columns from its rows alone
-            raise BatchError(f"texts: a row has no column {self._column!r}. {close_names(self._column, row)}")
-        text: Text = row[self._column]
-        return text
+    def _text(self, row: Mapping[str, Text]) -> Text:
+        _check_column(self._column, row)  # a streamed dataset may not know its columns before
+        return row[self._column]
 
     def share(self, number: int, of: int) -> TextStream:
         """Every so many batches of a dataset in memory; of a streamed one, what `datasets` lets one process read."""
@@ -183,3 +179,8 @@ def _ids(tokenizer: Any, text: Text, *, chat: bool) -> Tensor:
     if not len(found):
         raise BatchError(f"texts: {text!r} has no tokens")
     return torch.tensor(found, dtype=torch.long)
+
+
+def _check_column(column: str, columns: Collection[str]) -> None:
+    if column not in columns:
+        raise BatchError(f"texts: the dataset has no column {column!r}. {close_names(column, columns)}")
