@@ -61,6 +61,14 @@ class Lens:
             self._frames[key] = self._found(shape, packed)
         return self._frames[key]
 
+    @property
+    def output_axis(self) -> int | None:
+        """The feature axis from the end, where the output is the activation itself; None where it may not be."""
+        axis, place = self.layout.axis, self.place
+        if axis is None or axis >= 0 or place.side != "out" or place.path or _conversion(place.module) is not None:
+            return None
+        return axis
+
     def _found(self, shape: tuple[int, ...], packed: bool) -> Frame:
         axis = self.layout.feature_axis(shape, size=self._size, site=self.place.site)
         row_axis = None if packed else self.layout.row_axis if len(shape) > 2 else 0
@@ -71,10 +79,11 @@ class Lens:
 class View:
     """The activation in one value, of which the rest stays as it is."""
 
-    __slots__ = ("_keys", "_lens", "_module", "_value", "frame", "part", "raw")
+    __slots__ = ("_conversion", "_keys", "_lens", "_module", "_value", "frame", "part", "raw")
 
     def __init__(self, lens: Lens, module: nn.Module, value: Any) -> None:
         self._lens, self._module, self._value = lens, module, value
+        self._conversion = _conversion(module)
         self._keys = locate(lens.place, value)
         self.raw: Tensor = get(value, self._keys)
         """The tensor as it lies in the value."""
@@ -89,7 +98,7 @@ class View:
     def is_plain(self) -> bool:
         """Whether the value is the activation, and as its users see it."""
         ordinary = self.raw.__class__ is Tensor and not self.raw.is_nested
-        return ordinary and not self._keys and _conversion(self._module) is None
+        return ordinary and not self._keys and self._conversion is None
 
     def rows(self) -> list[tuple[Float[Tensor, "*shape d"], Frame]]:
         """The whole activation, gathered from all processes, with the features last, and its frame as it lay before.
@@ -101,7 +110,7 @@ class View:
         """
         found = []
         for part in [row[None] for row in self.raw.unbind()] if self.raw.is_nested else [self.raw]:
-            whole = _converted(full(part, self._module, site=self._lens.place.site), self._module)
+            whole = self._converted(full(part, self._module, site=self._lens.place.site))
             frame = self._lens.frame(tuple(whole.shape), packed=self.packed is not None)
             found.append((whole.movedim(frame.axis, -1), frame))
         return found
@@ -112,7 +121,7 @@ class View:
         Raises:
             OutputError: a nested activation that cannot be filled up.
         """
-        self.part = _padded(_converted(self.raw, self._module), site=self._lens.place.site)
+        self.part = _padded(self._converted(self.raw), site=self._lens.place.site)
         shape = full_shape(self.part, self._module)
         self.frame = self._lens.frame(shape, packed=self.packed is not None)
         return self
@@ -131,12 +140,16 @@ class View:
 
     def write(self, part: Tensor) -> Any:
         """The value with another `part`."""
-        tensor, conversion = _unpadded(part, self.raw), _conversion(self._module)
-        return self.write_raw(tensor if conversion is None else conversion.revert(tensor))
+        tensor = _unpadded(part, self.raw)
+        return self.write_raw(tensor if self._conversion is None else self._conversion.revert(tensor))
 
     def write_raw(self, tensor: Tensor) -> Any:
         """The value with another tensor in the place of `raw`."""
         return put(self._value, self._keys, tensor)
+
+    def _converted(self, tensor: Tensor) -> Tensor:
+        converted: Tensor = tensor if self._conversion is None else self._conversion.convert(tensor)
+        return converted
 
 
 @dataclass(frozen=True)
@@ -246,15 +259,8 @@ def packed_rows(packed: PackedSequence) -> Int[Tensor, " n"]:
 
 def _conversion(module: nn.Module) -> Any:
     """How users of TransformerLens see the activation of a hook point; None for any other module."""
-    return getattr(module, "hook_conversion", None)
-
-
-def _converted(tensor: Tensor, module: nn.Module) -> Tensor:
-    conversion = _conversion(module)
-    if conversion is None:
-        return tensor
-    converted: Tensor = conversion.convert(tensor)
-    return converted
+    own, kind = module.__dict__, type(module)  # which say so at once; a module is slow to say that it lacks a name
+    return own.get("hook_conversion", getattr(kind, "hook_conversion", None))
 
 
 def _padded(activation: Tensor, *, site: str) -> Tensor:

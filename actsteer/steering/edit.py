@@ -314,13 +314,14 @@ class SiteEdit(Uncopied):
 
     def _traceable(self) -> Tensor | None:
         """What may be added to a plain output in compiled code without a look at anything else; it costs few guards."""
-        axis = self.lens.layout.axis
-        if self.constant is None or self.constant.ndim > 1 or self._directions.others or self.is_trained:
-            return None
-        if axis is None or axis >= 0 or self.place.side != "out" or self.place.path:
-            return None
-        kind, own = type(self.place.module), self.place.module.__dict__  # nn.Module is slow to say that it has none
-        if own.get("hook_conversion", getattr(kind, "hook_conversion", None)) is not None:
+        axis = self.lens.output_axis
+        if (
+            axis is None
+            or self.constant is None
+            or self.constant.ndim > 1
+            or self._directions.others
+            or self.is_trained
+        ):
             return None
         return self.constant if axis == -1 else self.constant.view(-1, *[1] * (-axis - 1))
 
