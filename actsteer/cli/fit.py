@@ -8,7 +8,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from actsteer.cli import factory, models, options, screen
+from actsteer.cli import banks, factory, models, options, screen
 from actsteer.cli.examples import batches
 from actsteer.cli.options import BatchSize, Chat, Device, DtypeName, OutPath, TrustRemoteCode
 from actsteer.cli.show import describe
@@ -60,6 +60,7 @@ def fit(
 ) -> None:
     """Fit the vector that points from the negative examples to the positive ones, and write it to a file."""
     options.check_output(output, ".safetensors", ".gguf", inputs=(positive, negative))
+    banks.check_own(output, "bank")
     made = _estimator(estimator)
     asked = None if positions is None else options.positions(positions)
     name = concept or positive.stem

@@ -1,8 +1,9 @@
 """Containers: find the activation in what a module takes or gives, read it, and put an edited one in its place.
 
-Tuples, lists, mappings, named tuples and dataclasses are known. A class of the user's own that is none of these becomes
-a container by its registration with torch, `torch.utils._pytree.register_pytree_node(Output, flatten, unflatten)`; with
-`flatten_with_keys_fn` its parts have names, without they are numbered.
+Tuples, lists, mappings, named tuples and dataclasses are known. Any other class of the user's own, and one of these
+that cannot be rebuilt from its parts, becomes a container by its registration with torch,
+`torch.utils._pytree.register_pytree_node(Output, flatten, unflatten)`; with `flatten_with_keys_fn` its parts have
+names, without they are numbered.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import copy
 import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
@@ -90,6 +92,10 @@ def _parts(value: Any) -> dict[Any, Any]:
     """Key -> part, one level deep; none of what is no container."""
     if isinstance(value, Arguments):
         return {**dict(enumerate(value.args)), **value.kwargs}
+    if (node := _registered(value)) is not None:
+        if node.flatten_with_keys_fn is None:
+            return dict(enumerate(node.flatten_fn(value)[0]))
+        return {_name(key): part for key, part in node.flatten_with_keys_fn(value)[0]}
     if isinstance(value, PackedSequence):
         return {0: value.data}
     if isinstance(value, tuple | list):
@@ -98,12 +104,7 @@ def _parts(value: Any) -> dict[Any, Any]:
         return dict(value)
     if dataclasses.is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    node = pytree.SUPPORTED_NODES.get(type(value))
-    if node is None:
-        return {}
-    if node.flatten_with_keys_fn is None:
-        return dict(enumerate(node.flatten_fn(value)[0]))
-    return {_name(key): part for key, part in node.flatten_with_keys_fn(value)[0]}
+    return {}
 
 
 def _rebuilt(value: Any, parts: Mapping[Any, Any], key: Any, part: Any) -> Any:
@@ -112,22 +113,58 @@ def _rebuilt(value: Any, parts: Mapping[Any, Any], key: Any, part: Any) -> Any:
         if isinstance(key, str):
             return Arguments(value.args, {**value.kwargs, key: part})
         return Arguments((*value.args[:key], part, *value.args[key + 1 :]), value.kwargs)
-    if (names := getattr(value, "_fields", None)) is not None and isinstance(value, tuple):  # PackedSequence too
-        return value._replace(**{names[key]: part})  # type: ignore[attr-defined]
-    if isinstance(value, tuple | list):
-        return type(value)([*value[:key], part, *value[key + 1 :]])
-    if isinstance(value, MappingProxyType):
-        return MappingProxyType({**value, key: part})
-    if not isinstance(value, Mapping) and not dataclasses.is_dataclass(value):
-        node = pytree.SUPPORTED_NODES[type(value)]
+    if (node := _registered(value)) is not None:
         changed = [part if other == key else own for other, own in parts.items()]
         return node.unflatten_fn(changed, node.flatten_fn(value)[1])
-    copied: Any = copy.copy(value)
-    if isinstance(value, Mapping):
-        copied[key] = part
-    else:
-        object.__setattr__(copied, key, part)  # a frozen dataclass is as good as another: the copy is ours
+    kind = type(value)
+    try:
+        if isinstance(value, tuple) and hasattr(kind, "_fields"):  # a named tuple, PackedSequence too
+            return value._replace(**{kind._fields[key]: part})  # type: ignore[attr-defined]
+        if isinstance(value, tuple | list):
+            return kind([*value[:key], part, *value[key + 1 :]])
+        if isinstance(value, MappingProxyType):
+            return MappingProxyType({**value, key: part})
+        rebuilt = _copied(value, key, part)
+    except TypeError as error:
+        raise OutputError(
+            f"{_described(value)} cannot be rebuilt with another part ({error}); {_register(kind)}"
+        ) from None
+    if _parts(value)[key] is not parts[key]:  # a copy that shares what it holds
+        _assign(value, key, parts[key])
+        raise OutputError(f"{_described(value)} shares its parts with its copies; {_register(kind)}")
+    return rebuilt
+
+
+def _copied(value: Any, key: Any, part: Any) -> Any:
+    """A copy of a mapping or a dataclass with another part; nothing that was computed from the old one is kept."""
+    copied = copy.copy(value)
+    attributes = vars(copied) if hasattr(copied, "__dict__") else {}
+    for name in [name for name in attributes if isinstance(getattr(type(value), name, None), cached_property)]:
+        del attributes[name]
+    if isinstance(value, Mapping) and key in attributes:  # which has its parts as attributes too
+        attributes[key] = part
+    _assign(copied, key, part)
     return copied
+
+
+def _assign(value: Any, key: Any, part: Any) -> None:
+    if isinstance(value, Mapping):
+        value[key] = part  # type: ignore[index]
+    else:
+        object.__setattr__(value, key, part)  # a frozen dataclass is as good as another: the copy is ours
+
+
+_OPENED = frozenset({tuple, list, dict})  # by Python itself, which is faster, and which compiled code knows
+
+
+def _registered(value: Any) -> pytree.NodeDef | None:
+    """How torch's registry opens a class, and rebuilds it; None for what needs no registration.
+
+    Outputs of transformers are registered, but hold more than the registry rebuilds.
+    """
+    kind = type(value)
+    known = kind in _OPENED or (issubclass(kind, Mapping) and dataclasses.is_dataclass(kind))
+    return None if known else pytree.SUPPORTED_NODES.get(kind)
 
 
 def _name(key: Any) -> Any:
@@ -193,7 +230,11 @@ def _only_key(place: Place, value: Any, before: list[Any]) -> Any:
 def _what_next(value: Any) -> str:
     if isinstance(value, Tensor | str | int | float | None) or _parts(value):
         return f"name the part, one of {_names(value)}"
-    return f"register {type(value).__name__} with torch.utils._pytree.register_pytree_node, if it holds the activation"
+    return f"{_register(type(value))}, if it holds the activation"
+
+
+def _register(kind: type) -> str:
+    return f"register {kind.__name__} with torch.utils._pytree.register_pytree_node"
 
 
 def _names(value: Any) -> list[str]:

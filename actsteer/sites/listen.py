@@ -18,7 +18,7 @@ def listen(place: Place, callback: Callable[..., None]) -> Callable[[], None]:
         return module.register_forward_hook(callback).remove
     patched = getattr(module.__dict__.get("forward"), "__self__", None)
     callbacks = getattr(patched, "callbacks", {}).get("in")  # a steering that edits the input inside of `forward`
-    if callbacks is None:
+    if not callbacks:
         return module.register_forward_pre_hook(callback, with_kwargs=True).remove
     callbacks.append(callback)
     return lambda: callbacks.remove(callback)

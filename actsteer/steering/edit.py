@@ -283,10 +283,11 @@ class SiteEdit(Uncopied):
             delta = self._terms.sum(self._directions.of(self._terms))
         shift = None if delta is None else frame.vectors(delta, copies=_copies(now))
         if others:
-            amounts = [self._strength(own, frame, now).movedim(frame.axis, -1)[..., 0] for own in range(len(others))]
+            amounts = [self._strength(own, frame, now) for own in range(len(others))]
             rows = self._directions.cast(None, None, amounts[0].device)
-            c = torch.stack(torch.broadcast_tensors(*(amount.to(rows) for amount in amounts)))
-            varied = weighted(c, rows).movedim(-1, frame.axis)
+            alike = [c.movedim(frame.axis, -1)[..., 0] if c.ndim else c for c in amounts]
+            varied = weighted(torch.stack(torch.broadcast_tensors(*(c.to(rows) for c in alike))), rows)
+            varied = frame.vectors(varied) if varied.ndim == 1 else varied.movedim(-1, frame.axis)
             shift = varied if shift is None else shift.to(varied.device) + varied
         assert shift is not None
         shift = shift.to(dtype=activation.dtype, device=activation.device)
@@ -382,9 +383,10 @@ def edited_by(
     if is_known and not c:
         return activation
     edited = intervention(activation, direction, c)
-    if edited.shape != activation.shape:
+    if not isinstance(edited, Tensor) or edited.shape != activation.shape:
+        got = tuple(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
         raise ShapeError(
             f"intervention {intervention!r}: expected an activation of the shape that it was given, "
-            f"{tuple(activation.shape)}, got {tuple(edited.shape)}"
+            f"{tuple(activation.shape)}, got {got}"
         )
     return edited if is_known else torch.where(c == 0, activation, edited)

@@ -21,7 +21,7 @@ from actsteer.steering.edit import Fired, SiteEdit
 from actsteer.steering.explain import explain
 from actsteer.steering.interventions.intervention import Edit
 from actsteer.steering.plan import AllPositions, Gates, Interventions, make_plan
-from actsteer.steering.strength import Strengths, strengths_of
+from actsteer.steering.strength import Strength, Strengths, strengths_of
 from actsteer.steering.watch import Watch
 from actsteer.vectors.bank import VectorBank
 from actsteer.vectors.vector import SteeringVector
@@ -145,7 +145,8 @@ class Steerer:
         if self._installed is None or self._handles is not None:  # what is installed and not attached stays at 0
             self._plan.set_strengths(strengths)
         self._strengths = strengths
-        self._c = MappingProxyType(dict(c)) if isinstance(c, Mapping) else c
+        kept = {name: _kept(own) for name, own in c.items()} if isinstance(c, Mapping) else _kept(c)
+        self._c = MappingProxyType(kept) if isinstance(kept, dict) else kept
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -317,3 +318,8 @@ class Steerer:
 def _rebuilt(model: nn.Module, bank: VectorBank, options: dict[str, Any]) -> Steerer:
     """A Steerer of the same kind, not attached."""
     return Steerer(model, bank, **options)
+
+
+def _kept(c: Strength) -> Strength:
+    """A strength that the caller cannot change any more."""
+    return c.detach().clone() if isinstance(c, Tensor) else c

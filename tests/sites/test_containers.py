@@ -3,7 +3,9 @@
 import collections
 import copy
 import dataclasses
+import functools
 from collections import OrderedDict, defaultdict, namedtuple
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import pytest
@@ -473,6 +475,113 @@ def test_a_class_of_the_user_s_own_is_a_container_once_torch_s_registry_knows_it
     pair = Pair(None, OLD)
     assert locate(place("1"), (IMAGE, pair)[1]) == (1,)
     assert put(pair, (1,), NEW).other is NEW
+
+
+class Shared(MutableMapping):
+    """A user's mapping whose copies share what it holds."""
+
+    def __init__(self, **parts):
+        self._held = parts
+
+    def __getitem__(self, key):
+        return self._held[key]
+
+    def __setitem__(self, key, part):
+        self._held[key] = part
+
+    def __delitem__(self, key):
+        del self._held[key]
+
+    def __iter__(self):
+        return iter(self._held)
+
+    def __len__(self):
+        return len(self._held)
+
+
+class ReadOnly(Mapping):
+    """A user's mapping that cannot be written to."""
+
+    __getitem__ = lambda self, key: {"hidden": OLD}[key]  # noqa: E731
+    __iter__ = lambda self: iter(["hidden"])  # noqa: E731
+    __len__ = lambda self: 1  # noqa: E731
+
+
+class Paired(tuple):
+    """A user's tuple that is made in a way of its own."""
+
+    __slots__ = ()
+
+    def __new__(cls, one, other):
+        return super().__new__(cls, (one, other))
+
+
+@pytest.mark.case(20)
+@pytest.mark.parametrize("value", [Shared(hidden=OLD), ReadOnly(), Paired(OLD, None)], ids=["shared", "read", "tuple"])
+def test_what_cannot_be_rebuilt_is_refused_unchanged_until_the_registry_knows_how(value):
+    keys = locate(place(), value)
+    with pytest.raises(OutputError, match=rf"register {type(value).__name__} with"):
+        put(value, keys, NEW)
+    assert get(value, keys) is OLD
+
+
+class Registered(Shared):
+    """The same, registered."""
+
+
+torch.utils._pytree.register_pytree_node(
+    Registered,
+    lambda value: (list(value.values()), list(value)),
+    lambda parts, keys: Registered(**dict(zip(keys, parts, strict=True))),
+    flatten_with_keys_fn=lambda value: (
+        [(torch.utils._pytree.MappingKey(key), part) for key, part in value.items()],
+        list(value),
+    ),
+)
+
+
+class Dotted(dict):
+    """A user's dict that shows its items as attributes."""
+
+    __getattr__ = dict.__getitem__
+
+
+class Same(dict):
+    """A user's dict that is its own attributes."""
+
+    def __init__(self, **parts):
+        super().__init__(**parts)
+        self.__dict__ = self
+
+
+@dataclasses.dataclass
+class Derived:
+    """A user's dataclass that computes something from its part, once."""
+
+    hidden: Any
+
+    @functools.cached_property
+    def doubled(self):
+        return 2 * self.hidden
+
+
+@pytest.mark.case(20)
+@pytest.mark.parametrize(
+    "value",
+    [Registered(hidden=OLD), Dotted(hidden=OLD), Same(hidden=OLD), Derived(OLD)],
+    ids=["registered", "dotted", "same", "derived"],
+)
+def test_every_way_to_read_an_edited_part_reads_the_edited_one(value):
+    if isinstance(value, Derived):
+        assert torch.equal(value.doubled, 2 * OLD)
+    written = put(value, locate(place(), value), NEW)
+    assert type(written) is type(value)
+    assert get(value, ("hidden",)) is OLD
+    assert get(written, ("hidden",)) is NEW
+    if not isinstance(value, Registered):
+        assert written.hidden is NEW
+    if isinstance(value, Derived):
+        assert torch.equal(written.doubled, 2 * NEW)
 
 
 def test_a_class_that_the_registry_does_not_know_is_refused_and_told_how():

@@ -316,3 +316,21 @@ def test_an_edit_owns_its_tensors():
     torch.testing.assert_close(affine.at("0")(H, V, ONE), H @ W.T + B)
     torch.testing.assert_close(replace.at("0")(H, V, ONE), B.expand_as(H))
     assert replace.constant.concept == "c" and replace.sites == affine.sites == ("0",)
+
+
+@pytest.mark.parametrize("inside", [Ablate(), Add()], ids=["ablate", "add"])
+def test_rows_without_a_norm_have_finite_gradients_under_keep_norm(inside):
+    x = torch.tensor([[0.0, 0.0, 0.0], [2.0, 0.0, 0.0], [1.0, 2.0, 2.0]], requires_grad=True)
+    steered = KeepNorm(inside)(x, torch.tensor([1.0, 0.0, 0.0]), torch.tensor([[0.0], [1.0], [1.0]]))
+    assert torch.allclose(steered.norm(dim=1)[2], torch.tensor(3.0))
+    steered.sum().backward()
+    assert bool(x.grad.isfinite().all())
+
+
+def test_an_intervention_that_returns_nothing_is_refused_in_words():
+    model = torch.nn.Sequential(torch.nn.Identity())
+    with (
+        Steerer(model, SteeringVector({"0": torch.ones(2)}), intervention=lambda h, v, c: None),
+        pytest.raises(ShapeError, match=r"expected an activation of the shape .* got NoneType"),
+    ):
+        model(torch.ones(1, 2))

@@ -1,5 +1,6 @@
 """Strength: every way to say c, and what is refused."""
 
+import copy
 from fractions import Fraction
 
 import numpy as np
@@ -103,6 +104,38 @@ def test_a_strength_given_in_inference_mode_works_with_gradients(c):
     with torch.inference_mode(mode=False):
         (x * strength.clone()).sum().backward()
     assert torch.equal(x.grad, torch.as_tensor(c).expand(2).float())
+
+
+@pytest.mark.parametrize(
+    ("options", "c"),
+    [
+        ({"positions": "last"}, 1.0),
+        ({}, torch.ones(2, 4)),
+        ({}, lambda step: 1.0),
+        ({"gate": ProjectionAbove(SteeringVector({"0": torch.ones(3)}), -1.0)}, 1.0),
+    ],
+    ids=["positions", "columns", "schedule", "gate"],
+)
+@pytest.mark.parametrize("zero", [0.0, {}, {"": 0.0}], ids=["number", "nothing", "by name"])
+def test_a_strength_that_becomes_zero_while_attached_leaves_the_model_as_it_is(options, c, zero):
+    model, x = nn.Sequential(nn.Identity()), torch.zeros(2, 4, 3)
+    bank = VectorBank({"": SteeringVector({"0": torch.ones(3)})})
+    with Steerer(model, bank, c=c, **options) as steerer:
+        assert model(x).any()
+        steerer.c = zero
+        assert torch.equal(model(x), x)
+        steerer.c = c
+        assert model(x).any()
+
+
+def test_a_strength_is_the_steerer_s_own():
+    model, x, t = nn.Sequential(nn.Identity()), torch.zeros(1, 3), torch.tensor([1.0])
+    for c in (t, {"": t}):
+        steerer = Steerer(model, VectorBank({"": SteeringVector({"0": torch.ones(3)})}), c=c)
+        t.fill_(100.0)
+        with copy.deepcopy(steerer) as again:
+            assert torch.equal(again.model(x), torch.ones(1, 3))
+        t.fill_(1.0)
 
 
 # --- only concepts with a strength count ----------------------------------------------------------------------

@@ -45,7 +45,8 @@ class KeepNorm:
             raise TypeError(f"{self!r} is another intervention at each site; call what at(site) gives")
         edited = self.intervention(activation, direction, c)
         norm = edited.norm(dim=-1, keepdim=True)
-        return edited * torch.where(norm > 0, activation.norm(dim=-1, keepdim=True) / norm, 1)
+        scale: Tensor = activation.norm(dim=-1, keepdim=True) / torch.where(norm > 0, norm, 1)
+        return edited * scale
 
     def at(self, site: str) -> KeepNorm:
         """Around the intervention of one site."""
