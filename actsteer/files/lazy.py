@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias, final
+from typing import Literal, final
 
 from torch import Tensor
-
-PlainVector: TypeAlias = tuple[Mapping[str, Tensor], Mapping[str, str]]
-"""A vector's directions (site -> tensor) and its metadata."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -288,7 +288,7 @@ def stack_of(bank: VectorBank, site: str) -> Stack:
 
 
 def axes_of_bank(bank: VectorBank, sites: Iterable[str]) -> dict[str, str]:
-    """The metadata "axis SITE" of all the vectors, at these sites, as `axes_of` has it; nothing is read for it."""
+    """The metadata "axis SITE" of all the vectors, at these sites, as `axes_in` has it; nothing is read for it."""
     asked = {f"axis {site}" for site in sites}
     if bank._axis_keys is None:
         keys = (key for vector in bank._vectors.values() for key in metadata_of(vector) if key.startswith("axis "))

@@ -243,7 +243,7 @@ class SteeringVector:
 
     def _zip(self, other: SteeringVector, function: Callable[[Tensor, Tensor], Tensor]) -> SteeringVector:
         shared = dict(self._metadata.items() & other._metadata.items())
-        described = shared | axes_of([self, other])
+        described = shared | axes_in((vector._directions, vector._metadata) for vector in (self, other))
         directions = {s: function(a, b) for s, a, b in self._pairs(other)}
         return _rebuild(directions, described, self._is_from_file or other._is_from_file)
 
@@ -291,19 +291,18 @@ def _rebuild(directions: Mapping[str, Tensor], metadata: Mapping[str, str], is_f
     return vector
 
 
-def axes_of(vectors: Iterable[SteeringVector]) -> dict[str, str]:
-    """The metadata "axis SITE" of all these vectors: the feature axis at a site, where it was collected or given.
+def axes_in(
+    described: Iterable[tuple[Container[str], Mapping[str, str]]], asked: Container[str] | None = None
+) -> dict[str, str]:
+    """The metadata "axis SITE" of several vectors: the feature axis at a site, where it was collected or given.
+
+    Args:
+        described: the sites and the metadata of each vector.
+        asked: these keys alone, where they are given.
 
     Raises:
         ShapeError: two of them have different axes at one site.
     """
-    return axes_in((vector._directions, vector._metadata) for vector in vectors)
-
-
-def axes_in(
-    described: Iterable[tuple[Container[str], Mapping[str, str]]], asked: Container[str] | None = None
-) -> dict[str, str]:
-    """`axes_of` vectors whose sites and metadata are given; all the keys, or those asked for."""
     axes: dict[str, str] = {}
     for sites, metadata in described:
         for key, axis in metadata.items():
