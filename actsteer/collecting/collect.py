@@ -190,11 +190,7 @@ class _Sums:
 
     def _keep_all(self, site: str, rows: Tensor, owners: Tensor) -> None:
         """Take in rows of a site that belong to no class."""
-        known = self.classes.get(None)
-        if known is not None and site in known:
-            known[site].update(rows)
-        else:
-            self._add(None, site, rows)
+        self._add(None, site, rows)
 
     def _keep(self, labels: list[Label], codes: Tensor, site: str, rows: Tensor, owners: Tensor) -> None:
         """Take in rows of a site; `owners` tells of which row of the batch each is, `codes` the class of that one."""

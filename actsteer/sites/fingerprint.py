@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from actsteer.errors import ModelMismatchError
-from actsteer.sites.wrappers import class_name, named_modules, unwrapped, without_adapters
+from actsteer.sites.wrappers import class_name, named_modules, unwrapped
 
 KEYS = ("model", "body", "weights", "model_type")
 """What metadata says of the model."""
@@ -155,7 +155,7 @@ def _parameters(model: nn.Module, *, adapters: bool = True) -> list[tuple[str, T
     """Every parameter with its first name, a shared one once; of layers with adapters only what was there before."""
     host = unwrapped(model)
     found: dict[int, tuple[str, Tensor]] = {}
-    for name, module in named_modules(host) if adapters else without_adapters(host):
+    for name, module in named_modules(host, adapters=adapters):
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 found.setdefault(id(parameter), (f"{name}.{key}" if name else key, parameter))

@@ -295,7 +295,8 @@ def axes_of_bank(bank: VectorBank, sites: Iterable[str]) -> dict[str, str]:
         bank._axis_keys = frozenset(keys)
     if not asked & bank._axis_keys:
         return {}
-    return axes_in(((_names(vector), metadata_of(vector)) for vector in bank._vectors.values()), asked)
+    described = (({site for site, _, _ in _sizes(vector)}, metadata_of(vector)) for vector in bank._vectors.values())
+    return axes_in(described, asked)
 
 
 def metadata_in(bank: VectorBank) -> dict[str, Mapping[str, str]]:
@@ -317,11 +318,6 @@ def check_model(model: nn.Module, bank: VectorBank) -> None:
 def metadata_of(vector: SteeringVector | Stored) -> Mapping[str, str]:
     """The metadata of a vector, read or not; not to be written into."""
     return vector.metadata if isinstance(vector, Stored) else vector._metadata
-
-
-def _names(vector: SteeringVector | Stored) -> Mapping[str, object]:
-    """What has the names of a vector's sites as its keys."""
-    return vector.sizes if isinstance(vector, Stored) else vector._directions
 
 
 def _sizes(vector: SteeringVector | Stored) -> list[tuple[str, int, torch.device]]:
