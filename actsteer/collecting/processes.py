@@ -272,7 +272,8 @@ def reduce(
         meet(ranks, "all_reduce")
         with _unbroken(ranks, "all_reduce"):
             counted = min((rank for rank in replicas if rank in ranks), default=dist.get_rank()) == dist.get_rank()
-            headers = _gathered(_Header.of(own, metadata, counted=counted, by_class=by_class), group)
+            headers: list[Any] = [None] * len(ranks)
+            dist.all_gather_object(headers, _Header.of(own, metadata, counted=counted, by_class=by_class), group=group)
             kind = _agreed(headers, ranks)
             labels = list(dict.fromkeys(label for header in headers for label in header.counts))
             device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend(group) else "cpu"
@@ -353,12 +354,6 @@ class _Header(NamedTuple):
         axes = {key: value for key, value in other.metadata.items() if key.startswith("axis ")}
         covariance = self.covariance if self.sizes else other.covariance
         return self._replace(sizes=sizes, metadata=axes | self.metadata, covariance=covariance, dtypes=other.dtypes)
-
-
-def _gathered(header: _Header, group: Group) -> list[_Header]:
-    headers: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(headers, header, group=group)
-    return headers
 
 
 def _agreed(headers: Sequence[_Header], ranks: Sequence[int]) -> _Header:
