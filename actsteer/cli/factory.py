@@ -58,7 +58,7 @@ def imported(name: str) -> Any:
 
 
 def _failed(name: str, error: Exception) -> UnsupportedModelError:
-    """What the user's own code has raised, and where."""
+    """What the user's code has raised, and where."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" in {frames[-1].filename}:{frames[-1].lineno}" if len(frames) > 1 else ""
     return UnsupportedModelError(

@@ -105,8 +105,8 @@ def collect(
         axis: the feature axis, of every site or site -> axis, where it is not the one that the module's class tells.
         stop: False runs every pass whole.
         shard: (i, n) collects the i-th of n parts of the batches alone, counted from 0: every n-th one, or, of a
-            streamed dataset, what it gives to the i-th of n processes. A part may be empty. The parts, each from a
-            process of its own and saved, `merge` to what one pass gives.
+            streamed dataset, what it gives to the i-th of n processes. A part may be empty. The parts, each
+            collected in a separate process and saved, `merge` to what one pass gives.
         checkpoint: a `.safetensors` file in which the sums are kept, after `every` batches and at the end. If it is
             there already, the batches that it has seen are skipped, and the statistics are bit for bit those of an
             uninterrupted pass.
@@ -193,7 +193,7 @@ class _Sums:
         self._add(None, site, rows)
 
     def _keep(self, labels: list[Label], codes: Tensor, site: str, rows: Tensor, owners: Tensor) -> None:
-        """Take in rows of a site; `owners` tells of which row of the batch each is, `codes` the class of that one."""
+        """Take in rows of a site: `owners` has the batch's row that each is from, `codes` the class of that row."""
         own = codes[owners.cpu()]
         order = own.argsort(stable=True)
         parts = rows[order.to(rows.device)].split(torch.bincount(own, minlength=len(labels)).tolist())
@@ -223,6 +223,6 @@ class _Sums:
 
 
 def _coded(labels: list[Label]) -> tuple[list[Label], Tensor]:
-    """The labels without repetition, and for each row the index of its own among them."""
+    """Each label once, and for each row the index of its label."""
     codes = {label: code for code, label in enumerate(dict.fromkeys(labels))}
     return list(codes), torch.tensor([codes[label] for label in labels], dtype=torch.long)

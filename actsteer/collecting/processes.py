@@ -224,7 +224,7 @@ def _together(model: nn.Module) -> tuple[int, ...]:
 
 
 def _meshes(module: nn.Module) -> list[Any]:
-    """The device meshes of the module's own parameters; of transformers' tensor parallelism, that of the model."""
+    """The device meshes of the module's parameters; under transformers' tensor parallelism, that of the model."""
     meshes = [getattr(parameter, "device_mesh", None) for parameter in module._parameters.values()]
     if (getattr(module, "tp_size", None) or getattr(module, "_tp_size", None) or 1) > 1:
         meshes.append(getattr(module, "_device_mesh", None))
@@ -232,7 +232,7 @@ def _meshes(module: nn.Module) -> list[Any]:
 
 
 def _data_meshes(module: nn.Module) -> list[Any]:
-    """The meshes over which FSDP shards this module, each process with data of its own; empty without FSDP."""
+    """The meshes over which FSDP shards this module; their processes see different data. Empty without FSDP."""
     if not hasattr(module, "_get_fsdp_state"):
         return []
     sharded: Any = module
@@ -357,7 +357,7 @@ class _Header(NamedTuple):
 
 
 def _agreed(headers: Sequence[_Header], ranks: Sequence[int]) -> _Header:
-    """The header of the first rank that has rows.
+    """The header of the first rank that has rows; every other rank has the same statistics.
 
     Raises:
         DistributedError: another rank has other statistics.

@@ -1,4 +1,4 @@
-"""The native format: vectors in a sealed safetensors file, each with a digest of its own, read when it is asked for.
+"""The native format: vectors in a sealed safetensors file, each with a digest, read when it is asked for.
 
 Tensors are named `<concept>/<site>`. The document says of every concept its metadata, the model's fingerprint, the
 intervention meant, and of every site the side and the feature axis.
@@ -91,7 +91,7 @@ def _stored(
 
 
 def _metadata(concept: str, entry: Mapping[str, Any]) -> dict[str, str]:
-    """The metadata, with what the document says apart from it."""
+    """The metadata, and what the document says beside it."""
     found = {str(key): str(value) for key, value in entry["metadata"].items()}
     sites = {site: described or {} for site, described in dict(entry["sites"]).items()}
     for site, described in sites.items():

@@ -21,7 +21,7 @@ KEYS = ("model", "body", "weights", "model_type")
 
 _FINGERPRINT = re.compile(r".+:\d+:[0-9a-f]{16}")
 _SAMPLES = 16  # of every parameter
-_HELD_BY = {  # a dtype -> those whose numbers all its own can be rounded to, itself first
+_HELD_BY = {  # a dtype -> the dtypes to which its numbers can be rounded, itself first
     torch.float64: (torch.float64, torch.float32, torch.bfloat16, torch.float16),
     torch.float32: (torch.float32, torch.bfloat16, torch.float16),
     torch.bfloat16: (torch.bfloat16,),

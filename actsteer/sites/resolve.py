@@ -136,7 +136,7 @@ def named_sites(model: nn.Module) -> Modules:
 
 
 def hook_points(model: nn.Module) -> dict[str, nn.Module]:
-    """A TransformerLens model's own names for its HookPoints; empty for any other model."""
+    """The names that a TransformerLens model gives its HookPoints; empty for any other model."""
     points: dict[str, nn.Module] = getattr(unwrapped(model), "hook_dict", {})
     return dict(points)
 

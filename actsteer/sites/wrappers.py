@@ -40,13 +40,13 @@ def slot_of_class(kind: type[nn.Module]) -> str | None:
 
 
 def inside_adapters(modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
-    """With what the names begin of what peft has put into layers, which no pattern selects."""
+    """The prefixes of the names of what peft has put into layers, which no pattern selects."""
     kinds = {kind for kind in {type(module) for module in modules.values()} if _adapted(kind) is not None}
     return tuple(f"{name}." for name, module in modules.items() if type(module) in kinds) if kinds else ()
 
 
 def _adapted(kind: type[nn.Module]) -> str | None:
-    """Under which name a layer of this class, if it has an adapter, holds what was there before."""
+    """The name under which a layer that peft adapts holds the layer itself; None for any other class."""
     return next((_ADAPTED[base.__name__] for base in kind.__mro__ if base.__name__ in _ADAPTED), None)
 
 
@@ -106,6 +106,6 @@ def without_prefixes(name: str, known: Container[str] = ()) -> str:
 
 
 def class_name(module: nn.Module) -> str:
-    """The name of the module's class, and of its own one where FSDP has put a subclass in its place."""
+    """The name of the module's class; where FSDP has put a subclass in its place, the name of the class it replaced."""
     kinds = type(unwrapped(module)).__mro__
     return next(kind.__name__ for kind in kinds if "FSDPModule" not in {base.__name__ for base in kind.__mro__})

@@ -103,7 +103,7 @@ def _others(edit: SiteEdit) -> list[str]:
 
 
 def commute(one: Intervention, v: Tensor, other: Intervention, w: Tensor) -> bool:
-    """Whether the order of two edits matters not, tried out on rows of many sizes at c = 1."""
+    """Whether two edits give the same in either order, tried out on rows of many sizes at c = 1."""
     rows = torch.randn(16, len(v), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rows *= torch.logspace(-2, 2, 16, dtype=torch.float64)[:, None] * max(float(v.norm()), float(w.norm()), 1e-6)
     c = torch.ones((), dtype=torch.float64)

@@ -175,7 +175,7 @@ def _check_concepts(named: Mapping[str, Any], bank: VectorBank, *, by: str) -> N
 
 
 def _passes(model: nn.Module, bank: VectorBank, positions: AllPositions | None) -> tuple[Passes, ...]:
-    """Of the model and, where there is one, of its encoder, which is run by itself when text is generated."""
+    """The passes of the model and of its encoder, if it has one, which runs by itself when text is generated."""
     named = positions if isinstance(positions, Mapping) else dict.fromkeys(bank.concepts, positions)
     _check_concepts(named, bank, by="positions")
     for own in {id(own): own for own in named.values()}.values():
@@ -193,7 +193,7 @@ def _passes(model: nn.Module, bank: VectorBank, positions: AllPositions | None) 
 
 
 def _host(passes: tuple[Passes, ...], place: Place) -> Passes:
-    """Of what a place is a part: the encoder, or the model."""
+    """The passes of the encoder, if the place is in it, or else of the model."""
     inside = len(passes) > 1 and any(module is place.module for module in passes[1].host.modules())
     return passes[1] if inside else passes[0]
 
@@ -261,7 +261,7 @@ def _axes(bank: VectorBank, places: Mapping[str, Place], axis: Axes | None) -> M
 def _readers(
     model: nn.Module, bank: VectorBank, gate: Gates | None, passes: tuple[Passes, ...], modules: Modules
 ) -> tuple[dict[int, Reader], tuple[GateReader, ...]]:
-    """Those of the concepts, by their places, and those that read at a site; a gate that is used twice reads once."""
+    """Place of a concept -> its reader; and the readers of single gates, one for a gate that is used twice."""
     gates = gate if isinstance(gate, Mapping) else dict.fromkeys(bank.concepts, gate) if gate is not None else {}
     _check_concepts(gates, bank, by="gate")
     single = {id(leaf): leaf for own in gates.values() for leaf in leaves(own)}

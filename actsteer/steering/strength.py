@@ -73,7 +73,7 @@ class PerConcept:
 
     @property
     def shapes(self) -> dict[int, torch.Size]:
-        """Of those that are not one number."""
+        """Place of a concept -> the shape of its strength, where that is not one number."""
         return {place: strength.shape for place, strength in self.by_row.items()}
 
     def active(self, *, every: bool = False) -> list[int]:

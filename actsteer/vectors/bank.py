@@ -222,10 +222,10 @@ class VectorBank:
         in float32, at the outputs of blocks, from the second one on, which it knows by their numbers.
 
         There is always a whole file: a temporary one beside it takes its place at the end. A link stays a link, and the
-        file keeps its mode; what processes that were killed while they saved have left in the folder is removed.
+        file keeps its mode. Temporary files that killed processes have left in the folder are removed.
 
         Args:
-            model: the vectors' own, for which the file will be meant; without it, what the metadata says of it.
+            model: the model that the vectors are for, which the file then names; without it, the metadata's.
             layer_offset: what to add to the number of a block, for readers who count otherwise than llama.cpp.
             format: a format of your own, in the place of the one that the suffix chooses; see `Format`.
 
