@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from actsteer.collecting.batches import Batches, iterate, share
 from actsteer.collecting.classes import ClassStatistics, Label
 from actsteer.collecting.labels import Labels, labelled
-from actsteer.collecting.moments import Covariance, Moments
+from actsteer.collecting.moments import Covariance, Moments, absorb
 from actsteer.collecting.observe import Observation, Step
 from actsteer.collecting.positions import Positions, described
 from actsteer.collecting.processes import announced, in_step, is_alone, replicas
@@ -215,11 +215,7 @@ class _Sums:
 
     def _add(self, label: Label | None, site: str, rows: Tensor) -> None:
         if rows.shape[0]:
-            moments = self.classes.setdefault(label, {})
-            if site not in moments:
-                moments[site] = Moments.of(rows, covariance=self._covariance)
-            else:
-                moments[site].update(rows)
+            absorb(self.classes.setdefault(label, {}), site, rows, covariance=self._covariance)
 
 
 def _coded(labels: list[Label]) -> tuple[list[Label], Tensor]:

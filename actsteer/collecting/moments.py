@@ -315,6 +315,14 @@ class Moments:
         self.count = count
 
 
+def absorb(sums: dict[str, Moments], site: str, rows: Float[Tensor, "n d"], *, covariance: Covariance) -> None:
+    """Take in rows of a site, whose moments may begin with them."""
+    if site in sums:
+        sums[site].update(rows)
+    else:
+        sums[site] = Moments.of(rows, covariance=covariance)
+
+
 def moved_sums(sums: Scatter, count: int, shift: Float[Tensor, " d"]) -> tuple[Tensor, Tensor]:
     """The third and fourth sums of the same rows once `shift` is added to each of them."""
     if not count:

@@ -115,21 +115,15 @@ class SteeringVector:
         return self._zip(other, torch.sub)
 
     def __mul__(self, scalar: object) -> SteeringVector:
-        if isinstance(scalar, Tensor) and scalar.ndim == 0:
-            scalar = float(scalar)
-        if not isinstance(scalar, Real):
+        if (factor := _number(scalar)) is None:
             return NotImplemented
-        factor = float(scalar)
         return self._map(lambda direction: direction * factor)
 
     __rmul__ = __mul__
 
     def __truediv__(self, scalar: object) -> SteeringVector:
-        if isinstance(scalar, Tensor) and scalar.ndim == 0:
-            scalar = float(scalar)
-        if not isinstance(scalar, Real):
+        if (divisor := _number(scalar)) is None:
             return NotImplemented
-        divisor = float(scalar)
         if divisor == 0.0:
             raise ZeroDivisionError(f"{self!r} divided by zero")
         return self._map(lambda direction: direction / divisor)
@@ -334,6 +328,12 @@ def _owned(site: str, direction: Tensor) -> Tensor:
     if not (math.isfinite(direction.detach().sum().item()) or bool(torch.isfinite(direction).all())):
         raise ShapeError(f"site {site!r}: the direction is not finite; did a loss diverge, or a count reach zero?")
     return direction.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _number(scalar: object) -> float | None:
+    """A number, or a 0-dim tensor, as a float; None for anything else."""
+    is_number = isinstance(scalar, Real) or (isinstance(scalar, Tensor) and scalar.ndim == 0)
+    return float(scalar) if is_number else None  # type: ignore[arg-type]
 
 
 def _unit(direction: Tensor, where: str) -> Tensor:
