@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -86,9 +87,7 @@ class Trace:
         for run in self._runs:
             if run.output is not None:
                 self._made.setdefault(run.output, []).append(run)
-        self._counts = {id(run.module): 0 for run in self._runs}
-        for run in self._runs:
-            self._counts[id(run.module)] += 1
+        self._counts = Counter(id(run.module) for run in self._runs)
 
     def in_order(self) -> list[str]:
         """The sites in the order in which they ran."""
