@@ -62,7 +62,7 @@ class Observation:
         check(positions)
         if keep_shape and not (isinstance(positions, str) and positions == "all"):
             raise ValueError(f"keep_shape: an activation in its own shape has all positions, got {positions!r}")
-        self._model, self._positions = model, positions
+        self.model, self._positions = model, positions
         modules = list(model.modules())
         said = [getattr(kind, "batch_first", None) for kind in {type(module) for module in modules}]
         said += [vars(module).get("batch_first") for module in modules]  # `getattr` is slow where there is none
@@ -73,6 +73,7 @@ class Observation:
         self.asked: _Asked | None = None
         """What the pass that runs is to give; None where the model runs for another reason, as to make a batch."""
         self._places = resolve(model, names)
+        self.sites = tuple(self._places)
         self.stopper = Stopper(self._places, allowed=stop and not must_finish(model))
         lies = layouts(model, self._places, axis=axis)
         self._listeners = [
@@ -85,25 +86,25 @@ class Observation:
         Raises:
             StatisticsError: a site has never run, or runs more often than in the first pass.
         """
-        with eval_mode(self._model), ExitStack() as handles:
+        with eval_mode(self.model), ExitStack() as handles:
             for listener in self._listeners:
                 handles.callback(listen(listener.place, listener))
             for batch, keep, rows in steps:
                 positions = self._positions(batch) if callable(self._positions) else self._positions
                 check(positions)
-                masks = TokenMasks(self._model, batch, explicit=isinstance(positions, Tensor))
+                masks = TokenMasks(self.model, batch, explicit=isinstance(positions, Tensor))
                 given = None if self.sequence_first else rows_in(batch)
                 tokens = () if self.sequence_first else first_shape(batch)[:2]
                 self.stopper.begin()
                 self.asked = _Asked(keep, positions, masks, given, tokens, rows, {})
                 try:
                     with suppress(Stop), torch.no_grad():
-                        call(self._model, batch)
+                        call(self.model, batch)
                 finally:
                     self.asked = None
                 self.stopper.end()
         silent = [
-            f"{site!r} ({likely_cause(self._model, p)})" for site, p in self._places.items() if site not in self.axes
+            f"{site!r} ({likely_cause(self.model, p)})" for site, p in self._places.items() if site not in self.axes
         ]
         if silent and self.stopper.passes:
             raise StatisticsError(f"these sites never ran: {'; '.join(silent)}")
