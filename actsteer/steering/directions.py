@@ -14,7 +14,7 @@ from actsteer.vectors.stack import Stack
 
 @final
 class Directions:
-    """The directions of a bank at one site, of which only those of concepts with a strength are stacked and kept.
+    """The directions of a bank at one site; only those of concepts with a strength are stacked, and kept.
 
     Args:
         stack: the bank's.

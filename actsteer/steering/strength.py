@@ -55,7 +55,7 @@ class PerConcept:
         return self.by_token[place] if place in self.by_token else self.at(place)
 
     def at(self, place: int) -> Tensor:
-        """The same for all tokens of a row: () or (B,)."""
+        """The strength that all tokens of a row share: () or (B,)."""
         return self.by_row[place] if place in self.by_row else self.numbers[place]
 
     def among(self, places: Sequence[int]) -> PerConcept:
