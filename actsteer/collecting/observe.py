@@ -75,9 +75,9 @@ class Observation:
         self._places = resolve(model, names)
         self.sites = tuple(self._places)
         self.stopper = Stopper(self._places, allowed=stop and not must_finish(model))
-        lies = layouts(model, self._places, axis=axis)
+        layout_of = layouts(model, self._places, axis=axis)
         self._listeners = [
-            _Listener(self, place, lies[site], keeps_shape=keep_shape) for site, place in self._places.items()
+            _Listener(self, place, layout_of[site], keeps_shape=keep_shape) for site, place in self._places.items()
         ]
 
     def run(self, steps: Iterable[Step]) -> None:

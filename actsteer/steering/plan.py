@@ -136,7 +136,7 @@ def make_plan(
     places = _places(model, bank, sites, modules)
     check_model(model, bank)
     axes = _axes(bank, places, axis)
-    lies = layouts(model, places, axis=axes, modules=modules)
+    layout_of = layouts(model, places, axis=axes, modules=modules)
     passes = _passes(model, bank, positions)
     readers, distinct = _readers(model, bank, gate, passes, modules)
     interventions = _interventions(bank, intervention)
@@ -154,7 +154,7 @@ def make_plan(
             )
         edits[site] = SiteEdit(
             place,
-            lies[site],
+            layout_of[site],
             stack,
             interventions=[rules[index](site) for index in stack.concepts],
             gates={own: readers[index] for own, index in enumerate(stack.concepts) if index in readers},
