@@ -67,17 +67,15 @@ class VectorBank:
         self._vectors: Vectors = dict(vectors)
         self._stacks: dict[str, Stack] = {}  # site -> the directions there
         self._axis_keys: frozenset[str] | None = None  # of the metadata, once they were asked for
-        names = list(self._vectors)
         for place, (concept, vector) in enumerate(self._vectors.items()):
             for site, size, device in _sizes(vector):
                 stack = self._stacks.get(site)
                 if stack is None:
                     stack = self._stacks[site] = Stack(self._vectors, site, size=size, device=device)
                 if stack.size != size or stack.device != device:
-                    first = names[stack.concepts[0]]
                     raise ShapeError(
-                        f"site {site!r}: {first!r} has {stack.size} features on {stack.device}, {concept!r} {size} on "
-                        f"{device}; a bank holds vectors of one model, on one device"
+                        f"site {site!r}: {stack.names[0]!r} has {stack.size} features on {stack.device}, {concept!r} "
+                        f"{size} on {device}; a bank holds vectors of one model, on one device"
                     )
                 stack.add(place, concept)
 
