@@ -4,6 +4,7 @@ model + data --collect--> Statistics --estimator--> SteeringVector --> VectorBan
 """
 
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,8 +18,12 @@ if not TYPE_CHECKING:
         """A public name, or `__all__`; the first one that is asked for loads all, and torch with them (PEP 562)."""
         if name != "__all__" and name.startswith("_"):
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        public = import_module("actsteer.public")
-        globals().update({own: getattr(public, own) for own in public.__all__}, __all__=public.__all__)
+        public = {
+            key: value
+            for key, value in vars(import_module("actsteer.public")).items()
+            if not key.startswith("_") and not isinstance(value, ModuleType)
+        }
+        globals().update(public, __all__=sorted(public))
         if name not in globals():
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return globals()[name]

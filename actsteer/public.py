@@ -1,154 +1,81 @@
-"""public: the names that `import actsteer` offers."""
+"""public: the names that `import actsteer` offers; `X as X` says that a name is meant for others to import."""
 
 import actsteer.private_names  # noqa: F401  (first, for it refuses a torch that is too old)
-from actsteer.collecting.classes import ClassStatistics
-from actsteer.collecting.collect import collect
-from actsteer.collecting.moments import Moments
-from actsteer.collecting.pairs import CrossMoments, collect_differences, collect_pairs
-from actsteer.collecting.record import record
-from actsteer.collecting.statistics import Statistics
-from actsteer.errors import (
-    ActsteerError,
-    AttachedError,
-    BatchError,
-    ConceptNotFoundError,
-    DistributedError,
-    FileFormatError,
-    GateError,
-    LossError,
-    ModelMismatchError,
-    NotFoldable,
-    OutputError,
-    PositionsError,
-    ShapeError,
-    SiteNotFoundError,
-    StatisticsError,
-    SteeringNotApplied,
-    StrengthError,
-    UnsupportedModelError,
-    ZeroDirectionError,
-)
-from actsteer.estimators.align import align
-from actsteer.estimators.centroids import Centroids
-from actsteer.estimators.concept_erasure import ConceptErasure
-from actsteer.estimators.discover import discover
-from actsteer.estimators.estimator import Estimator
-from actsteer.estimators.fit import fit
-from actsteer.estimators.layer_mean import LayerMean
-from actsteer.estimators.logistic_direction import LogisticDirection
-from actsteer.estimators.mean_difference import MeanDifference
-from actsteer.estimators.moment_matching import MomentMatching
-from actsteer.estimators.null_space import NullSpace
-from actsteer.estimators.optimize import optimize
-from actsteer.estimators.principal_direction import PrincipalDirection
-from actsteer.estimators.retention import Retain
-from actsteer.estimators.ridge_direction import RidgeDirection
-from actsteer.estimators.rows import Rows
-from actsteer.estimators.sparse_feature import SparseFeature
-from actsteer.estimators.validation import Validation
-from actsteer.estimators.whitened_mean_difference import WhitenedMeanDifference
-from actsteer.files.formats import FORMATS, Format
-from actsteer.sites.resolve import find_sites
-from actsteer.steering.folding.fold import fold, unfold
-from actsteer.steering.gates.cosine_above import CosineAbove
-from actsteer.steering.gates.gate import Combination, Gate, ScoredGate
-from actsteer.steering.gates.logic import And, Not, Or
-from actsteer.steering.gates.probe_above import ProbeAbove
-from actsteer.steering.gates.projection_above import ProjectionAbove
-from actsteer.steering.gates.soft import Soft
-from actsteer.steering.interventions.ablate import Ablate
-from actsteer.steering.interventions.add import Add
-from actsteer.steering.interventions.affine import Affine
-from actsteer.steering.interventions.chain import Chain
-from actsteer.steering.interventions.clamp import Clamp
-from actsteer.steering.interventions.intervention import Edit, Intervention, PerSite
-from actsteer.steering.interventions.keep_norm import KeepNorm
-from actsteer.steering.interventions.low_rank import LowRank
-from actsteer.steering.interventions.replace import Replace
-from actsteer.steering.interventions.rotate import Rotate
-from actsteer.steering.steerer import Steerer
-from actsteer.tuning.sweep import sweep
-from actsteer.vectors.bank import VectorBank
-from actsteer.vectors.site_map import SiteMap
-from actsteer.vectors.vector import SteeringVector
-
-__all__ = [
-    "FORMATS",
-    "Ablate",
-    "ActsteerError",
-    "Add",
-    "Affine",
-    "And",
-    "AttachedError",
-    "BatchError",
-    "Centroids",
-    "Chain",
-    "Clamp",
-    "ClassStatistics",
-    "Combination",
-    "ConceptErasure",
-    "ConceptNotFoundError",
-    "CosineAbove",
-    "CrossMoments",
-    "DistributedError",
-    "Edit",
-    "Estimator",
-    "FileFormatError",
-    "Format",
-    "Gate",
-    "GateError",
-    "Intervention",
-    "KeepNorm",
-    "LayerMean",
-    "LogisticDirection",
-    "LossError",
-    "LowRank",
-    "MeanDifference",
-    "ModelMismatchError",
-    "MomentMatching",
-    "Moments",
-    "Not",
-    "NotFoldable",
-    "NullSpace",
-    "Or",
-    "OutputError",
-    "PerSite",
-    "PositionsError",
-    "PrincipalDirection",
-    "ProbeAbove",
-    "ProjectionAbove",
-    "Replace",
-    "Retain",
-    "RidgeDirection",
-    "Rotate",
-    "Rows",
-    "ScoredGate",
-    "ShapeError",
-    "SiteMap",
-    "SiteNotFoundError",
-    "Soft",
-    "SparseFeature",
-    "Statistics",
-    "StatisticsError",
-    "Steerer",
-    "SteeringNotApplied",
-    "SteeringVector",
-    "StrengthError",
-    "UnsupportedModelError",
-    "Validation",
-    "VectorBank",
-    "WhitenedMeanDifference",
-    "ZeroDirectionError",
-    "align",
-    "collect",
-    "collect_differences",
-    "collect_pairs",
-    "discover",
-    "find_sites",
-    "fit",
-    "fold",
-    "optimize",
-    "record",
-    "sweep",
-    "unfold",
-]
+from actsteer.collecting.classes import ClassStatistics as ClassStatistics
+from actsteer.collecting.collect import collect as collect
+from actsteer.collecting.moments import Moments as Moments
+from actsteer.collecting.pairs import CrossMoments as CrossMoments
+from actsteer.collecting.pairs import collect_differences as collect_differences
+from actsteer.collecting.pairs import collect_pairs as collect_pairs
+from actsteer.collecting.record import record as record
+from actsteer.collecting.statistics import Statistics as Statistics
+from actsteer.errors import ActsteerError as ActsteerError
+from actsteer.errors import AttachedError as AttachedError
+from actsteer.errors import BatchError as BatchError
+from actsteer.errors import ConceptNotFoundError as ConceptNotFoundError
+from actsteer.errors import DistributedError as DistributedError
+from actsteer.errors import FileFormatError as FileFormatError
+from actsteer.errors import GateError as GateError
+from actsteer.errors import LossError as LossError
+from actsteer.errors import ModelMismatchError as ModelMismatchError
+from actsteer.errors import NotFoldable as NotFoldable
+from actsteer.errors import OutputError as OutputError
+from actsteer.errors import PositionsError as PositionsError
+from actsteer.errors import ShapeError as ShapeError
+from actsteer.errors import SiteNotFoundError as SiteNotFoundError
+from actsteer.errors import StatisticsError as StatisticsError
+from actsteer.errors import SteeringNotApplied as SteeringNotApplied
+from actsteer.errors import StrengthError as StrengthError
+from actsteer.errors import UnsupportedModelError as UnsupportedModelError
+from actsteer.errors import ZeroDirectionError as ZeroDirectionError
+from actsteer.estimators.align import align as align
+from actsteer.estimators.centroids import Centroids as Centroids
+from actsteer.estimators.concept_erasure import ConceptErasure as ConceptErasure
+from actsteer.estimators.discover import discover as discover
+from actsteer.estimators.estimator import Estimator as Estimator
+from actsteer.estimators.fit import fit as fit
+from actsteer.estimators.layer_mean import LayerMean as LayerMean
+from actsteer.estimators.logistic_direction import LogisticDirection as LogisticDirection
+from actsteer.estimators.mean_difference import MeanDifference as MeanDifference
+from actsteer.estimators.moment_matching import MomentMatching as MomentMatching
+from actsteer.estimators.null_space import NullSpace as NullSpace
+from actsteer.estimators.optimize import optimize as optimize
+from actsteer.estimators.principal_direction import PrincipalDirection as PrincipalDirection
+from actsteer.estimators.retention import Retain as Retain
+from actsteer.estimators.ridge_direction import RidgeDirection as RidgeDirection
+from actsteer.estimators.rows import Rows as Rows
+from actsteer.estimators.sparse_feature import SparseFeature as SparseFeature
+from actsteer.estimators.validation import Validation as Validation
+from actsteer.estimators.whitened_mean_difference import WhitenedMeanDifference as WhitenedMeanDifference
+from actsteer.files.formats import FORMATS as FORMATS
+from actsteer.files.formats import Format as Format
+from actsteer.sites.resolve import find_sites as find_sites
+from actsteer.steering.folding.fold import fold as fold
+from actsteer.steering.folding.fold import unfold as unfold
+from actsteer.steering.gates.cosine_above import CosineAbove as CosineAbove
+from actsteer.steering.gates.gate import Combination as Combination
+from actsteer.steering.gates.gate import Gate as Gate
+from actsteer.steering.gates.gate import ScoredGate as ScoredGate
+from actsteer.steering.gates.logic import And as And
+from actsteer.steering.gates.logic import Not as Not
+from actsteer.steering.gates.logic import Or as Or
+from actsteer.steering.gates.probe_above import ProbeAbove as ProbeAbove
+from actsteer.steering.gates.projection_above import ProjectionAbove as ProjectionAbove
+from actsteer.steering.gates.soft import Soft as Soft
+from actsteer.steering.interventions.ablate import Ablate as Ablate
+from actsteer.steering.interventions.add import Add as Add
+from actsteer.steering.interventions.affine import Affine as Affine
+from actsteer.steering.interventions.chain import Chain as Chain
+from actsteer.steering.interventions.clamp import Clamp as Clamp
+from actsteer.steering.interventions.intervention import Edit as Edit
+from actsteer.steering.interventions.intervention import Intervention as Intervention
+from actsteer.steering.interventions.intervention import PerSite as PerSite
+from actsteer.steering.interventions.keep_norm import KeepNorm as KeepNorm
+from actsteer.steering.interventions.low_rank import LowRank as LowRank
+from actsteer.steering.interventions.replace import Replace as Replace
+from actsteer.steering.interventions.rotate import Rotate as Rotate
+from actsteer.steering.steerer import Steerer as Steerer
+from actsteer.tuning.sweep import sweep as sweep
+from actsteer.vectors.bank import VectorBank as VectorBank
+from actsteer.vectors.site_map import SiteMap as SiteMap
+from actsteer.vectors.vector import SteeringVector as SteeringVector

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import glob
-import importlib
-import sys
 from pathlib import Path
-from typing import Any
 
 import typer
 from torch import nn
 
+from actsteer.cli import factory
 from actsteer.files import gguf, sealed
 from actsteer.files.formats import Format
 from actsteer.vectors.bank import VectorBank
@@ -69,12 +67,10 @@ def format_of(name: str) -> Format:
     Raises:
         typer.BadParameter: there is no such module, or it is no format.
     """
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)  # as `python -m` has it
     try:
-        found: Any = importlib.import_module(name)
+        found: Format = factory.imported(name)
     except Exception as error:
         raise typer.BadParameter(f"{name}: {type(error).__name__}: {error}", param_hint="--format") from error
     if missing := [part for part in ("SUFFIX", "read", "write") if not hasattr(found, part)]:
         raise typer.BadParameter(f"{name}: a format needs {', '.join(missing)}; see Format", param_hint="--format")
-    return found  # type: ignore[no-any-return]
+    return found

@@ -9,7 +9,7 @@ import typer
 
 from actsteer.cli import banks, models, options, screen
 from actsteer.cli.examples import batches, dataset_batches
-from actsteer.cli.options import BatchSize, Chat, Device, DtypeName, ModelName, OutPath, TrustRemoteCode
+from actsteer.cli.options import BatchSize, Chat, Device, DtypeName, ModelName, OutPath, RowPositions, TrustRemoteCode
 from actsteer.collecting import collect as collecting
 from actsteer.collecting.batches import Batches
 from actsteer.collecting.moments import Covariance
@@ -36,9 +36,7 @@ def collect(
         str | None, typer.Option(help="i/n: the i-th of n parts of the texts alone, from 0/n to n-1/n.")
     ] = None,
     covariance: Annotated[Kept, typer.Option(help="What to keep beside the means; diagonal: variances.")] = "none",
-    positions: Annotated[
-        str | None, typer.Option(help="all, last, an index, or start:stop; of texts the last token, else all.")
-    ] = None,
+    positions: RowPositions = None,
     batch_size: BatchSize = 32,
     chat: Chat = False,
     split: Annotated[str, typer.Option(help="Of a dataset.")] = "train",
@@ -62,12 +60,12 @@ def collect(
     asked = None if positions is None else options.positions(positions)
     loaded = models.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     found: Batches
+    are_texts = True
     if is_file:
         found, are_texts = batches(Path(texts), loaded, batch_size=batch_size, chat=chat)
     else:
-        found, are_texts = (
-            dataset_batches(texts, loaded, split=split, column=column, config=config, batch_size=batch_size, chat=chat),
-            True,
+        found = dataset_batches(
+            texts, loaded, split=split, column=column, config=config, batch_size=batch_size, chat=chat
         )
     chosen: Positions = asked if asked is not None else "last" if are_texts else "all"
     resume = output.with_name(f".{output.stem}.resume.safetensors")

@@ -29,10 +29,8 @@ def made(name: str, kind: type, *, hint: str) -> Any:
     home, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in (*home.split("."), *attribute.split("."))):
         raise typer.BadParameter(f"{name}: expected module:factory, as in nets:build", param_hint=hint)
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)  # as `python -m` has it
     try:
-        found: Any = importlib.import_module(home)
+        found = imported(home)
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{home}.".startswith(f"{error.name}."):
             raise typer.BadParameter(
@@ -52,8 +50,15 @@ def made(name: str, kind: type, *, hint: str) -> Any:
         raise _failed(name, error) from error
 
 
+def imported(name: str) -> Any:
+    """The module of this name, in the current folder, as `python -m` has it, or installed."""
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    return importlib.import_module(name)
+
+
 def _failed(name: str, error: Exception) -> UnsupportedModelError:
-    """What the user's own code has raised, and where."""
+    """What the user's code has raised, and where."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" in {frames[-1].filename}:{frames[-1].lineno}" if len(frames) > 1 else ""
     return UnsupportedModelError(

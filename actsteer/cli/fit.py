@@ -10,7 +10,7 @@ import typer
 
 from actsteer.cli import banks, factory, models, options, screen
 from actsteer.cli.examples import batches
-from actsteer.cli.options import BatchSize, Chat, Device, DtypeName, OutPath, TrustRemoteCode
+from actsteer.cli.options import BatchSize, Chat, Device, DtypeName, OutPath, RowPositions, TrustRemoteCode
 from actsteer.cli.show import describe
 from actsteer.collecting.positions import Positions
 from actsteer.collecting.statistics import Statistics
@@ -49,9 +49,7 @@ def fit(
     estimator: Annotated[
         str, typer.Option(help=f"How the direction is found: {', '.join(_OURS)}, or yours as module:Class.")
     ] = "MeanDifference",
-    positions: Annotated[
-        str | None, typer.Option(help="all, last, an index, or start:stop; of texts the last token, else all.")
-    ] = None,
+    positions: RowPositions = None,
     batch_size: BatchSize = 32,
     chat: Chat = False,
     device: Device = None,

@@ -26,6 +26,10 @@ Concepts = Annotated[list[str] | None, typer.Option("--concept", help="Only this
 StrengthTexts = Annotated[
     list[str], typer.Option("-c", help="The strength: 2 for all concepts, or nine=2; may be repeated.")
 ]
+RowPositions = Annotated[
+    str | None,
+    typer.Option("--positions", help="all, last, an index, or start:stop; of texts the last token, else all."),
+]
 READ: Any = {"exists": True, "dir_okay": False, "readable": True, "show_default": False}
 """What every file that is read as examples must be."""
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Texts, or rows, at a time.")]

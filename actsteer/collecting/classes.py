@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import reduce as fold
 from os import PathLike
-from typing import Any, TypeAlias, final
+from typing import TypeAlias, final
 
 from actsteer.collecting import moments_file
 from actsteer.collecting.moments import Moments
@@ -123,10 +123,3 @@ class ClassStatistics(Mapping[Label, Statistics]):
 
     def __repr__(self) -> str:
         return f"ClassStatistics(labels={list(self)}, sites={self.sites})"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuilt, (self._classes, self._first)
-
-
-def _rebuilt(classes: dict[Label, Statistics], first: Statistics) -> ClassStatistics:
-    return ClassStatistics(classes, nothing=first)

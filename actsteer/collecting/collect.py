@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from actsteer.collecting.batches import Batches, iterate, share
 from actsteer.collecting.classes import ClassStatistics, Label
 from actsteer.collecting.labels import Labels, labelled
-from actsteer.collecting.moments import Covariance, Moments
+from actsteer.collecting.moments import Covariance, Moments, absorb
 from actsteer.collecting.observe import Observation, Step
 from actsteer.collecting.positions import Positions, described
 from actsteer.collecting.processes import announced, in_step, is_alone, replicas
@@ -105,8 +105,8 @@ def collect(
         axis: the feature axis, of every site or site -> axis, where it is not the one that the module's class tells.
         stop: False runs every pass whole.
         shard: (i, n) collects the i-th of n parts of the batches alone, counted from 0: every n-th one, or, of a
-            streamed dataset, what it gives to the i-th of n processes. A part may be empty. The parts, each from a
-            process of its own and saved, `merge` to what one pass gives.
+            streamed dataset, what it gives to the i-th of n processes. A part may be empty. The parts, each
+            collected in a separate process and saved, `merge` to what one pass gives.
         checkpoint: a `.safetensors` file in which the sums are kept, after `every` batches and at the end. If it is
             there already, the batches that it has seen are skipped, and the statistics are bit for bit those of an
             uninterrupted pass.
@@ -190,14 +190,10 @@ class _Sums:
 
     def _keep_all(self, site: str, rows: Tensor, owners: Tensor) -> None:
         """Take in rows of a site that belong to no class."""
-        known = self.classes.get(None)
-        if known is not None and site in known:
-            known[site].update(rows)
-        else:
-            self._add(None, site, rows)
+        self._add(None, site, rows)
 
     def _keep(self, labels: list[Label], codes: Tensor, site: str, rows: Tensor, owners: Tensor) -> None:
-        """Take in rows of a site; `owners` tells of which row of the batch each is, `codes` the class of that one."""
+        """Take in rows of a site: `owners` has the batch's row that each is from, `codes` the class of that row."""
         own = codes[owners.cpu()]
         order = own.argsort(stable=True)
         parts = rows[order.to(rows.device)].split(torch.bincount(own, minlength=len(labels)).tolist())
@@ -219,14 +215,10 @@ class _Sums:
 
     def _add(self, label: Label | None, site: str, rows: Tensor) -> None:
         if rows.shape[0]:
-            moments = self.classes.setdefault(label, {})
-            if site not in moments:
-                moments[site] = Moments.of(rows, covariance=self._covariance)
-            else:
-                moments[site].update(rows)
+            absorb(self.classes.setdefault(label, {}), site, rows, covariance=self._covariance)
 
 
 def _coded(labels: list[Label]) -> tuple[list[Label], Tensor]:
-    """The labels without repetition, and for each row the index of its own among them."""
+    """Each label once, and for each row the index of its label."""
     codes = {label: code for code, label in enumerate(dict.fromkeys(labels))}
     return list(codes), torch.tensor([codes[label] for label in labels], dtype=torch.long)

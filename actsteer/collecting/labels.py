@@ -21,7 +21,7 @@ _missing: Any = object()
 
 
 def labelled(batches: Iterable[Any], by: Labels) -> Iterator[tuple[Any, list[Label]]]:
-    """The batches as the model is to see them, each with the labels of its rows.
+    """The batches as the model is given them, each with the labels of its rows.
 
     Raises:
         BatchError: labels that do not fit.

@@ -33,7 +33,7 @@ class Scatter:
         return cls(like.new_zeros(len(like), len(like)), torch.zeros_like(like), like.new_zeros(()))
 
     def clone(self) -> Scatter:
-        """The same numbers in tensors of its own."""
+        """The same numbers in other tensors."""
         return Scatter(self.second.clone(), self.third.clone(), self.fourth.clone())
 
     def to(self, device: torch.device) -> Scatter:
@@ -243,7 +243,7 @@ class Moments:
         return merged
 
     def copy(self) -> Moments:
-        """The same moments; its tensors become its own when either is updated."""
+        """The same moments; the two share their tensors until either is updated."""
         copied = Moments.__new__(Moments)
         copied.count, copied.d, copied.dtype, copied._buffer = self.count, self.d, self.dtype, None
         copied._origin, copied._total = self._origin, self._total
@@ -313,6 +313,14 @@ class Moments:
             self._squares = self._squares + within + moved.square() * (self.count * len(rows) / count)
         self._total = self._total + shift * len(rows)
         self.count = count
+
+
+def absorb(sums: dict[str, Moments], site: str, rows: Float[Tensor, "n d"], *, covariance: Covariance) -> None:
+    """Take in rows of a site, whose moments may begin with them."""
+    if site in sums:
+        sums[site].update(rows)
+    else:
+        sums[site] = Moments.of(rows, covariance=covariance)
 
 
 def moved_sums(sums: Scatter, count: int, shift: Float[Tensor, " d"]) -> tuple[Tensor, Tensor]:

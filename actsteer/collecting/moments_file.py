@@ -23,7 +23,7 @@ def write(
     classes: Mapping[Any, Mapping[str, Moments]],
     described: Mapping[str, Any],
 ) -> None:
-    """Write moments, and a JSON document that describes them, under a kind of their own."""
+    """Write moments, and a JSON document that describes them, as a file of this kind."""
     tensors: dict[str, Tensor] = {}
     entries = []
     for index, (label, moments) in enumerate(classes.items()):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple, final
 
 import torch
@@ -62,22 +62,23 @@ class Observation:
         check(positions)
         if keep_shape and not (isinstance(positions, str) and positions == "all"):
             raise ValueError(f"keep_shape: an activation in its own shape has all positions, got {positions!r}")
-        self._model, self._positions = model, positions
+        self.model, self._positions = model, positions
         modules = list(model.modules())
         said = [getattr(kind, "batch_first", None) for kind in {type(module) for module in modules}]
         said += [vars(module).get("batch_first") for module in modules]  # `getattr` is slow where there is none
-        self._sequence_first = False in said
-        self._places = resolve(model, names)
-        lies = layouts(model, self._places, axis=axis)
+        self.sequence_first = False in said
+        """Whether some module of the model has the positions on the first axis, and the rows on the second."""
         self.axes: dict[str, int] = {}
         """Site -> the axis along which its features lay."""
-        self._stopper = Stopper(self._places, allowed=stop and not must_finish(model))
+        self.asked: _Asked | None = None
+        """What the pass that runs is to give; None where the model runs for another reason, as to make a batch."""
+        self._places = resolve(model, names)
+        self.sites = tuple(self._places)
+        self.stopper = Stopper(self._places, allowed=stop and not must_finish(model))
+        layout_of = layouts(model, self._places, axis=axis)
         self._listeners = [
-            _Listener(place, lies[site], self._stopper, self.axes) for site, place in self._places.items()
+            _Listener(self, place, layout_of[site], keeps_shape=keep_shape) for site, place in self._places.items()
         ]
-        for listener in self._listeners:
-            listener.doubtful = self._sequence_first and lies[listener.place.site].row_axis == 0
-            listener.keeps_shape = keep_shape
 
     def run(self, steps: Iterable[Step]) -> None:
         """Run one step after another; each is taken once the one before it is over.
@@ -85,35 +86,28 @@ class Observation:
         Raises:
             StatisticsError: a site has never run, or runs more often than in the first pass.
         """
-        with eval_mode(self._model), ExitStack() as handles:
+        with eval_mode(self.model), ExitStack() as handles:
             for listener in self._listeners:
                 handles.callback(listen(listener.place, listener))
             for batch, keep, rows in steps:
                 positions = self._positions(batch) if callable(self._positions) else self._positions
                 check(positions)
-                masks = TokenMasks(self._model, batch, explicit=isinstance(positions, Tensor))
-                given = None if self._sequence_first else rows_in(batch)
-                tokens = () if self._sequence_first else first_shape(batch)[:2]
-                asked = _Asked(keep, positions, masks, given, tokens, rows, {})
-                self._stopper.begin()
-                with suppress(Stop), torch.no_grad(), self._listening(asked):
-                    call(self._model, batch)
-                self._stopper.end()
+                masks = TokenMasks(self.model, batch, explicit=isinstance(positions, Tensor))
+                given = None if self.sequence_first else rows_in(batch)
+                tokens = () if self.sequence_first else first_shape(batch)[:2]
+                self.stopper.begin()
+                self.asked = _Asked(keep, positions, masks, given, tokens, rows, {})
+                try:
+                    with suppress(Stop), torch.no_grad():
+                        call(self.model, batch)
+                finally:
+                    self.asked = None
+                self.stopper.end()
         silent = [
-            f"{site!r} ({likely_cause(self._model, p)})" for site, p in self._places.items() if site not in self.axes
+            f"{site!r} ({likely_cause(self.model, p)})" for site, p in self._places.items() if site not in self.axes
         ]
-        if silent and self._stopper.passes:
+        if silent and self.stopper.passes:
             raise StatisticsError(f"these sites never ran: {'; '.join(silent)}")
-
-    @contextmanager
-    def _listening(self, asked: _Asked) -> Iterator[None]:
-        for listener in self._listeners:
-            listener.asked = asked
-        try:
-            yield
-        finally:
-            for listener in self._listeners:
-                listener.asked = None
 
 
 class _Asked(NamedTuple):
@@ -155,21 +149,19 @@ class _Choice(NamedTuple):
 class _Listener:
     """A hook that hands the activations of a site on, as rows."""
 
-    asked: _Asked | None = None  # None when the model runs for another reason, such as to make the next batch
-    doubtful: bool  # whether the first axis may hold the positions and not the rows
-    keeps_shape: bool
-    _frame: Frame | None
-
-    def __init__(self, place: Place, layout: Layout, stopper: Stopper, axes: dict[str, int]) -> None:
-        self.place, self._stopper, self._axes = place, stopper, axes
-        self._lens, self._frame = Lens(place, layout), None
+    def __init__(self, observation: Observation, place: Place, layout: Layout, *, keeps_shape: bool) -> None:
+        self.place, self._observation, self._keeps_shape = place, observation, keeps_shape
+        self._lens = Lens(place, layout)
+        self._frame: Frame | None = None  # the last one, whose axis is noticed
+        self._doubtful = observation.sequence_first and layout.row_axis == 0
+        """Whether the first axis may hold the positions and not the rows."""
         is_converted = getattr(place.module, "hook_conversion", None) is not None
         self._is_plain = place.side == "out" and not place.path and not is_converted and is_alone()
         """Whether a tensor that the module gives is the activation, as its users see it."""
 
     def __call__(self, module: nn.Module, args: Any, last: Any) -> None:
         """`last` is the output or, at an input, the keyword arguments."""
-        asked = self.asked
+        asked = self._observation.asked
         if asked is None:
             return
         if torch.is_inference_mode_enabled():  # of the caller's own
@@ -177,7 +169,7 @@ class _Listener:
                 self._hear(asked, module, args, last)
         else:
             self._hear(asked, module, args, last)
-        self._stopper.ran(self.place.site)
+        self._observation.stopper.ran(self.place.site)
 
     def _hear(self, asked: _Asked, module: nn.Module, args: Any, last: Any) -> None:
         if self._is_plain and last.__class__ is Tensor and last.is_floating_point() and not last.is_nested:
@@ -191,10 +183,10 @@ class _Listener:
                 self._take(asked, whole, frame)
                 continue
             self._notice_axis(frame)
-            if self.keeps_shape:
+            if self._keeps_shape:
                 raise ShapeError(f"site {self.place.site!r}: a nested or packed activation has no one shape to keep")
             if packed is not None:
-                rows, owners = self._everything(_plain(whole), "is packed"), packed_rows(packed)
+                rows, owners = self._everything(asked.positions, _plain(whole), "is packed"), packed_rows(packed)
             else:
                 choice = self._choice(asked, whole, frame, nested=True)
                 rows, owners = choice.of(_plain(whole)), choice.owners + index
@@ -206,11 +198,11 @@ class _Listener:
         site, whole = self.place.site, _plain(whole)
         if frame is not self._frame:
             self._notice_axis(frame)
-        if self.keeps_shape:
+        if self._keeps_shape:
             asked.keep(site, whole, _NONE)
             return
         whose = site if asked.masks.by_site else None
-        key = (whole.shape, whole.device, frame.row_axis, frame.axis, self.doubtful, whose)
+        key = (whole.shape, whole.device, frame.row_axis, frame.axis, self._doubtful, whose)
         choice = asked.choices.get(key)
         if choice is None:
             choice = asked.choices[key] = self._choice(asked, whole, frame, nested=False)
@@ -220,7 +212,7 @@ class _Listener:
 
     def _notice_axis(self, frame: Frame) -> None:
         known, self._frame = self._lens.layout.axis, frame
-        self._axes[self.place.site] = known if known is not None else -1 if frame.is_last else frame.axis
+        self._observation.axes[self.place.site] = known if known is not None else -1 if frame.is_last else frame.axis
 
     def _choice(self, asked: _Asked, whole: Float[Tensor, "*shape d"], frame: Frame, *, nested: bool) -> _Choice:
         """Which of the activations are asked for, and of which row each is."""
@@ -243,7 +235,7 @@ class _Listener:
         in_order = whole.ndim == 3 or real is not None or isinstance(positions, Tensor)
         is_mean = isinstance(positions, str) and positions == "mean"
         if not (ordered or nested or in_order or (is_mean and (alone or whole.ndim > 3))):
-            self._everything(whole, f"has shape {tuple(whole.shape)}")
+            self._everything(positions, whole, f"has shape {tuple(whole.shape)}")
         first = row_axis or 0
         if is_mean:
             return _Choice(first, None, torch.arange(by_row[0]), by_row, real)
@@ -255,7 +247,7 @@ class _Listener:
     def _row_axis(self, asked: _Asked, whole: Tensor, frame: Frame, *, nested: bool, matters: bool) -> int | None:
         """The axis of the batch's rows in an activation with the features last; None if it is one row alone."""
         row_axis = 0 if nested else frame.row_axis
-        if self.doubtful and matters and not nested and whole.ndim == 3 and frame.row_axis != frame.axis:
+        if self._doubtful and matters and not nested and whole.ndim == 3 and frame.row_axis != frame.axis:
             rows = asked.rows if asked.rows is not None else asked.masks.rows
             if rows not in whole.shape[:2] or whole.shape[0] == whole.shape[1]:
                 raise ShapeError(
@@ -268,8 +260,7 @@ class _Listener:
             return None
         return row_axis - (row_axis > frame.axis)
 
-    def _everything(self, whole: Tensor, why: str) -> Tensor:
-        positions = None if self.asked is None else self.asked.positions
+    def _everything(self, positions: Positions, whole: Tensor, why: str) -> Tensor:
         if isinstance(positions, str) and positions in ("all", "prompt"):
             return whole
         raise ShapeError(

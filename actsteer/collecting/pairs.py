@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from actsteer.collecting.batches import Batches, iterate
 from actsteer.collecting.collect import described_axes
-from actsteer.collecting.moments import Covariance, Moments, exact
+from actsteer.collecting.moments import Covariance, Moments, absorb, exact
 from actsteer.collecting.observe import Observation, Step
 from actsteer.collecting.positions import Positions, described
 from actsteer.collecting.statistics import Statistics
@@ -160,11 +160,7 @@ def collect_differences(
             yield Step(toward, one.keep)
             yield Step(away, other.keep)
             for site in names:
-                difference = _difference(site, one, other)
-                if site not in sums:
-                    sums[site] = Moments.of(difference, covariance=covariance)
-                else:
-                    sums[site].update(difference)
+                absorb(sums, site, _difference(site, one, other), covariance=covariance)
 
     observation.run(steps())
     metadata = fingerprint.described(model) | described(positions) | described_axes(observation.axes, axis)

@@ -54,25 +54,6 @@ def described(positions: Positions) -> dict[str, str]:
     return {"positions": getattr(positions, "__qualname__", "callable") if callable(positions) else str(positions)}
 
 
-def pick(
-    activation: Float[Tensor, "rows positions d"], real: Bool[Tensor, "rows positions"] | None, positions: Positions
-) -> tuple[Float[Tensor, "n d"], Int[Tensor, " n"]]:
-    """The activations at the positions, and for each the row of the batch that it is from.
-
-    Args:
-        activation: one row per sequence.
-        real: where the sequences have tokens and not pads; everywhere, if None.
-        positions: no callable.
-
-    Raises:
-        BatchError, ShapeError: a sequence that has no such position; a mask of another shape.
-    """
-    if isinstance(positions, str) and positions == "mean":
-        return mean(activation, real), torch.arange(len(activation))
-    owners, where = chosen((activation.shape[0], activation.shape[1]), real, positions, device=activation.device)
-    return activation[owners, where], owners
-
-
 def mean(
     activation: Float[Tensor, "rows positions d"], real: Bool[Tensor, "rows positions"] | None
 ) -> Float[Tensor, "rows d"]:

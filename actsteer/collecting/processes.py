@@ -224,7 +224,7 @@ def _together(model: nn.Module) -> tuple[int, ...]:
 
 
 def _meshes(module: nn.Module) -> list[Any]:
-    """The device meshes of the module's own parameters; of transformers' tensor parallelism, that of the model."""
+    """The device meshes of the module's parameters; under transformers' tensor parallelism, that of the model."""
     meshes = [getattr(parameter, "device_mesh", None) for parameter in module._parameters.values()]
     if (getattr(module, "tp_size", None) or getattr(module, "_tp_size", None) or 1) > 1:
         meshes.append(getattr(module, "_device_mesh", None))
@@ -232,7 +232,7 @@ def _meshes(module: nn.Module) -> list[Any]:
 
 
 def _data_meshes(module: nn.Module) -> list[Any]:
-    """The meshes over which FSDP shards this module, each process with data of its own; empty without FSDP."""
+    """The meshes over which FSDP shards this module; their processes see different data. Empty without FSDP."""
     if not hasattr(module, "_get_fsdp_state"):
         return []
     sharded: Any = module
@@ -272,7 +272,8 @@ def reduce(
         meet(ranks, "all_reduce")
         with _unbroken(ranks, "all_reduce"):
             counted = min((rank for rank in replicas if rank in ranks), default=dist.get_rank()) == dist.get_rank()
-            headers = _gathered(_Header.of(own, metadata, counted=counted, by_class=by_class), group)
+            headers: list[Any] = [None] * len(ranks)
+            dist.all_gather_object(headers, _Header.of(own, metadata, counted=counted, by_class=by_class), group=group)
             kind = _agreed(headers, ranks)
             labels = list(dict.fromkeys(label for header in headers for label in header.counts))
             device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend(group) else "cpu"
@@ -355,14 +356,8 @@ class _Header(NamedTuple):
         return self._replace(sizes=sizes, metadata=axes | self.metadata, covariance=covariance, dtypes=other.dtypes)
 
 
-def _gathered(header: _Header, group: Group) -> list[_Header]:
-    headers: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(headers, header, group=group)
-    return headers
-
-
 def _agreed(headers: Sequence[_Header], ranks: Sequence[int]) -> _Header:
-    """The header of the first rank that has rows.
+    """The header of the first rank that has rows; every other rank has the same statistics.
 
     Raises:
         DistributedError: another rank has other statistics.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, final
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -51,44 +51,27 @@ def record(
     torch.Size([5, 4, 3])
     """
     with announced():
-        recorder = Recorder(model, sites=sites, positions=positions, axis=axis, stop=stop, keep_shape=keep_shape)
-        return recorder.record(iterate(batches, batch_size=batch_size, progress=progress, label="record"))
-
-
-@final
-class Recorder:
-    """Records time and again, as `record`; the rule by which passes end early counts all of them."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        sites: Sites,
-        positions: Positions = "all",
-        axis: Axes | None = None,
-        stop: bool = True,
-        keep_shape: bool = False,
-    ) -> None:
-        self._model, self._names = model, find_sites(model, sites)
-        self._observation = Observation(
-            model, self._names, axis=axis, positions=positions, stop=stop, keep_shape=keep_shape
+        observation = Observation(
+            model, find_sites(model, sites), axis=axis, positions=positions, stop=stop, keep_shape=keep_shape
         )
+        return recorded(observation, iterate(batches, batch_size=batch_size, progress=progress, label="record"))
 
-    def record(self, batches: Iterable[Any]) -> dict[str, Float[Tensor, "*shape d"]]:
-        """The activations of these batches; errors as `record`."""
-        kept: dict[str, list[Tensor]] = {site: [] for site in self._names}
 
-        def keep(site: str, rows: Tensor, owners: Tensor) -> None:
-            kept[site].append(rows.clone())  # a later module may edit its input in place
+def recorded(observation: Observation, batches: Iterable[Any]) -> dict[str, Float[Tensor, "*shape d"]]:
+    """The activations of these batches; an observation that is used again goes on counting its passes."""
+    kept: dict[str, list[Tensor]] = {site: [] for site in observation.sites}
 
-        with announced():
-            self._observation.run(Step(batch, keep) for batch in in_step(batches, self._model))
-        if empty := [site for site, rows in kept.items() if not rows]:
-            raise StatisticsError(f"sites {empty} saw no rows; is every batch empty?")
-        for site, rows in kept.items():
-            if len(shapes := {part.shape[1:] for part in rows}) > 1:
-                raise ShapeError(
-                    f"site {site!r}: activations of shapes {sorted(map(tuple, shapes))} for their rows do not go into "
-                    "one tensor; record one batch at a time, or pad them alike"
-                )
-        return {site: torch.cat(rows) for site, rows in kept.items()}
+    def keep(site: str, rows: Tensor, owners: Tensor) -> None:
+        kept[site].append(rows.clone())  # a later module may edit its input in place
+
+    with announced():
+        observation.run(Step(batch, keep) for batch in in_step(batches, observation.model))
+    if empty := [site for site, rows in kept.items() if not rows]:
+        raise StatisticsError(f"sites {empty} saw no rows; is every batch empty?")
+    for site, rows in kept.items():
+        if len(shapes := {part.shape[1:] for part in rows}) > 1:
+            raise ShapeError(
+                f"site {site!r}: activations of shapes {sorted(map(tuple, shapes))} for their rows do not go into "
+                "one tensor; record one batch at a time, or pad them alike"
+            )
+    return {site: torch.cat(rows) for site, rows in kept.items()}

@@ -105,7 +105,7 @@ def weights(model: nn.Module) -> str:
 
 
 def code_of(function: Any) -> str:
-    """A digest of what a function does: its own code, constants and defaults, and what it closes over."""
+    """A digest of what a function does: its code, constants and defaults, and what it closes over."""
     function = function if isinstance(function, FunctionType) else vars(type(function)).get("__call__")
     code = getattr(function, "__code__", None)
     if code is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
-from typing import Any, final
+from typing import final
 
 from actsteer.collecting import moments_file
 from actsteer.collecting.moments import Moments
@@ -131,10 +131,3 @@ class Statistics:
 
     def __repr__(self) -> str:
         return f"Statistics({self._moments})"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuilt, (self._moments, self._metadata, self._replicas)
-
-
-def _rebuilt(moments: dict[str, Moments], metadata: dict[str, str], replicas: tuple[int, ...]) -> Statistics:
-    return Statistics(moments, metadata=metadata, replicas=replicas)

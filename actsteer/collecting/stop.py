@@ -67,8 +67,8 @@ class Stopper:
 
 
 def must_finish(model: nn.Module) -> bool:
-    """Whether something undoes after a module's forward what it did before: FSDP, and offloading by accelerate, which
-    bring a module's weights and take them away again."""
+    """Whether every pass must run whole: FSDP, and offloading by accelerate, bring a module's weights before its
+    forward and take them away after it."""
     modules = list(model.modules())
     bases = {base for kind in {type(module) for module in modules} for base in kind.__mro__}
     return any(base.__module__.startswith("torch.distributed.") for base in bases) or any(

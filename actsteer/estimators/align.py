@@ -13,6 +13,7 @@ from actsteer.collecting.pairs import CrossMoments
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import ShapeError, SiteNotFoundError, StatisticsError
 from actsteer.estimators.estimator import solved
+from actsteer.sites import fingerprint
 from actsteer.vectors.site_map import SiteMap
 
 Method: TypeAlias = Literal["ridge", "procrustes", "identity"]
@@ -70,12 +71,7 @@ def align(
                 "were they collected on the same models?"
             )
         maps[site] = (other, _weight(joint, stats_a, site, method, ridge))
-    kept = {
-        "model",
-        "weights",
-        "model_type",
-        *(f"axis {other}" for other, _ in maps.values()),
-    }  # of the model that it leads to
+    kept = {*fingerprint.KEYS, *(f"axis {other}" for other, _ in maps.values())}  # of the model that it leads to
     described = {key: text for key, text in stats_b.metadata.items() if key in kept}
     return SiteMap(maps, metadata={"aligned by": method} | described)
 

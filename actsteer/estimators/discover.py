@@ -50,7 +50,7 @@ def discover(
         batches: data, as for `collect`; all of them are used in every step.
         site: where the direction is added.
         target: the site, after it, whose activation is to change.
-        norm: ‖v‖, in the activation's own units; what is found depends on it.
+        norm: ‖v‖, in the activation's units; what is found depends on it.
         count: how many directions; the concepts are called "0", "1", and so on.
         steps: of gradient ascent (Adam) for each.
         lr: the learning rate, as a share of the norm.

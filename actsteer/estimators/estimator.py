@@ -95,7 +95,7 @@ def described(estimator: Estimator[Any], *, positive: Statistics, negative: Stat
 
 
 def with_metadata(found: Result, metadata: Mapping[str, str], *, concept: str | None) -> Result:
-    """The same vector or edit under this name, with this metadata, but for other sites' axes, beneath what it has."""
+    """The same vector or edit under this name; of this metadata, but for other sites' axes, it gets what it lacks."""
     vector = found if isinstance(found, SteeringVector) else found.constant
     elsewhere = {key for key in metadata if key.startswith("axis ") and key.removeprefix("axis ") not in vector}
     whole = {key: text for key, text in metadata.items() if key not in elsewhere} | vector.metadata

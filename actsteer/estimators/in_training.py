@@ -17,12 +17,12 @@ from actsteer.vectors.vector import SteeringVector
 
 
 class InTraining(Protocol):
-    """Leaf tensors, in float32 at least, and the vector or edit that they are the numbers of."""
+    """A vector or an edit whose numbers are leaf tensors, in float32 at least."""
 
     leaves: list[Tensor]
 
     def penalty(self) -> Tensor:
-        """The squared norm of what is added, or of what decides it."""
+        """The squared norm of the directions; of an edit, of A and b."""
         ...
 
     def result(self, metadata: Mapping[str, str]) -> SteeringVector | LowRank:

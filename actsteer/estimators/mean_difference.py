@@ -11,7 +11,7 @@ from actsteer.vectors.vector import SteeringVector
 
 @final
 class MeanDifference:
-    """v = μ₊ - μ₋, one number per feature, in the activation's own units.
+    """v = μ₊ - μ₋, one number per feature, in the activation's units.
 
     Also called DiffMean, CAA or, from a single pair, ActAdd. Source: Rimsky et al. 2023; Marks & Tegmark 2023.
 

@@ -61,7 +61,7 @@ def newton(
 
 
 def no_convergence(sites: Iterable[str], steps: int) -> str:
-    """What to say when it does not converge."""
+    """The message where it does not converge."""
     return f"sites {list(sites)}: no convergence in {steps} steps; scale the activations, or take a smaller C"
 
 

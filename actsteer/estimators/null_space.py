@@ -11,7 +11,7 @@ from torch import Tensor
 from actsteer.collecting.moments import Moments
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import ShapeError, SiteNotFoundError, StatisticsError, close_names
-from actsteer.estimators.estimator import Reads, check_finite
+from actsteer.estimators.estimator import Reads, check_finite, with_metadata
 from actsteer.steering.interventions.low_rank import LowRank
 from actsteer.vectors.vector import SteeringVector
 
@@ -68,11 +68,9 @@ class NullSpace:
                     f"{len(self.vector[site])} in the vector; is it from another model?"
                 )
         parts = {site: self._site(site, positive[site], negative[site]) for site in self.vector}
-        elsewhere = {f"axis {site}" for site in positive} - {f"axis {site}" for site in self.vector}
+        edit = LowRank(parts, metadata=self.vector.metadata | {"estimator": "NullSpace"})
         shared = dict(positive.metadata.items() & negative.metadata.items())
-        described = {key: text for key, text in shared.items() if key not in elsewhere}
-        described |= self.vector.metadata | {"estimator": "NullSpace"}
-        return LowRank(parts, concept=self.vector.concept, metadata=described)
+        return with_metadata(edit, shared, concept=self.vector.concept)
 
     def _site(self, site: str, positive: Moments, negative: Moments) -> tuple[Tensor, Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(_second_moment(negative))

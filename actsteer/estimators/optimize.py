@@ -73,8 +73,8 @@ def optimize(
             nothing is given. Or a LowRank edit: `LowRank(rank=4)` starts where it changes nothing, one that has sites
             starts there.
         steps: gradient steps, one batch each.
-        lr: Adam's learning rate, in the activation's own units per step.
-        max_norm: the largest norm of the direction at each site, in the activation's own units; of vectors alone.
+        lr: Adam's learning rate, in the activation's units per step.
+        max_norm: the largest norm of the direction at each site, in the activation's units; of vectors alone.
         l2: adds l2 · Σ ‖v_l‖² to the loss; of an edit, the squares of A and b.
         retain: other data, on which the answers are to stay; `Retain(data, weight=...)` says how much it counts.
         validation: other data, by whose loss the best is kept and training ends early; `Validation(data, targets=...,

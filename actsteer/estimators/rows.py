@@ -10,7 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from actsteer.collecting.batches import Batches, iterate
-from actsteer.collecting.record import Recorder, record
+from actsteer.collecting.observe import Observation
+from actsteer.collecting.record import record, recorded
+from actsteer.sites.resolve import find_sites
 
 
 @final
@@ -64,8 +66,9 @@ class Rows(Mapping[str, Tensor]):
 class _Blocks:
     def __init__(self, model: nn.Module, batches: Batches, options: Mapping[str, Any]) -> None:
         self._batches, self._batch_size = batches, options["batch_size"]
-        self._recorder = Recorder(model, **{name: own for name, own in options.items() if name != "batch_size"})
+        asked = {key: options[key] for key in ("positions", "axis", "stop")}
+        self._observation = Observation(model, find_sites(model, options["sites"]), **asked)
 
     def __iter__(self) -> Iterator[Mapping[str, Tensor]]:
         for batch in iterate(self._batches, batch_size=self._batch_size, progress=False, label=""):
-            yield self._recorder.record([batch])
+            yield recorded(self._observation, [batch])

@@ -47,7 +47,7 @@ class SparseFeature:
         self.feature = feature
 
     def vector(self, site: str) -> SteeringVector:
-        """The feature's own direction at a site, without statistics and with the sign that it has."""
+        """The feature's direction at a site, without statistics and with the sign that it has."""
         if self.feature is None:
             raise ValueError("feature: name one, or let the statistics of two sides choose it")
         described = {"estimator": type(self).__name__, "feature": str(self.feature)}

@@ -54,7 +54,7 @@ class Best:
 
     @torch.no_grad()
     def has_passed(self, measured: Callable[[Any, Any], Tensor]) -> bool:
-        """Look at the loss, of (batch, target), and keep what is better; whether it was not for too long."""
+        """Look at the loss, keep what is better, and say whether nothing was better for `patience` looks."""
         pairs = once(self._validation.batches, self._validation.targets, batch_size=self._batch_size)
         seen = [(rows_in(batch), float(measured(batch, target))) for batch, target in pairs]
         loss = sum(rows * value for rows, value in seen) / sum(rows for rows, _ in seen)

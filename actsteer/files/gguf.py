@@ -156,7 +156,7 @@ def _contents(path: Path) -> tuple[dict[str, Any], dict[str, tuple[str, tuple[in
 
 
 def _ours(path: Path, own: Mapping[str, str]) -> tuple[dict[int, str], dict[str, str]]:
-    """What our own keys say: number -> site, and the metadata; empty for another tool's file."""
+    """What actsteer's keys say: number -> site, and the metadata; empty for another tool's file."""
     try:
         sites = {int(n): str(site) for n, site in json.loads(own.get("sites", "{}")).items()}
         metadata = {str(k): str(text) for k, text in json.loads(own.get("metadata", "{}")).items()}

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias, final
+from typing import Literal, final
 
 from torch import Tensor
-
-PlainVector: TypeAlias = tuple[Mapping[str, Tensor], Mapping[str, str]]
-"""A vector's directions (site -> tensor) and its metadata."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +15,7 @@ class Stored:
 
     Args:
         sizes: site -> number of features.
-        metadata: the vector's own.
+        metadata: the vector's metadata.
         read: site -> direction, from the file.
     """
 
@@ -35,7 +32,7 @@ class Numbered:
         directions: N -> direction of shape (d,) at block N; N counts from 0, and from the end where it is negative.
         side: whether at the block's output or at its input.
         model_hint: the model's type, "llama"; empty where the file does not tell.
-        metadata: the vector's own.
+        metadata: the vector's metadata.
         sites: N -> the site's name, where the file tells that too.
     """
 
@@ -52,9 +49,9 @@ class Named:
 
     Args:
         directions: site -> direction of shape (d,).
-        metadata: the vector's own.
-        numbered: the same vector by the numbers of the model's blocks, or FileFormatError.
-        numbers_only: why the names may not be taken, if they may not.
+        metadata: the vector's metadata.
+        numbered: gives the same vector by the numbers of the model's blocks, or raises FileFormatError.
+        numbers_only: why a format may not write the sites' names, if it may not.
     """
 
     __slots__ = ("_directions", "_numbered", "_numbers_only", "metadata")

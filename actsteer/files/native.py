@@ -1,4 +1,4 @@
-"""The native format: vectors in a sealed safetensors file, each with a digest of its own, read when it is asked for.
+"""The native format: vectors in a sealed safetensors file, each with a digest, read when it is asked for.
 
 Tensors are named `<concept>/<site>`. The document says of every concept its metadata, the model's fingerprint, the
 intervention meant, and of every site the side and the feature axis.
@@ -6,7 +6,7 @@ intervention meant, and of every site the side and the feature axis.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,29 +45,30 @@ def read(path: Path) -> Mapping[str, Stored | Numbered]:
     Raises:
         FileFormatError: the file is corrupt, foreign, or of a newer version.
     """
-    opened = Opened(path.absolute())  # whatever the current folder is when more of it is read
-    if not sealed.is_ours(opened) and steering_lite.is_numbered(opened):
-        return steering_lite.read(opened)
-    file = sealed.Sealed(opened, kind="bank")
+    file = Opened(path.absolute())  # whatever the current folder is when more of it is read
+    if not sealed.is_ours(file) and steering_lite.is_numbered(file):
+        return steering_lite.read(file)
+    document, shapes = sealed.document_of(file, kind="bank"), file.shapes()
+    bank: dict[str, Stored] = {}
+    described, apart = set[str](), set[str]()
     try:
-        entries = file.document["concepts"].items()
-        names = {concept: {site: _key(concept, site) for site in dict(entry["sites"])} for concept, entry in entries}
-        shapes = file.shapes()
-        bank = {concept: _stored(file, concept, entry, names[concept], shapes) for concept, entry in entries}
-        apart = {name for concept, entry in entries if "sha256" in entry for name in names[concept].values()}
+        for concept, entry in document["concepts"].items():
+            names = {site: _key(concept, site) for site in dict(entry["sites"])}
+            bank[concept] = _stored(file, concept, entry, names, shapes)
+            described.update(names.values())
+            apart.update(names.values() if "sha256" in entry else ())
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise _undescribed(path, error) from None
-    if rest := shapes.keys() - {name for own in names.values() for name in own.values()}:
+    if rest := shapes.keys() - described:
         raise FileFormatError(f"{path}: tensors {sorted(rest)} are not in the document; write it again")
-    file.verify(shapes.keys() - apart)
-    _check_sizes(path, bank.values())
+    sealed.verified(file, shapes.keys() - apart)
     if file.is_read:
         return {concept: _read(vector) for concept, vector in bank.items()}
     return bank
 
 
 def _stored(
-    file: sealed.Sealed,
+    file: Opened,
     concept: str,
     entry: Mapping[str, Any],
     names: Mapping[str, str],
@@ -81,16 +82,16 @@ def _stored(
         own = {name: file.tensor(name) for name in names.values()}
         if "sha256" in entry and entry["sha256"] != sealed.digest(own):
             raise FileFormatError(f"{file.path}: the SHA-256 of {concept!r} does not match; the file was altered")
-        try:
-            return {site: _direction(own[name]) for site, name in names.items()}
-        except ValueError as error:
-            raise _undescribed(file.path, error) from None
+        for tensor in own.values():
+            if (problem := not_a_direction(tensor)) is not None:
+                raise _undescribed(file.path, ValueError(problem))
+        return {site: own[name] for site, name in names.items()}
 
     return Stored({site: shape[0] for site, shape in sizes.items()}, _metadata(concept, entry), read)
 
 
 def _metadata(concept: str, entry: Mapping[str, Any]) -> dict[str, str]:
-    """The metadata, with what the document says apart from it."""
+    """The metadata, and what the document says beside it."""
     found = {str(key): str(value) for key, value in entry["metadata"].items()}
     sites = {site: described or {} for site, described in dict(entry["sites"]).items()}
     for site, described in sites.items():
@@ -111,14 +112,6 @@ def _read(vector: Stored) -> Stored:
     return Stored(vector.sizes, vector.metadata, lambda: directions)
 
 
-def _check_sizes(path: Path, vectors: Iterable[Stored]) -> None:
-    sizes: dict[str, int] = {}
-    for vector in vectors:
-        for site, size in vector.sizes.items():
-            if size != sizes.setdefault(site, size):
-                raise FileFormatError(f"{path}: site {site!r} has directions of two sizes; write it again")
-
-
 def _undescribed(path: Path, error: Exception) -> FileFormatError:
     return FileFormatError(f"{path}: the document does not describe the tensors ({error!r}); write it again")
 
@@ -137,9 +130,3 @@ def _escaped(name: str) -> str:
 
 
 _ESCAPES = {code: f"%{code:02X}" for code in (*range(32), ord("%"))}
-
-
-def _direction(tensor: Tensor) -> Tensor:
-    if (problem := not_a_direction(tensor)) is not None:
-        raise ValueError(problem)
-    return tensor

@@ -22,9 +22,9 @@ _UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, RuntimeError, Ke
 
 @final
 class Opened:
-    """The tensors of a file as it was when it was opened: small files read at once, of large ones what is asked for.
+    """The tensors of a file as it was when it was opened; a small file is read at once, a large one tensor by tensor.
 
-    A file that takes its place meanwhile is not seen. One that is written to where it lies is refused.
+    A file that takes its place meanwhile is not seen. A file that is written to in place is refused.
 
     Raises:
         FileFormatError: not a readable safetensors file.
@@ -90,6 +90,6 @@ class Opened:
 
 
 def _header(content: bytes) -> dict[str, Any]:
-    """What a file says of its tensors, which `load` then checks."""
+    """The header, which says what tensors there are; `load` checks it."""
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")] or b"{}")
     return header if isinstance(header, dict) else {}

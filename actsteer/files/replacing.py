@@ -33,8 +33,8 @@ _KINDS = {
 def replacing(target: Path) -> Iterator[Path]:
     """A new empty file beside `target` that takes its place on leaving without an error.
 
-    A link stays a link, and the file keeps its mode. What processes that were killed while they wrote have left in the
-    folder is removed: a writer holds a lock on its temporary file, which ends with the process.
+    A link stays a link, and the file keeps its mode. Temporary files that killed processes have left in the folder are
+    removed: a writer holds a lock on its temporary file, and the lock ends with the process.
 
     Raises:
         FileFormatError: `target` is a FIFO, a device, or a folder.
@@ -108,7 +108,7 @@ def _created(target: Path, mode: int | None = None, *, is_folder: bool = False) 
         if fcntl is not None:
             with suppress(OSError):  # a file system without locks, on which nothing is removed either
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if temporary.exists():  # else one who removes what is abandoned came before the lock
+        if temporary.exists():  # else another process took it for abandoned before it was locked
             return temporary, descriptor
         os.close(descriptor)
 

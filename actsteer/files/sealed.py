@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
@@ -66,50 +66,33 @@ def checked(path: str | os.PathLike[str], *, writing: bool = False) -> Path:
     return target
 
 
-@final
-class Sealed:
-    """A file of ours: its document, verified, and its tensors.
+def read(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and document of a file, whole and verified, or FileFormatError."""
+    file = Opened(path)
+    document = document_of(file, kind=kind)
+    return verified(file, sorted(file.names)), document
+
+
+def document_of(file: Opened, *, kind: str) -> dict[str, Any]:
+    """The document of a file of ours; it is verified with the tensors.
 
     Raises:
         FileFormatError: the file is corrupt, foreign, or of a newer version.
     """
-
-    def __init__(self, file: Opened, *, kind: str) -> None:
-        self.path, self._file = file.path, file
-        if not is_ours(file):
-            raise FileFormatError(
-                f"{file.path}: a safetensors file that actsteer did not write; it has no actsteer header"
-            )
-        self.text, self._seal = file.metadata["actsteer"], file.metadata["sha256"]
-        self.document = _document(file.path, self.text)
-        if self.document.get("kind") != kind or self.document.get("format") != VERSION:
-            raise FileFormatError(f"{file.path}: expected a file of kind {kind!r}; it holds something else")
-
-    def verify(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """These tensors, if the header's digest is theirs and the document's."""
-        tensors = {name: self.tensor(name) for name in names}
-        if self._seal != digest(tensors, self.text):
-            raise FileFormatError(f"{self.path}: the SHA-256 does not match; the file was altered after it was written")
-        return tensors
-
-    @property
-    def is_read(self) -> bool:
-        """Whether all tensors are in memory."""
-        return self._file.is_read
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every tensor, without reading one."""
-        return self._file.shapes()
-
-    def tensor(self, name: str) -> Tensor:
-        """One tensor, which shares no memory with the file."""
-        return self._file.tensor(name)
+    if not is_ours(file):
+        raise FileFormatError(f"{file.path}: a safetensors file that actsteer did not write; it has no actsteer header")
+    document = _document(file.path, file.metadata["actsteer"])
+    if document.get("kind") != kind or document.get("format") != VERSION:
+        raise FileFormatError(f"{file.path}: expected a file of kind {kind!r}; it holds something else")
+    return document
 
 
-def read(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and document of a file, whole and verified, or FileFormatError."""
-    file = Sealed(Opened(path), kind=kind)
-    return file.verify(sorted(file.shapes())), file.document
+def verified(file: Opened, names: Iterable[str]) -> dict[str, Tensor]:
+    """These tensors of a file of ours, if the header's digest is theirs and the document's."""
+    tensors = {name: file.tensor(name) for name in names}
+    if file.metadata["sha256"] != digest(tensors, file.metadata["actsteer"]):
+        raise FileFormatError(f"{file.path}: the SHA-256 does not match; the file was altered after it was written")
+    return tensors
 
 
 def is_ours(file: Opened) -> bool:

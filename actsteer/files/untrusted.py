@@ -50,7 +50,8 @@ def not_a_direction(tensor: Tensor) -> str | None:
     """
     if (problem := not_plain(tensor)) is not None:
         return problem
-    if tensor.ndim != 1 or not bool(tensor.isfinite().all()):
-        kind = "numbers that are not finite" if tensor.ndim == 1 else f"{str(tensor.dtype)[6:]} of shape"
-        return f"expected a finite direction (d,), got {kind}{'' if tensor.ndim == 1 else f' {tuple(tensor.shape)}'}"
+    if tensor.ndim != 1:
+        return f"expected a finite direction (d,), got {str(tensor.dtype)[6:]} of shape {tuple(tensor.shape)}"
+    if not bool(tensor.isfinite().all()):
+        return "expected a finite direction (d,), got numbers that are not finite"
     return None

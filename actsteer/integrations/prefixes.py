@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from actsteer.collecting.batches import iterate
 from actsteer.collecting.collect import described_axes
-from actsteer.collecting.moments import Covariance, Moments
+from actsteer.collecting.moments import Covariance, Moments, absorb
 from actsteer.collecting.observe import Observation, Step
 from actsteer.collecting.positions import described
 from actsteer.collecting.statistics import Statistics
@@ -51,10 +51,7 @@ def collect_pairs_by_prefix(
 
     def keep(site: str, rows: Tensor, owners: Tensor) -> None:
         for side, part in enumerate(rows.unflatten(0, (-1, 2)).unbind(dim=1)):
-            if site not in sums[side]:
-                sums[side][site] = Moments.of(part, covariance=covariance)
-            else:
-                sums[side][site].update(part)
+            absorb(sums[side], site, part, covariance=covariance)
 
     def steps() -> Iterator[Step]:
         config = getattr(unwrapped(model), "config", None)

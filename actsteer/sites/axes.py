@@ -81,7 +81,7 @@ class Layout:
         )
 
     def _fitting(self, axis: int, size: int, shape: tuple[int, ...]) -> list[int]:
-        """The axes that a module's own axis and size speak for; more than one where the sizes are equal by accident."""
+        """The axes that one module's axis and size speak for; several where sizes are equal by accident."""
         rank = len(shape)
         if axis == -1:
             return [rank - 1] if shape[-1] == size and (self.inside or rank <= 3) else []
@@ -224,7 +224,7 @@ def _own_axis(module: nn.Module) -> int | None:
 
 
 def _class_axis(module: nn.Module) -> int | None:
-    """The feature axis that the classes of torch.nn promise among which a module's class is."""
+    """The feature axis that torch.nn promises for the module's class, or for one that it is a subclass of."""
     axis = _axis_of(type(module))  # type: ignore[arg-type]
     if axis is not None and isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(module.normalized_shape) > 1:
         return None  # over channels and space together

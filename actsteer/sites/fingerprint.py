@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from actsteer.errors import ModelMismatchError
-from actsteer.sites.wrappers import class_name, named_modules, unwrapped, without_adapters
+from actsteer.sites.wrappers import class_name, named_modules, unwrapped
 
 KEYS = ("model", "body", "weights", "model_type")
 """What metadata says of the model."""
 
 _FINGERPRINT = re.compile(r".+:\d+:[0-9a-f]{16}")
 _SAMPLES = 16  # of every parameter
-_HELD_BY = {  # a dtype -> those whose numbers all its own can be rounded to, itself first
+_HELD_BY = {  # a dtype -> the dtypes to which its numbers can be rounded, itself first
     torch.float64: (torch.float64, torch.float32, torch.bfloat16, torch.float16),
     torch.float32: (torch.float32, torch.bfloat16, torch.float16),
     torch.bfloat16: (torch.bfloat16,),
@@ -36,7 +36,7 @@ def fingerprint(model: nn.Module) -> str:
     """
     shapes = _shapes(model)
     count = sum(math.prod(shape) for _, shape in shapes)
-    return f"{class_name(model)}:{count}:{_hashed(shapes)}"
+    return f"{class_name(model)}:{count}:{_hash_of_shapes(shapes)}"
 
 
 def body(model: nn.Module) -> str | None:
@@ -60,7 +60,7 @@ def body(model: nn.Module) -> str | None:
         for name, parameter in _parameters(inner, adapters=False)
         if id(parameter) in first or id(parameter) not in last
     ]
-    return f"{class_name(inner)}:{_hashed(shapes)}"
+    return f"{class_name(inner)}:{_hash_of_shapes(shapes)}"
 
 
 def weights(model: nn.Module) -> str | None:
@@ -81,7 +81,7 @@ def weights(model: nn.Module) -> str | None:
     if len({sample.device for sample in samples}) > 1:
         samples = [sample.cpu() for sample in samples]
     rows = torch.cat(samples).cpu().to(torch.float64)  # of several dtypes, in one that holds them all
-    return " ".join(f"{str(dtype)[6:]}:{_hash(rows.to(dtype))}" for dtype in _HELD_BY if dtype in common)
+    return " ".join(f"{str(dtype)[6:]}:{_hash_of_numbers(rows.to(dtype))}" for dtype in _HELD_BY if dtype in common)
 
 
 def _sampled(parameter: Tensor) -> Tensor:
@@ -141,7 +141,10 @@ def check(model: nn.Module, made_for: Mapping[str, str], *, what: str) -> None:
             f"with {own_count} (shapes {own_shapes}); load that model, carry the vector over with align and transport, "
             "or, if you know better, make a new one of its directions: SteeringVector({site: v[site] for site in v})"
         )
-    known_weights, own_weights = _hashes(made_for.get("weights")), {} if quantised else _hashes(weights(model))
+    known_weights, own_weights = (
+        _hash_by_dtype(made_for.get("weights")),
+        {} if quantised else _hash_by_dtype(weights(model)),
+    )
     shared = next((name for name in known_weights if name in own_weights), None)
     if shared is not None and known_weights[shared] != own_weights[shared]:
         warnings.warn(
@@ -155,7 +158,7 @@ def _parameters(model: nn.Module, *, adapters: bool = True) -> list[tuple[str, T
     """Every parameter with its first name, a shared one once; of layers with adapters only what was there before."""
     host = unwrapped(model)
     found: dict[int, tuple[str, Tensor]] = {}
-    for name, module in named_modules(host) if adapters else without_adapters(host):
+    for name, module in named_modules(host, adapters=adapters):
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 found.setdefault(id(parameter), (f"{name}.{key}" if name else key, parameter))
@@ -170,15 +173,15 @@ def _parameter_ids(module: nn.Module | None) -> set[int]:
     return set() if module is None else {id(parameter) for parameter in module.parameters()}
 
 
-def _hashed(shapes: list[tuple[str, tuple[int, ...]]]) -> str:
+def _hash_of_shapes(shapes: list[tuple[str, tuple[int, ...]]]) -> str:
     return hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
 
 
-def _hash(rows: Tensor) -> str:
+def _hash_of_numbers(rows: Tensor) -> str:
     rows = rows.contiguous()
     return hashlib.sha256(ctypes.string_at(rows.data_ptr(), rows.nbytes)).hexdigest()[:16]
 
 
-def _hashes(text: str | None) -> dict[str, str]:
+def _hash_by_dtype(text: str | None) -> dict[str, str]:
     """ "float32:ab12 float16:cd34" -> {"float32": "ab12", "float16": "cd34"}, the widest first."""
     return dict(part.split(":", 1) for part in (text or "").split() if ":" in part)

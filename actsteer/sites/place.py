@@ -19,7 +19,7 @@ class Place:
 
     Args:
         site: the name as it was given, such as "layers.3:in.hidden_states".
-        name: the module's own name, "layers.3".
+        name: the module's name, "layers.3".
         module: the module.
         side: whether its input or its output is meant.
         path: the keys that lead to the activation inside it, ("hidden_states",); empty if there is only one.

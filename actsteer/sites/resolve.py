@@ -136,7 +136,7 @@ def named_sites(model: nn.Module) -> Modules:
 
 
 def hook_points(model: nn.Module) -> dict[str, nn.Module]:
-    """A TransformerLens model's own names for its HookPoints; empty for any other model."""
+    """The names that a TransformerLens model gives its HookPoints; empty for any other model."""
     points: dict[str, nn.Module] = getattr(unwrapped(model), "hook_dict", {})
     return dict(points)
 
@@ -239,23 +239,22 @@ def _place(model: nn.Module, modules: Mapping[str, nn.Module], site: str) -> Pla
                 f"site {site!r}: {class_name(outer)} is scripted and ignores hooks; steer the eager model"
             )
     if any(isinstance(outer, torch.fx.GraphModule) for outer in around):
-        _check_called_in_all(modules, name, site)
+        _check_called(modules, name, site)
     if not path and side == "out" and isinstance(unwrapped(module), _FIRST_RESULT):
         path = ("0",) if runs_torch_code(unwrapped(module)) else ()
     return Place(site=site, name=name, module=uncompiled(module), side=side, path=path)
 
 
-def _check_called_in_all(modules: Mapping[str, nn.Module], name: str, site: str) -> None:
+def _check_called(modules: Mapping[str, nn.Module], name: str, site: str) -> None:
+    """Raise UnsupportedModelError if an exported graph around a module never calls it."""
     for outer_name, outer in modules.items():
         graph = unwrapped(outer)
-        if isinstance(graph, torch.fx.GraphModule) and name and name.startswith(f"{outer_name}." if outer_name else ""):
-            _check_called(graph, name[len(outer_name) :].removeprefix("."), site)
-
-
-def _check_called(graph: torch.fx.GraphModule, name: str, site: str) -> None:
-    called = [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
-    if not any(name == target or name.startswith(f"{target}.") for target in called):
-        raise UnsupportedModelError(
-            f"site {site!r}: the graph of {class_name(graph)} never calls this module, so it would ignore the edit; "
-            "steer the model that it was exported from"
-        )
+        within = name if not outer_name else name.removeprefix(f"{outer_name}.")
+        if not isinstance(graph, torch.fx.GraphModule) or not name or (outer_name and within == name):
+            continue
+        called = [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
+        if not any(within == target or within.startswith(f"{target}.") for target in called):
+            raise UnsupportedModelError(
+                f"site {site!r}: the graph of {class_name(graph)} never calls this module, so it would ignore the "
+                "edit; steer the model that it was exported from"
+            )

@@ -12,12 +12,12 @@ from actsteer.errors import OutputError
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether some parameter of the module's own is a DTensor."""
+    """Whether the module itself has a parameter that is a DTensor."""
     return any(_is_dtensor(parameter) for parameter in module._parameters.values())
 
 
 def is_gathered_now_and_then(module: nn.Module) -> bool:
-    """Whether FSDP has the module, and between passes perhaps whole parameters, which it lets go again."""
+    """Whether FSDP shards the module, which may hold whole parameters between passes until FSDP frees them."""
     return any(kind.__module__.startswith("torch.distributed.fsdp") for kind in type(module).__mro__)
 
 
@@ -32,8 +32,7 @@ def full(activation: Tensor, module: nn.Module, *, site: str) -> Tensor:
     """The whole activation, gathered from all processes where each holds a part.
 
     Raises:
-        OutputError: on every process, if they hold different plain tensors, of which it cannot be told how they belong
-            together; an ordinary module between two parallel ones cannot be told apart from one of its own.
+        OutputError: on every process, if the processes hold different plain tensors: how those go together is unknown.
     """
     if (placed := _columns(activation, module)) is not None:
         from torch.distributed.tensor import DTensor

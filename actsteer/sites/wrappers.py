@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Mapping
 from functools import lru_cache
 
 from torch import nn
@@ -40,28 +40,14 @@ def slot_of_class(kind: type[nn.Module]) -> str | None:
 
 
 def inside_adapters(modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
-    """With what the names begin of what peft has put into layers, which no pattern selects."""
+    """The prefixes of the names of what peft has put into layers, which no pattern selects."""
     kinds = {kind for kind in {type(module) for module in modules.values()} if _adapted(kind) is not None}
     return tuple(f"{name}." for name, module in modules.items() if type(module) in kinds) if kinds else ()
 
 
 def _adapted(kind: type[nn.Module]) -> str | None:
-    """Under which name a layer of this class, if it has an adapter, holds what was there before."""
+    """The name under which a layer that peft adapts holds the layer itself; None for any other class."""
     return next((_ADAPTED[base.__name__] for base in kind.__mro__ if base.__name__ in _ADAPTED), None)
-
-
-def without_adapters(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """As `named_modules`, with every layer to which peft has added an adapter as it was before."""
-    adapted = _adapted(type(model))
-    base = model._modules[adapted] if adapted is not None and adapted in model._modules else None
-    if base is not None:
-        yield from without_adapters(base, name)
-        return
-    yield name, model
-    inner = slot(model)
-    for key, child in model._modules.items():
-        if child is not None:
-            yield from without_adapters(child, name if key == inner else f"{name}.{key}" if name else key)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -82,19 +68,28 @@ def uncompiled(module: nn.Module) -> nn.Module:
     return module
 
 
-def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Every (name, module), a shared one under each of its names; a wrapper and what it wraps have the same name."""
+def named_modules(model: nn.Module, *, adapters: bool = True) -> list[tuple[str, nn.Module]]:
+    """Every (name, module), a shared one under each of its names; a wrapper and what it wraps have the same name.
+
+    Args:
+        adapters: False takes the layer itself in the place of one to which peft has added an adapter.
+    """
     found: list[tuple[str, nn.Module]] = []
-    _walk(model, "", found)
+    _walk(model, "", found, adapters=adapters)
     return found
 
 
-def _walk(module: nn.Module, name: str, found: list[tuple[str, nn.Module]]) -> None:
+def _walk(module: nn.Module, name: str, found: list[tuple[str, nn.Module]], *, adapters: bool) -> None:
+    adapted = None if adapters else _adapted(type(module))
+    base = None if adapted is None or adapted not in module._modules else module._modules[adapted]
+    if base is not None:
+        _walk(base, name, found, adapters=adapters)
+        return
     found.append((name, module))
     inner = slot_of_class(type(module))  # type: ignore[arg-type]
     for key, child in module._modules.items():
         if child is not None:
-            _walk(child, name if key == inner else f"{name}.{key}" if name else key, found)
+            _walk(child, name if key == inner else f"{name}.{key}" if name else key, found, adapters=adapters)
 
 
 def without_prefixes(name: str, known: Container[str] = ()) -> str:
@@ -111,6 +106,6 @@ def without_prefixes(name: str, known: Container[str] = ()) -> str:
 
 
 def class_name(module: nn.Module) -> str:
-    """The name of the module's class, and of its own one where FSDP has put a subclass in its place."""
+    """The name of the module's class; where FSDP has put a subclass in its place, the name of the class it replaced."""
     kinds = type(unwrapped(module)).__mro__
     return next(kind.__name__ for kind in kinds if "FSDPModule" not in {base.__name__ for base in kind.__mro__})

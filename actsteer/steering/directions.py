@@ -1,4 +1,4 @@
-"""Directions: those of one site, as the strengths ask for them."""
+"""Directions: the directions at one site, in the form in which the strengths need them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from actsteer.vectors.stack import Stack
 
 @final
 class Directions:
-    """The directions of a bank at one site, of which only those of concepts with a strength are stacked and kept.
+    """The directions of a bank at one site; only those of concepts with a strength are stacked, and kept.
 
     Args:
         stack: the bank's.
@@ -44,13 +44,13 @@ class Directions:
         return self.leaf
 
     def choose(self, others: tuple[int, ...]) -> None:
-        """These are the others."""
+        """Set which concepts have a strength and cannot be summed beforehand."""
         if others != self.others:
             self.others, self._cast = others, {}
             self._others = self._stack.rows(others) if others else None
 
     def of(self, terms: Terms) -> Tensor:
-        """Those (k, d) of what is summed, or (d,) of one concept; the same tensor for the same concepts."""
+        """The directions (k, d) of the concepts that are summed, or (d,) of a single one; the same tensor each time."""
         single = len(terms.places) == 1
         if self.leaf is not None:
             return self.leaf[terms.places[0] if single else list(terms.places)]
@@ -70,7 +70,7 @@ class Directions:
         return self._nothing
 
     def cast(self, which: int | None, dtype: torch.dtype | None, device: torch.device) -> Tensor:
-        """That (d,) of one of the others, or those (k, d) of all of them; the same tensor every time.
+        """The direction (d,) of one of the others, or (k, d) of all of them; the same tensor every time.
 
         Args:
             dtype: None takes that of the directions, or float32 where it is narrower.

@@ -47,9 +47,8 @@ def explain(
             reader = edit.gates.get(own)
             gated = "" if reader is None else f", gated by {reader.gate!r}"
             kind = _named(edit.interventions[own])
-            where = (
-                "" if (own_positions := edit.passes.positions.get(index)) is None else f", at {_where(own_positions)}"
-            )
+            positions = edit.passes.positions.get(index)
+            where = "" if positions is None else f", at {_where(positions)}"
             lines.append(f"    {bank.concepts[index]}: {kind}, c = {c}, norm {norm:.4g}{gated}{where}")
         lines += _overlaps(edit, [bank.concepts[index] for index in edit.concepts])
         lines += _others(edit)
@@ -68,11 +67,9 @@ def _named(intervention: Intervention | PerSite) -> str:
 def _shown(strength: Tensor | Schedule) -> str:
     if not isinstance(strength, Tensor):
         return "by step"
-    return (
-        f"{float(strength):g}"
-        if strength.ndim == 0
-        else f"{' x '.join(map(str, strength.shape))} rows" + (" and positions" if strength.ndim == 2 else "")
-    )
+    if strength.ndim == 0:
+        return f"{float(strength):g}"
+    return f"{' x '.join(map(str, strength.shape))} rows{' and positions' if strength.ndim == 2 else ''}"
 
 
 def _where(positions: Positions) -> str:
@@ -103,7 +100,7 @@ def _others(edit: SiteEdit) -> list[str]:
 
 
 def commute(one: Intervention, v: Tensor, other: Intervention, w: Tensor) -> bool:
-    """Whether the order of two edits matters not, tried out on rows of many sizes at c = 1."""
+    """Whether two edits give the same in either order, tried out on rows of many sizes at c = 1."""
     rows = torch.randn(16, len(v), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rows *= torch.logspace(-2, 2, 16, dtype=torch.float64)[:, None] * max(float(v.norm()), float(w.norm()), 1e-6)
     c = torch.ones((), dtype=torch.float64)

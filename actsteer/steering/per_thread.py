@@ -1,4 +1,4 @@
-"""PerThread: a value of which each thread has its own; compiled code, which one thread at a time runs, has one too."""
+"""PerThread: a value for each thread, and one for compiled code, which one thread at a time runs."""
 
 from __future__ import annotations
 

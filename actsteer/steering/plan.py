@@ -136,7 +136,7 @@ def make_plan(
     places = _places(model, bank, sites, modules)
     check_model(model, bank)
     axes = _axes(bank, places, axis)
-    lies = layouts(model, places, axis=axes, modules=modules)
+    layout_of = layouts(model, places, axis=axes, modules=modules)
     passes = _passes(model, bank, positions)
     readers, distinct = _readers(model, bank, gate, passes, modules)
     interventions = _interventions(bank, intervention)
@@ -154,7 +154,7 @@ def make_plan(
             )
         edits[site] = SiteEdit(
             place,
-            lies[site],
+            layout_of[site],
             stack,
             interventions=[rules[index](site) for index in stack.concepts],
             gates={own: readers[index] for own, index in enumerate(stack.concepts) if index in readers},
@@ -175,7 +175,7 @@ def _check_concepts(named: Mapping[str, Any], bank: VectorBank, *, by: str) -> N
 
 
 def _passes(model: nn.Module, bank: VectorBank, positions: AllPositions | None) -> tuple[Passes, ...]:
-    """Of the model and, where there is one, of its encoder, which is run by itself when text is generated."""
+    """The passes of the model and of its encoder, if it has one, which runs by itself when text is generated."""
     named = positions if isinstance(positions, Mapping) else dict.fromkeys(bank.concepts, positions)
     _check_concepts(named, bank, by="positions")
     for own in {id(own): own for own in named.values()}.values():
@@ -193,7 +193,7 @@ def _passes(model: nn.Module, bank: VectorBank, positions: AllPositions | None) 
 
 
 def _host(passes: tuple[Passes, ...], place: Place) -> Passes:
-    """Of what a place is a part: the encoder, or the model."""
+    """The passes of the encoder, if the place is in it, or else of the model."""
     inside = len(passes) > 1 and any(module is place.module for module in passes[1].host.modules())
     return passes[1] if inside else passes[0]
 
@@ -261,7 +261,7 @@ def _axes(bank: VectorBank, places: Mapping[str, Place], axis: Axes | None) -> M
 def _readers(
     model: nn.Module, bank: VectorBank, gate: Gates | None, passes: tuple[Passes, ...], modules: Modules
 ) -> tuple[dict[int, Reader], tuple[GateReader, ...]]:
-    """Those of the concepts, by their places, and those that read at a site; a gate that is used twice reads once."""
+    """Place of a concept -> its reader; and the readers of single gates, one for a gate that is used twice."""
     gates = gate if isinstance(gate, Mapping) else dict.fromkeys(bank.concepts, gate) if gate is not None else {}
     _check_concepts(gates, bank, by="gate")
     single = {id(leaf): leaf for own in gates.values() for leaf in leaves(own)}

@@ -1,4 +1,4 @@
-"""Readers: what a gate decides at its own site, kept for the rest of the forward pass or of the generation."""
+"""Readers: what a gate decides at its site, kept for the rest of the forward pass or of the generation."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Reader(Protocol):
 
 @final
 class GateReader(Uncopied):
-    """A hook at a gate's own site.
+    """A hook at a gate's site.
 
     A decision per sequence is one on its prompt. It is made in the pass that computes the prompt, and holds until the
     generation ends; a decision per token is made in every pass, for its tokens.

@@ -19,8 +19,6 @@ Schedule: TypeAlias = Callable[[int], float]
 """The strength in each step of the generation: 0 for the prompt, 1 for the first token that was generated, ..."""
 Strength: TypeAlias = float | Tensor | Schedule
 """One number; a tensor (B,), one per row of the batch, or (B, S), one per row and position; or a schedule."""
-PerToken: TypeAlias = Tensor | Schedule
-"""A strength (B, S), one for each row and position; or one for each step of the generation."""
 Strengths: TypeAlias = (
     Strength | Mapping[str, float] | Mapping[str, Tensor] | Mapping[str, Schedule] | Mapping[str, Strength]
 )
@@ -41,7 +39,7 @@ class PerConcept:
     __slots__ = ("_active", "_parts", "by_row", "by_token", "numbers")
 
     def __init__(
-        self, numbers: Float[Tensor, " K"], by_row: Mapping[int, Tensor], by_token: Mapping[int, PerToken]
+        self, numbers: Float[Tensor, " K"], by_row: Mapping[int, Tensor], by_token: Mapping[int, Tensor | Schedule]
     ) -> None:
         self.numbers, self.by_row, self.by_token = numbers, by_row, by_token
         self._active: list[int] | None = None
@@ -55,7 +53,7 @@ class PerConcept:
         return self.by_token[place] if place in self.by_token else self.at(place)
 
     def at(self, place: int) -> Tensor:
-        """The same for all tokens of a row: () or (B,)."""
+        """The strength that all tokens of a row share: () or (B,)."""
         return self.by_row[place] if place in self.by_row else self.numbers[place]
 
     def among(self, places: Sequence[int]) -> PerConcept:
@@ -73,7 +71,7 @@ class PerConcept:
 
     @property
     def shapes(self) -> dict[int, torch.Size]:
-        """Of those that are not one number."""
+        """Place of a concept -> the shape of its strength, where that is not one number."""
         return {place: strength.shape for place, strength in self.by_row.items()}
 
     def active(self, *, every: bool = False) -> list[int]:

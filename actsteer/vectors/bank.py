@@ -67,17 +67,15 @@ class VectorBank:
         self._vectors: Vectors = dict(vectors)
         self._stacks: dict[str, Stack] = {}  # site -> the directions there
         self._axis_keys: frozenset[str] | None = None  # of the metadata, once they were asked for
-        names = list(self._vectors)
         for place, (concept, vector) in enumerate(self._vectors.items()):
             for site, size, device in _sizes(vector):
                 stack = self._stacks.get(site)
                 if stack is None:
                     stack = self._stacks[site] = Stack(self._vectors, site, size=size, device=device)
                 if stack.size != size or stack.device != device:
-                    first = names[stack.concepts[0]]
                     raise ShapeError(
-                        f"site {site!r}: {first!r} has {stack.size} features on {stack.device}, {concept!r} {size} on "
-                        f"{device}; a bank holds vectors of one model, on one device"
+                        f"site {site!r}: {stack.names[0]!r} has {stack.size} features on {stack.device}, {concept!r} "
+                        f"{size} on {device}; a bank holds vectors of one model, on one device"
                     )
                 stack.add(place, concept)
 
@@ -222,10 +220,10 @@ class VectorBank:
         in float32, at the outputs of blocks, from the second one on, which it knows by their numbers.
 
         There is always a whole file: a temporary one beside it takes its place at the end. A link stays a link, and the
-        file keeps its mode; what processes that were killed while they saved have left in the folder is removed.
+        file keeps its mode. Temporary files that killed processes have left in the folder are removed.
 
         Args:
-            model: the vectors' own, for which the file will be meant; without it, what the metadata says of it.
+            model: the model that the vectors are for, which the file then names; without it, the metadata's.
             layer_offset: what to add to the number of a block, for readers who count otherwise than llama.cpp.
             format: a format of your own, in the place of the one that the suffix chooses; see `Format`.
 
@@ -288,14 +286,15 @@ def stack_of(bank: VectorBank, site: str) -> Stack:
 
 
 def axes_of_bank(bank: VectorBank, sites: Iterable[str]) -> dict[str, str]:
-    """The metadata "axis SITE" of all the vectors, at these sites, as `axes_of` has it; nothing is read for it."""
+    """The metadata "axis SITE" of all the vectors, at these sites, as `axes_in` has it; nothing is read for it."""
     asked = {f"axis {site}" for site in sites}
     if bank._axis_keys is None:
         keys = (key for vector in bank._vectors.values() for key in metadata_of(vector) if key.startswith("axis "))
         bank._axis_keys = frozenset(keys)
     if not asked & bank._axis_keys:
         return {}
-    return axes_in(((_names(vector), metadata_of(vector)) for vector in bank._vectors.values()), asked)
+    described = (({site for site, _, _ in _sizes(vector)}, metadata_of(vector)) for vector in bank._vectors.values())
+    return axes_in(described, asked)
 
 
 def metadata_in(bank: VectorBank) -> dict[str, Mapping[str, str]]:
@@ -317,11 +316,6 @@ def check_model(model: nn.Module, bank: VectorBank) -> None:
 def metadata_of(vector: SteeringVector | Stored) -> Mapping[str, str]:
     """The metadata of a vector, read or not; not to be written into."""
     return vector.metadata if isinstance(vector, Stored) else vector._metadata
-
-
-def _names(vector: SteeringVector | Stored) -> Mapping[str, object]:
-    """What has the names of a vector's sites as its keys."""
-    return vector.sizes if isinstance(vector, Stored) else vector._directions
 
 
 def _sizes(vector: SteeringVector | Stored) -> list[tuple[str, int, torch.device]]:

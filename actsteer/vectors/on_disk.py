@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -12,14 +13,14 @@ from torch import Tensor, nn
 from actsteer.errors import FileFormatError, SiteNotFoundError
 from actsteer.files import formats
 from actsteer.files.formats import AnyPath, Format
-from actsteer.files.lazy import Named, Numbered, PlainVector, Stored
+from actsteer.files.lazy import Named, Numbered, Stored
 from actsteer.sites import fingerprint
 from actsteer.sites.blocks import block_of, blocks_of_type, find_blocks
 
 
 def write(
     path: AnyPath,
-    bank: Mapping[str, PlainVector],
+    bank: Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, str]]],
     *,
     model: nn.Module | None = None,
     layer_offset: int = 0,
@@ -34,13 +35,16 @@ def write(
         bank = {
             c: (own, metadata if "model" in metadata else {**metadata, **known}) for c, (own, metadata) in bank.items()
         }
-    shifted = "layer_offset is for files that number the blocks, .gguf" if layer_offset else ""
-
-    def named(concept: str, vector: PlainVector) -> Named:
-        numbered = lambda: _numbered(path, concept, *vector, model=model, layer_offset=layer_offset)  # noqa: E731
-        return Named(*vector, numbered=numbered, numbers_only=shifted)
-
-    chosen.write(Path(path), {concept: named(concept, vector) for concept, vector in bank.items()})
+    vectors = {
+        concept: Named(
+            directions,
+            metadata,
+            numbered=partial(_numbered, path, concept, directions, metadata, model=model, layer_offset=layer_offset),
+            numbers_only="layer_offset is for files that number the blocks, .gguf" if layer_offset else "",
+        )
+        for concept, (directions, metadata) in bank.items()
+    }
+    chosen.write(Path(path), vectors)
 
 
 def read(
@@ -52,11 +56,11 @@ def read(
 ) -> dict[str, Stored]:
     """Concept -> what the file, or each of the files that a pattern such as "dir/*.safetensors" names, says of it."""
     text = os.fspath(path)
-    if Path(text).exists() or not glob.has_magic(text):
-        return _read(text, model, layer_offset, format)
-    files = sorted(name for name in glob.glob(text) if Path(name).is_file())  # noqa: PTH207
-    if not files:
-        raise FileNotFoundError(f"{path}: no file has such a name")
+    files = [text]
+    if glob.has_magic(text) and not Path(text).exists():
+        files = sorted(name for name in glob.glob(text) if Path(name).is_file())  # noqa: PTH207
+        if not files:
+            raise FileNotFoundError(f"{path}: no file has such a name")
     found: dict[str, Stored] = {}
     origin: dict[str, str] = {}
     for name in files:

@@ -61,7 +61,7 @@ class SiteMap:
         return target, weight.clone()
 
     def carry(self, site: str, direction: Float[Tensor, " d"]) -> tuple[str, Float[Tensor, " other"]]:
-        """The other site, and the direction there, in the direction's own dtype and device."""
+        """The other site, and the direction there, in the direction's dtype and device."""
         target, weight = self[site]
         if len(weight) != len(direction):
             raise ShapeError(f"site {site!r}: the map takes {len(weight)} features, the vector has {len(direction)}")

@@ -30,19 +30,19 @@ class Stack:
         device: where the directions are.
     """
 
-    __slots__ = ("_names", "_rows", "_vectors", "concepts", "device", "site", "size")
+    __slots__ = ("_rows", "_vectors", "concepts", "device", "names", "site", "size")
 
     def __init__(self, vectors: Vectors, site: str, *, size: int, device: torch.device) -> None:
         self.site, self.size, self.device = site, size, device
         self.concepts: list[int] = []  # their places in the bank
+        self.names: list[str] = []  # and their names
         self._vectors = vectors
-        self._names: list[str] = []
         self._rows: Tensor | None = None
 
     def add(self, place: int, concept: str) -> None:
         """One more concept of the bank has the site."""
         self.concepts.append(place)
-        self._names.append(concept)
+        self.names.append(concept)
 
     def rows(self, which: Sequence[int] | None = None) -> Float[Tensor, "k d"]:
         """The directions of all these concepts, or of some, by their places in `concepts` and in that order.
@@ -50,10 +50,10 @@ class Stack:
         They are not to be written into.
         """
         with torch.inference_mode(mode=False):  # so that they work in autograd later
-            if which is not None and len(which) < len(self._names):
-                return torch.stack([self._direction(self._names[place]) for place in which])
+            if which is not None and len(which) < len(self.names):
+                return torch.stack([self._direction(self.names[place]) for place in which])
             if self._rows is None:
-                self._rows = torch.stack([self._direction(name) for name in self._names])
+                self._rows = torch.stack([self._direction(name) for name in self.names])
             return self._rows
 
     def _direction(self, concept: str) -> Tensor:

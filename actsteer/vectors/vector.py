@@ -115,21 +115,15 @@ class SteeringVector:
         return self._zip(other, torch.sub)
 
     def __mul__(self, scalar: object) -> SteeringVector:
-        if isinstance(scalar, Tensor) and scalar.ndim == 0:
-            scalar = float(scalar)
-        if not isinstance(scalar, Real):
+        if (factor := _number(scalar)) is None:
             return NotImplemented
-        factor = float(scalar)
         return self._map(lambda direction: direction * factor)
 
     __rmul__ = __mul__
 
     def __truediv__(self, scalar: object) -> SteeringVector:
-        if isinstance(scalar, Tensor) and scalar.ndim == 0:
-            scalar = float(scalar)
-        if not isinstance(scalar, Real):
+        if (divisor := _number(scalar)) is None:
             return NotImplemented
-        divisor = float(scalar)
         if divisor == 0.0:
             raise ZeroDivisionError(f"{self!r} divided by zero")
         return self._map(lambda direction: direction / divisor)
@@ -243,7 +237,7 @@ class SteeringVector:
 
     def _zip(self, other: SteeringVector, function: Callable[[Tensor, Tensor], Tensor]) -> SteeringVector:
         shared = dict(self._metadata.items() & other._metadata.items())
-        described = shared | axes_of([self, other])
+        described = shared | axes_in((vector._directions, vector._metadata) for vector in (self, other))
         directions = {s: function(a, b) for s, a, b in self._pairs(other)}
         return _rebuild(directions, described, self._is_from_file or other._is_from_file)
 
@@ -291,19 +285,18 @@ def _rebuild(directions: Mapping[str, Tensor], metadata: Mapping[str, str], is_f
     return vector
 
 
-def axes_of(vectors: Iterable[SteeringVector]) -> dict[str, str]:
-    """The metadata "axis SITE" of all these vectors: the feature axis at a site, where it was collected or given.
+def axes_in(
+    described: Iterable[tuple[Container[str], Mapping[str, str]]], asked: Container[str] | None = None
+) -> dict[str, str]:
+    """The metadata "axis SITE" of several vectors: the feature axis at a site, where it was collected or given.
+
+    Args:
+        described: the sites and the metadata of each vector.
+        asked: these keys alone, where they are given.
 
     Raises:
         ShapeError: two of them have different axes at one site.
     """
-    return axes_in((vector._directions, vector._metadata) for vector in vectors)
-
-
-def axes_in(
-    described: Iterable[tuple[Container[str], Mapping[str, str]]], asked: Container[str] | None = None
-) -> dict[str, str]:
-    """`axes_of` vectors whose sites and metadata are given; all the keys, or those asked for."""
     axes: dict[str, str] = {}
     for sites, metadata in described:
         for key, axis in metadata.items():
@@ -335,6 +328,12 @@ def _owned(site: str, direction: Tensor) -> Tensor:
     if not (math.isfinite(direction.detach().sum().item()) or bool(torch.isfinite(direction).all())):
         raise ShapeError(f"site {site!r}: the direction is not finite; did a loss diverge, or a count reach zero?")
     return direction.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _number(scalar: object) -> float | None:
+    """A number, or a 0-dim tensor, as a float; None for anything else."""
+    is_number = isinstance(scalar, Real) or (isinstance(scalar, Tensor) and scalar.ndim == 0)
+    return float(scalar) if is_number else None  # type: ignore[arg-type]
 
 
 def _unit(direction: Tensor, where: str) -> Tensor:

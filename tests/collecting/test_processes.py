@@ -36,7 +36,7 @@ SCRIPT = """
             time.sleep(1)  # long after the others have heard
 
     if how == "is lost on 1" and rank == 1:
-        processes._gathered = lambda header, group: os.kill(os.getpid(), signal.SIGKILL)
+        processes.dist.all_gather_object = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
     try:
         share = collect(model, batches(), sites="0", progress=False)
         share.all_reduce()

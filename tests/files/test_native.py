@@ -29,6 +29,7 @@ from actsteer import (
     fit,
 )
 from actsteer.files import sealed
+from actsteer.files.opened import Opened
 from tests.strategies import STORED, stored_banks
 
 BANK = VectorBank({"nine": SteeringVector({"2": torch.tensor([1.0, -2.0])}, concept="nine")})
@@ -192,8 +193,8 @@ def test_of_a_large_bank_only_what_is_asked_for_is_read(tmp_path, monkeypatch):
     path = tmp_path / "large.safetensors"
     bank = large(path)
     read: list[str] = []
-    tensor = sealed.Sealed.tensor
-    monkeypatch.setattr(sealed.Sealed, "tensor", lambda self, name: read.append(name) or tensor(self, name))
+    tensor = Opened.tensor
+    monkeypatch.setattr(Opened, "tensor", lambda self, name: read.append(name) or tensor(self, name))
     loaded = VectorBank.load(path)
     assert (loaded.concepts, loaded.sites, len(loaded), "c7" in loaded) == (bank.concepts, ("2",), 1500, True)
     both = loaded.select("c9", "c7") | VectorBank({"mine": SteeringVector({"2": torch.zeros(4)})})

@@ -84,7 +84,7 @@ def is_folded(module: nn.Module) -> bool:
 
 @final
 class _Fold:
-    """A module's own bias, and what is folded into it."""
+    """A module's bias as it was, and what is folded into it."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -17,7 +18,6 @@ from actsteer.collecting.batches import call
 from actsteer.collecting.eval_mode import buffers_kept, eval_mode
 from actsteer.errors import AttachedError, NotFoldable
 from actsteer.sites.axes import Axes, Layout
-from actsteer.sites.containers import Arguments
 from actsteer.sites.lens import Lens
 from actsteer.sites.listen import listen
 from actsteer.sites.place import Place
@@ -168,7 +168,7 @@ class _Folding:
         self._trace = Trace(target, resolve(target, maps), self._batch)
         self.idle = self._trace.idle
         """The layers that had no part in the pass."""
-        self._why: dict[str, list[str]] = {}
+        self._why: defaultdict[str, list[str]] = defaultdict(list)
         self._ways = {site: self._ways_of(site) for site in self._trace.in_order()}
 
     def run(self, undo: Undo) -> None:
@@ -189,7 +189,7 @@ class _Folding:
                 way(undo)
                 if (failure := self._failure(rest)) is None:
                     break
-                self._why.setdefault(site, []).append(failure)
+                self._why[site].append(failure)
                 undo.run(before)
             else:
                 raise NotFoldable(self._message(site))
@@ -202,7 +202,7 @@ class _Folding:
             return self._proof.failure(self._target)
 
     def _message(self, site: str) -> str:
-        why = "; ".join(list(dict.fromkeys(self._why.get(site, ())))[:5]) or "no layer makes or reads it"
+        why = "; ".join(list(dict.fromkeys(self._why[site]))[:5]) or "no layer makes or reads it"
         return f"site {site!r} cannot be folded: {why}. Keep the Steerer, or choose another site"
 
     def _ways_of(self, site: str) -> list[Callable[[Undo], None]]:
@@ -215,13 +215,10 @@ class _Folding:
     def _into_writers(self, site: str, edit: AffineMap, settled: list[str]) -> Callable[[Undo], None] | None:
         writers, others = self._trace.writers(site, settled=settled)
         if edit.weight is None:
-            for run in writers:  # the last one that can
-                if self._can(site, run, edit, at="output"):
-                    self._why.setdefault(site, []).extend(f"{other} stands between" for other in others)
-                    return lambda undo, run=run: _written(undo, run, edit, bias=True)  # type: ignore[misc]
-            self._why.setdefault(site, []).extend(f"{other} stands between" for other in others)
-            return None
-        self._why.setdefault(site, []).extend(f"{other} has a part in it" for other in others)
+            last = next((run for run in writers if self._can(site, run, edit, at="output")), None)
+            self._why[site].extend(f"{other} stands between" for other in others)
+            return None if last is None else partial(_written, run=last, edit=edit, bias=True)
+        self._why[site].extend(f"{other} has a part in it" for other in others)
         able = [self._can(site, run, edit, at="output") for run in writers]
         if others or not all(able) or not writers:
             return None
@@ -234,13 +231,13 @@ class _Folding:
 
     def _into_readers(self, site: str, edit: AffineMap) -> Callable[[Undo], None] | None:
         readers, others = self._trace.readers(site)
-        self._why.setdefault(site, []).extend(f"{other} reads it" for other in others)
+        self._why[site].extend(f"{other} reads it" for other in others)
         able = [self._can(site, run, edit, at="input") for run in readers]
         if others or not all(able) or not readers:
             return None
         constants = self._constants(site, edit, readers)
         if constants is None:
-            self._why.setdefault(site, []).append("its readers see it reshaped, or not alike in every row")
+            self._why[site].append("its readers see it reshaped, or not alike in every row")
             return None
 
         def write(undo: Undo) -> None:
@@ -255,7 +252,7 @@ class _Folding:
         if why is None and self._trace.times(run) > 1:
             why = f"it runs {self._trace.times(run)} times in one pass"
         if why is not None:
-            self._why.setdefault(site, []).append(f"{run}: {why}")
+            self._why[site].append(f"{run}: {why}")
         return why is None
 
     @torch.no_grad()
@@ -263,8 +260,8 @@ class _Folding:
         """What comes to each reader where the activation is m: one row, float64; None if the rows differ."""
         seen: dict[Run, Tensor] = {}
 
-        def notice(run: Run, place: Place, value: Any) -> None:
-            seen[run] = Lens(place, Layout(None)).read(run.module, value).raw.detach().clone()
+        def notice(run: Run, lens: Lens, module: nn.Module, args: Any, kwargs: Any) -> None:
+            seen[run] = lens.heard(module, args, kwargs).raw.detach().clone()
 
         constant = Replace({site: edit.bias})
         axes = {site: self._steerer.axes[site]} if site in self._steerer.axes else None
@@ -273,8 +270,7 @@ class _Folding:
             stack.enter_context(Steerer(self._target, constant, axis=axes, strict=False))
             for run in readers:  # after the steering
                 place = Place(site=f"{run.name}:in", name=run.name, module=run.module, side="in")
-                take = partial(notice, run, place)
-                stack.callback(listen(place, lambda _, args, kwargs, take=take: take(Arguments(args, kwargs))))
+                stack.callback(listen(place, partial(notice, run, Lens(place, Layout(None)))))
             call(self._target, self._batch)
         found: dict[Run, Tensor] = {}
         for run in readers:

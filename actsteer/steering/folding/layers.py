@@ -101,11 +101,11 @@ def write_output(module: nn.Module, edit: AffineMap, *, bias: bool = True) -> No
             weight,
             torch.tensordot(edit.weight.to(weight.device), weight.detach().double(), ([1], [axis])).movedim(0, axis),
         )
-    old = _bias(module, len(added))
+    old = module._parameters["bias"]
     if old is None and not bool(added.any()):
         return
     before = added.new_zeros(len(added)) if old is None else old.detach().double().to(added.device)
-    _set(_made_bias(module, len(added)), (before if edit.weight is None else edit.weight @ before) + added)
+    _set(made_bias(module, len(added)), (before if edit.weight is None else edit.weight @ before) + added)
 
 
 def write_input(module: nn.Module, edit: AffineMap, constant: Tensor) -> None:
@@ -127,17 +127,11 @@ def write_input(module: nn.Module, edit: AffineMap, constant: Tensor) -> None:
         axis = 0 if kind == "transposed linear" else 1
         _set(weight, torch.tensordot(wide, edit.weight.to(wide), ([axis], [0])).movedim(-1, axis))
     if bool(moved.any()):
-        bias = _made_bias(module, len(moved))
+        bias = made_bias(module, len(moved))
         _set(bias, bias.detach().double() + moved.to(bias.device))
 
 
-def _bias(module: nn.Module, size: int) -> Tensor | None:
-    bias = module._parameters["bias"]
-    assert bias is None or len(bias) == size
-    return bias
-
-
-def _made_bias(module: nn.Module, size: int) -> Tensor:
+def made_bias(module: nn.Module, size: int) -> Tensor:
     """The module's bias, made of zeros where it had none."""
     bias = module._parameters["bias"]
     if bias is None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from actsteer.errors import UnsupportedModelError
+from actsteer.steering.folding.layers import made_bias
 from actsteer.steering.folding.undo import Undo
 
 _FLAGS = ("mlp_bias", "attention_bias", "use_bias", "bias", "qkv_bias", "use_mlp_bias", "add_bias_linear")
@@ -90,6 +91,4 @@ def _can_create(model: nn.Module, name: str) -> bool:
 def _create(model: nn.Module, name: str, shape: torch.Size, undo: Undo) -> None:
     module = model.get_submodule(name.rpartition(".")[0])
     undo.keep(module, name.rpartition(".")[0], "bias")
-    weight = module._parameters["weight"]
-    assert weight is not None
-    module._parameters["bias"] = nn.Parameter(weight.new_zeros(shape), requires_grad=weight.requires_grad)
+    made_bias(module, shape.numel())

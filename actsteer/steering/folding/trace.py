@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -86,9 +87,7 @@ class Trace:
         for run in self._runs:
             if run.output is not None:
                 self._made.setdefault(run.output, []).append(run)
-        self._counts = {id(run.module): 0 for run in self._runs}
-        for run in self._runs:
-            self._counts[id(run.module)] += 1
+        self._counts = Counter(id(run.module) for run in self._runs)
 
     def in_order(self) -> list[str]:
         """The sites in the order in which they ran."""
@@ -99,7 +98,7 @@ class Trace:
         return self._counts[id(run.module)]
 
     def writers(self, site: str, *, settled: Iterable[str] = ()) -> tuple[list[Run], list[str]]:
-        """The layers whose outputs the activation is the sum of, the last one first; and what else it is the sum of.
+        """The layers whose outputs sum to the activation, the last one first; and what else is in that sum.
 
         Without `settled`, a layer whose output is read elsewhere too counts as something else.
 
@@ -218,7 +217,7 @@ class Trace:
 
 
 def _unused(model: nn.Module, read_by: Mapping[Node, object]) -> Iterator[tuple[str, nn.Module]]:
-    """The modules with parameters of their own none of which autograd has seen."""
+    """The modules that have parameters, of which autograd has seen none."""
     used = {id(getattr(node, "variable", None)) for node in read_by}
     for name, module in named_modules(model):
         own = [p for p in module._parameters.values() if p is not None and p.is_floating_point()]
@@ -253,7 +252,7 @@ def _tracked(batch: Any) -> Any:
 
 
 def _product(run: Run) -> set[Node]:
-    """The nodes of one layer's own computation, back to where its input enters."""
+    """The nodes of one layer's computation, back to where its input enters."""
     found: set[Node] = set()
     stack = [run.output] if run.output is not None else []
     while stack:

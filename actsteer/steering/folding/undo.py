@@ -22,7 +22,7 @@ class Undo:
         self._left: list[tuple[nn.Module, str, str, Tensor | None, str]] = []
 
     def keep(self, module: nn.Module, name: str, *keys: str) -> None:
-        """Remember a module's own parameters of these names, before they are changed."""
+        """Remember a module's parameters of these names, before they are changed."""
         for key in keys:
             own = module._parameters.get(key)
             value = None if own is None else own.detach().clone()

@@ -21,7 +21,7 @@ class ProjectionAbove:
 
     Args:
         vector: the direction, at the one site where the gate reads.
-        threshold: t, in the activation's own units; `ProjectionAbove.between` picks it.
+        threshold: t, in the activation's units; `ProjectionAbove.between` picks it.
         per: decide once per "sequence", from the mean over its prompt, or for each "token".
 
     Raises:
@@ -49,7 +49,7 @@ class ProjectionAbove:
         return self._direction.clone()
 
     def projection(self, rows: Float[Tensor, "rows d"]) -> Float[Tensor, " rows"]:
-        """The scalar projection of each row, h · v / ‖v‖, in the activation's own units."""
+        """The scalar projection of each row, h · v / ‖v‖, in the activation's units."""
         return rows @ fitting(self._direction, rows, self.site)
 
     score = projection

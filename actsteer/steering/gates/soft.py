@@ -18,7 +18,7 @@ class Soft:
 
     Args:
         gate: `ProjectionAbove`, `CosineAbove`, `ProbeAbove`, or another with a `score` and a `threshold`.
-        width: w, in the score's own units; from t - w to t + w the weight grows from 0.27 to 0.73.
+        width: w, in the score's units; from t - w to t + w the weight grows from 0.27 to 0.73.
 
     Raises:
         TypeError: a gate without a score.

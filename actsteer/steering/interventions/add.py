@@ -14,10 +14,10 @@ from actsteer.steering.interventions.intervention import unit
 @final
 @dataclass(frozen=True, kw_only=True)
 class Add:
-    """Move along the direction: h + c · v, in the activation's own units.
+    """Move along the direction: h + c · v, in the activation's units.
 
     Args:
-        relative: h + c · ‖h‖ · v/‖v‖ instead: c in units of the activation's own norm.
+        relative: h + c · ‖h‖ · v/‖v‖ instead: c in units of the activation's norm.
 
     Source: activation addition (ActAdd), Turner et al. 2023; contrastive activation addition (CAA), Rimsky et al. 2023.
 

@@ -19,7 +19,7 @@ class Clamp:
     At c = 1 every row projects to t, whatever it did before; between 0 and 1 it goes part of the way.
 
     Args:
-        target: t, in the activation's own units.
+        target: t, in the activation's units.
 
     Source: feature clamping, Templeton et al. 2024 (scaling monosemanticity), on a direction.
 
