@@ -290,7 +290,9 @@ def test_any_sequence_of_calls_is_at_each_one_what_a_plain_model_says(sequence, 
             assert torch.equal(out.detach(), expected)
         recorded = call["mode"] in ("grad", "autocast")
         asked = x.requires_grad or (trained is not None and trained.requires_grad)
-        if not (custom and not any(bool(strength.any()) for strength in strengths)):  # else it is the activation itself
+        if custom and not any(bool(strength.any()) for strength in strengths):  # it is the activation itself
+            assert asked if out.requires_grad else not (recorded and x.requires_grad)
+        else:
             assert out.requires_grad == (recorded and asked)
         if out.requires_grad and x.requires_grad and not custom and call["device"] == "cpu":
             (gradient,) = torch.autograd.grad(out.sum(), x, retain_graph=True)
