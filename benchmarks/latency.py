@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from actsteer import Steerer, SteeringVector, VectorBank, collect
+from actsteer import Moments, Steerer, SteeringVector, VectorBank, collect
 from benchmarks.extraction import blocks_of, language_model
 from benchmarks.memory import peak
 from benchmarks.overhead import described
@@ -186,7 +186,17 @@ def collecting(sites: list[str], *, rounds: int) -> list[Row]:
     return [
         Row("`collect`, per batch", Ratio.of(per_batch), "ms beyond", against, "0.5"),
         Row("`collect`, per call, one batch", Ratio.of(per_call), "ms beyond", against, "10"),
+        *(updating(*shape, rounds=rounds) for shape in ((1024, 4096), (32, 576))),
     ]
+
+
+def updating(n: int, d: int, *, rounds: int) -> Row:
+    """Taking rows into the moments of a mean, against their sum."""
+    rows = torch.randn(n, d, generator=torch.Generator().manual_seed(0))
+    moments, times = Moments.of(rows), max(1, 2**20 // rows.numel())
+    name, against = f"`Moments.update`, rows ({n}, {d})", "`x.sum(0, dtype=float64)`"
+    update, total = partial(moments.update, rows), partial(rows.sum, 0, dtype=torch.float64)
+    return compare(name, update, total, against, "1.6", rounds=rounds, times=times)
 
 
 def starting(*, rounds: int) -> list[Row]:
