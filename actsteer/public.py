@@ -50,8 +50,8 @@ from actsteer.estimators.whitened_mean_difference import WhitenedMeanDifference 
 from actsteer.files.formats import FORMATS as FORMATS
 from actsteer.files.formats import Format as Format
 from actsteer.sites.resolve import find_sites as find_sites
-from actsteer.steering.folding.fold import fold as fold
-from actsteer.steering.folding.fold import unfold as unfold
+from actsteer.folding.fold import fold as fold
+from actsteer.folding.fold import unfold as unfold
 from actsteer.steering.gates.cosine_above import CosineAbove as CosineAbove
 from actsteer.steering.gates.gate import Combination as Combination
 from actsteer.steering.gates.gate import Gate as Gate

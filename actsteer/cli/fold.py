@@ -22,7 +22,7 @@ from actsteer.cli.options import (
     TrustRemoteCode,
 )
 from actsteer.files.replacing import filling, replacing
-from actsteer.steering.folding import fold as folding
+from actsteer.folding import fold as folding
 
 
 def fold(

@@ -10,7 +10,7 @@ import typer
 from actsteer.cli import banks, models, options, screen
 from actsteer.cli.examples import one_batch
 from actsteer.cli.options import Chat, Concepts, Device, DtypeName, TrustRemoteCode
-from actsteer.steering.folding.proof import Proof, distance, is_lost, outputs
+from actsteer.folding.proof import Proof, distance, is_lost, outputs
 from actsteer.steering.steerer import Steerer
 
 

@@ -11,7 +11,7 @@ from actsteer.collecting.batches import call
 from actsteer.collecting.eval_mode import eval_mode
 from actsteer.errors import NotFoldable
 from actsteer.sites.containers import tensors_in
-from actsteer.steering.folding.unpadded import at_tokens, unpadded
+from actsteer.folding.unpadded import at_tokens, unpadded
 from actsteer.steering.steerer import Steerer
 from actsteer.vectors.vector import SteeringVector
 

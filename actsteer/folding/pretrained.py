@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from actsteer.errors import UnsupportedModelError
-from actsteer.steering.folding.layers import made_bias
-from actsteer.steering.folding.undo import Undo
+from actsteer.folding.layers import made_bias
+from actsteer.folding.undo import Undo
 
 _FLAGS = ("mlp_bias", "attention_bias", "use_bias", "bias", "qkv_bias", "use_mlp_bias", "add_bias_linear")
 

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 from actsteer import Ablate, AttachedError, NotFoldable, Steerer, SteeringVector, UnsupportedModelError, fold, unfold
-from actsteer.steering.folding.affine import AffineMap
-from actsteer.steering.folding.layers import obstacle
+from actsteer.folding.affine import AffineMap
+from actsteer.folding.layers import obstacle
 from tests.zoo import llama
 
 X = torch.randn(8, 4, generator=torch.Generator().manual_seed(5))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from actsteer import Steerer, SteeringVector, fold
-from actsteer.steering.folding.unpadded import at_tokens, unpadded
+from actsteer.folding.unpadded import at_tokens, unpadded
 from tests.zoo import llama, normal
 
 LEFT = {

@@ -20,7 +20,7 @@ from actsteer.sites.containers import Arguments, tensors_in
 from actsteer.sites.lens import Lens
 from actsteer.sites.place import Place
 from actsteer.sites.wrappers import named_modules
-from actsteer.steering.folding.layers import kind_of
+from actsteer.folding.layers import kind_of
 
 _VIEWS = frozenset(
     f"{name}Backward0"

@@ -25,12 +25,12 @@ from actsteer.sites.resolve import Sites, resolve
 from actsteer.sites.shards import is_gathered_now_and_then
 from actsteer.sites.wrappers import named_modules, unwrapped
 from actsteer.steering.backends import bias as bias_backend
-from actsteer.steering.folding import pretrained
-from actsteer.steering.folding.affine import AffineMap, affine_maps
-from actsteer.steering.folding.layers import kind_of, obstacle, write_input, write_output
-from actsteer.steering.folding.proof import Proof
-from actsteer.steering.folding.trace import Run, Trace
-from actsteer.steering.folding.undo import Undo
+from actsteer.folding import pretrained
+from actsteer.folding.affine import AffineMap, affine_maps
+from actsteer.folding.layers import kind_of, obstacle, write_input, write_output
+from actsteer.folding.proof import Proof
+from actsteer.folding.trace import Run, Trace
+from actsteer.folding.undo import Undo
 from actsteer.steering.interventions.intervention import Edit
 from actsteer.steering.interventions.replace import Replace
 from actsteer.steering.plan import Interventions

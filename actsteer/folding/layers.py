@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from actsteer.sites.shards import is_sharded
 from actsteer.steering.backends.mark import has_own_forward
-from actsteer.steering.folding.affine import AffineMap
+from actsteer.folding.affine import AffineMap
 
 Kind: TypeAlias = Literal["linear", "transposed linear", "conv", "transposed conv", "norm", "embedding"]
 _KINDS: dict[Kind, tuple[type[nn.Module], ...]] = {
