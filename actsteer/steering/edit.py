@@ -21,6 +21,7 @@ from actsteer.steering.copies import Uncopied
 from actsteer.steering.directions import Directions
 from actsteer.steering.interventions.add import Add
 from actsteer.steering.interventions.intervention import Intervention
+from actsteer.steering.limits import check_direction, check_dtype, check_strength, check_sum
 from actsteer.steering.passes import Now, Passes
 from actsteer.steering.reader import Reader
 from actsteer.steering.strength import PerConcept, Terms, weighted, without_autocast
@@ -52,10 +53,12 @@ class SiteEdit(Uncopied):
         "_apart",
         "_by_token",
         "_checkpointing",
+        "_directed",
         "_directions",
         "_dtype",
         "_exported",
         "_given",
+        "_in_range",
         "_shape",
         "_shift",
         "_stack",
@@ -100,6 +103,8 @@ class SiteEdit(Uncopied):
         self._apart = frozenset(gates).union(placed)  # those that are not the same for all tokens of a row
         self._checkpointing = checkpointing
         self._given: PerConcept | None = None
+        self._directed: set[int] = set()  # the concepts whose directions are known to serve their interventions
+        self._in_range: torch.dtype | None = None  # in which the strengths are known to be finite
         self._terms: Terms | None = None  # those that are summed beforehand
         self._strengths: list[Tensor] = []  # of the others that have one
         self._by_token = False  # whether tokens of one row get different amounts
@@ -151,7 +156,17 @@ class SiteEdit(Uncopied):
             self._shape = None
 
     def check_strengths(self, strengths: PerConcept) -> None:
-        """StrengthError if the way in which this edit is attached leaves no room for these."""
+        """That these can be applied, before anything changes.
+
+        Raises:
+            StrengthError: the way in which this edit is attached leaves no room for them.
+            ZeroDirectionError: a concept gets a strength whose intervention needs a direction that is not zero.
+        """
+        if not (self.is_sum or self.is_trained):
+            for own in set(strengths.parts(None, every=False)[1]) - self._directed:
+                where = f"site {self.place.site!r}, concept {self._stack.names[own]!r}"
+                check_direction(self.interventions[own], self._stack.rows((own,))[0], where=where)
+                self._directed.add(own)
         if self.changed is None and not self.in_place:
             return
         rows = any(own.ndim for own in strengths.by_row.values())
@@ -168,6 +183,21 @@ class SiteEdit(Uncopied):
                 "same number of rows; install it with a strength of the shape that is to come"
             )
 
+    def _check_range(self, dtype: torch.dtype) -> None:
+        """Once for each dtype that comes, until the strengths change: that they can be used in it."""
+        check_dtype(dtype, site=self.place.site)
+        if dtype is self._in_range or self.is_trained or _is_compiling():
+            return
+        if self.constant is not None:
+            check_sum(self.constant, dtype, site=self.place.site)
+        for own, c in enumerate(self._strengths):
+            wide = torch.promote_types(dtype, torch.float32)
+            check_strength(c, wide, site=self.place.site)
+            if self.is_sum and c.device.type == "cpu":
+                shift = c[..., None].to(wide) * self._directions.cast(own, wide, c.device)
+                check_sum(shift, dtype, site=self.place.site)
+        self._in_range = dtype
+
     def set_strengths(self, strengths: PerConcept, *, every: bool, idle: bool) -> None:
         """New strengths of its concepts, from the next forward pass on.
 
@@ -179,6 +209,8 @@ class SiteEdit(Uncopied):
         terms, others = strengths.parts(self._apart if self.is_sum else None, every=every)
         self._given, self._terms = strengths, terms
         constant = None if terms is None else terms.sum(self._directions.of(terms))
+        if constant is not None:
+            check_sum(constant, constant.dtype, site=self.place.site)
         if idle and not every:
             others = self._directions.others
         if terms is None and self.is_sum and (not others or (idle and self.constant is not None)):
@@ -196,7 +228,7 @@ class SiteEdit(Uncopied):
         else:
             self.constant = constant
             self._strengths = [strengths.at(own).clone() for own in others]
-        self._shape = None
+        self._shape = self._in_range = None
         self._traced_shift = self._traceable()
         if self.changed is not None:
             self.changed()
@@ -277,6 +309,7 @@ class SiteEdit(Uncopied):
 
     def _add(self, view: View, now: Now | None) -> Tensor:
         activation, frame = view.part, view.frame
+        self._check_range(activation.dtype)
         others, trained = self._directions.others, self.is_trained
         delta = self.constant
         if trained and self._terms is not None:  # a graph of its own for every forward pass
@@ -301,6 +334,7 @@ class SiteEdit(Uncopied):
 
     def _intervene(self, view: View, now: Now | None) -> Tensor:
         last = view.features_last()
+        self._check_range(last.dtype)
         last = last.to(torch.promote_types(last.dtype, torch.float32))  # rounded once, at the end
         real = self._real(view.frame, now, device=last.device)
         with without_autocast(last.device.type):

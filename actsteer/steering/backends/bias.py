@@ -15,6 +15,7 @@ from actsteer.private_names import has_frozen_weights
 from actsteer.sites.shards import is_sharded
 from actsteer.steering.backends.patch import Patch
 from actsteer.steering.edit import Fired, SiteEdit
+from actsteer.steering.limits import check_sum
 
 _ADD_A_BIAS = (
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
@@ -34,8 +35,8 @@ def attach(edit: SiteEdit, model: nn.Module) -> Callable[[], None]:
     module = edit.place.module
     fold = _folds.setdefault(id(module), _Fold(module))
     edit.fired = Fired.UNKNOWN
+    fold.write(edit)
     edit.changed = lambda: fold.write(edit)
-    edit.changed()
 
     def remove() -> None:
         edit.changed = None
@@ -93,6 +94,10 @@ class _Fold:
         self._edits: list[SiteEdit] = []
 
     def write(self, edit: SiteEdit) -> None:
+        assert edit.constant is not None
+        held = self._module._parameters["weight"] if self._original is None else self._original
+        if held is not None:
+            check_sum(edit.constant, held.dtype, site=edit.place.site)
         if edit not in self._edits:
             self._edits.append(edit)
         self._write()
