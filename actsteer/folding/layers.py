@@ -7,9 +7,10 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from actsteer.sites.shards import is_sharded
-from actsteer.steering.backends.mark import has_own_forward
 from actsteer.folding.affine import AffineMap
+from actsteer.sites.shards import is_sharded
+from actsteer.sites.tap import plain_class
+from actsteer.steering.backends.mark import has_own_forward
 
 Kind: TypeAlias = Literal["linear", "transposed linear", "conv", "transposed conv", "norm", "embedding"]
 _KINDS: dict[Kind, tuple[type[nn.Module], ...]] = {
@@ -28,7 +29,7 @@ def kind_of(module: nn.Module) -> Kind | None:
     if type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers."):
         return "transposed linear"
     for kind, classes in _KINDS.items():
-        if any(isinstance(module, own) and type(module).forward is own.forward for own in classes):
+        if any(isinstance(module, own) and plain_class(module).forward is own.forward for own in classes):
             return kind
     return None
 
