@@ -12,6 +12,7 @@ from torch import nn
 from actsteer.errors import ShapeError, SiteNotFoundError, close_names
 from actsteer.sites.place import Place
 from actsteer.sites.resolve import Modules, hook_points, named_sites, path_to, runs_torch_code
+from actsteer.sites.tap import plain_class
 from actsteer.sites.wrappers import named_modules, unwrapped
 
 Axes: TypeAlias = int | Mapping[str, int]
@@ -201,7 +202,7 @@ def _axis_after(modules: Iterable[nn.Module]) -> int | None:
 
 def _is_chain(module: nn.Module) -> bool:
     """Whether it is an `nn.Sequential`, and runs as one."""
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    return isinstance(module, nn.Sequential) and plain_class(module).forward is nn.Sequential.forward
 
 
 def _keeps_layout(module: nn.Module) -> bool:
@@ -210,7 +211,7 @@ def _keeps_layout(module: nn.Module) -> bool:
         return all(map(_keeps_layout, module.children()))
     home = type(module).__module__
     pointwise = isinstance(module, nn.Identity) or home in {f"torch.nn.modules.{part}" for part in _KEEPS_LAYOUT}
-    return pointwise or type(module) in (nn.LayerNorm, nn.RMSNorm)
+    return pointwise or plain_class(module) in (nn.LayerNorm, nn.RMSNorm)
 
 
 def _own_axis(module: nn.Module) -> int | None:

@@ -80,6 +80,14 @@ class Passes:
             active = strengths.active(every=every)
             self._by_token = tuple(place for place in active if place in by_token or place in self.positions)
 
+    def around(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        """A call of the module."""
+        self.begin(args, kwargs)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self.end()
+
     def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Before the forward pass: find out about its tokens, unless the generation has told of them already."""
         self._runs.set(True)
