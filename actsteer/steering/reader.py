@@ -14,7 +14,7 @@ from actsteer.errors import GateError
 from actsteer.sites.axes import Layout
 from actsteer.sites.lens import Frame, Lens
 from actsteer.sites.place import Place
-from actsteer.steering.gates.gate import AnyGate, Combination, Gate
+from actsteer.steering.gates.gate import AnyGate, Combination, Gate, check_weights, decide, wide
 from actsteer.steering.passes import Now, Passes
 from actsteer.steering.per_thread import PerThread
 
@@ -103,16 +103,15 @@ class GateReader:
             assert now is not None and now.tokens is not None
             spread = Frame(self.gate.site, tuple(by_row.shape), 2, 0).by_token(mask, rows=now.tokens.rows)
             if spread is not None:
-                wide = by_row.to(torch.promote_types(by_row.dtype, torch.float32))
-                total = torch.where(spread, wide, 0).sum(dim=1)
-                return self._decided((total / spread.sum(dim=1).clamp(min=1)).to(by_row.dtype))
-        return self._decided(by_row if by_row.ndim == 2 else reduce(by_row, "rows ... d -> rows d", "mean"))
+                total = torch.where(spread, wide(by_row), 0).sum(dim=1)
+                return decide(self.gate, total / spread.sum(dim=1).clamp(min=1))
+        return decide(self.gate, by_row if by_row.ndim == 2 else reduce(wide(by_row), "rows ... d -> rows d", "mean"))
 
     def _per_token_of(self, by_row: Float[Tensor, "rows *positions d"]) -> Tensor:
         if by_row.ndim == 2:
             now = self._passes.now
             tokens = None if now is None else now.tokens
-            weights = self._decided(by_row)
+            weights = decide(self.gate, by_row)
             if tokens is not None and len(by_row) == tokens.rows * tokens.length:
                 return weights.reshape(tokens.rows, tokens.length)
             return weights
@@ -121,7 +120,7 @@ class GateReader:
                 f"gate at site {self.gate.site!r}: per='token' reads an activation (rows, positions, d), got shape "
                 f"{tuple(by_row.shape)}; choose another site, or per='sequence'"
             )
-        flat = self._decided(rearrange(by_row, "b s d -> (b s) d"))
+        flat = decide(self.gate, rearrange(by_row, "b s d -> (b s) d"))
         return rearrange(flat, "(b s) -> b s", b=by_row.shape[0])
 
     def _prompt(self, now: Now) -> Tensor | None:
@@ -140,15 +139,6 @@ class GateReader:
             return now.real
         inside = tokens.in_prompt[None]
         return inside if now.real is None else inside & now.real
-
-    def _decided(self, rows: Float[Tensor, "rows d"]) -> Tensor:
-        weights = self.gate(rows)
-        if weights.shape != rows.shape[:1]:
-            raise GateError(
-                f"gate at site {self.gate.site!r}: expected one weight for each of {len(rows)} rows, got shape "
-                f"{tuple(weights.shape)}; return a tensor of shape (rows,)"
-            )
-        return weights
 
 
 @final
@@ -170,4 +160,5 @@ class CombinedReader:
                 "they must read sites that have the same ones"
             )
         combined: Tensor = self.gate.combine([own.to(weights[0].device) for own in weights])
+        check_weights(combined, self.gate)
         return combined

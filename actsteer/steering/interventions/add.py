@@ -35,8 +35,9 @@ class Add:
         self, activation: Float[Tensor, "*batch d"], direction: Float[Tensor, " d"], c: Float[Tensor, ...]
     ) -> Float[Tensor, "*batch d"]:
         """h + c · v."""
-        change = norms(activation).to(activation.dtype) * unit(direction) if self.relative else direction
-        return activation + c * change
+        if not self.relative:
+            return activation + c * direction
+        return torch.addcmul(activation, c * norms(activation).to(activation.dtype), unit(direction))
 
     def prepare(
         self, direction: Float[Tensor, " d"], c: Float[Tensor, ""]
