@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from actsteer.errors import ShapeError, StrengthError
+from actsteer.errors import ShapeError, StrengthError, ZeroDirectionError
 from actsteer.private_names import is_functorch_wrapped
 from actsteer.sites.lens import Frame, View
 from actsteer.steering.interventions.intervention import Intervention, prepared
@@ -154,7 +154,7 @@ def applied(
     frame, dtype, is_plain = view.frame, view.part.dtype, view.is_plain
     wide, kind = torch.promote_types(dtype, torch.float32), view.part.device.type
     directions = directions.to(view.part.device, wide)
-    known = [_known(*each) for each in zip(interventions, directions, amounts, strict=True)]
+    known = [_known(*each, site=frame.site) for each in zip(interventions, directions, amounts, strict=True)]
     casts = kind != "meta" and (_is_compiling() or torch.amp.is_autocast_available(kind))
     turned = not (is_plain and frame.is_last)
 
@@ -192,7 +192,9 @@ def applied(
     return run
 
 
-def _known(intervention: Intervention, direction: Tensor, amount: Amount) -> Callable[[Tensor], Tensor] | None:
+def _known(
+    intervention: Intervention, direction: Tensor, amount: Amount, *, site: str
+) -> Callable[[Tensor], Tensor] | None:
     """The edit as a function of h alone, where the strength is one number; a gate or positions choose where it holds."""
     if not amount.is_number:
         return None
@@ -200,8 +202,11 @@ def _known(intervention: Intervention, direction: Tensor, amount: Amount) -> Cal
         return lambda h: h
     if direction.requires_grad:
         return lambda h: intervention(h, direction, amount.c)
-    with torch.inference_mode(mode=False):  # so that it works in autograd later
-        return prepared(intervention, direction, amount.c)
+    try:
+        with torch.inference_mode(mode=False):  # so that it works in autograd later
+            return prepared(intervention, direction, amount.c)
+    except ZeroDirectionError as error:
+        raise ZeroDirectionError(f"site {site!r}: in {direction.dtype}, {error}") from None
 
 
 def edited_by(
