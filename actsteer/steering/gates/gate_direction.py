@@ -78,7 +78,7 @@ class GateDirection:
                 f"gate at site {self.site!r}: it reads {READS[per]}, and its vector was fitted at positions "
                 f"{self.fitted!r}; fit it where it is to be read, or give another per=",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
         return per
 
