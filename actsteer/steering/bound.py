@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeAlias, final
+from typing import NamedTuple, TypeAlias, final
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,14 @@ from actsteer.steering.strength import weighted, without_autocast
 _is_compiling = torch.compiler.is_compiling
 Run: TypeAlias = Callable[[Tensor, Now | None], Tensor]
 """The activation, as this process holds it, and what is known of the pass -> the edited activation."""
+
+
+class Bound(NamedTuple):
+    """The edit of activations of one shape, dtype and device."""
+
+    run: Run
+    shift: Tensor | None = None
+    """What `run` adds where there are no pads, if that is all that it does."""
 
 
 @final
@@ -86,10 +94,8 @@ def real_in(now: Now | None, frame: Frame, device: torch.device) -> Tensor | Non
     return None if real is None else real.to(device)
 
 
-def summed(
-    view: View, constant: Tensor | None, amounts: Sequence[Amount], directions: Float[Tensor, "k d"] | None
-) -> Run:
-    """h + Σ c_k v_k, the sum in float32 at least and rounded once; where all amounts are 0, or there is a pad, h itself.
+def summed(view: View, constant: Tensor | None, amounts: Sequence[Amount], directions: Tensor | None) -> Bound:
+    """h + Σ c_k v_k, the sum in float32 at least and rounded once; where all amounts are 0, and at pads, h itself.
 
     Args:
         view: an opened one of the activation.
@@ -116,7 +122,7 @@ def summed(
             total = torch.where(real, total, -0.0)
         return h + (total if is_plain else view.share(total))
 
-    return run
+    return Bound(run, rounded)
 
 
 def _term(amount: Amount, direction: Float[Tensor, " d"], frame: Frame) -> Callable[[Now | None], Tensor]:
@@ -148,10 +154,10 @@ def applied(
     interventions: Sequence[Intervention],
     amounts: Sequence[Amount],
     directions: Float[Tensor, "k d"] | None,
-) -> Run:
+) -> Bound:
     """What the interventions make of h one after another, in float32 at least and rounded once."""
     if directions is None:
-        return lambda h, now: h
+        return Bound(lambda h, now: h)
     frame, dtype, is_plain = view.frame, view.part.dtype, view.is_plain
     wide, kind = torch.promote_types(dtype, torch.float32), view.part.device.type
     directions = directions.to(view.part.device, wide)
@@ -184,7 +190,7 @@ def applied(
             return last.to(dtype)
         return last.movedim(-1, frame.axis).to(dtype) if is_plain else view.part_of(last)
 
-    return run
+    return Bound(run)
 
 
 def _known(intervention: Intervention, direction: Tensor, amount: Amount) -> Callable[[Tensor], Tensor] | None:

@@ -16,7 +16,7 @@ from actsteer.sites.axes import Layout
 from actsteer.sites.containers import Arguments
 from actsteer.sites.lens import Frame, Lens, View
 from actsteer.sites.place import Place
-from actsteer.steering.bound import Amount, Run, applied, summed
+from actsteer.steering.bound import Amount, Bound, Run, applied, summed
 from actsteer.steering.checkpointing import Checkpointing
 from actsteer.steering.directions import Directions
 from actsteer.steering.interventions.add import Add
@@ -27,6 +27,7 @@ from actsteer.steering.strength import PerConcept, Terms
 from actsteer.vectors.stack import Stack
 
 _is_compiling = torch.compiler.is_compiling
+_is_traced = torch.compiler.is_dynamo_compiling  # which costs half, and no fake tensor is a plain one
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
@@ -59,6 +60,7 @@ class SiteEdit:
         "_given",
         "_run",
         "_shape",
+        "_shift",
         "_stack",
         "_strengths",
         "_terms",
@@ -105,7 +107,8 @@ class SiteEdit:
         self._strengths: list[Tensor] = []  # of the others that have one
         self._by_token = False  # whether tokens of one row get different amounts
         self._asks = False  # whether what is known of the pass matters
-        self._run: Run | None = None  # the edit of plain outputs of this shape and dtype
+        self._shift: Tensor | None = None  # what is added to plain outputs of this shape and dtype, if that is all
+        self._run: Run = _unbound  # the edit of plain outputs of this shape and dtype
         self._shape: torch.Size | None = None
         self._dtype: torch.dtype | None = None
         self._traced_shift: Tensor | None = None  # `constant` as compiled code adds it to whatever has that axis
@@ -150,7 +153,7 @@ class SiteEdit:
     def notice(self, now: Now | None) -> None:
         """A pass begins: with pads, the next call goes the whole way round."""
         if now is not None and now.real is not None:
-            self._run = None
+            self._shape = None
 
     def check_strengths(self, strengths: PerConcept) -> None:
         """StrengthError if the way in which this edit is attached leaves no room for these."""
@@ -197,7 +200,7 @@ class SiteEdit:
             self.constant = constant
             self._strengths = [strengths.at(own).clone() for own in others]
         self._asks = self.passes.sees_inputs or self._by_token or bool(self.gates)
-        self._run = None
+        self._shape = None
         self._traced_shift = self._traceable()
         if self.changed is not None:
             self.changed()
@@ -214,11 +217,11 @@ class SiteEdit:
     def expect(self) -> None:
         """Forget that it ever fired."""
         self.fired = Fired.UNKNOWN if self.changed is not None else Fired.NO
-        self._run = None  # so that the next call goes the whole way round, where `fired` is set
+        self._shape = None  # so that the next call goes the whole way round, where `fired` is set
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
         """The edited output: by what the last call bound where that still fits, else the whole way round."""
-        if _is_compiling() or self._run is None:
+        if _is_traced():
             return self.edit(module, output)
         try:
             if (
@@ -230,11 +233,13 @@ class SiteEdit:
                     or (is_outside_of_functions() and (not output.requires_grad or saves_otherwise(True) is None))
                 )
             ):
+                if self._shift is not None:
+                    return output + self._shift
                 now = self.passes.now if self._asks else None
                 if not self._by_token or (now is not None and now.tokens is not None):
                     return self._run(output, now)
         except RuntimeError:  # the model has moved to another device, or the output is nested and has no shape
-            self._run = None
+            self._shape = None
         return self.edit(module, output)
 
     def on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -259,14 +264,16 @@ class SiteEdit:
         now = self._now(view.frame, view.part.device)
         if now is not None and now.real is not None and not _is_compiling() and _may_be_checkpointed():
             now = Now(now.tokens, None, now.doses)  # what runs again later does not know of pads
-        run = self._bound(view)
-        edited = run(view.part, now)
+        bound = self._bound(view)
+        edited = bound.run(view.part, now)
         if not _is_compiling():
             keeps = view.is_plain and not self._checkpointing.notice(edited) and not self.is_trained
-            self._run, self._shape, self._dtype = (run if keeps else None), view.part.shape, view.part.dtype
+            self._run, self._dtype = bound.run, view.part.dtype
+            self._shift = None if self._asks else bound.shift
+            self._shape = view.part.shape if keeps else None
         return view.write(edited)
 
-    def _bound(self, view: View) -> Run:
+    def _bound(self, view: View) -> Bound:
         """The edit of activations like this one."""
         others = self._directions.others
         places = [self._stack.concepts[own] for own in others]
@@ -321,3 +328,7 @@ class SiteEdit:
 def _may_be_checkpointed() -> bool:
     """Whether autograd may run this again later."""
     return saves_otherwise(True) is not None or not is_outside_of_functions()
+
+
+def _unbound(h: Tensor, now: Now | None) -> Tensor:
+    raise AssertionError("nothing is bound yet")
