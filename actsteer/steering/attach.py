@@ -45,7 +45,7 @@ class Watch:
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         """After the model's forward pass; one is proof enough, and the others need not pay."""
         self.ran = True
-        if self.leave is not None and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self.leave is not None:
             self.leave()
 
 

@@ -249,13 +249,13 @@ class SiteEdit:
     def edit(self, module: nn.Module, value: Any) -> Any:
         """A module's output or its `Arguments`, with the activation edited."""
         self.fired = Fired.YES
-        if self._exported is not None and _is_exporting():
+        if _is_exporting() and self._exported is not None:
             return self._exported.edit(module, value)
         if (
-            self._traced_shift is not None
-            and _is_compiling()
+            _is_compiling()  # which guards on all that it is asked here
+            and self._traced_shift is not None
             and value.__class__ is Tensor
-            and not self._may_have_pads()
+            and not (self._asks and self._may_have_pads())
         ):
             shift = self._traced_shift.to(dtype=value.dtype, device=value.device)
             if not value.is_nested and value.ndim >= shift.ndim and value.shape[-shift.ndim] == shift.shape[0]:
