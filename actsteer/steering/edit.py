@@ -21,9 +21,10 @@ from actsteer.steering.copies import Uncopied
 from actsteer.steering.directions import Directions
 from actsteer.steering.interventions.add import Add
 from actsteer.steering.interventions.intervention import Intervention
-from actsteer.steering.passes import Now, Passes
 from actsteer.steering.reader import Reader
 from actsteer.steering.strength import PerConcept, Terms, weighted, without_autocast
+from actsteer.tokens.passes import Pass, Passes
+from actsteer.tokens.real import real_at
 from actsteer.vectors.stack import Stack
 
 _is_compiling = torch.compiler.is_compiling
@@ -50,6 +51,7 @@ class SiteEdit(Uncopied):
 
     __slots__ = (
         "_apart",
+        "_by_row",
         "_by_token",
         "_checkpointing",
         "_directions",
@@ -102,6 +104,7 @@ class SiteEdit(Uncopied):
         self._given: PerConcept | None = None
         self._terms: Terms | None = None  # those that are summed beforehand
         self._strengths: list[Tensor] = []  # of the others that have one
+        self._by_row = False  # whether rows get different amounts
         self._by_token = False  # whether tokens of one row get different amounts
         self._shift = torch.empty(0)  # `constant` as it is added to outputs of this shape, dtype and state
         self._shape: torch.Size | None = None
@@ -145,11 +148,6 @@ class SiteEdit(Uncopied):
         varies = given is not None and (given.by_token or any(own.ndim for own in given.by_row.values()))
         return self.is_sum and not self._apart and not varies
 
-    def notice(self, now: Now | None) -> None:
-        """A pass begins: with pads, the next call goes the whole way round."""
-        if now is not None and now.real is not None:
-            self._shape = None
-
     def check_strengths(self, strengths: PerConcept) -> None:
         """StrengthError if the way in which this edit is attached leaves no room for these."""
         if self.changed is None and not self.in_place:
@@ -184,6 +182,7 @@ class SiteEdit(Uncopied):
         if terms is None and self.is_sum and (not others or (idle and self.constant is not None)):
             constant = self._directions.zero(self.constant)
         self._directions.choose(others)
+        self._by_row = any(own.ndim for own in strengths.by_row.values())
         self._by_token = bool(others) and any(
             own in strengths.by_token or self._stack.concepts[own] in self.passes.positions for own in others
         )
@@ -223,6 +222,7 @@ class SiteEdit(Uncopied):
                 and output.shape == self._shape
                 and output.dtype is self._dtype
                 and not _is_compiling()
+                and not self._may_have_pads()
                 and (
                     output.is_inference()
                     or (is_outside_of_functions() and (not output.requires_grad or saves_otherwise(True) is None))
@@ -259,11 +259,18 @@ class SiteEdit(Uncopied):
         return view.write(edited)
 
     def _may_have_pads(self) -> bool:
-        return self.passes.sees_inputs and self.passes.now is not None
+        return self.passes.sees_inputs and self.passes.may_have_pads
 
-    def _now(self, frame: Frame, device: torch.device) -> Now | None:
+    def _now(self, frame: Frame, device: torch.device) -> Pass | None:
         """What is known of the pass that runs, if it matters."""
         now = self.passes.now
+        if now is not None and self._by_row:
+            frame.check_rows(now.rows)
+            if now.tokens is not None and not now.tokens.copies:
+                raise StrengthError(
+                    f"site {self.place.site!r}: a strength per row, and the generation goes on with other rows than it "
+                    "began with; generate each row by itself, or give one strength for all"
+                )
         if not self._by_token:
             return now
         if not _is_compiling() and _may_be_checkpointed() and self._checkpointing.runs_inside:
@@ -273,9 +280,11 @@ class SiteEdit(Uncopied):
             )
         if now is not None and now.tokens is not None:
             return now
+        if now is not None:
+            frame.check_rows(now.rows)
         return self.passes.of_shape(*frame.rows_and_length, device)
 
-    def _add(self, view: View, now: Now | None) -> Tensor:
+    def _add(self, view: View, now: Pass | None) -> Tensor:
         activation, frame = view.part, view.frame
         others, trained = self._directions.others, self.is_trained
         delta = self.constant
@@ -291,7 +300,7 @@ class SiteEdit(Uncopied):
             shift = varied if shift is None else shift.to(varied.device) + varied
         assert shift is not None
         shift = shift.to(dtype=activation.dtype, device=activation.device)
-        real = self._real(frame, now, device=shift.device)
+        real = self._real(view, now, device=shift.device)
         if real is not None:
             shift = torch.where(real, shift, -0.0)
         shift = view.share(shift)
@@ -299,10 +308,10 @@ class SiteEdit(Uncopied):
             self._shift, self._shape, self._dtype = shift, activation.shape, activation.dtype
         return activation + shift
 
-    def _intervene(self, view: View, now: Now | None) -> Tensor:
+    def _intervene(self, view: View, now: Pass | None) -> Tensor:
         last = view.features_last()
         last = last.to(torch.promote_types(last.dtype, torch.float32))  # rounded once, at the end
-        real = self._real(view.frame, now, device=last.device)
+        real = self._real(view, now, device=last.device)
         with without_autocast(last.device.type):
             for own, place in enumerate(self._directions.others):
                 c = self._strength(own, view.frame, now)
@@ -326,7 +335,7 @@ class SiteEdit(Uncopied):
             return None
         return self.constant if axis == -1 else self.constant.view(-1, *[1] * (-axis - 1))
 
-    def _strength(self, own: int, frame: Frame, now: Now | None) -> Tensor:
+    def _strength(self, own: int, frame: Frame, now: Pass | None) -> Tensor:
         """How much of one of the others: 0-dim or, of the activation's rank, per row or per token."""
         c, place = self._strengths[own], self._directions.others[own]
         parts = [frame.by_row(c, copies=_copies(now)) if c.ndim else c]
@@ -352,18 +361,18 @@ class SiteEdit(Uncopied):
             total = total * (part.to(total.device) if part.ndim else part)  # a number for all may stay on the CPU
         return total
 
-    def _real(self, frame: Frame, now: Now | None, *, device: torch.device) -> Tensor | None:
+    def _real(self, view: View, now: Pass | None, *, device: torch.device) -> Tensor | None:
         """Where there are tokens and not pads, if the activation has positions; pads are not steered."""
-        if now is None or now.real is None or now.tokens is None:
+        if now is None or (now.real is None and now.doubt is None) or view.raw.is_nested:
             return None
         if not _is_compiling() and _may_be_checkpointed():  # what runs again later does not know of pads
             return None
-        real = frame.by_token(now.real, rows=now.tokens.rows)
+        real = real_at(view.frame, now)
         return None if real is None else real.to(device)
 
 
-def _copies(now: Now | None) -> int:
-    return 1 if now is None or now.tokens is None else now.tokens.copies
+def _copies(now: Pass | None) -> int:
+    return 1 if now is None or now.tokens is None else max(1, now.tokens.copies)
 
 
 def _may_be_checkpointed() -> bool:

@@ -8,7 +8,7 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
-from actsteer.collecting.positions import Positions
+from actsteer.tokens.positions import Positions
 from actsteer.sites.wrappers import class_name
 from actsteer.steering.backends.choose import Choice
 from actsteer.steering.backends.order import edits_at
