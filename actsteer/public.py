@@ -75,6 +75,8 @@ from actsteer.steering.interventions.low_rank import LowRank as LowRank
 from actsteer.steering.interventions.replace import Replace as Replace
 from actsteer.steering.interventions.rotate import Rotate as Rotate
 from actsteer.steering.steerer import Steerer as Steerer
+from actsteer.steering.steerer import detach_all as detach_all
+from actsteer.steering.steerer import steerers as steerers
 from actsteer.tuning.sweep import sweep as sweep
 from actsteer.vectors.bank import VectorBank as VectorBank
 from actsteer.vectors.site_map import SiteMap as SiteMap

@@ -12,7 +12,7 @@ from actsteer.cli import banks, factory, models, options, screen
 from actsteer.cli.examples import batches
 from actsteer.cli.options import BatchSize, Chat, Device, DtypeName, OutPath, RowPositions, TrustRemoteCode
 from actsteer.cli.show import describe
-from actsteer.collecting.positions import Positions
+from actsteer.tokens.positions import Positions
 from actsteer.collecting.statistics import Statistics
 from actsteer.estimators import fit as fitting
 from actsteer.estimators.estimator import Estimator, check_estimator

@@ -30,7 +30,7 @@ from actsteer.sites.place import Place
 from actsteer.sites.resolve import Sites, resolve
 from actsteer.sites.shards import is_gathered_now_and_then
 from actsteer.sites.wrappers import named_modules, unwrapped
-from actsteer.steering.backends import bias as bias_backend
+from actsteer.steering import in_bias
 from actsteer.steering.interventions.intervention import Edit
 from actsteer.steering.interventions.replace import Replace
 from actsteer.steering.plan import Interventions
@@ -148,7 +148,7 @@ def unfold(model: nn.Module) -> None:
 
 
 def _check_free(model: nn.Module) -> None:
-    if any(bias_backend.is_folded(module) for module in model.modules()):
+    if any(in_bias.is_folded(module) for module in model.modules()):
         raise AttachedError("a Steerer with backend='fold' is attached to this model; detach it first")
 
 

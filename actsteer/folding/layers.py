@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from actsteer.folding.affine import AffineMap
 from actsteer.sites.shards import is_sharded
 from actsteer.sites.tap import plain_class
-from actsteer.steering.backends.mark import has_own_forward
 
 Kind: TypeAlias = Literal["linear", "transposed linear", "conv", "transposed conv", "norm", "embedding"]
 _KINDS: dict[Kind, tuple[type[nn.Module], ...]] = {
@@ -24,7 +23,7 @@ _KINDS: dict[Kind, tuple[type[nn.Module], ...]] = {
 
 def kind_of(module: nn.Module) -> Kind | None:
     """How the module's parameters make its output; None if its code is not torch's own, or transformers' Conv1D."""
-    if "forward" in module.__dict__ and not has_own_forward(module):
+    if "forward" in module.__dict__:
         return None
     if type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers."):
         return "transposed linear"

@@ -11,7 +11,9 @@ from __future__ import annotations
 import copyreg
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
 from threading import RLock
 from types import FunctionType
 from typing import Any, Literal, NamedTuple, TypeAlias, final
@@ -107,9 +109,19 @@ def take_off(module: nn.Module, when: str, callback: Callable[..., Any]) -> None
     """Have it called no more; with the last callback the module is what it was. It may be tried again, in any order."""
     with lock:
         tap = module.__dict__.get(_MARK) or Tap()
+        present = module.__dict__.get("forward")
+        given = present.previous if isinstance(present, _OnInstance) else None
         mine = next((e for e in reversed(tap.entries) if e.when == when and e.callback == callback), None)
         tap.set(tuple(entry for entry in tap.entries if entry is not mine))
         _settle(module, tap)
+        covered = module.__dict__.get("forward") if mine is not None and not tap.entries else None
+    if covered is not None and not isinstance(covered, _OnInstance) and covered is not given:
+        warnings.warn(
+            f"the forward of {type(module).__name__} was replaced while it was steered, and what lies there now may "
+            "not have been",
+            UserWarning,
+            stacklevel=5,
+        )
 
 
 def entries_of(module: nn.Module) -> tuple[Entry, ...]:
@@ -178,6 +190,9 @@ def _made(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _forward_of(kind: type[nn.Module]) -> Callable[..., Any]:
+    if not isinstance(inspect.getattr_static(kind, "forward"), FunctionType):  # a static method, or a builtin
+        return _method_of(kind, "forward")
+
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         tap = self.__dict__.get(_MARK)
         if tap is None:
@@ -195,15 +210,23 @@ def _forward_of(kind: type[nn.Module]) -> Callable[..., Any]:
 
 
 def _method_of(kind: type[nn.Module], name: str) -> Callable[..., Any]:
-    plain: Any = getattr(kind, name)
+    plain = inspect.getattr_static(kind, name)
 
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        tap = self.__dict__.get(_MARK)
-        bound = functools.partial(plain, self)
-        callbacks = () if tap is None else tap.methods.get(name, ())
-        return _around(callbacks, self, bound, args, kwargs)
+        bound = plain.__get__(self, kind) if hasattr(plain, "__get__") else plain
+        return _called(self, name, bound, args, kwargs)
 
     return _passing_for(method, plain)
+
+
+def _called(module: nn.Module, name: str, method: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """What a method gives, with all that is called before, after and around it."""
+    tap = module.__dict__.get(_MARK)
+    if tap is None:
+        return method(*args, **kwargs)
+    if name == "forward":
+        return tap.run(module, method, args, kwargs)
+    return _around(tap.methods.get(name, ()), module, method, args, kwargs)
 
 
 def _around(
@@ -228,7 +251,7 @@ def _passing_for(function: FunctionType, plain: Any) -> Callable[..., Any]:
 
     Of torch's own classes it has the file too, for torch.compile treats the code there in another way.
     """
-    if isinstance(plain, FunctionType) and plain.__module__.startswith("torch.nn."):
+    if isinstance(plain, FunctionType) and (plain.__module__ or "").startswith("torch.nn."):
         function.__code__ = function.__code__.replace(co_filename=plain.__code__.co_filename)
     return functools.wraps(plain)(function)
 
@@ -241,15 +264,16 @@ def _reduced(self: nn.Module, protocol: Any) -> Any:
         function = kind.__new__
     args = tuple(kind if arg is type(self) else arg for arg in args)
     if rest and isinstance(rest[0], dict):
-        rest[0] = {
-            name: value.previous if isinstance(value, _OnInstance) else value
-            for name, value in rest[0].items()
-            if name != _MARK
-        }
-        for handle in () if tap is None else tap.hooks.values():
-            for name in ("_forward_hooks", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
-                if handle.id in rest[0].get(name, ()):
-                    rest[0][name] = type(rest[0][name])({k: v for k, v in rest[0][name].items() if k != handle.id})
+        mine = {handle.id for handle in ({} if tap is None else tap.hooks).values()}
+        state: dict[str, Any] = {}
+        for name, value in rest[0].items():
+            if isinstance(value, _OnInstance):
+                value = value.previous
+            elif type(value) in (dict, OrderedDict):  # a shallow copy has parameters and hooks of its own too
+                value = type(value)((k, v) for k, v in value.items() if not (k in mine and name.startswith("_forward")))
+            state[name] = value
+        state.pop(_MARK, None)
+        rest[0] = state
     return function, args, *rest
 
 
@@ -262,20 +286,8 @@ class _OnInstance:
         self.__signature__ = inspect.signature(previous)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        tap = self.module.__dict__.get(_MARK)
-        if tap is None:
-            return self.previous(*args, **kwargs)
-        if self.name == "forward":
-            return tap.run(self.module, self.previous, args, kwargs)
-        return _around(tap.methods.get(self.name, ()), self.module, self.previous, args, kwargs)
+        return _called(self.module, self.name, self.previous, args, kwargs)
 
 
 def idle(module: nn.Module, args: Any, output: Any) -> None:
     """A hook that does nothing; its presence keeps the modules around it from their fused kernels."""
-
-
-def tapped_modules(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[Entry, ...]]]:
-    """The modules of a model that have callbacks, and those."""
-    for module in model.modules():
-        if entries := entries_of(module):
-            yield module, entries

@@ -17,7 +17,6 @@ from actsteer.sites.containers import Arguments
 from actsteer.sites.lens import Frame, Lens, View
 from actsteer.sites.place import Place
 from actsteer.steering.checkpointing import Checkpointing
-from actsteer.steering.copies import Uncopied
 from actsteer.steering.directions import Directions
 from actsteer.steering.interventions.add import Add
 from actsteer.steering.interventions.intervention import Intervention
@@ -40,7 +39,7 @@ class Fired(Enum):
 
 
 @final
-class SiteEdit(Uncopied):
+class SiteEdit:
     """The edit of one site: the directions of k concepts, each with its strength and perhaps a gate.
 
     For `Add`, all that is constant is summed once, when the strengths change, into one tensor in the output's dtype

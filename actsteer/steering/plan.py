@@ -96,6 +96,21 @@ class Plan:
         if self._strengths is not None:
             self.set_strengths(self._strengths)
 
+    def hold(self) -> None:
+        """Have the edits keep their tensors from now on, with room for every concept.
+
+        Code that was compiled with them reads the same addresses for ever, so that neither a change of strength nor
+        attaching and detaching compiles anything again; detached, it adds zero.
+        """
+        self.count_every()
+        for edit in self.edits.values():
+            edit.in_place = True
+
+    def release(self) -> None:
+        """Undo `hold`."""
+        for edit in self.edits.values():
+            edit.in_place = False
+
     def train_directions(self) -> dict[str, Tensor]:
         """Site -> its directions as a leaf tensor (k, d), from the next forward pass on."""
         leaves = {site: edit.train_directions() for site, edit in self.edits.items()}

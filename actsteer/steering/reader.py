@@ -14,7 +14,6 @@ from actsteer.errors import GateError
 from actsteer.sites.axes import Layout
 from actsteer.sites.lens import Frame, Lens
 from actsteer.sites.place import Place
-from actsteer.steering.copies import Uncopied
 from actsteer.steering.gates.gate import AnyGate, Combination, Gate
 from actsteer.tokens.passes import Pass, Passes
 from actsteer.tokens.real import real_at
@@ -35,7 +34,7 @@ class Reader(Protocol):
 
 
 @final
-class GateReader(Uncopied):
+class GateReader:
     """A hook at a gate's site.
 
     A decision per sequence is one on its prompt. It is made in the pass that computes the prompt, and holds until the
@@ -174,7 +173,7 @@ def _by_row(read: Bool[Tensor, "B S"], frame: Frame) -> Tensor | None:
 
 
 @final
-class CombinedReader(Uncopied):
+class CombinedReader:
     """The decisions of several gates, combined."""
 
     def __init__(self, gate: Combination, readers: Sequence[Reader]) -> None:

@@ -372,6 +372,12 @@ def groups(
     return tuple(made.values()), of_site
 
 
+def real_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, mask: Mask | None = None) -> Tensor | None:
+    """Which tokens of a call are no pads, (B, S), of a decoder's if there is one; None: all, as far as can be told."""
+    passes = Passes(unwrapped(model), whose=Whose("call", mask), data=True)
+    return passes.begun(args, kwargs, signature_of(model)).real
+
+
 def taps(passes: Iterable[Passes]) -> list[tuple[nn.Module, Callable[..., Any]]]:
     """What is to go around the calls of which modules, so that the passes begin and end."""
     found: list[tuple[nn.Module, Callable[..., Any]]] = []

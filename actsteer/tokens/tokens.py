@@ -67,25 +67,26 @@ class Tokens:
             return self if count >= self.length else self.but(length=count)
         return self.but(start=self.start + self.length - count, length=count, batch=None)
 
+    @property
+    def grid(self) -> tuple[Int[Tensor, "T L"], Bool[Tensor, "T L"]]:
+        """Of packed rows, where the tokens of each text are among all in a line, and which of so many places it fills."""
+        assert self.texts is not None
+        sizes = torch.bincount(self.texts.flatten())
+        places = torch.arange(int(sizes.max()), device=sizes.device)
+        index = (sizes.cumsum(dim=0) - sizes)[:, None] + places
+        return index.clamp(max=self.rows * self.length - 1), places < sizes[:, None]
+
     def unpacked(self) -> Tokens:
         """Of packed rows, the tokens of each text in a row of its own, filled up with pads on the right."""
-        sizes, index = self._grid()
-        mask = torch.arange(index.shape[1], device=sizes.device) < sizes[:, None]
+        _, mask = self.grid
         return Tokens(*mask.shape, mask=mask, prompt=mask.shape[1], may_go_on=self.may_go_on, device=self.device)
 
     def spread(self, found: Bool[Tensor, "T L"]) -> Bool[Tensor, "B S"]:
         """What was found of `unpacked` tokens, where they lie in the packed rows."""
-        _, index = self._grid()
+        index, _ = self.grid
         flat = torch.zeros(self.rows * self.length, dtype=torch.bool, device=found.device)
-        flat[index[found.expand(index.shape)]] = True
+        flat[index[found]] = True
         return flat.view(self.rows, self.length)
-
-    def _grid(self) -> tuple[Int[Tensor, " T"], Int[Tensor, "T L"]]:
-        """How long each text is, and where its tokens lie among those of all rows."""
-        assert self.texts is not None
-        sizes = torch.bincount(self.texts.flatten())
-        starts = sizes.cumsum(dim=0) - sizes
-        return sizes, starts[:, None] + torch.arange(int(sizes.max()), device=sizes.device)
 
     @property
     def real(self) -> Bool[Tensor, "B S"] | None:

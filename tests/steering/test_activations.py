@@ -198,7 +198,7 @@ CONTAINERS = {
 
 
 @pytest.mark.parametrize(("make", "sites"), CONTAINERS.values(), ids=CONTAINERS.keys())
-@pytest.mark.parametrize("backend", ["hook", "patch"])
+@pytest.mark.parametrize("backend", ["hook", "tap"])
 @pytest.mark.parametrize("c", [2.0, torch.tensor([2.0, 2.0])], ids=["number", "rows"])
 @pytest.mark.case(18, 20)
 def test_a_container_is_rebuilt_as_its_own_type_around_the_edited_member(make, sites, backend, c):
@@ -511,7 +511,7 @@ def masked_encoder():
 
 @nested_api
 @pytest.mark.parametrize("site", ["layers.0", "layers.1", "layers.0.linear2", "layers.0.norm1", "layers.1:in", ""])
-@pytest.mark.parametrize("backend", ["hook", "patch"])
+@pytest.mark.parametrize("backend", ["hook", "tap"])
 @pytest.mark.case(12, 14)
 def test_an_encoder_with_a_padding_mask_is_steered_at_its_real_tokens_as_the_dense_one(site, backend):
     model, x = masked_encoder(), torch.rand(2, 3, 4)
