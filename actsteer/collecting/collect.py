@@ -142,7 +142,6 @@ def collect(
     """
     with announced():
         names = find_sites(model, sites)
-        metadata = fingerprint.described(model) | described(positions)
         sums = _Sums(covariance=covariance)
         where: dict[str, Any] = {"axis": axis, "row_axis": row_axis, "token_axis": token_axis, "mask": mask}
         observation = Observation(model, names, **where, positions=positions, stop=stop)
@@ -151,7 +150,8 @@ def collect(
         stream = iterate(own, batch_size=batch_size, progress=progress, label="collect", may_be_empty=is_share)
         pairs: Iterable[tuple[Any, Any]] = ((batch, None) for batch in stream) if by is None else labelled(stream, by)
         if checkpoint is not None:
-            job: dict[str, Any] = metadata | {
+            job: dict[str, Any] = fingerprint.described(model) | described(positions)
+            job |= {
                 "sites": list(names),
                 "covariance": covariance,
                 "by": by is not None,
@@ -170,6 +170,7 @@ def collect(
             pairs = saved.unseen(pairs)
         observation.run(sums.steps(in_step(pairs, model)))
         sums.check(names, may_be_empty=is_share)
+    metadata = fingerprint.described(model) | described(positions)  # now that lazy modules have their shapes
     described_by, same = metadata | described_axes(observation.axes, axis), replicas(model)
 
     def made(moments: Mapping[str, Moments]) -> Statistics:
