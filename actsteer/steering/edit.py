@@ -21,9 +21,9 @@ from actsteer.steering.checkpointing import Checkpointing
 from actsteer.steering.directions import Directions
 from actsteer.steering.interventions.add import Add
 from actsteer.steering.interventions.intervention import Intervention
-from actsteer.steering.passes import Now, Passes
 from actsteer.steering.reader import Reader
 from actsteer.steering.strength import PerConcept, Terms
+from actsteer.tokens.passes import Pass, Passes
 from actsteer.vectors.stack import Stack
 
 _is_compiling = torch.compiler.is_compiling
@@ -52,11 +52,13 @@ class SiteEdit:
     __slots__ = (
         "_apart",
         "_asks",
+        "_by_row",
         "_by_token",
         "_checkpointing",
         "_directions",
         "_dtype",
         "_exported",
+        "_frame",
         "_given",
         "_run",
         "_shape",
@@ -105,9 +107,11 @@ class SiteEdit:
         self._given: PerConcept | None = None
         self._terms: Terms | None = None  # those that are summed beforehand
         self._strengths: list[Tensor] = []  # of the others that have one
+        self._by_row = False  # whether rows get different amounts
         self._by_token = False  # whether tokens of one row get different amounts
         self._asks = False  # whether what is known of the pass matters
         self._shift: Tensor | None = None  # what is added to plain outputs of this shape and dtype, if that is all
+        self._frame: Frame | None = None
         self._run: Run = _unbound  # the edit of plain outputs of this shape and dtype
         self._shape: torch.Size | None = None
         self._dtype: torch.dtype | None = None
@@ -150,11 +154,6 @@ class SiteEdit:
         varies = given is not None and (given.by_token or any(own.ndim for own in given.by_row.values()))
         return self.is_sum and not self._apart and not varies
 
-    def notice(self, now: Now | None) -> None:
-        """A pass begins: with pads, the next call goes the whole way round."""
-        if now is not None and now.real is not None:
-            self._shape = None
-
     def check_strengths(self, strengths: PerConcept) -> None:
         """StrengthError if the way in which this edit is attached leaves no room for these."""
         if self.changed is None and not self.in_place:
@@ -189,6 +188,7 @@ class SiteEdit:
         if terms is None and self.is_sum and (not others or (idle and self.constant is not None)):
             constant = self._directions.zero(self.constant)
         self._directions.choose(others)
+        self._by_row = any(own.ndim for own in strengths.by_row.values())
         self._by_token = bool(others) and any(self._is_placed(own) for own in others)
         if self.in_place:
             given = [strengths.at(own) for own in others]
@@ -199,7 +199,7 @@ class SiteEdit:
         else:
             self.constant = constant
             self._strengths = [strengths.at(own).clone() for own in others]
-        self._asks = self.passes.sees_inputs or self._by_token or bool(self.gates)
+        self._asks = self.passes.sees_inputs or self._by_token or self._by_row or bool(self.gates)
         self._shape = None
         self._traced_shift = self._traceable()
         if self.changed is not None:
@@ -233,11 +233,13 @@ class SiteEdit:
                     or (is_outside_of_functions() and (not output.requires_grad or saves_otherwise(True) is None))
                 )
             ):
-                if self._shift is not None:
-                    return output + self._shift
-                now = self.passes.now if self._asks else None
-                if not self._by_token or (now is not None and now.tokens is not None):
-                    return self._run(output, now)
+                shift = self._shift
+                if not self._asks:
+                    return self._run(output, None) if shift is None else output + shift
+                if shift is not None and not self.passes.may_have_pads:
+                    return output + shift
+                assert self._frame is not None
+                return self._run(output, self._now(self._frame, output.device))
         except RuntimeError:  # the model has moved to another device, or the output is nested and has no shape
             self._shape = None
         return self.edit(module, output)
@@ -262,14 +264,14 @@ class SiteEdit:
                 return value + shift
         view = self.lens.read(module, value).open()
         now = self._now(view.frame, view.part.device)
-        if now is not None and now.real is not None and not _is_compiling() and _may_be_checkpointed():
-            now = Now(now.tokens, None, now.doses)  # what runs again later does not know of pads
+        if now is not None and not _is_compiling() and _may_be_checkpointed():  # what runs later knows of no pads
+            now = Pass(now.tokens, doses=now.doses, rows=now.rows)
         bound = self._bound(view)
         edited = bound.run(view.part, now)
         if not _is_compiling():
             keeps = view.is_plain and not self._checkpointing.notice(edited) and not self.is_trained
             self._run, self._dtype = bound.run, view.part.dtype
-            self._shift = None if self._asks else bound.shift
+            self._shift, self._frame = bound.shift, view.frame
             self._shape = view.part.shape if keeps else None
         return view.write(edited)
 
@@ -295,11 +297,18 @@ class SiteEdit:
         return by_token or self._stack.concepts[own] in self.passes.positions
 
     def _may_have_pads(self) -> bool:
-        return self.passes.sees_inputs and self.passes.now is not None
+        return self.passes.sees_inputs and self.passes.may_have_pads
 
-    def _now(self, frame: Frame, device: torch.device) -> Now | None:
+    def _now(self, frame: Frame, device: torch.device) -> Pass | None:
         """What is known of the pass that runs, if it matters."""
         now = self.passes.now
+        if now is not None and self._by_row:
+            frame.check_rows(now.rows)
+            if now.tokens is not None and not now.tokens.copies:
+                raise StrengthError(
+                    f"site {self.place.site!r}: a strength per row, and the generation goes on with other rows than it "
+                    "began with; generate each row by itself, or give one strength for all"
+                )
         if not self._by_token:
             return now
         if not _is_compiling() and _may_be_checkpointed() and self._checkpointing.runs_inside:
@@ -309,6 +318,8 @@ class SiteEdit:
             )
         if now is not None and now.tokens is not None:
             return now
+        if now is not None:
+            frame.check_rows(now.rows)
         return self.passes.of_shape(*frame.rows_and_length, device)
 
     def _traceable(self) -> Tensor | None:
@@ -330,5 +341,5 @@ def _may_be_checkpointed() -> bool:
     return saves_otherwise(True) is not None or not is_outside_of_functions()
 
 
-def _unbound(h: Tensor, now: Now | None) -> Tensor:
+def _unbound(h: Tensor, now: Pass | None) -> Tensor:
     raise AssertionError("nothing is bound yet")
