@@ -14,12 +14,13 @@ from actsteer.sites import tap
 from actsteer.sites.place import Place, Side
 from actsteer.sites.resolve import path_to
 from actsteer.sites.wrappers import uncompiled
-from actsteer.steering import generation, in_bias
+from actsteer.steering import in_bias
 from actsteer.steering.choose import Backend, Choice, choose
 from actsteer.steering.edit import SiteEdit
 from actsteer.steering.handles import Handles
 from actsteer.steering.plan import Plan
 from actsteer.steering.scope import Presence
+from actsteer.tokens import generation, passes
 
 _FUSED = (nn.TransformerEncoderLayer, nn.MultiheadAttention)  # run a fused kernel unless a module in them has a hook
 _WHEN = {"in": "before", "out": "after"}
@@ -45,7 +46,7 @@ class Watch:
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         """After the model's forward pass; one is proof enough, and the others need not pay."""
         self.ran = True
-        if self.leave is not None and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self.leave is not None:
             self.leave()
 
 
@@ -95,13 +96,12 @@ def attach_all(
     if presence is not None:
         handles.add(presence.end)
         presence.begin()
-    for passes in plan.passes:
-        if passes.readers or passes.is_read or passes.sees_inputs:
-            put(uncompiled(passes.host), "around", passes.around)
-    if any(passes.sees_inputs for passes in plan.passes):
-        handles.add(
-            generation.attach(uncompiled(plan.model), plan.passes, plan.readers, one_thread=presence is not None)
-        )
+    asks = any(own.sees_inputs or own.positions for own in plan.passes)
+    for module, around in passes.taps(plan.passes) if asks or plan.readers else ():
+        put(uncompiled(module), "around", around)
+    if any(own.sees_inputs for own in plan.passes):
+        for module, name, around in generation.taps(uncompiled(plan.model), plan.passes):
+            put(module, name, around)
     for reader in plan.readers:
         by: tap.By = "hook"
         if backend != "hook" and choose(plan.model, reader.place, backend="auto").mechanism == "tap":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias, final
+from typing import NamedTuple, TypeAlias, final
 
 import torch
 from jaxtyping import Float
@@ -13,13 +13,22 @@ from actsteer.errors import ShapeError, StrengthError, ZeroDirectionError
 from actsteer.private_names import is_functorch_wrapped
 from actsteer.sites.lens import Frame, View
 from actsteer.steering.interventions.intervention import Intervention, prepared
-from actsteer.steering.passes import Now
 from actsteer.steering.reader import Reader
 from actsteer.steering.strength import weighted, without_autocast
+from actsteer.tokens.passes import Pass
+from actsteer.tokens.real import real_at
 
 _is_compiling = torch.compiler.is_compiling
-Run: TypeAlias = Callable[[Tensor, Now | None], Tensor]
+Run: TypeAlias = Callable[[Tensor, Pass | None], Tensor]
 """The activation, as this process holds it, and what is known of the pass -> the edited activation."""
+
+
+class Bound(NamedTuple):
+    """The edit of activations of one shape, dtype and device."""
+
+    run: Run
+    shift: Tensor | None = None
+    """What `run` adds where there are no pads, if that is all that it does."""
 
 
 @final
@@ -44,13 +53,13 @@ class Amount:
         alone = self.c.ndim == 0 and self.c.device.type == "cpu"
         return alone and not _is_compiling() and not is_functorch_wrapped(self.c)
 
-    def of(self, frame: Frame, now: Now | None) -> Tensor:
+    def of(self, frame: Frame, now: Pass | None) -> Tensor:
         """The amount: 0-dim or, of the activation's rank, per row or per token."""
         share = self.share(frame, now)
         c = frame.by_row(self.c, copies=copies_in(now)) if self.c.ndim else self.c
         return c if share is None else share * (c.to(share.device) if c.ndim else c)
 
-    def share(self, frame: Frame, now: Now | None) -> Tensor | None:
+    def share(self, frame: Frame, now: Pass | None) -> Tensor | None:
         """The amount at strength 1, a bool or a weight per row or token; None where it is 1 for all."""
         decided = dose = None
         if self.reader is not None:
@@ -72,23 +81,21 @@ class Amount:
         return dose * decided.to(dose.device)
 
 
-def copies_in(now: Now | None) -> int:
+def copies_in(now: Pass | None) -> int:
     """How many rows were made from one of the caller's."""
-    return 1 if now is None or now.tokens is None else now.tokens.copies
+    return 1 if now is None or now.tokens is None else max(1, now.tokens.copies)
 
 
-def real_in(now: Now | None, frame: Frame, device: torch.device) -> Tensor | None:
-    """Where there are tokens and not pads, if the activation has positions; pads are not steered."""
-    if now is None or now.real is None or now.tokens is None:
+def _real(view: View, now: Pass | None, device: torch.device) -> Tensor | None:
+    """Where there are tokens and not pads; pads are not steered."""
+    if now is None or (now.real is None and now.doubt is None) or view.raw.is_nested:
         return None
-    real = frame.by_token(now.real, rows=now.tokens.rows)
+    real = real_at(view.frame, now)
     return None if real is None else real.to(device)
 
 
-def summed(
-    view: View, constant: Tensor | None, amounts: Sequence[Amount], directions: Float[Tensor, "k d"] | None
-) -> Run:
-    """h + Σ c_k v_k, the sum in float32 at least and rounded once; where all amounts are 0, or there is a pad, h itself.
+def summed(view: View, constant: Tensor | None, amounts: Sequence[Amount], directions: Tensor | None) -> Bound:
+    """h + Σ c_k v_k, the sum in float32 at least and rounded once; where all amounts are 0, and at pads, h itself.
 
     Args:
         view: an opened one of the activation.
@@ -100,8 +107,8 @@ def summed(
     terms = [_term(amount, directions[i], frame) for i, amount in enumerate(amounts) if directions is not None]
     rounded = None if fixed is None or terms else view.share(fixed.to(dtype=dtype, device=device))
 
-    def run(h: Tensor, now: Now | None) -> Tensor:
-        if rounded is not None and (now is None or now.real is None):
+    def run(h: Tensor, now: Pass | None) -> Tensor:
+        if rounded is not None and (now is None or (now.real is None and now.doubt is None)):
             return h + rounded
         total = fixed
         if constant is not None and total is None:
@@ -111,26 +118,26 @@ def summed(
             total = part if total is None else total.to(part.device) + part
         assert total is not None
         total = total.to(dtype=dtype, device=device)
-        if now is not None and (real := real_in(now, frame, device)) is not None:
+        if (real := _real(view, now, device)) is not None:
             total = torch.where(real, total, -0.0)
         return h + (total if is_plain else view.share(total))
 
-    return run
+    return Bound(run, rounded)
 
 
-def _term(amount: Amount, direction: Float[Tensor, " d"], frame: Frame) -> Callable[[Now | None], Tensor]:
+def _term(amount: Amount, direction: Float[Tensor, " d"], frame: Frame) -> Callable[[Pass | None], Tensor]:
     """What is added of one concept; minus zero where its amount is 0, because h + (-0.0) is h bit for bit."""
     if amount.c.ndim:
         spread = frame.vectors(direction)
 
-        def by_row(now: Now | None) -> Tensor:
+        def by_row(now: Pass | None) -> Tensor:
             c = amount.of(frame, now).to(spread)
             return torch.where(c == 0, -0.0, c * spread)
 
         return by_row
     full = frame.vectors(weighted(amount.c.to(direction)[None], direction[None]))
 
-    def part(now: Now | None) -> Tensor:
+    def part(now: Pass | None) -> Tensor:
         share = amount.share(frame, now)
         if share is None:
             return full
@@ -147,10 +154,10 @@ def applied(
     interventions: Sequence[Intervention],
     amounts: Sequence[Amount],
     directions: Float[Tensor, "k d"] | None,
-) -> Run:
+) -> Bound:
     """What the interventions make of h one after another, in float32 at least and rounded once."""
     if directions is None:
-        return lambda h, now: h
+        return Bound(lambda h, now: h)
     frame, dtype, is_plain = view.frame, view.part.dtype, view.is_plain
     wide, kind = torch.promote_types(dtype, torch.float32), view.part.device.type
     directions = directions.to(view.part.device, wide)
@@ -158,8 +165,8 @@ def applied(
     casts = kind != "meta" and (_is_compiling() or torch.amp.is_autocast_available(kind))
     turned = not (is_plain and frame.is_last)
 
-    def edited(last: Tensor, now: Now | None) -> Tensor:
-        real = real_in(now, frame, last.device)
+    def edited(last: Tensor, now: Pass | None) -> Tensor:
+        real = _real(view, now, last.device)
         for intervention, direction, amount, function in zip(interventions, directions, amounts, known, strict=True):
             if function is not None:
                 share = amount.share(frame, now)
@@ -177,7 +184,7 @@ def applied(
             last = edited_by(intervention, last, direction, c)
         return last
 
-    def run(h: Tensor, now: Now | None) -> Tensor:
+    def run(h: Tensor, now: Pass | None) -> Tensor:
         last = h if not turned else h.movedim(frame.axis, -1) if is_plain else view.features_last()
         last = last.to(wide)
         if casts and (_is_compiling() or torch.is_autocast_enabled(kind)):
@@ -189,13 +196,13 @@ def applied(
             return last.to(dtype)
         return last.movedim(-1, frame.axis).to(dtype) if is_plain else view.part_of(last)
 
-    return run
+    return Bound(run)
 
 
 def _known(
     intervention: Intervention, direction: Tensor, amount: Amount, *, site: str
 ) -> Callable[[Tensor], Tensor] | None:
-    """The edit as a function of h alone, where the strength is one number; a gate or positions choose where it holds."""
+    """The edit as a function of h alone, where the strength is one number; gates and positions choose where it holds."""
     if not amount.is_number:
         return None
     if not amount.c:

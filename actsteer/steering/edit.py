@@ -16,18 +16,19 @@ from actsteer.sites.axes import Layout
 from actsteer.sites.containers import Arguments
 from actsteer.sites.lens import Frame, Lens, View
 from actsteer.sites.place import Place
-from actsteer.steering.bound import Amount, Run, applied, summed
+from actsteer.steering.bound import Amount, Bound, Run, applied, summed
 from actsteer.steering.checkpointing import Checkpointing
 from actsteer.steering.directions import Directions
 from actsteer.steering.interventions.add import Add
 from actsteer.steering.interventions.intervention import Intervention
 from actsteer.steering.limits import check_direction, check_dtype, check_strength, check_sum
-from actsteer.steering.passes import Now, Passes
 from actsteer.steering.reader import Reader
 from actsteer.steering.strength import PerConcept, Terms
+from actsteer.tokens.passes import Pass, Passes
 from actsteer.vectors.stack import Stack
 
 _is_compiling = torch.compiler.is_compiling
+_is_traced = torch.compiler.is_dynamo_compiling  # which costs half, and no fake tensor is a plain one
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
@@ -52,16 +53,19 @@ class SiteEdit:
     __slots__ = (
         "_apart",
         "_asks",
+        "_by_row",
         "_by_token",
         "_checkpointing",
         "_directed",
         "_directions",
         "_dtype",
         "_exported",
+        "_frame",
         "_given",
         "_in_range",
         "_run",
         "_shape",
+        "_shift",
         "_stack",
         "_strengths",
         "_terms",
@@ -108,9 +112,12 @@ class SiteEdit:
         self._in_range: torch.dtype | None = None  # in which the strengths are known to be finite
         self._terms: Terms | None = None  # those that are summed beforehand
         self._strengths: list[Tensor] = []  # of the others that have one
+        self._by_row = False  # whether rows get different amounts
         self._by_token = False  # whether tokens of one row get different amounts
         self._asks = False  # whether what is known of the pass matters
-        self._run: Run | None = None  # the edit of plain outputs of this shape and dtype
+        self._shift: Tensor | None = None  # what is added to plain outputs of this shape and dtype, if that is all
+        self._frame: Frame | None = None
+        self._run: Run = _unbound  # the edit of plain outputs of this shape and dtype
         self._shape: torch.Size | None = None
         self._dtype: torch.dtype | None = None
         self._traced_shift: Tensor | None = None  # `constant` as compiled code adds it to whatever has that axis
@@ -151,11 +158,6 @@ class SiteEdit:
         given = self._given
         varies = given is not None and (given.by_token or any(own.ndim for own in given.by_row.values()))
         return self.is_sum and not self._apart and not varies
-
-    def notice(self, now: Now | None) -> None:
-        """A pass begins: with pads, the next call goes the whole way round."""
-        if now is not None and now.real is not None:
-            self._run = None
 
     def check_strengths(self, strengths: PerConcept) -> None:
         """That these can be applied, before anything changes.
@@ -218,6 +220,7 @@ class SiteEdit:
         if terms is None and self.is_sum and (not others or (idle and self.constant is not None)):
             constant = self._directions.zero(self.constant)
         self._directions.choose(others)
+        self._by_row = any(own.ndim for own in strengths.by_row.values())
         self._by_token = bool(others) and any(self._is_placed(own) for own in others)
         if self.in_place:
             given = [strengths.at(own) for own in others]
@@ -228,8 +231,8 @@ class SiteEdit:
         else:
             self.constant = constant
             self._strengths = [strengths.at(own).clone() for own in others]
-        self._asks = self.passes.sees_inputs or self._by_token or bool(self.gates)
-        self._run = self._in_range = None
+        self._asks = self.passes.sees_inputs or self._by_token or self._by_row or bool(self.gates)
+        self._shape = self._in_range = None
         self._traced_shift = self._traceable()
         if self.changed is not None:
             self.changed()
@@ -246,11 +249,11 @@ class SiteEdit:
     def expect(self) -> None:
         """Forget that it ever fired."""
         self.fired = Fired.UNKNOWN if self.changed is not None else Fired.NO
-        self._run = None  # so that the next call goes the whole way round, where `fired` is set
+        self._shape = None  # so that the next call goes the whole way round, where `fired` is set
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
         """The edited output: by what the last call bound where that still fits, else the whole way round."""
-        if _is_compiling() or self._run is None:
+        if _is_traced():
             return self.edit(module, output)
         try:
             if (
@@ -262,11 +265,15 @@ class SiteEdit:
                     or (is_outside_of_functions() and (not output.requires_grad or saves_otherwise(True) is None))
                 )
             ):
-                now = self.passes.now if self._asks else None
-                if not self._by_token or (now is not None and now.tokens is not None):
-                    return self._run(output, now)
+                shift = self._shift
+                if not self._asks:
+                    return self._run(output, None) if shift is None else output + shift
+                if shift is not None and not self.passes.may_have_pads:
+                    return output + shift
+                assert self._frame is not None
+                return self._run(output, self._now(self._frame, output.device))
         except RuntimeError:  # the model has moved to another device, or the output is nested and has no shape
-            self._run = None
+            self._shape = None
         return self.edit(module, output)
 
     def on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -276,29 +283,31 @@ class SiteEdit:
     def edit(self, module: nn.Module, value: Any) -> Any:
         """A module's output or its `Arguments`, with the activation edited."""
         self.fired = Fired.YES
-        if self._exported is not None and _is_exporting():
+        if _is_exporting() and self._exported is not None:
             return self._exported.edit(module, value)
         if (
-            self._traced_shift is not None
-            and _is_compiling()
+            _is_compiling()  # which guards on all that it is asked here
+            and self._traced_shift is not None
             and value.__class__ is Tensor
-            and not self._may_have_pads()
+            and not (self._asks and self._may_have_pads())
         ):
             shift = self._traced_shift.to(dtype=value.dtype, device=value.device)
             if not value.is_nested and value.ndim >= shift.ndim and value.shape[-shift.ndim] == shift.shape[0]:
                 return value + shift
         view = self.lens.read(module, value).open()
         now = self._now(view.frame, view.part.device)
-        if now is not None and now.real is not None and not _is_compiling() and _may_be_checkpointed():
-            now = Now(now.tokens, None, now.doses)  # what runs again later does not know of pads
-        run = self._bound(view)
-        edited = run(view.part, now)
+        if now is not None and not _is_compiling() and _may_be_checkpointed():  # what runs later knows of no pads
+            now = Pass(now.tokens, doses=now.doses, rows=now.rows)
+        bound = self._bound(view)
+        edited = bound.run(view.part, now)
         if not _is_compiling():
             keeps = view.is_plain and not self._checkpointing.notice(edited) and not self.is_trained
-            self._run, self._shape, self._dtype = (run if keeps else None), view.part.shape, view.part.dtype
+            self._run, self._dtype = bound.run, view.part.dtype
+            self._shift, self._frame = bound.shift, view.frame
+            self._shape = view.part.shape if keeps else None
         return view.write(edited)
 
-    def _bound(self, view: View) -> Run:
+    def _bound(self, view: View) -> Bound:
         """The edit of activations like this one."""
         self._check_range(view.part.dtype)
         others = self._directions.others
@@ -321,11 +330,18 @@ class SiteEdit:
         return by_token or self._stack.concepts[own] in self.passes.positions
 
     def _may_have_pads(self) -> bool:
-        return self.passes.sees_inputs and self.passes.now is not None
+        return self.passes.sees_inputs and self.passes.may_have_pads
 
-    def _now(self, frame: Frame, device: torch.device) -> Now | None:
+    def _now(self, frame: Frame, device: torch.device) -> Pass | None:
         """What is known of the pass that runs, if it matters."""
         now = self.passes.now
+        if now is not None and self._by_row:
+            frame.check_rows(now.rows)
+            if now.tokens is not None and not now.tokens.copies:
+                raise StrengthError(
+                    f"site {self.place.site!r}: a strength per row, and the generation goes on with other rows than it "
+                    "began with; generate each row by itself, or give one strength for all"
+                )
         if not self._by_token:
             return now
         if not _is_compiling() and _may_be_checkpointed() and self._checkpointing.runs_inside:
@@ -335,6 +351,8 @@ class SiteEdit:
             )
         if now is not None and now.tokens is not None:
             return now
+        if now is not None:
+            frame.check_rows(now.rows)
         return self.passes.of_shape(*frame.rows_and_length, device)
 
     def _traceable(self) -> Tensor | None:
@@ -354,3 +372,7 @@ class SiteEdit:
 def _may_be_checkpointed() -> bool:
     """Whether autograd may run this again later."""
     return saves_otherwise(True) is not None or not is_outside_of_functions()
+
+
+def _unbound(h: Tensor, now: Pass | None) -> Tensor:
+    raise AssertionError("nothing is bound yet")
