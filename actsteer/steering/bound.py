@@ -202,7 +202,7 @@ def applied(
 def _known(
     intervention: Intervention, direction: Tensor, amount: Amount, *, site: str
 ) -> Callable[[Tensor], Tensor] | None:
-    """The edit as a function of h alone, where the strength is one number; gates and positions choose where it holds."""
+    """The edit as a function of h alone, where the strength is one number; gates and positions say where it holds."""
     if not amount.is_number:
         return None
     if not amount.c:
