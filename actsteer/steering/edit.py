@@ -16,13 +16,13 @@ from actsteer.sites.axes import Layout
 from actsteer.sites.containers import Arguments
 from actsteer.sites.lens import Frame, Lens, View
 from actsteer.sites.place import Place
-from actsteer.steering.bound import Amount, Bound, Run, applied, summed
+from actsteer.steering.bound import Amount, Bound, Decide, Run, applied, summed
 from actsteer.steering.checkpointing import Checkpointing
 from actsteer.steering.directions import Directions
 from actsteer.steering.interventions.add import Add
 from actsteer.steering.interventions.intervention import Intervention
 from actsteer.steering.limits import check_direction, check_dtype, check_strength, check_sum
-from actsteer.steering.reader import Reader
+from actsteer.steering.reader import GateReader, Reader
 from actsteer.steering.strength import PerConcept, Terms
 from actsteer.tokens.passes import Pass, Passes
 from actsteer.vectors.stack import Stack
@@ -313,7 +313,7 @@ class SiteEdit:
         others = self._directions.others
         places = [self._stack.concepts[own] for own in others]
         amounts = [
-            Amount(c, self.gates.get(own), place=place, is_by_token=self._is_placed(own))
+            Amount(c, self._decide(own, view), place=place, is_by_token=self._is_placed(own))
             for c, own, place in zip(self._strengths, others, places, strict=True)
         ]
         rows = self._directions.cast(None, None, view.part.device) if others else None
@@ -323,6 +323,15 @@ class SiteEdit:
                 constant = self._terms.sum(self._directions.of(self._terms))
             return summed(view, constant, amounts, rows)
         return applied(view, [self.interventions[own] for own in others], amounts, rows)
+
+    def _decide(self, own: int, view: View) -> Decide | None:
+        """What the gate of a concept decides of activations like this one."""
+        reader, site = self.gates.get(own), self.place.site
+        if reader is None:
+            return None
+        if isinstance(reader, GateReader) and reader.is_inline:
+            return reader.bind(view)
+        return lambda h, now: reader.weights_for(site)
 
     def _is_placed(self, own: int) -> bool:
         """Whether tokens of one row get different amounts of a concept."""

@@ -168,13 +168,32 @@ def decide(gate: Gate, rows: Float[Tensor, "rows d"]) -> Tensor:
         GateError: another shape; or a number that is not finite, which is looked for on the CPU alone.
     """
     with without_autocast(rows.device.type):
-        weights = gate(wide(rows))
+        return _checked(gate(wide(rows)), rows, gate)
+
+
+def deciding(gate: Gate, like: Float[Tensor, "rows d"]) -> Callable[[Float[Tensor, "rows d"]], Tensor]:
+    """`decide` as a function of rows of this dtype, device and number of features, prepared if it can be."""
+    kind = like.device.type
+    if torch.compiler.is_compiling() or not isinstance(gate, PreparedGate) or kind == "meta":
+        return lambda rows: decide(gate, rows)
+    prepared, casts = gate.prepare(wide(like)), torch.amp.is_autocast_available(kind)
+
+    def decided(rows: Tensor) -> Tensor:
+        if casts and torch.is_autocast_enabled(kind):
+            return decide(gate, rows)
+        return _checked(prepared(wide(rows)), rows, gate)
+
+    return decided
+
+
+def _checked(weights: Tensor, rows: Tensor, gate: Gate) -> Tensor:
     if weights.shape != rows.shape[:1]:
         raise GateError(
             f"gate at site {gate.site!r}: expected one weight for each of {len(rows)} rows, got shape "
             f"{tuple(weights.shape)}; return a tensor of shape (rows,)"
         )
-    check_weights(weights, gate)
+    if weights.dtype is not torch.bool:
+        check_weights(weights, gate)
     return weights
 
 
