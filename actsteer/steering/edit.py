@@ -21,6 +21,7 @@ from actsteer.steering.checkpointing import Checkpointing
 from actsteer.steering.directions import Directions
 from actsteer.steering.interventions.add import Add
 from actsteer.steering.interventions.intervention import Intervention
+from actsteer.steering.limits import check_direction, check_dtype, check_strength, check_sum
 from actsteer.steering.reader import GateReader, Reader
 from actsteer.steering.strength import PerConcept, Terms
 from actsteer.tokens.passes import Pass, Passes
@@ -55,11 +56,13 @@ class SiteEdit:
         "_by_row",
         "_by_token",
         "_checkpointing",
+        "_directed",
         "_directions",
         "_dtype",
         "_exported",
         "_frame",
         "_given",
+        "_in_range",
         "_run",
         "_shape",
         "_shift",
@@ -105,6 +108,8 @@ class SiteEdit:
         self._apart = frozenset(gates).union(placed)  # those that are not the same for all tokens of a row
         self._checkpointing = checkpointing
         self._given: PerConcept | None = None
+        self._directed: set[int] = set()  # the concepts whose directions are known to serve their interventions
+        self._in_range: torch.dtype | None = None  # in which the strengths are known to be finite
         self._terms: Terms | None = None  # those that are summed beforehand
         self._strengths: list[Tensor] = []  # of the others that have one
         self._by_row = False  # whether rows get different amounts
@@ -155,7 +160,17 @@ class SiteEdit:
         return self.is_sum and not self._apart and not varies
 
     def check_strengths(self, strengths: PerConcept) -> None:
-        """StrengthError if the way in which this edit is attached leaves no room for these."""
+        """That these can be applied, before anything changes.
+
+        Raises:
+            StrengthError: the way in which this edit is attached leaves no room for them.
+            ZeroDirectionError: a concept gets a strength whose intervention needs a direction that is not zero.
+        """
+        if not (self.is_sum or self.is_trained):
+            for own in set(strengths.parts(None, every=False)[1]) - self._directed:
+                where = f"site {self.place.site!r}, concept {self._stack.names[own]!r}"
+                check_direction(self.interventions[own], self._stack.rows((own,))[0], where=where)
+                self._directed.add(own)
         if self.changed is None and not self.in_place:
             return
         rows = any(own.ndim for own in strengths.by_row.values())
@@ -172,6 +187,21 @@ class SiteEdit:
                 "same number of rows; install it with a strength of the shape that is to come"
             )
 
+    def _check_range(self, dtype: torch.dtype) -> None:
+        """Once for each dtype that comes, until the strengths change: that they can be used in it."""
+        check_dtype(dtype, site=self.place.site)
+        if dtype is self._in_range or self.is_trained or _is_compiling():
+            return
+        if self.constant is not None:
+            check_sum(self.constant, dtype, site=self.place.site)
+        for own, c in enumerate(self._strengths):
+            wide = torch.promote_types(dtype, torch.float32)
+            check_strength(c, wide, site=self.place.site)
+            if self.is_sum and c.device.type == "cpu":
+                shift = c[..., None].to(wide) * self._directions.cast(own, wide, c.device)
+                check_sum(shift, dtype, site=self.place.site)
+        self._in_range = dtype
+
     def set_strengths(self, strengths: PerConcept, *, every: bool, idle: bool) -> None:
         """New strengths of its concepts, from the next forward pass on.
 
@@ -183,6 +213,8 @@ class SiteEdit:
         terms, others = strengths.parts(self._apart if self.is_sum else None, every=every)
         self._given, self._terms = strengths, terms
         constant = None if terms is None else terms.sum(self._directions.of(terms))
+        if constant is not None:
+            check_sum(constant, constant.dtype, site=self.place.site)
         if idle and not every:
             others = self._directions.others
         if terms is None and self.is_sum and (not others or (idle and self.constant is not None)):
@@ -200,7 +232,7 @@ class SiteEdit:
             self.constant = constant
             self._strengths = [strengths.at(own).clone() for own in others]
         self._asks = self.passes.sees_inputs or self._by_token or self._by_row or bool(self.gates)
-        self._shape = None
+        self._shape = self._in_range = None
         self._traced_shift = self._traceable()
         if self.changed is not None:
             self.changed()
@@ -277,6 +309,7 @@ class SiteEdit:
 
     def _bound(self, view: View) -> Bound:
         """The edit of activations like this one."""
+        self._check_range(view.part.dtype)
         others = self._directions.others
         places = [self._stack.concepts[own] for own in others]
         amounts = [
