@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, final, runtime_checkable
 
@@ -12,11 +14,13 @@ from actsteer.errors import UnsupportedModelError
 from actsteer.sites import tap
 from actsteer.sites.place import Place, Side
 from actsteer.sites.resolve import path_to
+from actsteer.sites.shards import is_sharded
 from actsteer.sites.wrappers import uncompiled
 from actsteer.steering import generation, in_bias
 from actsteer.steering.choose import Backend, Choice, choose
 from actsteer.steering.edit import SiteEdit
 from actsteer.steering.handles import Handles
+from actsteer.steering.passes import Passes
 from actsteer.steering.plan import Plan
 from actsteer.steering.scope import Presence
 
@@ -53,6 +57,10 @@ def choices(plan: Plan, *, backend: Backend) -> dict[str, Choice]:
     """
     chosen = {site: choose(plan.model, edit.place, backend=backend) for site, edit in plan.edits.items()}
     for site, choice in chosen.items():
+        place, passes = plan.edits[site].place, plan.edits[site].passes
+        is_host = place.side == "out" and place.module is uncompiled(passes.host) and _are_attached(passes)
+        if is_host and choice.mechanism == "hook" and not is_sharded(place.module):
+            chosen[site] = replace(choice, mechanism="tap", reason="its pass ends with the module's forward")
         if choice.mechanism == "fold" and (reason := in_bias.obstacle(plan.edits[site], plan.model)) is not None:
             raise UnsupportedModelError(f"site {site!r} cannot be folded: {reason}; use another backend")
     return chosen
@@ -78,7 +86,7 @@ def attach_all(
     def put(module: nn.Module, when: str, callback: Callable[..., Any], by: tap.By = "tap") -> None:
         if presence is not None and callback is not tap.idle:
             callback = presence.only(callback, around=when not in ("before", "after"))
-        handles.add(partial(tap.take_off, module, when, callback))
+        handles.add(partial(_take_off, module, when, callback))
         tap.put(module, when, callback, owner=owner, by=by)
 
     def put_at(place: Place, callback: Callable[..., Any], by: tap.By) -> None:
@@ -90,7 +98,7 @@ def attach_all(
         handles.add(presence.end)
         presence.begin()
     for passes in plan.passes:
-        if passes.readers or passes.is_read or passes.sees_inputs:
+        if _are_attached(passes):
             put(uncompiled(passes.host), "around", passes.around)
     if any(passes.sees_inputs for passes in plan.passes):
         handles.add(
@@ -115,10 +123,25 @@ def attach_all(
     put(uncompiled(plan.model), "after", watch.after)
 
 
+def _take_off(module: nn.Module, when: str, callback: Callable[..., Any]) -> None:
+    is_watch = isinstance(getattr(callback, "__self__", None), Watch)  # which changes nothing
+    if tap.take_off(module, when, callback) and not is_watch:
+        warnings.warn(
+            f"the forward of {type(module).__name__} was replaced while it was steered, and what lies there now may "
+            "not have been",
+            UserWarning,
+            stacklevel=5,
+        )
+
+
 def owners_at(module: nn.Module) -> list[Steers]:
     """The Steerers that have something at a module, in the order entered."""
     owners = [entry.owner for entry in tap.entries_of(module)] + in_bias.owners_at(module)
     return [owner for owner in dict.fromkeys(owners) if isinstance(owner, Steers)]
+
+
+def _are_attached(passes: Passes) -> bool:
+    return bool(passes.readers or passes.is_read or passes.sees_inputs)
 
 
 def _check_order(edit: SiteEdit, by: tap.By) -> None:

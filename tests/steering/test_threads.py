@@ -35,7 +35,7 @@ OPTIONS = {
     "rows": {"c": torch.tensor([0.0, 1.0, -0.5, 2.0])},
     "gated": {"gate": GATE},
     "custom": {"intervention": mirror},
-    "patched": {"backend": "tap"},
+    "by hook": {"backend": "hook"},
 }
 each = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 
@@ -54,7 +54,7 @@ def test_by_default_every_thread_is_steered(options, backend):
 @pytest.mark.case(44)
 @each
 @pytest.mark.parametrize("v", [V, INPUT], ids=["output", "input"])
-def test_scope_thread_steers_the_attaching_thread_alone(options, v):
+def test_scope_context_steers_the_attaching_thread_alone(options, v):
     model, plain = exact(), exact()(X)
     with Steerer(model, v, **options):
         expected = model(X)
@@ -169,7 +169,7 @@ def test_a_model_that_ran_in_another_thread_alone_raises_no_alarm(scope, backend
 
 
 @pytest.mark.case(44)
-def test_with_scope_thread_another_threads_other_path_is_not_ones_own():
+def test_with_scope_context_another_threads_other_path_counts_not():
     class Fork(nn.Module):
         def __init__(self):
             super().__init__()
@@ -242,11 +242,11 @@ def test_threads_that_come_and_go_leave_nothing():
 @pytest.mark.case(44)
 @pytest.mark.parametrize("backend", ["fold", "buffer"])
 def test_backends_that_all_threads_read_are_refused(backend):
-    with pytest.raises(ValueError, match=f"scope='thread' isolates hooks, and the {backend} backend changes what all"):
+    with pytest.raises(ValueError, match=f"and the {backend} backend changes what all threads read"):
         Steerer(exact(), V, scope="context", backend=backend)
 
 
 @pytest.mark.case(44)
 def test_an_unknown_scope_is_refused():
-    with pytest.raises(ValueError, match="scope: expected one of 'process', 'thread', got 'task'"):
+    with pytest.raises(ValueError, match="scope: expected one of 'process', 'context', got 'task'"):
         Steerer(exact(), V, scope="task")
