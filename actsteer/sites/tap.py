@@ -30,6 +30,7 @@ lock = RLock()  # of whoever changes what is attached to modules
 METHODS = ("generate", "generate_stream", "prepare_inputs_for_generation")
 """The other methods that can be tapped, all of them around: `callback(module, method, args, kwargs)`."""
 _MARK, _PLAIN = "_actsteer_tap", "_actsteer_plain"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 
 
 class Entry(NamedTuple):
@@ -307,7 +308,7 @@ def _reduced(self: nn.Module, protocol: Any) -> Any:
             if isinstance(value, _OnInstance):
                 value = value.previous
             elif type(value) in (dict, OrderedDict):  # a shallow copy has parameters and hooks of its own too
-                value = type(value)((k, v) for k, v in value.items() if not (k in mine and name.startswith("_forward")))
+                value = type(value)((k, v) for k, v in value.items() if k not in mine or name not in _HOOKS)
             state[name] = value
         state.pop(_MARK, None)
         rest[0] = state

@@ -45,7 +45,7 @@ WAYS = {
     "gated": {"gate": ProjectionAbove(SteeringVector({"0": DIRECTION}), 0.0)},
     "gated and patched": {"gate": ProjectionAbove(SteeringVector({"0": DIRECTION}), 0.0), "backend": "tap"},
     "gated at an input": {"gate": ProjectionAbove(SteeringVector({"0:in": DIRECTION}), 0.0)},
-    "thread": {"scope": "context"},
+    "context": {"scope": "context"},
     "thread, patched": {"scope": "context", "backend": "tap"},
     "input": {"sites": "2:in"},
     "input, patched": {"sites": "2:in", "backend": "tap"},
