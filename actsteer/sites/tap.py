@@ -17,6 +17,7 @@ from threading import RLock
 from types import FunctionType, MethodType
 from typing import Any, Literal, NamedTuple, TypeAlias, final
 
+import torch
 from torch import nn
 
 from actsteer.errors import UnsupportedModelError
@@ -141,8 +142,9 @@ def entries_of(module: nn.Module) -> tuple[Entry, ...]:
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
     """The module's class, tapped or not."""
-    kind: type[nn.Module] = type(module)  # type: ignore[assignment]
-    return kind.__dict__.get(_PLAIN, kind)
+    kind = type(module)
+    plain: type[nn.Module] = kind.__dict__.get(_PLAIN, kind)
+    return plain
 
 
 def _settle(module: nn.Module, tap: Tap) -> None:
@@ -164,11 +166,12 @@ def _settle(module: nn.Module, tap: Tap) -> None:
         object.__setattr__(module, "__class__", plain_class(module))
         values.pop(_MARK, None)
     elif kind is not plain_class(module) or not any(_PLAIN in base.__dict__ for base in kind.__mro__):
-        made = _tapped
         if any(entry.by == "hook" and entry.callback is not idle for entry in tap.entries):
             has_methods = any(entry.by == "tap" for entry in tap.entries)
-            made = functools.partial(_made, has_methods=has_methods)  # compiled code, which sees no hooks, is made anew
-        object.__setattr__(module, "__class__", made(plain_class(module)))
+            made = _made(plain_class(module), has_methods=has_methods)  # for compiled code, which sees no hooks
+        else:
+            made = _tapped(plain_class(module))  # type: ignore[arg-type]
+        object.__setattr__(module, "__class__", made)
 
 
 def _settle_hooks(module: nn.Module, tap: Tap) -> None:
@@ -205,13 +208,16 @@ def _made(kind: type[nn.Module], *, has_methods: bool = True) -> type[nn.Module]
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
         "__reduce_ex__": _reduced,
+        "__prepare_scriptable__": _refuse_scripting,
         _PLAIN: kind,
     }
+    if issubclass(kind, torch.fx.GraphModule):
+        body["recompile"] = _recompiled
     if has_methods:
         body["forward"] = _forward_of(kind)
         body |= {name: _method_of(kind, name) for name in METHODS if callable(getattr(kind, name, None))}
     try:
-        made: type[nn.Module] = type(kind)(kind.__name__, (kind,), body)
+        made: type[nn.Module] = type.__call__(type(kind), kind.__name__, (kind,), body)
     except Exception as error:
         raise UnsupportedModelError(
             f"a {kind.__name__} is steered by a subclass in the place of its class, and the class lets none be made "
@@ -242,6 +248,25 @@ def _forward_of(kind: type[nn.Module]) -> Callable[..., Any]:
     return _passing_for(forward, kind.forward)
 
 
+def _refuse_scripting(self: nn.Module) -> nn.Module:
+    if _MARK in self.__dict__:
+        raise UnsupportedModelError(
+            f"a steered {type(self).__name__} cannot be scripted, for a scripted module calls no Python; script it "
+            "after the block, or trace it, which keeps the steering"
+        )
+    return self
+
+
+def _recompiled(self: nn.Module) -> Any:
+    """A graph module writes its code into its class, which is to be the plain one."""
+    tapped = type(self)
+    object.__setattr__(self, "__class__", plain_class(self))
+    try:
+        return self.recompile()  # type: ignore[operator]
+    finally:
+        object.__setattr__(self, "__class__", tapped)
+
+
 def _method_of(kind: type[nn.Module], name: str) -> Callable[..., Any]:
     plain = inspect.getattr_static(kind, name)
 
@@ -253,7 +278,7 @@ def _method_of(kind: type[nn.Module], name: str) -> Callable[..., Any]:
 
 
 def _called(module: nn.Module, name: str, method: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """What a method gives, with all that is called before, after and around it; once, if it lies on the instance too."""
+    """What a method gives, with all that is called before, after and around it, unless that is done on the instance."""
     tap = module.__dict__.get(_MARK)
     if tap is None or isinstance(module.__dict__.get(name), _OnInstance):
         return method(*args, **kwargs)
@@ -277,16 +302,16 @@ def _enclosed(callback: Callable[..., Any], module: nn.Module, method: Callable[
     return lambda *args, **kwargs: callback(module, method, args, kwargs)
 
 
-def _passing_for(function: FunctionType, plain: Any) -> Callable[..., Any]:
+def _passing_for(function: Any, plain: Any) -> Callable[..., Any]:
     """The function with the name and the signature of another, for transformers reads there what a model takes.
 
     Of torch's own classes it has the file too, for torch.compile treats the code there in another way.
     """
     if isinstance(plain, FunctionType) and (plain.__module__ or "").startswith("torch.nn."):
         function.__code__ = function.__code__.replace(co_filename=plain.__code__.co_filename)
-    functools.update_wrapper(function, plain)
-    setattr(function, _PLAIN, True)
-    return function
+    passing: Callable[..., Any] = functools.wraps(plain)(function)
+    setattr(passing, _PLAIN, True)
+    return passing
 
 
 def _is_of_a_tap(method: Any) -> bool:
@@ -297,8 +322,9 @@ def _is_of_a_tap(method: Any) -> bool:
 def _reduced(self: nn.Module, protocol: Any) -> Any:
     """What rebuilds the module as a plain one, without the mark, the hooks and the wrappers of a tap."""
     kind, tap = plain_class(self), self.__dict__.get(_MARK)
-    function, args, *rest = kind.__reduce_ex__(self, protocol)
-    if function is copyreg.__newobj__:  # which pickle lets make nothing but the class that it sees
+    reduced: Any = kind.__reduce_ex__(self, protocol)
+    function, args, *rest = reduced
+    if function is getattr(copyreg, "__newobj__", None):  # which pickle lets make nothing but the class that it sees
         function = kind.__new__
     args = tuple(kind if arg is type(self) else arg for arg in args)
     if rest and isinstance(rest[0], dict):

@@ -120,6 +120,6 @@ def _checkpoint_frame() -> FrameType | None:
 
 
 def _is_of_a_checkpoint(code: CodeType) -> bool:
-    """`checkpoint_sequential` and its `forward` run the last part outside of a checkpoint, and the others inside one."""
+    """Of `checkpoint_sequential` and its `forward` alone, nothing runs again: each part has a checkpoint of its own."""
     is_forward = code.co_name == "forward" and "ctx" not in code.co_varnames
     return code.co_filename == _FILE and not is_forward and code.co_name != "checkpoint_sequential"

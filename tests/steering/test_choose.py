@@ -101,7 +101,7 @@ def test_what_the_process_has_compiled_before_changes_no_choice():
 
 @pytest.mark.parametrize("build", COMPILED.values(), ids=COMPILED)
 def test_a_hook_is_refused_inside_of_what_is_compiled(build):
-    with pytest.raises(UnsupportedModelError, match="site '2': .* is compiled, and compiled code ignores hooks"):
+    with pytest.raises(UnsupportedModelError, match=r"site '2': .* is compiled, and compiled code ignores hooks"):
         Steerer(build(), V, backend="hook")
 
 

@@ -81,9 +81,8 @@ def test_what_was_asked_for_is_said(options, line):
 
 
 def test_it_says_a_tap_whether_code_is_compiled_or_not():
-    model = exact()
-    assert "backend: tap (a call of the module's forward)" in Steerer(model, BANK).explain()
-    assert "backend: tap (a call of the module's forward)" in Steerer(torch.compile(model, backend="eager"), BANK).explain()
+    for model in (exact(), torch.compile(exact(), backend="eager")):
+        assert "backend: tap (a call of the module's forward)" in Steerer(model, BANK).explain()
 
 
 def test_it_says_a_hook_where_the_module_is_lazy():

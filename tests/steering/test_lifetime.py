@@ -4,6 +4,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pkgutil import resolve_name
 
@@ -25,6 +26,8 @@ from actsteer import (
     StrengthError,
     UnsupportedModelError,
     VectorBank,
+    detach_all,
+    steerers,
 )
 from tests.oracles import state
 from tests.strategies import eighths
@@ -391,6 +394,59 @@ def test_a_wrong_size_in_a_forward_leaves_the_model_as_it_was():
     assert state(model) == before
 
 
+# --- whoever lost the name ---------------------------------------------------------------------------------------
+@pytest.mark.case(30)
+@pytest.mark.parametrize("backend", ["hook", "tap", "buffer", "fold"])
+def test_steerers_are_listed_and_taken_off_by_the_model(backend):
+    model = exact()
+    before = snapshot(model)
+    first = Steerer(model, SteeringVector({"0": torch.ones(4)}), backend=backend).attach()
+    second = Steerer(model[2], SteeringVector({"": torch.ones(4)}), backend=backend).attach()
+    assert set(steerers(model)) == {first, second}
+    assert steerers(model[2]) == (second,)
+    assert steerers(model[1]) == steerers(exact()) == ()
+    detach_all(model)
+    assert not first.attached and not second.attached
+    assert steerers(model) == ()
+    assert snapshot(model) == before
+    detach_all(model)
+
+
+def test_detach_all_takes_off_what_is_installed_and_what_raises():
+    model = exact()
+    before = snapshot(model)
+    Steerer(model, V, backend="buffer").install()
+    lost = Steerer(model, SteeringVector({"0": torch.ones(4)}), backend="hook").attach()
+    Steerer(model, V, c=2).attach()
+    model[0].forward(X)
+    members = dict(model._modules)
+    model._modules.clear()
+    model(X)
+    model._modules.update(members)
+    with pytest.raises(SteeringNotApplied):
+        detach_all(model)
+    assert not lost.attached
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("backend", ["hook", "tap", "buffer", "fold"])
+@pytest.mark.parametrize("c", [1.0, torch.tensor(2.0)], ids=str)
+def test_an_equal_steerer_is_warned_about_and_steers_once_more(backend, c):
+    model = exact()
+    plain = model(X)
+    with Steerer(model, AT_LINEAR, c=2 * c):
+        expected = model(X)
+    first = Steerer(model, AT_LINEAR, c=c, backend=backend).attach()
+    with pytest.warns(UserWarning, match=r"an equal Steerer is attached already.*actsteer.detach_all\(model\)"):
+        second = Steerer(model, AT_LINEAR, c=c).attach()
+    assert torch.equal(model(X), expected)
+    second.detach()
+    with Steerer(model, AT_LINEAR, c=-c), Steerer(model, AT_LINEAR.select("0"), c=c), Steerer(exact(), AT_LINEAR, c=c):
+        model(X)  # none of which is equal
+    first.detach()
+    assert torch.equal(model(X), plain)
+
+
 # --- every backend -----------------------------------------------------------------------------------------------
 GATE = ProjectionAbove(SteeringVector({"0": torch.ones(4)}), 0.0)
 INPUT = SteeringVector({"1": torch.ones(4), "2:in": torch.ones(4)})
@@ -478,10 +534,8 @@ def test_wherever_attaching_fails_nothing_is_left_and_a_second_attempt_works(
 
         with monkeypatch.context() as patched:
             patched.setattr(target, classmethod(refuse) if isinstance(original, classmethod) else refuse)
-            try:
+            with suppress(error):  # perhaps in undoing too
                 steerer.attach()
-            except error:
-                pass  # perhaps in undoing too
         steerer.detach()  # where it needed fewer, or was kept from undoing
         assert not steerer.attached
         assert snapshot(model) == before

@@ -9,7 +9,6 @@ from torch import nn
 from actsteer import (
     ProjectionAbove,
     Steerer,
-    SteeringNotApplied,
     SteeringVector,
     UnsupportedModelError,
     collect,
