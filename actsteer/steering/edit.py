@@ -274,7 +274,13 @@ class SiteEdit:
                 return self._run(output, self._now(self._frame, output.device))
         except RuntimeError:  # the model has moved to another device, or the output is nested and has no shape
             self._shape = None
-        return self.edit(module, output)
+        edited = self.edit(module, output)
+        if not module.__dict__.get("inplace") or not args or output is not args[0] or not isinstance(output, Tensor):
+            return edited
+        self._shape = None
+        if torch.is_grad_enabled() and edited.requires_grad:  # autograd keeps what the module has written
+            return edited
+        return output.copy_(edited)  # its caller may look there, and not at the result
 
     def on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The edited arguments."""
