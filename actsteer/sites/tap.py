@@ -50,7 +50,7 @@ class Entry(NamedTuple):
 class Tap:
     """The callbacks of one module; the tuples are replaced and never changed, for a pass may be going over them."""
 
-    __slots__ = ("after", "around", "before", "entries", "hooks", "is_plain", "methods")
+    __slots__ = ("after", "around", "before", "entries", "hooks", "methods", "only")
 
     def __init__(self) -> None:
         self.hooks: dict[int, Any] = {}  # id(entry) -> the handle of its hook
@@ -68,7 +68,8 @@ class Tap:
             for name in METHODS
             if any(entry.when == name for entry in tapped)
         }
-        self.is_plain = not (self.before or self.around)  # at most callbacks on the output
+        single = len(self.after) == 1 and not (self.before or self.around)
+        self.only = self.after[0] if single else None  # the callback on the output, where there is no other at all
 
     def run(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's forward, with all that is called before, after and around it."""
@@ -197,13 +198,11 @@ def _forward_of(kind: type[nn.Module]) -> Callable[..., Any]:
         tap = self.__dict__.get(_MARK)
         if tap is None:
             return kind.forward(self, *args, **kwargs)
-        if tap.is_plain:
+        only = tap.only
+        if only is not None:
             output = kind.forward(self, *args, **kwargs)
-            for callback in tap.after:
-                edited = callback(self, args, output)
-                if edited is not None:
-                    output = edited
-            return output
+            edited = only(self, args, output)
+            return output if edited is None else edited
         return tap.run(self, functools.partial(kind.forward, self), args, kwargs)
 
     return _passing_for(forward, kind.forward)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol, final, runtime_checkable
 
+import torch
 from torch import nn
 
 from actsteer.errors import UnsupportedModelError
@@ -40,10 +41,13 @@ class Watch:
 
     def __init__(self) -> None:
         self.ran = False
+        self.leave: Callable[[], None] | None = None
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        """After the model's forward pass."""
+        """After the model's forward pass; one is proof enough, and the others need not pay."""
         self.ran = True
+        if self.leave is not None and not torch.compiler.is_compiling():
+            self.leave()
 
 
 def choices(plan: Plan, *, backend: Backend) -> dict[str, Choice]:
@@ -76,11 +80,13 @@ def attach_all(
         owner: the Steerer.
     """
 
-    def put(module: nn.Module, when: str, callback: Callable[..., Any], by: tap.By = "tap") -> None:
+    def put(module: nn.Module, when: str, callback: Callable[..., Any], by: tap.By = "tap") -> Callable[[], None]:
         if presence is not None and callback is not tap.idle:
             callback = presence.only(callback, around=when not in ("before", "after"))
-        handles.add(partial(tap.take_off, module, when, callback))
+        remove = partial(tap.take_off, module, when, callback)
+        handles.add(remove)
         tap.put(module, when, callback, owner=owner, by=by)
+        return remove
 
     def put_at(place: Place, callback: Callable[..., Any], by: tap.By) -> None:
         if any(isinstance(outer, _FUSED) for outer in path_to(plan.model, place.name)[:-1]):
@@ -112,7 +118,8 @@ def attach_all(
         else:
             _check_order(edit, mechanism)
             put_at(edit.place, edit.on_input if edit.place.side == "in" else edit.on_output, mechanism)
-    put(uncompiled(plan.model), "after", watch.after)
+    leave = put(uncompiled(plan.model), "after", watch.after)
+    watch.leave = None if backend == "buffer" else leave  # what is installed serves later blocks too
 
 
 def owners_at(module: nn.Module) -> list[Steers]:
