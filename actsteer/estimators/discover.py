@@ -20,6 +20,7 @@ from actsteer.sites.lens import Lens
 from actsteer.sites.listen import likely_cause, listen
 from actsteer.sites.place import Place
 from actsteer.sites.resolve import Sites, find_sites, resolve
+from actsteer.sites.wrappers import unwrapped
 from actsteer.steering.steerer import Steerer
 from actsteer.tokens.inputs import signature_of
 from actsteer.tokens.passes import Pass, groups

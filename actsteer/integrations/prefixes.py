@@ -100,4 +100,3 @@ def _agreeing(one: Tensor, other: Tensor) -> int:
 
 def _padded(rows: Sequence[Tensor], device: torch.device | None) -> Tensor:
     return pad_sequence(list(rows), batch_first=True).to(device)
-

@@ -199,7 +199,9 @@ def layouts(
     modules = named_sites(model) if modules is None else modules
     is_open = sequence_first(model)
     return {
-        site: layout(model, place, modules=modules, is_open=is_open, **{word: own.get(site) for word, own in said.items()})
+        site: layout(
+            model, place, modules=modules, is_open=is_open, **{word: own.get(site) for word, own in said.items()}
+        )
         for site, place in places.items()
     }
 

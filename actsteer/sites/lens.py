@@ -155,8 +155,8 @@ class View:
 
 @dataclass(frozen=True)
 class Frame:
-    """The axes of an activation of a whole shape: of its features, of its rows (None: it has none), of its tokens (None:
-    it has none, or they cannot be told)."""
+    """The axes of an activation of a whole shape: of its features, of its rows (None: it has none), and of its tokens
+    (None: it has none, or they cannot be told)."""
 
     site: str
     shape: tuple[int, ...]

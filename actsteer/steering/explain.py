@@ -8,7 +8,6 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
-from actsteer.tokens.positions import Positions
 from actsteer.sites.wrappers import class_name
 from actsteer.steering.attach import Steers
 from actsteer.steering.choose import Choice
@@ -17,6 +16,7 @@ from actsteer.steering.interventions.chain import Chain
 from actsteer.steering.interventions.intervention import Intervention, PerSite
 from actsteer.steering.interventions.keep_norm import KeepNorm
 from actsteer.steering.strength import PerConcept, Schedule
+from actsteer.tokens.positions import Positions
 from actsteer.vectors.bank import VectorBank
 
 

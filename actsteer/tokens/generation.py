@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, final
 
 import torch
@@ -76,7 +76,7 @@ class _Teller:
             )
         return inputs
 
-    def _stream(self, inner: Any, generation: Generation) -> Iterator[Any]:
+    def _stream(self, inner: Any, generation: Generation) -> Generator[Any, None, Any]:
         """A generator of whose generation no other frame knows."""
         try:
             while True:

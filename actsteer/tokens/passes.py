@@ -137,15 +137,22 @@ class Pass:
 
     def of_answers(self, named: Mapping[str, Any]) -> Pass:
         """The same for the tokens at which a head is to answer."""
-        keep: Any = named.get("logits_to_keep") or 0 if not isinstance(named.get("logits_to_keep"), Tensor) else None
-        if self.tokens is None or keep == 0:
+        keep: Any = named.get("logits_to_keep")
+        if self.tokens is None or keep is None or (isinstance(keep, int) and not keep):
             return self
-        if keep is None:
-            raise PositionsError("logits_to_keep is a tensor, and it is not known which tokens the head sees; pass a number")
+        if not isinstance(keep, int):
+            raise PositionsError("logits_to_keep: it is not known which tokens the head sees; pass a number")
         real = None if self.real is None else self.real[:, -keep:]
         doses = {place: dose[:, -keep:] for place, dose in self.doses.items()}
-        known = {"rows": self.rows, "named": self.named, "doubt": self.doubt, "generation": self.generation}
-        return Pass(self.tokens.last(keep), real=real, doses=doses, **known)
+        return Pass(
+            self.tokens.last(keep),
+            real=real,
+            doses=doses,
+            rows=self.rows,
+            named=self.named,
+            doubt=self.doubt,
+            generation=self.generation,
+        )
 
 
 @final
@@ -282,9 +289,7 @@ class Passes:
         now = self.now
         return self.generation.get() if now is None or now.generation is None else now.generation
 
-    def _seen(
-        self, named: dict[str, Any], generation: Generation | None, signature: Signature, *, asks: bool
-    ) -> Pass:
+    def _seen(self, named: dict[str, Any], generation: Generation | None, signature: Signature, *, asks: bool) -> Pass:
         kind = self.whose.kind
         if kind == "none":
             return Pass(named=named, generation=generation)
@@ -375,7 +380,9 @@ def groups(
     return tuple(made.values()), of_site
 
 
-def real_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, mask: Mask | None = None) -> Tensor | None:
+def real_of(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, mask: Mask | None = None
+) -> Tensor | None:
     """Which tokens of a call are no pads, (B, S), of a decoder's if there is one; None: all, as far as can be told."""
     passes = Passes(unwrapped(model), whose=Whose("call", mask), data=True)
     return passes.begun(args, kwargs, signature_of(model)).real

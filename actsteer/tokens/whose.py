@@ -17,7 +17,9 @@ Masks: TypeAlias = Mask | Mapping[str, Mask | None]
 Kind: TypeAlias = Literal["call", "answers", "encoder", "memory", "none"]
 
 _TOWER = re.compile(r"^((vision|visual|image|audio|speech)(_\w+)?|multi_modal_projector|mm_projector)$")
-_CROSS = re.compile(r"(EncDecAttention|encoder_attn|cross_?attn|cross_?attention)(\.self)?\.(k|v|key|value|k_proj|v_proj)$")
+_CROSS = re.compile(
+    r"(EncDecAttention|encoder_attn|cross_?attn|cross_?attention)(\.self)?\.(k|v|key|value|k_proj|v_proj)$"
+)
 _MEMORY = {"encoder_hidden_states", "key_value_states", "memory"}  # arguments
 _ANSWERS = {"lm_head", "proj_out", "logits", "embed_out", "output_projection"}
 
@@ -62,7 +64,8 @@ def said_of(mask: Masks | None, sites: Mapping[str, Place]) -> dict[str, Mask | 
     """
     if mask is None:
         return {}
-    given = dict(mask) if isinstance(mask, Mapping) else dict.fromkeys(sites, mask)
+    given: dict[str, Mask | None] = {}
+    given |= mask if isinstance(mask, Mapping) else dict.fromkeys(sites, mask)
     for site, own in given.items():
         if site not in sites:
             raise SiteNotFoundError(f"mask names no site in use: {site!r}. {close_names(site, sites)}")

@@ -116,7 +116,9 @@ def test_a_mask_names_places_and_pads_are_still_left_out(mask):
 
 
 def test_a_callable_sees_the_inputs_by_name():
-    assert torch.equal(recorded(lambda inputs: inputs["x"][..., 0] >= 1, batch=(EIGHTHS,)), EIGHTHS[EIGHTHS[..., 0] >= 1])
+    assert torch.equal(
+        recorded(lambda inputs: inputs["x"][..., 0] >= 1, batch=(EIGHTHS,)), EIGHTHS[EIGHTHS[..., 0] >= 1]
+    )
 
 
 @pytest.mark.parametrize(

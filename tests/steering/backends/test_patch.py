@@ -5,10 +5,10 @@ import pickle
 
 import pytest
 import torch
+from actsteer.steering.backends.patch import Patch
 from torch import Tensor, nn
 
 from actsteer import Steerer, SteeringVector
-from actsteer.steering.backends.patch import Patch
 from tests.oracles import state
 from tests.zoo import exact
 
