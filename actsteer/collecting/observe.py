@@ -249,9 +249,7 @@ class _Listener:
         elif now.real is None:
             tokens = tokens.but(mask=None) if tokens.start == 0 else tokens
         in_order = nested or fits or whole.ndim == 3 or frame.token_axis is not None
-        alone = whole.ndim > 3 or (
-            whole.ndim < 3 and now.rows in (None, rows)
-        )  # one activation, or image, for each row
+        alone = whole.ndim > 3 or (whole.ndim < 3 and now.rows in (None, rows))  # one, or one image, for each row
         if frame.is_step or not (in_order or explicit or (is_mean and alone)):
             self._check_everything(positions, whole)
         if asked.rows not in (None, rows) and not nested:

@@ -171,8 +171,13 @@ def _settle_hooks(module: nn.Module, tap: Tap) -> None:
                 tap.hooks[key] = module.register_forward_hook(entry.callback)
 
 
-@functools.lru_cache(maxsize=1024)  # one for each class, for compiled code guards on it
 def _tapped(kind: type[nn.Module]) -> type[nn.Module]:
+    """The same subclass each time, for compiled code guards on it; another once the class's forward is replaced."""
+    return _made_once(kind, inspect.getattr_static(kind, "forward"))
+
+
+@functools.lru_cache(maxsize=1024)
+def _made_once(kind: type[nn.Module], plain: Any) -> type[nn.Module]:
     return _made(kind)
 
 
@@ -191,21 +196,22 @@ def _made(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _forward_of(kind: type[nn.Module]) -> Callable[..., Any]:
-    if not isinstance(inspect.getattr_static(kind, "forward"), FunctionType):  # a static method, or a builtin
+    plain = inspect.getattr_static(kind, "forward")
+    if not isinstance(plain, FunctionType):  # a static method, or a builtin
         return _method_of(kind, "forward")
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         tap = self.__dict__.get(_MARK)
         if tap is None:
-            return kind.forward(self, *args, **kwargs)
+            return plain(self, *args, **kwargs)
         only = tap.only
         if only is not None:
-            output = kind.forward(self, *args, **kwargs)
+            output = plain(self, *args, **kwargs)
             edited = only(self, args, output)
             return output if edited is None else edited
-        return tap.run(self, functools.partial(kind.forward, self), args, kwargs)
+        return tap.run(self, functools.partial(plain, self), args, kwargs)
 
-    return _passing_for(forward, kind.forward)
+    return _passing_for(forward, plain)
 
 
 def _method_of(kind: type[nn.Module], name: str) -> Callable[..., Any]:

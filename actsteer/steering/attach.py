@@ -20,7 +20,7 @@ from actsteer.steering.edit import SiteEdit
 from actsteer.steering.handles import Handles
 from actsteer.steering.plan import Plan
 from actsteer.steering.scope import Presence
-from actsteer.tokens import generation, passes
+from actsteer.tokens import generate, passes
 
 _FUSED = (nn.TransformerEncoderLayer, nn.MultiheadAttention)  # run a fused kernel unless a module in them has a hook
 _WHEN = {"in": "before", "out": "after"}
@@ -46,7 +46,7 @@ class Watch:
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         """After the model's forward pass; one is proof enough, and the others need not pay."""
         self.ran = True
-        if self.leave is not None and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self.leave is not None:
             self.leave()
 
 
@@ -100,7 +100,7 @@ def attach_all(
     for module, around in passes.taps(plan.passes) if asks or plan.readers else ():
         put(uncompiled(module), "around", around)
     if any(own.sees_inputs for own in plan.passes):
-        for module, name, around in generation.taps(uncompiled(plan.model), plan.passes):
+        for module, name, around in generate.taps(uncompiled(plan.model), plan.passes):
             put(module, name, around)
     for reader in plan.readers:
         by: tap.By = "hook"

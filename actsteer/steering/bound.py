@@ -14,12 +14,13 @@ from actsteer.errors import ShapeError, StrengthError
 from actsteer.private_names import is_functorch_wrapped
 from actsteer.sites.lens import Frame, View
 from actsteer.steering.interventions.intervention import Intervention
-from actsteer.steering.reader import Reader
 from actsteer.steering.strength import weighted, without_autocast
 from actsteer.tokens.passes import Pass
 from actsteer.tokens.real import real_at
 
 _is_compiling = torch.compiler.is_compiling
+Decide: TypeAlias = Callable[[Tensor, Pass | None], Tensor]
+"""The activation, and what is known of the pass -> what a gate decides, (B,) or (B, S)."""
 Run: TypeAlias = Callable[[Tensor, Pass | None], Tensor]
 """The activation, as this process holds it, and what is known of the pass -> the edited activation."""
 
@@ -38,33 +39,33 @@ class Amount:
 
     Args:
         c: its strength, () or (B,).
-        reader: of its gate.
+        decide: what its gate decides of the activation.
         place: its place in the bank, under which a pass has its dose.
         is_by_token: whether a pass has one.
     """
 
-    __slots__ = ("c", "is_by_token", "place", "reader")
+    __slots__ = ("c", "decide", "is_by_token", "place")
 
-    def __init__(self, c: Tensor, reader: Reader | None, *, place: int, is_by_token: bool) -> None:
-        self.c, self.reader, self.place, self.is_by_token = c, reader, place, is_by_token
+    def __init__(self, c: Tensor, decide: Decide | None, *, place: int, is_by_token: bool) -> None:
+        self.c, self.decide, self.place, self.is_by_token = c, decide, place, is_by_token
 
     @property
     def is_number(self) -> bool:
         """Whether it is one number for all, at which one can look without waiting for another device."""
-        alone = self.reader is None and not self.is_by_token and self.c.ndim == 0
+        alone = self.decide is None and not self.is_by_token and self.c.ndim == 0
         return alone and self.c.device.type == "cpu" and not _is_compiling() and not is_functorch_wrapped(self.c)
 
-    def of(self, frame: Frame, now: Pass | None) -> Tensor:
+    def of(self, h: Tensor, frame: Frame, now: Pass | None) -> Tensor:
         """The amount: 0-dim or, of the activation's rank, per row or per token."""
-        share = self.share(frame, now)
+        share = self.share(h, frame, now)
         c = frame.by_row(self.c, copies=copies_in(now)) if self.c.ndim else self.c
         return c if share is None else share * (c.to(share.device) if c.ndim else c)
 
-    def share(self, frame: Frame, now: Pass | None) -> Tensor | None:
+    def share(self, h: Tensor, frame: Frame, now: Pass | None) -> Tensor | None:
         """The amount at strength 1, a bool or a weight per row or token; None where it is 1 for all."""
         decided = dose = None
-        if self.reader is not None:
-            weights = self.reader.weights_for(frame.site)
+        if self.decide is not None:
+            weights = self.decide(h, now)
             copies = copies_in(now)
             if self.c.ndim and len(self.c) not in (len(weights), len(weights) // copies):
                 raise StrengthError(
@@ -87,9 +88,9 @@ def copies_in(now: Pass | None) -> int:
     return 1 if now is None or now.tokens is None else max(1, now.tokens.copies)
 
 
-def real_in(now: Pass | None, view: View, device: torch.device) -> Tensor | None:
-    """Where there are tokens and not pads, if the activation has positions; pads are not steered."""
-    if now is None or not now.may_have_pads or view.raw.is_nested:
+def _real(view: View, now: Pass | None, device: torch.device) -> Tensor | None:
+    """Where there are tokens and not pads; pads are not steered."""
+    if now is None or (now.real is None and now.doubt is None) or view.raw.is_nested:
         return None
     real = real_at(view.frame, now)
     return None if real is None else real.to(device)
@@ -109,37 +110,37 @@ def summed(view: View, constant: Tensor | None, amounts: Sequence[Amount], direc
     rounded = None if fixed is None or terms else view.share(fixed.to(dtype=dtype, device=device))
 
     def run(h: Tensor, now: Pass | None) -> Tensor:
-        if rounded is not None and (now is None or not now.may_have_pads):
+        if rounded is not None and (now is None or (now.real is None and now.doubt is None)):
             return h + rounded
         total = fixed
         if constant is not None and total is None:
             total = frame.vectors(constant, copies=copies_in(now))
         for term in terms:
-            part = term(now)
+            part = term(h, now)
             total = part if total is None else total.to(part.device) + part
         assert total is not None
         total = total.to(dtype=dtype, device=device)
-        if now is not None and (real := real_in(now, view, device)) is not None:
+        if (real := _real(view, now, device)) is not None:
             total = torch.where(real, total, -0.0)
         return h + (total if is_plain else view.share(total))
 
     return Bound(run, rounded)
 
 
-def _term(amount: Amount, direction: Float[Tensor, " d"], frame: Frame) -> Callable[[Pass | None], Tensor]:
+def _term(amount: Amount, direction: Float[Tensor, " d"], frame: Frame) -> Run:
     """What is added of one concept; minus zero where its amount is 0, because h + (-0.0) is h bit for bit."""
     if amount.c.ndim:
         spread = frame.vectors(direction)
 
-        def by_row(now: Pass | None) -> Tensor:
-            c = amount.of(frame, now).to(spread)
+        def by_row(h: Tensor, now: Pass | None) -> Tensor:
+            c = amount.of(h, frame, now).to(spread)
             return torch.where(c == 0, -0.0, c * spread)
 
         return by_row
     full = frame.vectors(weighted(amount.c.to(direction)[None], direction[None]))
 
-    def part(now: Pass | None) -> Tensor:
-        share = amount.share(frame, now)
+    def part(h: Tensor, now: Pass | None) -> Tensor:
+        share = amount.share(h, frame, now)
         if share is None:
             return full
         share = share.to(full.device)
@@ -166,13 +167,13 @@ def applied(
     casts = kind != "meta" and (_is_compiling() or torch.amp.is_autocast_available(kind))
     turned = not (is_plain and frame.is_last)
 
-    def edited(last: Tensor, now: Pass | None) -> Tensor:
-        real = real_in(now, view, last.device)
+    def edited(h: Tensor, last: Tensor, now: Pass | None) -> Tensor:
+        real = _real(view, now, last.device)
         for intervention, direction, amount, function in zip(interventions, directions, amounts, known, strict=True):
             if function is not None and real is None:
                 last = checked(function(last), last, intervention)
                 continue
-            c = amount.of(frame, now)
+            c = amount.of(h, frame, now)
             c = c if real is None else torch.where(real, c.to(last.device), 0.0)
             if c.ndim:  # a number for all stays on the CPU: reading it waits for no other device
                 c = c.to(last).movedim(frame.axis, -1)
@@ -184,9 +185,9 @@ def applied(
         last = last.to(wide)
         if casts and (_is_compiling() or torch.is_autocast_enabled(kind)):
             with without_autocast(kind):
-                last = edited(last, now)
+                last = edited(h, last, now)
         else:
-            last = edited(last, now)
+            last = edited(h, last, now)
         if not turned:
             return last.to(dtype)
         return last.movedim(-1, frame.axis).to(dtype) if is_plain else view.part_of(last)

@@ -16,12 +16,12 @@ from actsteer.sites.axes import Layout
 from actsteer.sites.containers import Arguments
 from actsteer.sites.lens import Frame, Lens, View
 from actsteer.sites.place import Place
-from actsteer.steering.bound import Amount, Bound, Run, applied, summed
+from actsteer.steering.bound import Amount, Bound, Decide, Run, applied, summed
 from actsteer.steering.checkpointing import Checkpointing
 from actsteer.steering.directions import Directions
 from actsteer.steering.interventions.add import Add
 from actsteer.steering.interventions.intervention import Intervention
-from actsteer.steering.reader import Reader
+from actsteer.steering.reader import GateReader, Reader
 from actsteer.steering.strength import PerConcept, Terms
 from actsteer.tokens.passes import Pass, Passes
 from actsteer.vectors.stack import Stack
@@ -58,6 +58,7 @@ class SiteEdit:
         "_directions",
         "_dtype",
         "_exported",
+        "_frame",
         "_given",
         "_run",
         "_shape",
@@ -110,6 +111,7 @@ class SiteEdit:
         self._by_token = False  # whether tokens of one row get different amounts
         self._asks = False  # whether what is known of the pass matters
         self._shift: Tensor | None = None  # what is added to plain outputs of this shape and dtype, if that is all
+        self._frame: Frame | None = None
         self._run: Run = _unbound  # the edit of plain outputs of this shape and dtype
         self._shape: torch.Size | None = None
         self._dtype: torch.dtype | None = None
@@ -151,11 +153,6 @@ class SiteEdit:
         given = self._given
         varies = given is not None and (given.by_token or any(own.ndim for own in given.by_row.values()))
         return self.is_sum and not self._apart and not varies
-
-    def notice(self, now: Pass | None) -> None:
-        """A pass begins: with pads, the next call goes the whole way round."""
-        if now is not None and now.real is not None:
-            self._shape = None
 
     def check_strengths(self, strengths: PerConcept) -> None:
         """StrengthError if the way in which this edit is attached leaves no room for these."""
@@ -202,7 +199,7 @@ class SiteEdit:
         else:
             self.constant = constant
             self._strengths = [strengths.at(own).clone() for own in others]
-        self._asks = self.passes.sees_inputs or self._by_token or bool(self.gates)
+        self._asks = self.passes.sees_inputs or self._by_token or self._by_row or bool(self.gates)
         self._shape = None
         self._traced_shift = self._traceable()
         if self.changed is not None:
@@ -236,11 +233,13 @@ class SiteEdit:
                     or (is_outside_of_functions() and (not output.requires_grad or saves_otherwise(True) is None))
                 )
             ):
-                if self._shift is not None:
-                    return output + self._shift
-                now = self.passes.now if self._asks else None
-                if not self._by_token or (now is not None and now.tokens is not None):
-                    return self._run(output, now)
+                shift = self._shift
+                if not self._asks:
+                    return self._run(output, None) if shift is None else output + shift
+                if shift is not None and not self.passes.may_have_pads:
+                    return output + shift
+                assert self._frame is not None
+                return self._run(output, self._now(self._frame, output.device))
         except RuntimeError:  # the model has moved to another device, or the output is nested and has no shape
             self._shape = None
         return self.edit(module, output)
@@ -252,27 +251,27 @@ class SiteEdit:
     def edit(self, module: nn.Module, value: Any) -> Any:
         """A module's output or its `Arguments`, with the activation edited."""
         self.fired = Fired.YES
-        if self._exported is not None and _is_exporting():
+        if _is_exporting() and self._exported is not None:
             return self._exported.edit(module, value)
         if (
-            self._traced_shift is not None
-            and _is_compiling()
+            _is_compiling()  # which guards on all that it is asked here
+            and self._traced_shift is not None
             and value.__class__ is Tensor
-            and not self._may_have_pads()
+            and not (self._asks and self._may_have_pads())
         ):
             shift = self._traced_shift.to(dtype=value.dtype, device=value.device)
             if not value.is_nested and value.ndim >= shift.ndim and value.shape[-shift.ndim] == shift.shape[0]:
                 return value + shift
         view = self.lens.read(module, value).open()
         now = self._now(view.frame, view.part.device)
-        if now is not None and now.may_have_pads and not _is_compiling() and _may_be_checkpointed():
-            now = now.without_pads()  # what runs again later does not know of them
+        if now is not None and not _is_compiling() and _may_be_checkpointed():  # what runs later knows of no pads
+            now = Pass(now.tokens, doses=now.doses, rows=now.rows)
         bound = self._bound(view)
         edited = bound.run(view.part, now)
         if not _is_compiling():
             keeps = view.is_plain and not self._checkpointing.notice(edited) and not self.is_trained
             self._run, self._dtype = bound.run, view.part.dtype
-            self._shift = None if self._asks else bound.shift
+            self._shift, self._frame = bound.shift, view.frame
             self._shape = view.part.shape if keeps else None
         return view.write(edited)
 
@@ -281,7 +280,7 @@ class SiteEdit:
         others = self._directions.others
         places = [self._stack.concepts[own] for own in others]
         amounts = [
-            Amount(c, self.gates.get(own), place=place, is_by_token=self._is_placed(own))
+            Amount(c, self._decide(own, view), place=place, is_by_token=self._is_placed(own))
             for c, own, place in zip(self._strengths, others, places, strict=True)
         ]
         rows = self._directions.cast(None, None, view.part.device) if others else None
@@ -292,21 +291,29 @@ class SiteEdit:
             return summed(view, constant, amounts, rows)
         return applied(view, [self.interventions[own] for own in others], amounts, rows)
 
+    def _decide(self, own: int, view: View) -> Decide | None:
+        """What the gate of a concept decides of activations like this one."""
+        reader, site = self.gates.get(own), self.place.site
+        if reader is None:
+            return None
+        if isinstance(reader, GateReader) and reader.is_inline:
+            return reader.bind(view)
+        return lambda h, now: reader.weights_for(site)
+
     def _is_placed(self, own: int) -> bool:
         """Whether tokens of one row get different amounts of a concept."""
         by_token = self._given is not None and own in self._given.by_token
         return by_token or self._stack.concepts[own] in self.passes.positions
 
     def _may_have_pads(self) -> bool:
-        now = self.passes.now if self.passes.sees_inputs else None
-        return now is not None and now.may_have_pads
+        return self.passes.sees_inputs and self.passes.may_have_pads
 
     def _now(self, frame: Frame, device: torch.device) -> Pass | None:
         """What is known of the pass that runs, if it matters."""
         now = self.passes.now
-        if now is not None and (self._by_row or self._by_token):
+        if now is not None and self._by_row:
             frame.check_rows(now.rows)
-            if self._by_row and now.tokens is not None and not now.tokens.copies:
+            if now.tokens is not None and not now.tokens.copies:
                 raise StrengthError(
                     f"site {self.place.site!r}: a strength per row, and the generation goes on with other rows than it "
                     "began with; generate each row by itself, or give one strength for all"
@@ -320,6 +327,8 @@ class SiteEdit:
             )
         if now is not None and now.tokens is not None:
             return now
+        if now is not None:
+            frame.check_rows(now.rows)
         return self.passes.of_shape(*frame.rows_and_length, device)
 
     def _traceable(self) -> Tensor | None:

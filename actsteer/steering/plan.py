@@ -195,9 +195,22 @@ def make_plan(
             passes=passes_of[site],
             checkpointing=checkpointing,
         )
+    for reader in distinct:
+        users = [edit for edit in edits.values() if any(_asks(own, reader) for own in edit.gates.values())]
+        there = (reader.place.module, reader.place.side, reader.place.path)
+        reader.is_inline = all(
+            (edit.place.module, edit.place.side, edit.place.path) == there
+            and all(own is reader or not _asks(own, reader) for own in edit.gates.values())
+            for edit in users
+        )
     for site in read:
         passes_of[site].is_read = True
-    return Plan(model, bank, edits, distinct, passes, axes)
+    return Plan(model, bank, edits, tuple(own for own in distinct if not own.is_inline), passes, axes)
+
+
+def _asks(one: Reader, reader: GateReader) -> bool:
+    """Whether a decision depends on this gate's."""
+    return one is reader or (isinstance(one, CombinedReader) and any(_asks(own, reader) for own in one.readers))
 
 
 def _check_concepts(named: Mapping[str, Any], bank: VectorBank, *, by: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, final, runtime_checkable
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from actsteer.errors import GateError
 from actsteer.sites.axes import Layout
-from actsteer.sites.lens import Frame, Lens
+from actsteer.sites.lens import Frame, Lens, View
 from actsteer.sites.place import Place
 from actsteer.steering.gates.gate import AnyGate, Combination, Gate
 from actsteer.tokens.passes import Pass, Passes
@@ -50,18 +50,43 @@ class GateReader:
         self._alone: Tensor | None = None  # decided while no pass of the model runs, but a part of it
         self._passes, self._key = passes, key
         self._per_token = gate.per == "token"
+        self.is_inline = False  # whether whoever edits where it reads calls it, and nobody else asks
 
     def __call__(self, module: nn.Module, args: Any, last: Any) -> None:
         """Decide; `last` is the output, or the keyword arguments."""
-        if not self._per_token and self._passes.decided(self._key, before=True) is not None:
+        if self._held() is not None:
             return
-        view = self.lens.heard(module, args, last)
+        self._decide(self.lens.heard(module, args, last))
+
+    def bind(self, view: View) -> Callable[[Tensor, Pass | None], Tensor]:
+        """The decision on plain activations such as this one, or on this one, as a function of it."""
+        frame = view.frame
+        if not view.is_plain:
+            return lambda h, now: self._decide(view) if (held := self._held()) is None else held
+        in_rows = len(frame.shape) == 2 and frame.is_last and frame.row_axis == 0
+
+        def decide(h: Tensor, now: Pass | None) -> Tensor:
+            if in_rows and (now is None or now.tokens is None):  # rows that stand for themselves
+                return self._decided(h if h.dtype is torch.float32 else _wide(h))
+            held = self._held()
+            return self._keep([self._read(h.movedim(frame.axis, -1), frame, nested=False)]) if held is None else held
+
+        return decide
+
+    def _held(self) -> Tensor | None:
+        """What was decided for the whole of a sequence in an earlier pass."""
+        return None if self._per_token else self._passes.decided(self._key, before=True)
+
+    def _decide(self, view: View) -> Tensor:
         if view.packed is not None:
             raise GateError(f"gate at site {self.gate.site!r}: a packed sequence has no rows; gate at an earlier site")
-        parts = [self._read(rows, frame, nested=view.raw.is_nested) for rows, frame in view.rows()]
+        return self._keep([self._read(rows, frame, nested=view.raw.is_nested) for rows, frame in view.rows()])
+
+    def _keep(self, parts: Sequence[Tensor]) -> Tensor:
         weights = parts[0] if len(parts) == 1 else torch.cat(parts)
         self._alone = weights if self._passes.now is None and self._passes.root.now is None else None
         self._passes.decide(self._key, weights, holds=not self._per_token)
+        return weights
 
     @property
     def place(self) -> Place:
@@ -97,11 +122,11 @@ class GateReader:
         if self.gate.per == "last" and by_row.ndim > 2:
             return self._decided(self._last(by_row, read))
         if read is not None and by_row.ndim >= 3 and (spread := _by_row(read, frame)) is not None:
-            wide = by_row.to(torch.promote_types(by_row.dtype, torch.float32))
+            wide = _wide(by_row)
             axes = tuple(range(1, by_row.ndim - 1))
             total, others = torch.where(spread, wide, 0).sum(dim=axes), wide[0, ..., 0].numel() // read.shape[1]
             return self._decided(total / (spread.sum(dim=axes) * others).clamp(min=1))
-        wide = by_row.to(torch.promote_types(by_row.dtype, torch.float32))
+        wide = _wide(by_row)
         return self._decided(wide if by_row.ndim == 2 else reduce(wide, "rows ... d -> rows d", "mean"))
 
     def _last(self, by_row: Float[Tensor, "rows positions d"], read: Tensor | None) -> Float[Tensor, "rows d"]:
@@ -111,7 +136,7 @@ class GateReader:
                 f"gate at site {self.gate.site!r}: per='last' reads an activation (rows, positions, d), got shape "
                 f"{tuple(by_row.shape)}; choose another site, or per='sequence'"
             )
-        wide = by_row.to(torch.promote_types(by_row.dtype, torch.float32))
+        wide = _wide(by_row)
         if read is None:
             return wide[:, -1]
         places = torch.arange(read.shape[1], device=by_row.device)
@@ -119,7 +144,7 @@ class GateReader:
         return wide[torch.arange(len(by_row), device=by_row.device), where]
 
     def _per_token_of(self, by_row: Float[Tensor, "rows *positions d"]) -> Tensor:
-        by_row = by_row.to(torch.promote_types(by_row.dtype, torch.float32))
+        by_row = _wide(by_row)
         if by_row.ndim == 2:
             now = self._passes.now
             tokens = None if now is None else now.tokens
@@ -163,6 +188,11 @@ class GateReader:
         return weights
 
 
+def _wide(rows: Tensor) -> Tensor:
+    """In float32 at least."""
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
 def _by_row(read: Bool[Tensor, "B S"], frame: Frame) -> Tensor | None:
     """(B, S) as it lies in an activation whose rows are first and whose features are last; None if it does not fit."""
     spread = frame.by_token(read, rows=len(read))
@@ -178,11 +208,11 @@ class CombinedReader:
 
     def __init__(self, gate: Combination, readers: Sequence[Reader]) -> None:
         self.gate = gate
-        self._readers = tuple(readers)
+        self.readers = tuple(readers)
 
     def weights_for(self, site: str) -> Tensor:
         """The decision: per token, if one of them is."""
-        weights = [reader.weights_for(site) for reader in self._readers]
+        weights = [reader.weights_for(site) for reader in self.readers]
         if any(own.ndim == 2 for own in weights):
             weights = list(torch.broadcast_tensors(*(own[:, None] if own.ndim == 1 else own for own in weights)))
         if len({tuple(own.shape) for own in weights}) > 1:
