@@ -323,7 +323,7 @@ def _axes_known(model: nn.Module, place: Place) -> tuple[int | None, int | None]
         return 1, None  # the last states: (layers, rows, features), always
     if (known := _BY_CLASS.get(plain_class(module).__name__)) is not None:
         return known
-    around = path_to(model, place.name)[:-1]
+    around = [outer for outer in path_to(model, place.name) if outer is not place.module]
     if any(plain_class(unwrapped(outer)).__name__ in _ROWS_SECOND for outer in around):
         return 1, None
     said = [_batch_first(outer) for outer in (*around, place.module)]

@@ -65,15 +65,6 @@ class Pass:
         self.named, self.doubt, self.generation = named, doubt, generation
         self.decisions: dict[int, Tensor] = {}
 
-    @property
-    def may_have_pads(self) -> bool:
-        """Whether some of its tokens are pads, as far as is known."""
-        return self.real is not None or self.doubt is not None
-
-    def without_pads(self) -> Pass:
-        """The same, of whose pads nothing is known."""
-        return Pass(self.tokens, doses=self.doses, rows=self.rows, named=self.named, generation=self.generation)
-
     def of_answers(self, named: Mapping[str, Any]) -> Pass:
         """The same for the tokens at which a head is to answer."""
         keep: Any = named.get("logits_to_keep")
@@ -144,6 +135,12 @@ class Passes:
     def now(self) -> Pass | None:
         """The pass that runs in this context."""
         return self.current.get()
+
+    @property
+    def may_have_pads(self) -> bool:
+        """Whether the pass that runs may have pads."""
+        now = self.current.get()
+        return now is not None and (now.real is not None or now.doubt is not None)
 
     def around(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         """A call of the host."""
