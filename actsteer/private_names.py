@@ -18,7 +18,6 @@ import torch
 OLDEST = (2, 10)  # the oldest torch on which all tests pass; pyproject.toml says the same
 
 _ALL = "whatever uses it: an AttributeError names it"
-_COMPILED = "time: once torch._dynamo is loaded, every model counts as compiled"
 _CHECKPOINTS = "time, to look in every edit for a running checkpoint; and pads are steered, as under a checkpoint"
 _NAMES = "the names of sites under this wrapper"
 
@@ -29,9 +28,7 @@ PARTS: Mapping[str, str] = MappingProxyType(
         "torch._C._autograd._top_saved_tensors_default_hooks": _CHECKPOINTS,
         "torch._C._is_fwd_grad_enabled": _CHECKPOINTS,
         "torch._C._functorch.is_functorch_wrapped_tensor": "time: torch.where looks for strengths of 0",
-        "torch._dynamo.convert_frame.FRAME_COUNTER": _COMPILED,
-        "torch._dynamo.eval_frame._stance": "under set_stance: force_eager counts as compiled, and an edit that "
-        "skip_guard_eval_unsafe hides is found only after the pass (SteeringNotApplied)",
+        "torch._dynamo.eval_frame._stance": "an edit that the stance skip_guard_eval_unsafe hides is not refused",
         "torch._dynamo.eval_frame.skip_code": "silence: torch.compile warns of what it cannot trace in a checkpoint",
         "torch._inductor.freezing": "the refusal to fold into weights that compiled code has frozen",
         # of modules and tensors
@@ -63,7 +60,6 @@ PARTS: Mapping[str, str] = MappingProxyType(
         "torch.distributed.fsdp.FSDPModule._fsdp_param_group": "the same",
         "torch.distributed.fsdp.FSDPModule._fsdp_param_groups": "the same, in newer torch",
         # of transformers, accelerate and numpy
-        "transformers.output_capturing_hook": "the steering in the hidden states that the model gives out",
         "transformers.PreTrainedModel._tp_size": "statistics under tensor parallelism: every row counts once per rank",
         "transformers.PreTrainedModel._device_mesh": "the same",
         "transformers.PreTrainedModel._is_stateful": "the refusal to share prefixes where the cache is a state",
@@ -111,14 +107,10 @@ def dynamo() -> Any:
     return sys.modules.get("torch._dynamo")
 
 
-def has_compiled() -> bool:
-    """Whether torch.compile has compiled anything in this process since it was reset; True where nobody counts."""
-    return dynamo() is not None and bool(getattr(dynamo().convert_frame, "FRAME_COUNTER", 1))
-
-
-def stance() -> Any:
-    """What `torch.compiler.set_stance` has set; None where that cannot be seen."""
-    return dynamo() and getattr(dynamo().eval_frame, "_stance", None)
+def skips_guards() -> bool:
+    """Whether `torch.compiler.set_stance` has compiled code run unchecked."""
+    stance = dynamo() and getattr(dynamo().eval_frame, "_stance", None)
+    return bool(getattr(stance, "skip_guard_eval_unsafe", False))
 
 
 def leave_untraced(function: Callable[..., Any]) -> None:

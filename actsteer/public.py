@@ -49,9 +49,9 @@ from actsteer.estimators.validation import Validation as Validation
 from actsteer.estimators.whitened_mean_difference import WhitenedMeanDifference as WhitenedMeanDifference
 from actsteer.files.formats import FORMATS as FORMATS
 from actsteer.files.formats import Format as Format
-from actsteer.sites.resolve import find_sites as find_sites
 from actsteer.folding.fold import fold as fold
 from actsteer.folding.fold import unfold as unfold
+from actsteer.sites.resolve import find_sites as find_sites
 from actsteer.steering.gates.cosine_above import CosineAbove as CosineAbove
 from actsteer.steering.gates.gate import Combination as Combination
 from actsteer.steering.gates.gate import Gate as Gate
@@ -75,6 +75,8 @@ from actsteer.steering.interventions.low_rank import LowRank as LowRank
 from actsteer.steering.interventions.replace import Replace as Replace
 from actsteer.steering.interventions.rotate import Rotate as Rotate
 from actsteer.steering.steerer import Steerer as Steerer
+from actsteer.steering.steerer import detach_all as detach_all
+from actsteer.steering.steerer import steerers as steerers
 from actsteer.tuning.sweep import sweep as sweep
 from actsteer.vectors.bank import VectorBank as VectorBank
 from actsteer.vectors.site_map import SiteMap as SiteMap

@@ -78,7 +78,7 @@ def variants(setting: Setting) -> dict[str, Variant]:
         BY_HAND: lambda: hooked(model, {site: _adding(v[site]) for site in v}),
         ONE: lambda: steered(Steerer(model, v / 2, c=2.0)),
         MANY: lambda: steered(Steerer(model, bank, c=strengths)),
-        PATCH: lambda: steered(Steerer(model, v / 2, c=2.0, backend="patch")),
+        PATCH: lambda: steered(Steerer(model, v / 2, c=2.0, backend="tap")),
         BUFFER: lambda: steered(Steerer(model, v / 2, c=2.0, backend="buffer")),
         FOLD: lambda: steered(Steerer(model, v / 2, c=2.0, backend="fold")),
     }

@@ -83,7 +83,7 @@ class Ablate:
 
 # --- HookedRootModule ------------------------------------------------------------------------------------------------
 @pytest.mark.case(45, 29)
-@pytest.mark.parametrize("backend", ["hook", "patch", "buffer"])
+@pytest.mark.parametrize("backend", ["hook", "tap", "buffer"])
 @pytest.mark.parametrize("site", ["hook_embed", "hook_mid"])
 @pytest.mark.parametrize("shape", [(3, 3), (3, 5, 3)], ids=["rows", "sequences"])
 def test_a_hook_point_is_steered_as_its_own_hooks_would(site, shape, backend):
@@ -105,7 +105,7 @@ def test_the_input_of_an_identity_is_not_changed_in_place():
 
 
 @pytest.mark.case(48)
-@pytest.mark.parametrize("backend", ["hook", "patch", "buffer"])
+@pytest.mark.parametrize("backend", ["hook", "tap", "buffer"])
 def test_run_with_cache_inside_the_block_shows_the_steered_value(backend):
     model, x = lens(), normal(2, 3)
     _, plain = model.run_with_cache(x)
@@ -119,7 +119,7 @@ def test_run_with_cache_inside_the_block_shows_the_steered_value(backend):
 
 @pytest.mark.case(47)
 @pytest.mark.parametrize("permanent", [False, True])
-@pytest.mark.parametrize("backend", ["hook", "patch"])
+@pytest.mark.parametrize("backend", ["hook", "tap"])
 def test_resetting_the_hooks_inside_the_block_leaves_the_steering(backend, permanent):
     model, x = lens(), normal(2, 3)
     plain = model(x)
@@ -134,7 +134,7 @@ def test_resetting_the_hooks_inside_the_block_leaves_the_steering(backend, perma
 
 
 @pytest.mark.case(47)
-@pytest.mark.parametrize("backend", ["hook", "patch"])
+@pytest.mark.parametrize("backend", ["hook", "tap"])
 @pytest.mark.parametrize("permanent", [False, True])
 @pytest.mark.parametrize("inside", [False, True])
 def test_leaving_the_block_removes_no_hook_of_theirs(inside, permanent, backend):
@@ -230,7 +230,7 @@ def test_every_name_that_runs_is_steered_as_its_own_hooks_would(shared, cache):
 
 @pytest.mark.case(46)
 @pytest.mark.parametrize("site", ["blocks.0.attn.hook_q", "blocks.1.attn.hook_z", "blocks.0.hook_resid_post"])
-@pytest.mark.parametrize("backend", ["hook", "patch", "buffer"])
+@pytest.mark.parametrize("backend", ["hook", "tap", "buffer"])
 def test_the_cache_of_a_bridge_has_the_steered_value(shared, cache, site, backend):
     v = normal(cache[site].shape[-1], seed=2)
     with Steerer(shared, SteeringVector({site: v}), c=2, backend=backend), torch.no_grad():

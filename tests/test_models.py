@@ -257,7 +257,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize(("build", "site"), LAYERS.values(), ids=LAYERS.keys())
-@pytest.mark.parametrize("backend", ["hook", "patch"])
+@pytest.mark.parametrize("backend", ["hook", "tap"])
 @pytest.mark.case(18, 22)
 def test_a_layer_is_steered_in_all_of_its_rows_and_positions_whatever_it_gives_out(build, site, backend):
     model = build()
@@ -304,7 +304,7 @@ def test_the_input_of_the_experts_is_asked_about_and_then_steered():
 
 
 @pytest.mark.parametrize("suffix", ["", ".hidden_states", ".0"])
-@pytest.mark.parametrize("backend", ["hook", "patch"])
+@pytest.mark.parametrize("backend", ["hook", "tap"])
 @pytest.mark.case(23)
 def test_the_attention_of_llama_is_steered_at_its_input_though_it_is_passed_by_name(suffix, backend):
     model, site = llama(), f"model.layers.0.self_attn:in{suffix}"

@@ -93,9 +93,9 @@ WAYS = {
     "rows": {"c": torch.linspace(-1, 2, len(X))},
     "zero": {"c": 0.0},
     "gated": {"gate": ProjectionAbove(V, 0.5)},
-    "patch": {"backend": "patch"},
+    "tap": {"backend": "tap"},
     "buffer": {"backend": "buffer"},
-    "thread": {"scope": "thread"},
+    "thread": {"scope": "context"},
 }
 
 

@@ -133,7 +133,7 @@ def by_hand(model, inputs, site, delta, part=None, **call):
 # --- outputs of every kind -------------------------------------------------------------------------------------------
 @pytest.mark.case(18, 22, 29)
 @models
-@pytest.mark.parametrize("backend", ["auto", "patch", "buffer"])
+@pytest.mark.parametrize("backend", ["auto", "tap", "buffer"])
 def test_a_module_is_steered_as_by_hand(make, inputs, site, part, backend):
     model, v = make(), normal(D, seed=2)
     before = state(model)
@@ -245,7 +245,7 @@ def test_what_else_is_asked_of_the_model_does_not_change_what_is_edited(make, in
 # --- inputs ----------------------------------------------------------------------------------------------------------
 @pytest.mark.case(23)
 @pytest.mark.parametrize("site", ["model.layers.0.self_attn:in.hidden_states", "model.layers.0.self_attn:in.0"])
-@pytest.mark.parametrize("backend", ["hook", "patch", "buffer"])
+@pytest.mark.parametrize("backend", ["hook", "tap", "buffer"])
 def test_an_input_given_by_keyword_is_steered(site, backend):
     model, v = llama(), normal(D, seed=2)
     expected = by_hand(model, IDS, "model.layers.0.input_layernorm", v)
@@ -326,7 +326,7 @@ def test_optimize_lowers_the_loss(make, site):
 
 @pytest.mark.case(24)
 @pytest.mark.parametrize("make", [small_gpt2, llama])
-@pytest.mark.parametrize("backend", ["hook", "patch"])
+@pytest.mark.parametrize("backend", ["hook", "tap"])
 def test_autocast_keeps_the_dtype_of_every_output(make, backend):
     model = make().float()
     site = "transformer.h.0.mlp" if make is small_gpt2 else "model.layers.0.mlp"
@@ -356,7 +356,7 @@ def hidden(model, v, *, backend, c=1.5):
 
 @pytest.mark.case(41)
 @pytest.mark.parametrize(("make", "name"), CAPTURING.values(), ids=CAPTURING.keys())
-@pytest.mark.parametrize("backend", ["hook", "patch", "auto"])
+@pytest.mark.parametrize("backend", ["hook", "tap", "auto"])
 @pytest.mark.parametrize("before", [True, False], ids=["captured before", "first captured inside"])
 @pytest.mark.parametrize("layer", [0, 1])
 def test_hidden_states_show_the_edit_and_agree_with_the_logits(make, name, backend, before, layer):
@@ -378,7 +378,7 @@ def test_hidden_states_show_the_edit_and_agree_with_the_logits(make, name, backe
 
 
 @pytest.mark.case(41)
-@pytest.mark.parametrize("backend", ["hook", "patch"])
+@pytest.mark.parametrize("backend", ["hook", "tap"])
 def test_captured_attention_outputs_agree_too(backend):
     """The attention returns a tuple whose second member is captured."""
     model, v = llama(), normal(D, seed=2)
@@ -429,7 +429,7 @@ def test_hidden_states_show_the_edit_after_something_was_compiled(fresh_compiler
         if before:
             model(TOKENS, output_hidden_states=True)
     steerer = Steerer(model, SteeringVector({"model.layers.0": v}))
-    assert steerer.choices()["model.layers.0"].mechanism == "patch"
+    assert steerer.choices()["model.layers.0"].mechanism == "tap"
     with steerer, torch.no_grad():
         output = model(TOKENS, output_hidden_states=True)
     assert torch.equal(output.hidden_states[1], plain.hidden_states[1] + v)
@@ -455,7 +455,7 @@ def generate(model, v, inputs, *, backend="auto", c=3.0, **options):
 
 @pytest.mark.case(39, 8)
 @generating
-@pytest.mark.parametrize("backend", ["auto", "patch"])
+@pytest.mark.parametrize("backend", ["auto", "tap"])
 def test_generating_with_a_cache_is_generating_without(make, site, backend):
     model, v = make(), SteeringVector({site: normal(D, seed=2)})
     inputs = {"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS)}

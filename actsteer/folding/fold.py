@@ -17,6 +17,12 @@ from torch import Tensor, nn
 from actsteer.collecting.batches import call
 from actsteer.collecting.eval_mode import buffers_kept, eval_mode
 from actsteer.errors import AttachedError, NotFoldable
+from actsteer.folding import pretrained
+from actsteer.folding.affine import AffineMap, affine_maps
+from actsteer.folding.layers import kind_of, obstacle, write_input, write_output
+from actsteer.folding.proof import Proof
+from actsteer.folding.trace import Run, Trace
+from actsteer.folding.undo import Undo
 from actsteer.sites.axes import Axes, Layout
 from actsteer.sites.lens import Lens
 from actsteer.sites.listen import listen
@@ -24,13 +30,7 @@ from actsteer.sites.place import Place
 from actsteer.sites.resolve import Sites, resolve
 from actsteer.sites.shards import is_gathered_now_and_then
 from actsteer.sites.wrappers import named_modules, unwrapped
-from actsteer.steering.backends import bias as bias_backend
-from actsteer.folding import pretrained
-from actsteer.folding.affine import AffineMap, affine_maps
-from actsteer.folding.layers import kind_of, obstacle, write_input, write_output
-from actsteer.folding.proof import Proof
-from actsteer.folding.trace import Run, Trace
-from actsteer.folding.undo import Undo
+from actsteer.steering import in_bias
 from actsteer.steering.interventions.intervention import Edit
 from actsteer.steering.interventions.replace import Replace
 from actsteer.steering.plan import Interventions
@@ -148,7 +148,7 @@ def unfold(model: nn.Module) -> None:
 
 
 def _check_free(model: nn.Module) -> None:
-    if any(bias_backend.is_folded(module) for module in model.modules()):
+    if any(in_bias.is_folded(module) for module in model.modules()):
         raise AttachedError("a Steerer with backend='fold' is attached to this model; detach it first")
 
 

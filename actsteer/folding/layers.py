@@ -7,9 +7,9 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from actsteer.sites.shards import is_sharded
-from actsteer.steering.backends.mark import has_own_forward
 from actsteer.folding.affine import AffineMap
+from actsteer.sites.shards import is_sharded
+from actsteer.sites.tap import plain_class
 
 Kind: TypeAlias = Literal["linear", "transposed linear", "conv", "transposed conv", "norm", "embedding"]
 _KINDS: dict[Kind, tuple[type[nn.Module], ...]] = {
@@ -23,12 +23,12 @@ _KINDS: dict[Kind, tuple[type[nn.Module], ...]] = {
 
 def kind_of(module: nn.Module) -> Kind | None:
     """How the module's parameters make its output; None if its code is not torch's own, or transformers' Conv1D."""
-    if "forward" in module.__dict__ and not has_own_forward(module):
+    if "forward" in module.__dict__:
         return None
     if type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers."):
         return "transposed linear"
     for kind, classes in _KINDS.items():
-        if any(isinstance(module, own) and type(module).forward is own.forward for own in classes):
+        if any(isinstance(module, own) and plain_class(module).forward is own.forward for own in classes):
             return kind
     return None
 

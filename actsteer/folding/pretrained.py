@@ -13,6 +13,7 @@ from torch import nn
 from actsteer.errors import UnsupportedModelError
 from actsteer.folding.layers import made_bias
 from actsteer.folding.undo import Undo
+from actsteer.sites.tap import plain_class
 
 _FLAGS = ("mlp_bias", "attention_bias", "use_bias", "bias", "qkv_bias", "use_mlp_bias", "add_bias_linear")
 
@@ -77,7 +78,7 @@ def _shapes(model: Any, flags: tuple[str, ...]) -> dict[str, torch.Size]:
         setattr(config, flag, True)
     try:
         with torch.device("meta"):
-            return {name: tensor.shape for name, tensor in type(model)(config).state_dict().items()}
+            return {name: tensor.shape for name, tensor in plain_class(model)(config).state_dict().items()}
     except Exception:  # a constructor of the user's
         return {}
 

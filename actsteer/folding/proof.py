@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from actsteer.collecting.batches import call
 from actsteer.collecting.eval_mode import eval_mode
 from actsteer.errors import NotFoldable
-from actsteer.sites.containers import tensors_in
 from actsteer.folding.unpadded import at_tokens, unpadded
+from actsteer.sites.containers import tensors_in
 from actsteer.steering.steerer import Steerer
 from actsteer.vectors.vector import SteeringVector
 

@@ -15,12 +15,12 @@ from torch.autograd.graph import Node, saved_tensors_hooks
 from actsteer.collecting.batches import call
 from actsteer.collecting.eval_mode import eval_mode
 from actsteer.errors import NotFoldable
+from actsteer.folding.layers import kind_of
 from actsteer.sites.axes import Layout
 from actsteer.sites.containers import Arguments, tensors_in
 from actsteer.sites.lens import Lens
 from actsteer.sites.place import Place
 from actsteer.sites.wrappers import named_modules
-from actsteer.folding.layers import kind_of
 
 _VIEWS = frozenset(
     f"{name}Backward0"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
 
+from actsteer.sites import tap
 from actsteer.sites.place import Place
 from actsteer.sites.resolve import path_to
 
@@ -16,12 +18,10 @@ def listen(place: Place, callback: Callable[..., None]) -> Callable[[], None]:
     module = place.module
     if place.side == "out":
         return module.register_forward_hook(callback).remove
-    patched = getattr(module.__dict__.get("forward"), "__self__", None)
-    callbacks = getattr(patched, "callbacks", {}).get("in")  # a steering that edits the input inside of `forward`
-    if not callbacks:
+    if not any(entry.when == "before" for entry in tap.entries_of(module)):
         return module.register_forward_pre_hook(callback, with_kwargs=True).remove
-    callbacks.append(callback)
-    return lambda: callbacks.remove(callback)
+    tap.put(module, "before", callback, owner=None)  # a steering that edits the input comes after all hooks
+    return partial(tap.take_off, module, "before", callback)
 
 
 def likely_cause(model: nn.Module, place: Place) -> str:

@@ -1,101 +1,148 @@
-"""attach_all: put a plan's edits on the model, each by its backend; all of them or, if anything fails, none."""
+"""attach_all: put a plan's edits on the model, each by its backend."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, Protocol, final, runtime_checkable
 
+import torch
 from torch import nn
 
 from actsteer.errors import UnsupportedModelError
-from actsteer.sites.place import Place
+from actsteer.sites import tap
+from actsteer.sites.place import Place, Side
 from actsteer.sites.resolve import path_to
-from actsteer.sites.shards import is_sharded
-from actsteer.sites.wrappers import named_modules, uncompiled, unwrapped
-from actsteer.steering import generation
-from actsteer.steering.backends import bias, buffer, hook, patch
-from actsteer.steering.backends.choose import Backend, Choice, Mechanism, Scope, choose
-from actsteer.steering.backends.mark import has_own_forward
-from actsteer.steering.backends.order import check_order
+from actsteer.sites.wrappers import uncompiled
+from actsteer.steering import in_bias
+from actsteer.steering.choose import Backend, Choice, choose
+from actsteer.steering.edit import SiteEdit
+from actsteer.steering.handles import Handles
 from actsteer.steering.plan import Plan
-from actsteer.steering.watch import Begin, End, InThread, Watch
+from actsteer.steering.scope import Presence
+from actsteer.tokens import generation, passes
+
+_FUSED = (nn.TransformerEncoderLayer, nn.MultiheadAttention)  # run a fused kernel unless a module in them has a hook
+_WHEN = {"in": "before", "out": "after"}
 
 
-def choices(plan: Plan, *, backend: Backend, scope: Scope) -> dict[str, Choice]:
+@runtime_checkable
+class Steers(Protocol):
+    """A Steerer, to those that must not know the class."""
+
+    def edits_at(self, module: nn.Module, side: Side) -> list[SiteEdit]:
+        """Its edits of what a module takes, or gives."""
+        ...
+
+
+@final
+class Watch:
+    """Notes that the model ran."""
+
+    def __init__(self) -> None:
+        self.ran = False
+        self.leave: Callable[[], None] | None = None
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        """After the model's forward pass; one is proof enough, and the others need not pay."""
+        self.ran = True
+        if not torch.compiler.is_compiling() and self.leave is not None:
+            self.leave()
+
+
+def choices(plan: Plan, *, backend: Backend) -> dict[str, Choice]:
     """Site -> the backend that would serve it now, and why.
 
     Raises:
         UnsupportedModelError: one was asked for that would not be honoured there.
     """
-    chosen = {site: choose(plan.model, edit.place, backend=backend, scope=scope) for site, edit in plan.edits.items()}
+    chosen = {site: choose(plan.model, edit.place, backend=backend) for site, edit in plan.edits.items()}
     for site, choice in chosen.items():
-        if choice.mechanism == "fold" and (reason := bias.obstacle(plan.edits[site], plan.model)) is not None:
+        if choice.mechanism == "fold" and (reason := in_bias.obstacle(plan.edits[site], plan.model)) is not None:
             raise UnsupportedModelError(f"site {site!r} cannot be folded: {reason}; use another backend")
     return chosen
 
 
-def attach_all(plan: Plan, watch: Watch, chosen: Mapping[str, Choice], *, backend: Backend, scope: Scope) -> ExitStack:
-    """Attach the edits, the gates before them, and the watch at the model itself; returns what removes them again."""
-    listens: Backend = backend if backend in ("patch", "buffer") else "auto"
-    model = uncompiled(plan.model)
-    root = Place("", "", model)
-    with ExitStack() as handles:
+def attach_all(
+    handles: Handles,
+    plan: Plan,
+    watch: Watch,
+    chosen: Mapping[str, Choice],
+    *,
+    backend: Backend,
+    presence: Presence | None,
+    owner: Steers,
+) -> None:
+    """Attach the passes, the gates, the edits and the watch at the model itself; `handles` takes them off again.
 
-        def add(place: Place, callback: Callable[..., Any], mechanism: Mechanism) -> Callable[[], None]:
-            remove = _attach(plan.model, place, InThread(callback) if scope == "thread" else callback, mechanism)
-            handles.callback(remove)
-            return remove
+    Args:
+        presence: of a steering of one context alone.
+        owner: the Steerer.
+    """
 
-        ends: list[tuple[Place, Callable[..., Any], Mechanism]] = []
-        for passes in plan.passes:
-            if passes.readers or passes.is_read or passes.sees_inputs:
-                place = _place_of(plan.model, passes.host)
-                mechanism = choose(plan.model, place, backend=listens, scope=scope).mechanism
-                add(replace(place, side="in"), Begin(passes), mechanism)
-                ends.append((place, End(passes), mechanism))
-        if any(passes.sees_inputs for passes in plan.passes):
-            handles.callback(generation.attach(model, plan.passes, plan.readers, one_thread=scope == "thread"))
-        for reader in plan.readers:
-            add(reader.place, reader, choose(plan.model, reader.place, backend=listens, scope=scope).mechanism)
-        if backend == "buffer":
-            handles.callback(buffer.hold(plan))
-        for site, edit in plan.edits.items():
-            check_order(edit, chosen[site].mechanism)
-            if chosen[site].mechanism == "fold":
-                handles.callback(bias.attach(edit, plan.model))
-            else:
-                add(edit.place, edit.on_input if edit.place.side == "in" else edit.on_output, chosen[site].mechanism)
-        for end in ends:  # after an edit of the model's own output
-            add(*end)
-        watch.leaves = []
-        leaves = [add(root, watch, mechanism) for mechanism in _watched_by(plan.model, root, backend)]
-        if _nothing_compiled(plan.model, root) and backend != "buffer":
-            watch.leaves = leaves
-        return handles.pop_all()
-    raise AssertionError  # for the type checker, to whom an ExitStack might swallow an exception
+    def put(module: nn.Module, when: str, callback: Callable[..., Any], by: tap.By = "tap") -> Callable[[], None]:
+        if presence is not None and callback is not tap.idle:
+            callback = presence.only(callback, around=when not in ("before", "after"))
+        remove = partial(tap.take_off, module, when, callback)
+        handles.add(remove)
+        tap.put(module, when, callback, owner=owner, by=by)
+        return remove
 
+    def put_at(place: Place, callback: Callable[..., Any], by: tap.By) -> None:
+        if any(isinstance(outer, _FUSED) for outer in path_to(plan.model, place.name)[:-1]):
+            put(place.module, "after", tap.idle, "hook")
+        put(place.module, _WHEN[place.side], callback, by)
 
-def _place_of(model: nn.Module, module: nn.Module) -> Place:
-    inside = module is not model and module is not unwrapped(model)
-    name = next((name for name, own in named_modules(model) if own is module), "") if inside else ""
-    return Place(name, name, module)
-
-
-def _watched_by(model: nn.Module, root: Place, backend: Backend) -> list[Mechanism]:
-    """A patch sees a call of `forward` alone, and compiled code sees it; a hook sees a forward that covers it."""
-    if is_sharded(root.module):
-        return ["hook"]
-    foreign = "forward" in root.module.__dict__ and not has_own_forward(root.module)
-    return ["hook", "patch"] if foreign or (_nothing_compiled(model, root) and backend != "buffer") else ["patch"]
-
-
-def _nothing_compiled(model: nn.Module, root: Place) -> bool:
-    return choose(model, root, backend="auto").mechanism == "hook"
+    if presence is not None:
+        handles.add(presence.end)
+        presence.begin()
+    asks = any(own.sees_inputs or own.positions for own in plan.passes)
+    for module, around in passes.taps(plan.passes) if asks or plan.readers else ():
+        put(uncompiled(module), "around", around)
+    if any(own.sees_inputs for own in plan.passes):
+        for module, name, around in generation.taps(uncompiled(plan.model), plan.passes):
+            put(module, name, around)
+    for reader in plan.readers:
+        by: tap.By = "hook"
+        if backend != "hook" and choose(plan.model, reader.place, backend="auto").mechanism == "tap":
+            by = "tap"
+        put_at(reader.place, reader, by)
+    if backend == "buffer":
+        handles.add(plan.release)
+        plan.hold()
+    for site, edit in plan.edits.items():
+        mechanism = chosen[site].mechanism
+        if mechanism == "fold":
+            handles.add(partial(in_bias.take_off, edit))
+            in_bias.put(edit, plan.model, owner=owner)
+        else:
+            _check_order(edit, mechanism)
+            put_at(edit.place, edit.on_input if edit.place.side == "in" else edit.on_output, mechanism)
+    leave = put(uncompiled(plan.model), "after", watch.after)
+    watch.leave = None if backend == "buffer" else leave  # what is installed serves later blocks too
 
 
-def _attach(model: nn.Module, place: Place, callback: Callable[..., Any], mechanism: Mechanism) -> Callable[[], None]:
-    if mechanism == "patch":
-        return patch.attach(place, callback, around=path_to(model, place.name)[:-1])
-    return hook.attach(place, callback)
+def owners_at(module: nn.Module) -> list[Steers]:
+    """The Steerers that have something at a module, in the order entered."""
+    owners = [entry.owner for entry in tap.entries_of(module)] + in_bias.owners_at(module)
+    return [owner for owner in dict.fromkeys(owners) if isinstance(owner, Steers)]
+
+
+def _check_order(edit: SiteEdit, by: tap.By) -> None:
+    """Steerers that nest edit in the order entered, which a hook and a tap on one module may not keep.
+
+    It matters only to edits that do not commute, which is to say, not to sums.
+
+    Raises:
+        UnsupportedModelError: the site is steered already, and this edit would come before that one.
+    """
+    module, side = edit.place.module, edit.place.side
+    runs_first: tap.By = "tap" if side == "out" else "hook"
+    for entry in tap.entries_of(module):
+        if entry.when != _WHEN[side] or entry.by == by or by != runs_first or not isinstance(entry.owner, Steers):
+            continue
+        if not all(other.is_sum for other in (edit, *entry.owner.edits_at(module, side))):
+            raise UnsupportedModelError(
+                f"site {edit.place.site!r} is steered already, and by {by} this edit would come before that; enter "
+                "them in the other order, or give both the same backend"
+            )

@@ -26,9 +26,9 @@ class Checkpointing:
     is gone by then, the gradients are those of another function, and nothing fails.
     """
 
-    def __init__(self, model: nn.Module, *, one_thread: bool) -> None:
+    def __init__(self, model: nn.Module, *, one_context: bool) -> None:
         self._model = model
-        self._one_thread = one_thread
+        self._one_context = one_context
         self._waiting: list[_Pass] = []
         self._graphs: WeakSet[_Pass] = (
             WeakSet()
@@ -46,9 +46,9 @@ class Checkpointing:
         frame = _checkpoint_frame()
         if frame is None:
             return bool(self._waiting)  # what is waited for must come all the way here
-        if self._one_thread:
+        if self._one_context:
             raise UnsupportedModelError(
-                "gradient checkpointing may recompute in a thread of autograd's own, which scope='thread' would not "
+                "gradient checkpointing may recompute in a thread of autograd's own, which scope='context' would not "
                 "steer; use scope='process'"
             )
         caller = frame.f_code.co_name

@@ -8,15 +8,15 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
-from actsteer.collecting.positions import Positions
 from actsteer.sites.wrappers import class_name
-from actsteer.steering.backends.choose import Choice
-from actsteer.steering.backends.order import edits_at
+from actsteer.steering.attach import Steers
+from actsteer.steering.choose import Choice
 from actsteer.steering.edit import SiteEdit
 from actsteer.steering.interventions.chain import Chain
 from actsteer.steering.interventions.intervention import Intervention, PerSite
 from actsteer.steering.interventions.keep_norm import KeepNorm
 from actsteer.steering.strength import PerConcept, Schedule
+from actsteer.tokens.positions import Positions
 from actsteer.vectors.bank import VectorBank
 
 
@@ -26,6 +26,7 @@ def explain(
     edits: Mapping[str, SiteEdit],
     choices: Mapping[str, Choice],
     strengths: PerConcept,
+    others: Mapping[str, Sequence[Steers]],
 ) -> str:
     """One paragraph per site: the activation, the axis, the backend and why; each concept, in the order in which they
     edit, with its intervention and strength; how far the concepts overlap, and which of them do not commute."""
@@ -51,7 +52,7 @@ def explain(
             where = "" if positions is None else f", at {_where(positions)}"
             lines.append(f"    {bank.concepts[index]}: {kind}, c = {c}, norm {norm:.4g}{gated}{where}")
         lines += _overlaps(edit, [bank.concepts[index] for index in edit.concepts])
-        lines += _others(edit)
+        lines += _others(edit, others[site])
     return "\n".join(lines)
 
 
@@ -89,14 +90,11 @@ def _overlaps(edit: SiteEdit, concepts: Sequence[str]) -> list[str]:
     return lines
 
 
-def _others(edit: SiteEdit) -> list[str]:
-    """The edits that other Steerers have put there before."""
-    lines = []
-    for other in edits_at(edit.place):
-        if other is not edit:
-            kinds = ", ".join(_named(intervention) for intervention in other.interventions)
-            lines.append(f"    steered already, by another Steerer: {kinds}")
-    return lines
+def _others(edit: SiteEdit, others: Sequence[Steers]) -> list[str]:
+    """The edits that other Steerers have put there."""
+    theirs = [own for other in others for own in other.edits_at(edit.place.module, edit.place.side)]
+    kinds = [", ".join(map(_named, own.interventions)) for own in theirs]
+    return [f"    steered already, by another Steerer: {kind}" for kind in kinds]
 
 
 def commute(one: Intervention, v: Tensor, other: Intervention, w: Tensor) -> bool:

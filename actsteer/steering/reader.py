@@ -7,17 +7,16 @@ from typing import Any, Protocol, final, runtime_checkable
 
 import torch
 from einops import rearrange, reduce
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from actsteer.errors import GateError
 from actsteer.sites.axes import Layout
 from actsteer.sites.lens import Frame, Lens
 from actsteer.sites.place import Place
-from actsteer.steering.copies import Uncopied
 from actsteer.steering.gates.gate import AnyGate, Combination, Gate
-from actsteer.steering.passes import Now, Passes
-from actsteer.steering.per_thread import PerThread
+from actsteer.tokens.passes import Pass, Passes
+from actsteer.tokens.real import real_at
 
 
 @runtime_checkable
@@ -35,29 +34,34 @@ class Reader(Protocol):
 
 
 @final
-class GateReader(Uncopied):
+class GateReader:
     """A hook at a gate's site.
 
     A decision per sequence is one on its prompt. It is made in the pass that computes the prompt, and holds until the
     generation ends; a decision per token is made in every pass, for its tokens.
+
+    Args:
+        key: tells the gate from others of the same Steerer.
     """
 
-    def __init__(self, gate: Gate, place: Place, layout: Layout, passes: Passes) -> None:
+    def __init__(self, gate: Gate, place: Place, layout: Layout, passes: Passes, *, key: int) -> None:
         self.gate = gate
         self.lens = Lens(place, layout)
-        self._weights: PerThread[Tensor] = PerThread()
-        self._passes = passes
+        self._alone: Tensor | None = None  # decided while no pass of the model runs, but a part of it
+        self._passes, self._key = passes, key
         self._per_token = gate.per == "token"
 
     def __call__(self, module: nn.Module, args: Any, last: Any) -> None:
         """Decide; `last` is the output, or the keyword arguments."""
-        if self._holds and self._weights.get() is not None:
+        if not self._per_token and self._passes.decided(self._key, before=True) is not None:
             return
         view = self.lens.heard(module, args, last)
         if view.packed is not None:
             raise GateError(f"gate at site {self.gate.site!r}: a packed sequence has no rows; gate at an earlier site")
         parts = [self._read(rows, frame, nested=view.raw.is_nested) for rows, frame in view.rows()]
-        self._weights.set(parts[0] if len(parts) == 1 else torch.cat(parts))
+        weights = parts[0] if len(parts) == 1 else torch.cat(parts)
+        self._alone = weights if self._passes.now is None and self._passes.root.now is None else None
+        self._passes.decide(self._key, weights, holds=not self._per_token)
 
     @property
     def place(self) -> Place:
@@ -66,26 +70,14 @@ class GateReader(Uncopied):
 
     def weights_for(self, site: str) -> Tensor:
         """The decision; GateError if the gate's site has not run yet in this forward pass."""
-        weights = self._weights.get()
+        weights = self._passes.decided(self._key)
+        weights = self._alone if weights is None else weights
         if weights is None:
             raise GateError(
                 f"site {site!r} runs before site {self.gate.site!r}, where its gate reads; fit the gate at the steered "
                 "site or at an earlier one, and in the same part of the model if that is checkpointed"
             )
         return weights
-
-    def notice(self, now: Now | None) -> None:
-        """Decide anew in the next forward pass, unless the decision holds for a whole generation."""
-        if not self._holds:
-            self.release()
-
-    def release(self) -> None:
-        """Decide anew, whatever was decided."""
-        self._weights.set(None)
-
-    @property
-    def _holds(self) -> bool:
-        return self._passes.generating.get() is not None and not self._per_token
 
     def _read(self, activation: Float[Tensor, "*shape d"], frame: Frame, *, nested: bool) -> Tensor:
         by_row = frame.rows_first(activation)
@@ -94,22 +86,40 @@ class GateReader(Uncopied):
                 f"gate at site {self.gate.site!r}: the activation has shape {frame.shape} and no axis of rows; give "
                 "the model a batch"
             )
+        now = self._passes.now
+        if not nested and now is not None:
+            frame.check_rows(now.rows)
         if self._per_token:
             return self._per_token_of(by_row)
-        now = self._passes.now
         if now is None and by_row.ndim == 3:
             self._passes.check_runs()
-        mask = None if now is None or nested else self._prompt(now)
-        if mask is not None and by_row.ndim == 3:
-            assert now is not None and now.tokens is not None
-            spread = Frame(self.gate.site, tuple(by_row.shape), 2, 0).by_token(mask, rows=now.tokens.rows)
-            if spread is not None:
-                wide = by_row.to(torch.promote_types(by_row.dtype, torch.float32))
-                total = torch.where(spread, wide, 0).sum(dim=1)
-                return self._decided((total / spread.sum(dim=1).clamp(min=1)).to(by_row.dtype))
-        return self._decided(by_row if by_row.ndim == 2 else reduce(by_row, "rows ... d -> rows d", "mean"))
+        read = None if now is None or nested else self._prompt(now, frame)
+        if self.gate.per == "last" and by_row.ndim > 2:
+            return self._decided(self._last(by_row, read))
+        if read is not None and by_row.ndim >= 3 and (spread := _by_row(read, frame)) is not None:
+            wide = by_row.to(torch.promote_types(by_row.dtype, torch.float32))
+            axes = tuple(range(1, by_row.ndim - 1))
+            total, others = torch.where(spread, wide, 0).sum(dim=axes), wide[0, ..., 0].numel() // read.shape[1]
+            return self._decided(total / (spread.sum(dim=axes) * others).clamp(min=1))
+        wide = by_row.to(torch.promote_types(by_row.dtype, torch.float32))
+        return self._decided(wide if by_row.ndim == 2 else reduce(wide, "rows ... d -> rows d", "mean"))
+
+    def _last(self, by_row: Float[Tensor, "rows positions d"], read: Tensor | None) -> Float[Tensor, "rows d"]:
+        """The last token of every prompt."""
+        if by_row.ndim != 3:
+            raise GateError(
+                f"gate at site {self.gate.site!r}: per='last' reads an activation (rows, positions, d), got shape "
+                f"{tuple(by_row.shape)}; choose another site, or per='sequence'"
+            )
+        wide = by_row.to(torch.promote_types(by_row.dtype, torch.float32))
+        if read is None:
+            return wide[:, -1]
+        places = torch.arange(read.shape[1], device=by_row.device)
+        where = (read.to(by_row.device) * places).amax(dim=1).expand(len(by_row))
+        return wide[torch.arange(len(by_row), device=by_row.device), where]
 
     def _per_token_of(self, by_row: Float[Tensor, "rows *positions d"]) -> Tensor:
+        by_row = by_row.to(torch.promote_types(by_row.dtype, torch.float32))
         if by_row.ndim == 2:
             now = self._passes.now
             tokens = None if now is None else now.tokens
@@ -125,7 +135,7 @@ class GateReader(Uncopied):
         flat = self._decided(rearrange(by_row, "b s d -> (b s) d"))
         return rearrange(flat, "(b s) -> b s", b=by_row.shape[0])
 
-    def _prompt(self, now: Now) -> Tensor | None:
+    def _prompt(self, now: Pass, frame: Frame) -> Tensor | None:
         """Which of the tokens are those of the prompt, and no pads; None where all are."""
         tokens = now.tokens
         if tokens is None:
@@ -137,9 +147,10 @@ class GateReader(Uncopied):
                 "chunks, or a gate with per='token'"
             )
         assert tokens.prompt is not None
+        real_at(frame, now)  # where pads cannot be told, it is refused
         if tokens.prompt == tokens.length:
             return now.real
-        inside = tokens.in_prompt[None]
+        inside = tokens.in_prompt[None].expand(tokens.rows, tokens.length)
         return inside if now.real is None else inside & now.real
 
     def _decided(self, rows: Float[Tensor, "rows d"]) -> Tensor:
@@ -152,8 +163,17 @@ class GateReader(Uncopied):
         return weights
 
 
+def _by_row(read: Bool[Tensor, "B S"], frame: Frame) -> Tensor | None:
+    """(B, S) as it lies in an activation whose rows are first and whose features are last; None if it does not fit."""
+    spread = frame.by_token(read, rows=len(read))
+    if spread is None or frame.row_axis is None:
+        return None
+    last = spread.movedim(frame.axis, -1)
+    return frame.rows_first(last)
+
+
 @final
-class CombinedReader(Uncopied):
+class CombinedReader:
     """The decisions of several gates, combined."""
 
     def __init__(self, gate: Combination, readers: Sequence[Reader]) -> None:

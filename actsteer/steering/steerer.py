@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from types import MappingProxyType, TracebackType
 from typing import Any, final
 
@@ -13,16 +13,20 @@ from torch import Tensor, nn
 from actsteer.errors import AttachedError, SteeringNotApplied, UnsupportedModelError
 from actsteer.sites.axes import Axes
 from actsteer.sites.listen import likely_cause
-from actsteer.sites.resolve import Sites
-from actsteer.steering.attach import attach_all, choices
-from actsteer.steering.backends.choose import Backend, Choice, Scope, check
+from actsteer.sites.place import Side
+from actsteer.sites.resolve import Sites, are_there
+from actsteer.sites.tap import lock
+from actsteer.steering.attach import Watch, attach_all, choices, owners_at
 from actsteer.steering.checkpointing import Checkpointing
+from actsteer.steering.choose import Backend, Choice, check
 from actsteer.steering.edit import Fired, SiteEdit
 from actsteer.steering.explain import explain
+from actsteer.steering.handles import Handles
 from actsteer.steering.interventions.intervention import Edit
 from actsteer.steering.plan import AllPositions, Gates, Interventions, make_plan
+from actsteer.steering.scope import Presence, Scope
 from actsteer.steering.strength import Strength, Strengths, strengths_of
-from actsteer.steering.watch import Watch
+from actsteer.tokens.whose import Masks
 from actsteer.vectors.bank import VectorBank
 from actsteer.vectors.vector import SteeringVector
 
@@ -56,11 +60,18 @@ class Steerer:
             "generated" does not. Pads never are.
         sites: steer only these of the vectors' sites: names, globs, modules, or a predicate on (name, module).
         axis: the feature axis, of every site or site -> axis, where it is not the one that the module's class tells.
-        backend: "auto" takes a hook, or under code that is compiled already, which ignores hooks, a patch of the
-            module's `forward`. "buffer" keeps the strengths in tensors that compiled code reads (see `install`).
-            "fold" writes c · v into the module's bias: no cost at all, and it works in scripted, exported and frozen
-            code; but `state_dict` shows it, a copy made inside the block keeps it, and that it ran cannot be proved.
-        scope: "process": every thread that runs the model is steered. "thread": the attaching thread alone; eager only.
+        row_axis, token_axis: the axes of the batch's rows and of its tokens, likewise; the rows lie on axis 0, and the
+            tokens on the axis that remains, unless the module's class says otherwise. What cannot be told is refused.
+        mask: where the call has its token mask, 1 for a token and 0 for a pad, if not under a usual name: the name of
+            the argument, a dotted path into it ("batch.attention_mask", "args.1"), or a callable of the inputs by name
+            that makes it; for every site, or site -> mask. {site: None}: its tokens are not those of the call.
+        backend: "auto" takes a tap, a subclass in the place of the module's class, which works in eager and in compiled
+            code; or a hook, where the module is sharded, or lazy. "buffer" keeps the strengths in tensors that compiled
+            code reads (see `install`). "fold" writes c · v into the module's bias: no cost at all, and it works in
+            scripted, exported and frozen code; but `state_dict` shows it, a copy made inside the block keeps it, and
+            that it ran cannot be proved.
+        scope: "process": every thread that runs the model is steered. "context": the attaching thread or asyncio task
+            alone.
         strict: on leaving, raise if the model ran and a site did not.
 
     Raises:
@@ -94,6 +105,9 @@ class Steerer:
         positions: AllPositions | None = None,
         sites: Sites | None = None,
         axis: Axes | None = None,
+        row_axis: Axes | None = None,
+        token_axis: Axes | None = None,
+        mask: Masks | None = None,
         backend: Backend = "auto",
         scope: Scope = "process",
         strict: bool = True,
@@ -115,10 +129,10 @@ class Steerer:
         self._intervention: Interventions | None = intervention
         self._gate = gate
         self._positions = positions
+        self._tells = {"row_axis": row_axis, "token_axis": token_axis, "mask": mask}
         self._backend, self._scope, self._strict = backend, scope, strict
-        self._handles: ExitStack | None = None
-        self._installed: ExitStack | None = None
-        self._checkpointing = Checkpointing(model, one_thread=scope == "thread")
+        self._attached, self._installed = Handles(), Handles()
+        self._checkpointing = Checkpointing(model, one_context=scope == "context")
         self._plan = make_plan(
             model,
             vectors,
@@ -127,6 +141,9 @@ class Steerer:
             positions=positions,
             sites=sites,
             axis=axis,
+            row_axis=row_axis,
+            token_axis=token_axis,
+            mask=mask,
             checkpointing=self._checkpointing,
         )
         self._watch = Watch()
@@ -142,7 +159,7 @@ class Steerer:
     @c.setter
     def c(self, c: Strengths) -> None:
         strengths = strengths_of(c, self._places)
-        if self._installed is None or self._handles is not None:  # what is installed and not attached stays at 0
+        if not self._installed or self._attached:  # what is installed and not attached stays at 0
             self._plan.set_strengths(strengths)
         self._strengths = strengths
         kept = {name: _kept(own) for name, own in c.items()} if isinstance(c, Mapping) else _kept(c)
@@ -156,7 +173,7 @@ class Steerer:
     @property
     def attached(self) -> bool:
         """Whether the model is being steered now."""
-        return self._handles is not None
+        return bool(self._attached)
 
     @property
     def edits(self) -> Mapping[str, SiteEdit]:
@@ -180,13 +197,13 @@ class Steerer:
         Raises:
             UnsupportedModelError: one was asked for that would not be honoured there.
         """
-        return choices(self._plan, backend=self._backend, scope=self._scope)
+        return choices(self._plan, backend=self._backend)
 
     def explain(self) -> str:
         """Print, and return, what would be edited where: by which backend, along which axis, with which strength."""
-        present = self._handles is not None or self._installed is not None
-        chosen = self._chosen if present else self.choices()
-        text = explain(self.model, self.bank, self.edits, chosen, self._strengths)
+        chosen = self._chosen if self._attached or self._installed else self.choices()
+        others = {site: self._others_at(edit) for site, edit in self.edits.items()}
+        text = explain(self.model, self.bank, self.edits, chosen, self._strengths, others)
         print(text)
         return text
 
@@ -210,32 +227,44 @@ class Steerer:
         """The vectors as they are now, after training perhaps; otherwise those that were given."""
         return self._plan.vectors()
 
+    def edits_at(self, module: nn.Module, side: Side) -> list[SiteEdit]:
+        """Its edits of what a module takes, or gives."""
+        return [edit for edit in self.edits.values() if edit.place.module is module and edit.place.side == side]
+
     def attach(self) -> Steerer:
         """Start steering, until `detach`; all sites or, if anything fails, none.
 
         Raises:
             AttachedError: it is attached already.
+
+        Warns:
+            UserWarning: an equal Steerer is attached already, as by a cell of a notebook that runs twice.
         """
-        if self._handles is not None:
-            raise AttachedError(f"{self!r} is attached already; detach it, or make a second Steerer")
-        with ExitStack() as handles:
-            if self._installed is None:
-                handles.enter_context(self._install())
-            if self._backend == "buffer":
-                handles.callback(self._plan.silence)
-                self._plan.set_strengths(self._strengths)
-            for edit in self.edits.values():
-                edit.expect()
-            self._checkpointing.forget()
-            self._watch.ran = False
-            self._handles = handles.pop_all()
+        with lock:
+            if self._attached:
+                raise AttachedError(f"{self!r} is attached already; detach it, or make a second Steerer")
+            try:
+                if not self._installed:
+                    self._put(self._attached)
+                if self._backend == "buffer":
+                    self._attached.add(self._plan.silence)
+                    self._plan.set_strengths(self._strengths)
+                for edit in self.edits.values():
+                    edit.expect()
+                self._checkpointing.forget()
+                self._watch.ran = False
+            except BaseException:
+                self._attached.close()
+                raise
         return self
 
     def detach(self) -> None:
         """Stop steering; the model is what it was. Nothing happens if it is not attached.
 
+        An interrupted `attach` or `detach` leaves something for it to do, and it may be called again.
+
         Raises:
-            SteeringNotApplied: with `strict`, if the model ran and a site did not.
+            SteeringNotApplied: with `strict`, if the model ran and a site did not, or was replaced after it had.
         """
         if self._remove():
             self._checkpointing.leave()
@@ -248,10 +277,15 @@ class Steerer:
         From then on `attach`, `c` and `detach` write into tensors that the compiled code reads, and nothing is
         compiled again; until `uninstall`.
         """
-        if self._backend != "buffer" or self._installed is not None or self._handles is not None:
-            raise AttachedError(f"{self!r}: install is for a buffer backend that is neither installed nor attached")
-        self._installed = self._install()
-        self._plan.silence()
+        with lock:
+            if self._backend != "buffer" or self._installed or self._attached:
+                raise AttachedError(f"{self!r}: install is for a buffer backend that is neither installed nor attached")
+            try:
+                self._put(self._installed)
+                self._plan.silence()
+            except BaseException:
+                self._installed.close()
+                raise
         return self
 
     def uninstall(self) -> None:
@@ -259,9 +293,8 @@ class Steerer:
         try:
             self.detach()
         finally:
-            installed, self._installed = self._installed, None
-            if installed is not None:
-                installed.close()
+            with lock:
+                self._installed.close()
 
     def __enter__(self) -> Steerer:
         return self.attach()
@@ -286,25 +319,47 @@ class Steerer:
     def _arguments(self) -> tuple[nn.Module, VectorBank, dict[str, Any]]:
         c = dict(self._c) if isinstance(self._c, Mapping) else self._c
         options: dict[str, Any] = {"c": c, "intervention": self._intervention, "gate": self._gate, "sites": self.sites}
-        options["positions"] = self._positions
+        options |= {"positions": self._positions, **self._tells}
         options |= {"axis": self._plan.axis, "backend": self._backend, "scope": self._scope, "strict": self._strict}
         trained = any(edit.is_trained for edit in self.edits.values())
         return self.model, self.vectors if trained else self.bank, options
 
-    def _install(self) -> ExitStack:
+    def _put(self, handles: Handles) -> None:
         self._plan.find_again()
         self._chosen = self.choices()
-        return attach_all(self._plan, self._watch, self._chosen, backend=self._backend, scope=self._scope)
+        others = [own for edit in self.edits.values() for own in self._others_at(edit)]
+        if any(self._is_like(other) for other in dict.fromkeys(others)):
+            warnings.warn(
+                f"{self!r}: an equal Steerer is attached already, and this one steers once more; if a cell of a "
+                "notebook ran twice, call actsteer.detach_all(model) first",
+                UserWarning,
+                stacklevel=4,
+            )
+        presence = Presence() if self._scope == "context" else None
+        attach_all(handles, self._plan, self._watch, self._chosen, backend=self._backend, presence=presence, owner=self)
+
+    def _others_at(self, edit: SiteEdit) -> list[Steerer]:
+        """The other Steerers that edit what this edit edits."""
+        module, side = edit.place.module, edit.place.side
+        owners = [owner for owner in owners_at(module) if isinstance(owner, Steerer)]
+        return [owner for owner in owners if owner is not self and owner.edits_at(module, side)]
+
+    def _is_like(self, other: Steerer) -> bool:
+        """Whether another one does the same."""
+
+        def options(of: Steerer) -> str:
+            given = (of._c, of._intervention, of._gate, of._positions, of._tells)
+            return repr((of.sites, of.bank.concepts, *given))
+
+        if options(self) != options(other):
+            return False
+        return self.bank is other.bank or all(self.bank[name].equal(other.bank[name]) for name in self.bank)
 
     def _remove(self) -> bool:
-        handles, self._handles = self._handles, None
-        if handles is not None:
-            handles.close()
-        for passes in self._plan.passes:
-            passes.forget()
-        for reader in self._plan.readers:
-            reader.release()
-        return handles is not None
+        with lock:
+            was_attached = self.attached
+            self._attached.close()
+        return was_attached
 
     def _check_applied(self) -> None:
         silent = [edit.place for edit in self.edits.values() if edit.fired is Fired.NO]
@@ -313,6 +368,45 @@ class Steerer:
             causes = {place.site: likely_cause(self.model, place) for place in silent}
             why = "; ".join(f"{site!r}: {cause}" for site, cause in causes.items())
             raise SteeringNotApplied(f"the model ran, but these sites did not: {kinds}. {why}. Or pass strict=False")
+        places = [edit.place for edit in self.edits.values()]
+        if not are_there(self.model, places):
+            gone = [place.site for place in places if not are_there(self.model, [place])]
+            raise SteeringNotApplied(
+                f"the modules at {gone} were replaced while they were steered, and what ran since was not; replace "
+                "them before the Steerer is attached, or pass strict=False"
+            )
+
+
+def steerers(model: nn.Module) -> tuple[Steerer, ...]:
+    """The Steerers that are attached to a model, or to a part of it, in the order in which they are met in it.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2))
+    >>> import torch
+    >>> _ = Steerer(model, SteeringVector({"0": torch.ones(2)})).attach()  # whose name is lost
+    >>> len(steerers(model))
+    1
+    >>> detach_all(model)
+    >>> steerers(model)
+    ()
+    """
+    found = dict.fromkeys(owner for module in model.modules() for owner in owners_at(module))
+    return tuple(owner for owner in found if isinstance(owner, Steerer))
+
+
+def detach_all(model: nn.Module) -> None:
+    """Take off all that `steerers` lists, the last first, and what they installed.
+
+    Raises:
+        SteeringNotApplied: as `Steerer.detach`, after all are off.
+    """
+    failed: SteeringNotApplied | None = None
+    for steerer in reversed(steerers(model)):
+        try:
+            steerer.uninstall()
+        except SteeringNotApplied as error:
+            failed = failed or error
+    if failed is not None:
+        raise failed
 
 
 def _rebuilt(model: nn.Module, bank: VectorBank, options: dict[str, Any]) -> Steerer:

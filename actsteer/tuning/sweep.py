@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from actsteer.sites.axes import Axes
 from actsteer.sites.resolve import Sites
-from actsteer.steering.backends.choose import Backend
+from actsteer.steering.choose import Backend
 from actsteer.steering.interventions.intervention import Edit
 from actsteer.steering.plan import AllPositions, Gates, Interventions
 from actsteer.steering.steerer import Steerer

@@ -149,7 +149,7 @@ def test_a_list_may_mix_names_patterns_modules_and_predicates():
 
 
 @pytest.mark.parametrize("site", ["1", "1:in", "part:in"])
-@pytest.mark.parametrize("backend", ["hook", "patch"])
+@pytest.mark.parametrize("backend", ["hook", "tap"])
 def test_inside_a_steerer_the_steered_activation_is_recorded_on_either_side(site, backend):
     model = Named() if site.startswith("part") else nn.Sequential(nn.Identity(), nn.Identity())
     with Steerer(model, SteeringVector({site: torch.ones(2)}), c=2, backend=backend):
@@ -157,8 +157,8 @@ def test_inside_a_steerer_the_steered_activation_is_recorded_on_either_side(site
     assert torch.equal(record(model, X, sites=site)[site], X)
 
 
-@pytest.mark.parametrize("backend", ["hook", "patch"])
-@pytest.mark.parametrize("other", ["hook", "patch"])
+@pytest.mark.parametrize("backend", ["hook", "tap"])
+@pytest.mark.parametrize("other", ["hook", "tap"])
 @pytest.mark.parametrize("site", ["0", "0:in"])
 def test_inside_two_steerers_the_sum_is_recorded(site, backend, other):
     v = SteeringVector({site: torch.ones(2)})

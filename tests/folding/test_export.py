@@ -157,7 +157,7 @@ def _fresh():
 @pytest.mark.slow
 @pytest.mark.usefixtures("_fresh")
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch's own, before 2.13
-@pytest.mark.parametrize("backend", ["buffer", "auto", "patch"])
+@pytest.mark.parametrize("backend", ["buffer", "auto", "tap"])
 def test_an_exported_program_keeps_the_steering(tmp_path, backend):
     model = mlp()
     steerer = Steerer(model, V, c=2.0, backend=backend)

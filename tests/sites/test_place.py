@@ -114,7 +114,7 @@ class CallsNamed(nn.Module):
 
 
 @pytest.mark.parametrize("site", ["part:in", "part:in.0", "part:in.hidden"])
-@pytest.mark.parametrize("backend", ["hook", "patch"])
+@pytest.mark.parametrize("backend", ["hook", "tap"])
 @pytest.mark.case(23)
 def test_an_input_that_is_passed_by_name_alone_is_steered(site, backend):
     assert torch.equal(steered(CallsNamed(), site, backend=backend), V.expand(2, 4))

@@ -467,7 +467,7 @@ def fold_and_patch_are_refused() -> None:
     for build in (local, dtensor, fsdp, fsdp_at_the_root):
         v = SteeringVector({"up": WIDE})
         refused(lambda: Steerer(build(), v, backend="fold"), "its parameters are sharded")  # noqa: B023
-        refused(lambda: Steerer(build(), v, backend="patch"), "its parameters are sharded")  # noqa: B023
+        refused(lambda: Steerer(build(), v, backend="tap"), "its parameters are sharded")  # noqa: B023
 
 
 @check

@@ -28,7 +28,7 @@ class Fork(nn.Module):
         return self.right.forward(x) if path == "bypassed" else self.right(x) if path in ("both", "right") else x
 
 
-EAGER = pytest.mark.parametrize("backend", ["hook", "patch", "buffer"])
+EAGER = pytest.mark.parametrize("backend", ["hook", "tap", "buffer"])
 
 
 def steered(model, *paths, vector=V, **options):
@@ -149,7 +149,7 @@ def message(model, v, *args, **options):
 
 
 @pytest.mark.case(13)
-@pytest.mark.parametrize("backend", ["hook", "patch"])
+@pytest.mark.parametrize("backend", ["hook", "tap"])
 def test_the_projection_of_attention_is_never_called(backend):
     attention, x = nn.MultiheadAttention(4, 2), torch.ones(3, 2, 4)
     said = message(attention, SteeringVector({"out_proj": torch.ones(4)}), x, x, x, backend=backend)
@@ -185,7 +185,7 @@ def test_an_unused_module_and_a_direct_call_of_forward_are_told(path):
 
 
 @pytest.mark.case(17)
-@pytest.mark.parametrize("backend", ["patch", "buffer"])
+@pytest.mark.parametrize("backend", ["tap", "buffer"])
 def test_a_direct_call_of_forward_is_steered_by_a_patch(backend):
     model = Fork()
     with Steerer(model, V.select("right"), backend=backend):
@@ -194,7 +194,7 @@ def test_a_direct_call_of_forward_is_steered_by_a_patch(backend):
 
 
 @pytest.mark.case(17)
-@pytest.mark.parametrize("backend", ["hook", "patch"])
+@pytest.mark.parametrize("backend", ["hook", "tap"])
 def test_a_direct_call_of_the_roots_forward_is_not_taken_for_a_lost_edit(backend):
     model = Fork()
     with Steerer(model, V, backend=backend):

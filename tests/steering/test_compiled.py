@@ -114,7 +114,7 @@ whole_graphs = pytest.mark.parametrize(
 
 
 @pytest.mark.case(1, 2, 3, 4, 6)
-@pytest.mark.parametrize("backend", ["auto", "patch", "buffer"])
+@pytest.mark.parametrize("backend", ["auto", "tap", "buffer"])
 @whole_graphs
 def test_warm_compiled_code_honours_every_entry_and_every_exit(way, backend, fullgraph):
     model, call = way(exact(), backend="eager", fullgraph=fullgraph)
@@ -730,12 +730,12 @@ def test_scope_thread_is_refused_where_code_is_compiled():
     model = exact()
     torch.compile(model, backend="eager")(X)
     with pytest.raises(TypeError, match=r"site '1': code has been compiled .* no threads; use scope='process'"):
-        Steerer(model, V, scope="thread")
+        Steerer(model, V, scope="context")
 
 
 def test_a_model_compiled_inside_a_threads_block_is_steered_and_left():
     model = exact()
-    with Steerer(model, V, c=2, scope="thread"):
+    with Steerer(model, V, c=2, scope="context"):
         call = torch.compile(model, backend="eager")
         assert agree(call(X), expected(add(V, 2)))
     assert agree(call(X), expected({}))
@@ -773,7 +773,7 @@ def test_any_walk_through_entering_leaving_compiling_and_calling_is_the_sum_of_w
     sites = ["0", "1", "2", "3", "4"]
     vectors = [SteeringVector({site: D.roll(i) for site in choice.sample(sites, 2)}) for i in range(5)]
     vectors[4] = SteeringVector({site: D.roll(4) for site in choice.sample(["0", "2", "4"], 2)})
-    backends = ["auto", "auto", "patch", "buffer", "fold"]
+    backends = ["auto", "auto", "tap", "buffer", "fold"]
     strengths = [1.0] * 5
     steerers = [Steerer(model, v, backend=b) for v, b in zip(vectors, backends, strict=True)]
     installed = False
@@ -812,7 +812,7 @@ def test_any_walk_through_entering_leaving_compiling_and_calling_is_the_sum_of_w
 
 # --- zero ------------------------------------------------------------------------------------------------------------
 @pytest.mark.case(28)
-@pytest.mark.parametrize("backend", ["auto", "patch", "buffer", "fold"])
+@pytest.mark.parametrize("backend", ["auto", "tap", "buffer", "fold"])
 @pytest.mark.parametrize("c", [0.0, torch.zeros(3)], ids=["a number", "per row"])
 def test_strength_zero_is_bit_for_bit_the_unsteered_compiled_model(backend, c):
     if backend == "fold" and isinstance(c, Tensor):
@@ -1057,7 +1057,7 @@ def test_two_concepts_swept_in_compiled_decoding_are_their_eager_sums(llama):
 
 @pytest.mark.case(6)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
-@pytest.mark.parametrize("backend", ["auto", "patch", "buffer"])
+@pytest.mark.parametrize("backend", ["auto", "tap", "buffer"])
 def test_a_model_that_ran_steered_is_compiled_whole_in_the_same_block(backend, mode):
     model = exact()
     with mode(), Steerer(model, SteeringVector({"2": D}), c=2, backend=backend) as steerer:

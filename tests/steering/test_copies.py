@@ -40,18 +40,18 @@ copied = pytest.mark.parametrize("duplicate", [copy.deepcopy, by_pickle, by_torc
 WAYS = {
     "auto": {},
     "hook": {"backend": "hook"},
-    "patch": {"backend": "patch"},
+    "tap": {"backend": "tap"},
     "buffer": {"backend": "buffer"},
     "gated": {"gate": ProjectionAbove(SteeringVector({"0": DIRECTION}), 0.0)},
-    "gated and patched": {"gate": ProjectionAbove(SteeringVector({"0": DIRECTION}), 0.0), "backend": "patch"},
+    "gated and patched": {"gate": ProjectionAbove(SteeringVector({"0": DIRECTION}), 0.0), "backend": "tap"},
     "gated at an input": {"gate": ProjectionAbove(SteeringVector({"0:in": DIRECTION}), 0.0)},
-    "thread": {"scope": "thread"},
-    "thread, patched": {"scope": "thread", "backend": "patch"},
+    "thread": {"scope": "context"},
+    "thread, patched": {"scope": "context", "backend": "tap"},
     "input": {"sites": "2:in"},
-    "input, patched": {"sites": "2:in", "backend": "patch"},
-    "input, thread": {"sites": "2:in", "scope": "thread"},
+    "input, patched": {"sites": "2:in", "backend": "tap"},
+    "input, thread": {"sites": "2:in", "scope": "context"},
     "root": {"sites": ""},
-    "root, patched": {"sites": "", "backend": "patch"},
+    "root, patched": {"sites": "", "backend": "tap"},
     "rows": {"c": torch.tensor([1.0, 0.0, -2.0])},
     "custom": {"intervention": mirror},
 }
@@ -129,7 +129,7 @@ def test_a_copy_trains_alone(options):
 @copied
 def test_a_copy_inside_nested_blocks_is_the_plain_one(duplicate):
     model = exact()
-    options = [{}, {"backend": "patch"}, {"scope": "thread"}, {"sites": "2:in"}]
+    options = [{}, {"backend": "tap"}, {"scope": "context"}, {"sites": "2:in"}]
     blocks = [steerer_of(model, chosen).attach() for chosen in options]
     twin = duplicate(model)
     assert torch.equal(bits(twin(X)), bits(exact()(X)))
@@ -159,7 +159,7 @@ def double(module, args, output):
 
 
 @pytest.mark.case(34, 12)
-@pytest.mark.parametrize("backend", ["hook", "patch"])
+@pytest.mark.parametrize("backend", ["hook", "tap"])
 def test_a_copy_of_a_module_with_a_fused_kernel_is_the_plain_one(backend):
     model, x = encoder(batch_first=True), normal(2, 3, 4)
     before = state(model)
@@ -175,7 +175,7 @@ def test_a_copy_can_be_compiled_at_once():
     model = exact()
     with steerer_of(model, {}):
         hooked = copy.deepcopy(model)
-    with steerer_of(model, {"backend": "patch"}):
+    with steerer_of(model, {"backend": "tap"}):
         patched = copy.deepcopy(model)
     import torch._dynamo
 
@@ -217,8 +217,8 @@ BANK = VectorBank({"a": V.select("1", "2"), "b": SteeringVector({"1": torch.ones
     "options",
     [
         {},
-        {"backend": "patch"},
-        {"scope": "thread"},
+        {"backend": "tap"},
+        {"scope": "context"},
         {"sites": "1"},
         {"intervention": mirror},
         {"axis": -1},

@@ -68,7 +68,7 @@ OPTIONS = {
     ),
     "axis": ({"axis": {"1": 1}}, "axis: 1"),
     "some sites": ({"sites": "1"}, "Sequential: 1 site, in this order"),
-    "patch": ({"backend": "patch"}, "backend: patch (as asked for)"),
+    "tap": ({"backend": "tap"}, "backend: patch (as asked for)"),
     "buffer": ({"backend": "buffer"}, "backend: buffer by patch (it is to be compiled)"),
     "fold": ({"backend": "fold", "sites": "2"}, "backend: fold (as asked for)"),
 }

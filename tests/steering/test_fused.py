@@ -70,7 +70,7 @@ SITES = {
 
 @pytest.mark.case(12)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("backend", ["hook", "patch", "buffer"])
+@pytest.mark.parametrize("backend", ["hook", "tap", "buffer"])
 @pytest.mark.parametrize(("site", "d"), SITES.items())
 def test_an_encoder_that_would_run_fused_is_steered_as_one_that_would_not(site, d, backend, mode):
     model, slow = encoder(), encoder()
@@ -88,7 +88,7 @@ def test_an_encoder_that_would_run_fused_is_steered_as_one_that_would_not(site, 
 
 
 @pytest.mark.case(12)
-@pytest.mark.parametrize("backend", ["hook", "patch"])
+@pytest.mark.parametrize("backend", ["hook", "tap"])
 def test_only_the_steered_layer_leaves_the_fused_path_and_it_comes_back(backend):
     model = encoder()
     assert fused(model)[0] == 2
@@ -98,7 +98,7 @@ def test_only_the_steered_layer_leaves_the_fused_path_and_it_comes_back(backend)
 
 
 @pytest.mark.case(12, 50)
-@pytest.mark.parametrize("backend", ["hook", "patch"])
+@pytest.mark.parametrize("backend", ["hook", "tap"])
 def test_a_layer_that_runs_twice_leaves_the_fused_path_by_either_of_its_names(backend):
     layer = encoder(layers=1).layers[0]
     model, v = nn.Sequential(layer, layer), SteeringVector({"1.linear2": D})
@@ -124,7 +124,7 @@ def test_a_fold_into_a_layer_that_runs_fused_costs_it_nothing():
 
 
 @pytest.mark.case(12)
-@pytest.mark.parametrize("backend", ["hook", "patch"])
+@pytest.mark.parametrize("backend", ["hook", "tap"])
 def test_a_gate_inside_a_fused_layer_is_read(backend):
     model, slow = encoder(), encoder()
     gate = ProjectionAbove(SteeringVector({"layers.0.linear2": normal(4, seed=7)}), 0.0)
@@ -152,7 +152,7 @@ def attention():
 
 
 @pytest.mark.case(13)
-@pytest.mark.parametrize("backend", ["hook", "patch", "buffer"])
+@pytest.mark.parametrize("backend", ["hook", "tap", "buffer"])
 @pytest.mark.parametrize("grad", [True, False])
 def test_attention_is_steered_at_the_first_of_its_results(backend, grad):
     model = attention()
@@ -164,7 +164,7 @@ def test_attention_is_steered_at_the_first_of_its_results(backend, grad):
 
 
 @pytest.mark.case(13)
-@pytest.mark.parametrize("backend", ["hook", "patch", "buffer"])
+@pytest.mark.parametrize("backend", ["hook", "tap", "buffer"])
 @pytest.mark.parametrize("grad", [True, False])
 def test_the_out_proj_of_attention_raises_and_says_what_to_steer(backend, grad):
     model = attention()
@@ -206,7 +206,7 @@ makers = pytest.mark.parametrize("make", [script, trace, export], ids=lambda mak
 
 @pytest.mark.case(15)
 @makers
-@pytest.mark.parametrize("backend", ["auto", "hook", "patch", "buffer"])
+@pytest.mark.parametrize("backend", ["auto", "hook", "tap", "buffer"])
 def test_code_that_ignores_hooks_is_refused_or_raises(make, backend):
     made = make(exact(), X)
     message = "is scripted and ignores hooks; steer the eager model|never calls this module|exported graph holds"
@@ -300,7 +300,7 @@ class Unused(nn.Module):
 
 
 @pytest.mark.case(16)
-@pytest.mark.parametrize("backend", ["auto", "hook", "patch", "buffer"])
+@pytest.mark.parametrize("backend", ["auto", "hook", "tap", "buffer"])
 @pytest.mark.parametrize("site", ["unused", "read"])
 def test_a_module_that_is_not_called_raises(site, backend):
     model = Unused()
@@ -315,7 +315,7 @@ def test_a_module_that_is_not_called_raises(site, backend):
 
 
 @pytest.mark.case(16)
-@pytest.mark.parametrize("backend", ["auto", "fold", "patch"])
+@pytest.mark.parametrize("backend", ["auto", "fold", "tap"])
 @pytest.mark.parametrize(("site", "kind", "member"), [("blocks", "ModuleList", "0"), ("named", "ModuleDict", "one")])
 def test_a_container_that_is_never_called_is_refused(site, kind, member, backend):
     message = rf"site '{site}': a {kind} is never called; name its members, .*'{site}\.{member}'"
@@ -328,7 +328,7 @@ def test_a_container_that_is_never_called_is_refused(site, kind, member, backend
 
 
 @pytest.mark.case(16)
-@pytest.mark.parametrize("backend", ["hook", "patch"])
+@pytest.mark.parametrize("backend", ["hook", "tap"])
 def test_an_inactive_hook_point_raises(backend):
     pytest.importorskip("transformer_lens")
     model = lens()

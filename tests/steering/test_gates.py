@@ -370,7 +370,7 @@ def test_evidence_that_gives_no_threshold_is_refused(positive, negative, error, 
 
 
 # --- every backend -------------------------------------------------------------------------------------------------
-EAGER = pytest.mark.parametrize("backend", ["hook", "patch", "buffer"])
+EAGER = pytest.mark.parametrize("backend", ["hook", "tap", "buffer"])
 
 
 @EAGER

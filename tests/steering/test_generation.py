@@ -233,7 +233,7 @@ def test_steerers_may_leave_in_any_order(model):
     second.attach()
     both = generate(model)
     first.detach()
-    with Steerer(model, -1 * V, positions="prompt"):
+    with Steerer(model, -2 * V, positions="prompt"):
         pass
     second_alone = generate(model)
     second.detach()

@@ -214,6 +214,6 @@ def test_a_steerer_of_one_thread_leaves_the_generation_of_others_alone():
     model = llama()
     inputs = {"input_ids": IDS.flip(1), "attention_mask": MASK.flip(1), **OPTIONS}
     plain = model.generate(**inputs)
-    with Steerer(model, V, positions="generated", scope="thread"), ThreadPoolExecutor(1) as pool:
+    with Steerer(model, V, positions="generated", scope="context"), ThreadPoolExecutor(1) as pool:
         assert torch.equal(pool.submit(lambda: model.generate(**inputs)).result(), plain)
         assert not torch.equal(model.generate(**inputs), plain)

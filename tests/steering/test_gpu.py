@@ -33,7 +33,7 @@ def on_gpu():
     return exact().cuda(), torch.arange(8.0, dtype=torch.float64).view(2, 4).cuda()
 
 
-@pytest.mark.parametrize("backend", ["hook", "patch", "buffer", "fold"])
+@pytest.mark.parametrize("backend", ["hook", "tap", "buffer", "fold"])
 def test_vectors_from_the_cpu_steer_a_model_on_the_gpu(backend):
     model, x = on_gpu()
     v = V if backend != "fold" else SteeringVector({"2": V["1"]})

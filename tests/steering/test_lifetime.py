@@ -85,8 +85,8 @@ class Lifetime(RuleBasedStateMachine):
     vectors = st.dictionaries(st.sampled_from(["0", "1", "3", "4"]), eighths(4), min_size=1).map(SteeringVector)
 
     options = st.fixed_dictionaries(
-        {"backend": st.sampled_from(["hook", "hook", "patch", "patch", "buffer", "fold"])}
-    ) | st.fixed_dictionaries({"backend": st.sampled_from(["hook", "patch"]), "scope": st.just("thread")})
+        {"backend": st.sampled_from(["hook", "hook", "tap", "tap", "buffer", "fold"])}
+    ) | st.fixed_dictionaries({"backend": st.sampled_from(["hook", "tap"]), "scope": st.just("context")})
 
     @precondition(lambda self: len(self.attached) + len(self.idle) < 4)
     @rule(a=vectors, b=vectors, c=strengths, mirrors=st.booleans(), last_only=st.booleans(), options=options)
@@ -395,14 +395,14 @@ INPUT = SteeringVector({"1": torch.ones(4), "2:in": torch.ones(4)})
 AT_LINEAR = SteeringVector({"0": torch.ones(4), "2": torch.ones(4)})
 KINDS = {
     "hook": (V, {"backend": "hook"}),
-    "patch": (V, {"backend": "patch"}),
+    "tap": (V, {"backend": "tap"}),
     "buffer": (V, {"backend": "buffer"}),
     "fold": (AT_LINEAR, {"backend": "fold"}),
     "gated": (V, {"gate": GATE}),
-    "gated, patched": (V, {"gate": GATE, "backend": "patch"}),
+    "gated, patched": (V, {"gate": GATE, "backend": "tap"}),
     "input": (INPUT, {"backend": "hook"}),
-    "input, patched": (INPUT, {"backend": "patch"}),
-    "thread": (INPUT, {"scope": "thread"}),
+    "input, patched": (INPUT, {"backend": "tap"}),
+    "thread": (INPUT, {"scope": "context"}),
     "custom": (V, {"intervention": Mirror()}),
 }
 kinds = pytest.mark.parametrize(("v", "options"), KINDS.values(), ids=KINDS.keys())
@@ -491,7 +491,7 @@ def test_wherever_attaching_fails_nothing_is_left_and_a_second_attempt_works(
 @pytest.mark.case(30)
 def test_a_keeper_that_cannot_be_registered_leaves_no_patch(monkeypatch):
     model = encoder(batch_first=True)
-    steerer = Steerer(model, SteeringVector({"layers.0.linear2": torch.ones(4)}), backend="patch")
+    steerer = Steerer(model, SteeringVector({"layers.0.linear2": torch.ones(4)}), backend="tap")
     before, register = snapshot(model), nn.Module.register_forward_hook
 
     def refuse(module, *args, **kwargs):
@@ -519,7 +519,7 @@ class Raises:
 
 
 @pytest.mark.case(30, 38)
-@pytest.mark.parametrize("backend", ["hook", "patch", "buffer"])
+@pytest.mark.parametrize("backend", ["hook", "tap", "buffer"])
 @pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt()], ids=["error", "interrupt"])
 @pytest.mark.parametrize("part", ["intervention", "gate"])
 @pytest.mark.parametrize("v", [V, INPUT], ids=["output", "input"])
@@ -540,7 +540,7 @@ def test_a_removal_that_fails_does_not_keep_the_others(monkeypatch):
     model = exact()
     outer = Steerer(model, V, c=2).attach()
     expected = model(X)
-    steerer = Steerer(model, V, backend="patch").attach()
+    steerer = Steerer(model, V, backend="tap").attach()
     model[1].forward = partial(type(model[1]).forward, model[1])  # the warning about it is an error in these tests
     with pytest.raises(UserWarning, match="the forward of ReLU was replaced while it was steered"):
         steerer.detach()
@@ -553,14 +553,14 @@ def test_a_removal_that_fails_does_not_keep_the_others(monkeypatch):
 
 # --- mixtures of backends ----------------------------------------------------------------------------------------
 @pytest.mark.case(31)
-@pytest.mark.parametrize("first", ["hook", "patch", "buffer", "fold"])
-@pytest.mark.parametrize("second", ["hook", "patch", "buffer", "fold"])
-@pytest.mark.parametrize("scope", ["process", "thread"])
+@pytest.mark.parametrize("first", ["hook", "tap", "buffer", "fold"])
+@pytest.mark.parametrize("second", ["hook", "tap", "buffer", "fold"])
+@pytest.mark.parametrize("scope", ["process", "context"])
 @pytest.mark.parametrize("lifo", [True, False], ids=["last in, first out", "first in, first out"])
 def test_two_backends_on_one_module_leave_in_any_order(first, second, scope, lifo):
     model = exact()
     before = snapshot(model)
-    scopes = [scope if backend in ("hook", "patch") else "process" for backend in (first, second)]
+    scopes = [scope if backend in ("hook", "tap") else "process" for backend in (first, second)]
     blocks = [
         Steerer(model, AT_LINEAR, c=c, backend=backend, scope=chosen)
         for c, backend, chosen in zip((1, 4), (first, second), scopes, strict=True)
@@ -579,20 +579,20 @@ def test_two_backends_on_one_module_leave_in_any_order(first, second, scope, lif
 
 
 @pytest.mark.case(31)
-@pytest.mark.parametrize("scope", ["process", "thread"])
+@pytest.mark.parametrize("scope", ["process", "context"])
 def test_edits_that_do_not_commute_are_refused_in_an_order_that_cannot_be_kept(scope):
     model = exact()
     with Steerer(model, V, intervention=Mirror(), backend="hook", scope=scope):
         during = state(model)
         with pytest.raises(UnsupportedModelError, match="is steered already, and by patch this edit would come before"):
-            Steerer(model, V, backend="patch").attach()
+            Steerer(model, V, backend="tap").attach()
         assert state(model) == during
         model(X)
 
 
 @pytest.mark.case(31)
-@pytest.mark.parametrize("backend", ["hook", "patch"])
-@pytest.mark.parametrize("scope", ["process", "thread"])
+@pytest.mark.parametrize("backend", ["hook", "tap"])
+@pytest.mark.parametrize("scope", ["process", "context"])
 def test_an_edit_that_leaves_in_the_middle_of_a_forward_takes_no_other_with_it(backend, scope):
     model = identity()
     before = snapshot(model)
@@ -641,7 +641,7 @@ class Builtin(nn.Module):
 
 
 @pytest.mark.case(36)
-@pytest.mark.parametrize("backend", ["hook", "patch", "buffer"])
+@pytest.mark.parametrize("backend", ["hook", "tap", "buffer"])
 @pytest.mark.parametrize("kind", [Static, Builtin])
 def test_a_forward_that_is_no_method_is_kept(backend, kind):
     model = nn.Sequential(kind())
@@ -652,7 +652,7 @@ def test_a_forward_that_is_no_method_is_kept(backend, kind):
 
 
 @pytest.mark.case(36)
-@pytest.mark.parametrize("backend", ["hook", "patch"])
+@pytest.mark.parametrize("backend", ["hook", "tap"])
 @pytest.mark.parametrize("order", ["around", "inside", "before and inside", "inside and after", "twice"])
 def test_accelerates_hooks_come_and_go_in_any_order(backend, order):
     hooks = pytest.importorskip("accelerate.hooks")
@@ -679,13 +679,13 @@ def test_accelerates_hooks_come_and_go_in_any_order(backend, order):
         remove()
     if order in ("inside", "inside and after", "twice"):
         add()
-        taken_out = backend == "patch" and order == "twice"  # with what lay below it; the exit says so
-        wanted = 2 * X if taken_out else 2 * (X + 3) if backend == "patch" else 2 * X + 3
+        taken_out = backend == "tap" and order == "twice"  # with what lay below it; the exit says so
+        wanted = 2 * X if taken_out else 2 * (X + 3) if backend == "tap" else 2 * X + 3
         assert torch.equal(model(X), wanted)
     if order == "inside":
         remove()
         assert torch.equal(model(X), X + 3)
-    covered = backend == "patch" and order in ("before and inside", "inside and after", "twice")
+    covered = backend == "tap" and order in ("before and inside", "inside and after", "twice")
     if covered:
         with pytest.warns(UserWarning, match="the forward of Identity was replaced while it was steered"):
             steerer.detach()
@@ -703,14 +703,14 @@ def test_accelerates_hooks_come_and_go_in_any_order(backend, order):
 
 
 @pytest.mark.case(36)
-@pytest.mark.parametrize("backend", ["hook", "patch"])
+@pytest.mark.parametrize("backend", ["hook", "tap"])
 def test_a_foreign_forward_on_top_is_kept_and_told_about(backend):
     model = identity(dtype=torch.float64)
     steerer = Steerer(model, SteeringVector({"0": torch.ones(4)}), c=3, backend=backend).attach()
     inner = model[0].forward
     foreign = model[0].forward = lambda x: 2 * inner(x)
-    assert torch.equal(model(X), 2 * (X + 3) if backend == "patch" else 2 * X + 3)
-    if backend == "patch":
+    assert torch.equal(model(X), 2 * (X + 3) if backend == "tap" else 2 * X + 3)
+    if backend == "tap":
         with pytest.warns(UserWarning, match="what lies there now may call through to the steering's"):
             steerer.detach()
     else:

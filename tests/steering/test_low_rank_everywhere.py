@@ -173,7 +173,7 @@ def test_a_sweep_takes_an_edit():
 
 
 # --- how -------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("backend", ["hook", "patch", "buffer"])
+@pytest.mark.parametrize("backend", ["hook", "tap", "buffer"])
 def test_every_backend_gives_the_same_and_leaves_the_model_as_it_was(backend):
     model, x = nn.Sequential(nn.Linear(D, D), nn.ReLU()).double(), torch.ones(4, D, dtype=torch.float64)
     before, plain = state(model), model(x)

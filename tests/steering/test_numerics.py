@@ -10,7 +10,7 @@ from actsteer import Ablate, ProjectionAbove, Steerer, SteeringVector, VectorBan
 from tests.zoo import bits, exact, identity, normal
 
 V = torch.tensor([1.0, -2.0, 0.5, 4.0])
-EAGER = pytest.mark.parametrize("backend", ["hook", "patch", "buffer"])
+EAGER = pytest.mark.parametrize("backend", ["hook", "tap", "buffer"])
 
 
 def projecting(h, v, c):
@@ -183,7 +183,7 @@ def test_the_callers_input_is_not_changed(backend, intervention, module, site):
 
 
 @pytest.mark.case(26)
-@pytest.mark.parametrize("backend", ["hook", "patch"])
+@pytest.mark.parametrize("backend", ["hook", "tap"])
 @pytest.mark.parametrize("c", [0.0, 1.0])
 def test_an_in_place_module_behind_the_site_does_not_reach_what_is_kept(backend, c):
     model = nn.Sequential(nn.Identity(), nn.ReLU(inplace=True))
@@ -239,7 +239,7 @@ calls = st.fixed_dictionaries(
 )
 
 
-@given(st.lists(calls, min_size=1, max_size=8), st.sampled_from(["hook", "patch"]), st.booleans(), st.booleans())
+@given(st.lists(calls, min_size=1, max_size=8), st.sampled_from(["hook", "tap"]), st.booleans(), st.booleans())
 def test_any_sequence_of_calls_is_at_each_one_what_a_plain_model_says(sequence, backend, gated, custom):
     model = nn.Sequential(nn.Identity(), nn.Identity())
     bank = VectorBank({name: SteeringVector({"0": base}) for name, base in zip("ab", BASES, strict=True)})

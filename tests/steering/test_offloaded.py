@@ -74,7 +74,7 @@ def slots(model):
 @pytest.mark.case(43)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize("backend", ["hook", "patch", "auto"])
+@pytest.mark.parametrize("backend", ["hook", "tap", "auto"])
 @pytest.mark.parametrize("offload", OFFLOADS)
 def test_an_offloaded_model_is_steered_as_the_whole_one(offload, backend, site, options):
     v = SteeringVector({site: DIRECTION})
@@ -141,7 +141,7 @@ def test_an_offloaded_model_can_be_fitted_and_optimized():
 
 # --- the order of the two --------------------------------------------------------------------------------------------
 @pytest.mark.case(36)
-@pytest.mark.parametrize("backend", ["hook", "patch"])
+@pytest.mark.parametrize("backend", ["hook", "tap"])
 @pytest.mark.parametrize("site", SITES)
 def test_offloading_inside_the_block_keeps_the_steering(site, backend):
     v, model = SteeringVector({site: DIRECTION}), exact()
@@ -159,7 +159,7 @@ def test_offloading_inside_the_block_keeps_the_steering(site, backend):
 
 
 @pytest.mark.case(36)
-@pytest.mark.parametrize("backend", ["hook", "patch"])
+@pytest.mark.parametrize("backend", ["hook", "tap"])
 @pytest.mark.parametrize("site", SITES)
 def test_offloading_that_comes_and_goes_inside_the_block_leaves_nothing(site, backend):
     v, model = SteeringVector({site: DIRECTION}), exact()
@@ -171,7 +171,7 @@ def test_offloading_that_comes_and_goes_inside_the_block_leaves_nothing(site, ba
 
 
 @pytest.mark.case(36)
-@pytest.mark.parametrize("backend", ["hook", "patch"])
+@pytest.mark.parametrize("backend", ["hook", "tap"])
 @pytest.mark.parametrize("site", SITES)
 def test_offloading_that_ends_inside_the_block_leaves_the_steering_or_says_so(site, backend):
     """accelerate puts the forward back that it found, and with it takes away a patch that came later."""
@@ -184,7 +184,7 @@ def test_offloading_that_ends_inside_the_block_leaves_the_steering_or_says_so(si
     if torch.equal(output, expected):
         steerer.detach()
     else:
-        assert backend == "patch"
+        assert backend == "tap"
         with pytest.raises(SteeringNotApplied, match=rf"'{site}'"), pytest.warns(UserWarning, match="was replaced"):
             steerer.detach()
     assert torch.equal(model(X), exact()(X))
@@ -192,7 +192,7 @@ def test_offloading_that_ends_inside_the_block_leaves_the_steering_or_says_so(si
 
 
 @pytest.mark.case(36)
-@pytest.mark.parametrize("backend", ["hook", "patch"])
+@pytest.mark.parametrize("backend", ["hook", "tap"])
 def test_accelerates_hooks_see_the_same_order_before_and_after(backend):
     """A hook of accelerate's runs inside of the steering when it was there first."""
 

@@ -106,7 +106,7 @@ def test_nested_steerers_may_leave_in_any_order(outer_first):
 
 
 @pytest.mark.case(50)
-@pytest.mark.parametrize("backend", ["hook", "patch", "buffer"])
+@pytest.mark.parametrize("backend", ["hook", "tap", "buffer"])
 @pytest.mark.parametrize("site", ["0", "0:in", "1", "1:in"])
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 def test_a_module_that_is_called_twice_is_edited_twice(backend, site, gated):
@@ -119,7 +119,7 @@ def test_a_module_that_is_called_twice_is_edited_twice(backend, site, gated):
 
 
 @pytest.mark.case(50)
-@pytest.mark.parametrize("backend", ["hook", "patch", "buffer"])
+@pytest.mark.parametrize("backend", ["hook", "tap", "buffer"])
 def test_a_gate_at_a_module_that_is_called_twice_decides_twice(backend):
     twice = nn.Identity()
     model = nn.Sequential(twice, twice)

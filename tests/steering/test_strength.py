@@ -162,7 +162,7 @@ def two():
 
 
 @pytest.mark.parametrize("options", ONE_OF_THEM.values(), ids=ONE_OF_THEM)
-@pytest.mark.parametrize("backend", ["hook", "patch", "buffer"])
+@pytest.mark.parametrize("backend", ["hook", "tap", "buffer"])
 @pytest.mark.parametrize("name", NAMES)
 def test_naming_one_concept_is_steering_by_it_alone_bit_for_bit(name, options, backend):
     rules = options.get("intervention")

@@ -1,4 +1,4 @@
-"""Threads: a steered model is steered in every thread, or with scope="thread" in the attaching one alone."""
+"""Threads: a steered model is steered in every thread, or with scope="context" in the attaching one alone."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -35,14 +35,14 @@ OPTIONS = {
     "rows": {"c": torch.tensor([0.0, 1.0, -0.5, 2.0])},
     "gated": {"gate": GATE},
     "custom": {"intervention": mirror},
-    "patched": {"backend": "patch"},
+    "patched": {"backend": "tap"},
 }
 each = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 
 
 @pytest.mark.case(44)
 @each
-@pytest.mark.parametrize("backend", ["hook", "patch", "buffer"])
+@pytest.mark.parametrize("backend", ["hook", "tap", "buffer"])
 def test_by_default_every_thread_is_steered(options, backend):
     model = exact()
     with Steerer(model, V, **({"backend": backend} | options)):
@@ -58,7 +58,7 @@ def test_scope_thread_steers_the_attaching_thread_alone(options, v):
     model, plain = exact(), exact()(X)
     with Steerer(model, v, **options):
         expected = model(X)
-    with Steerer(model, v, scope="thread", **options):
+    with Steerer(model, v, scope="context", **options):
         for _ in range(2):
             assert torch.equal(in_thread(model, X), plain)
             assert torch.equal(model(X), expected)
@@ -85,7 +85,7 @@ def meeting(parties):
 
 @pytest.mark.case(44)
 @pytest.mark.parametrize("site", ["2", "4:in"])
-@pytest.mark.parametrize("backend", ["hook", "patch"])
+@pytest.mark.parametrize("backend", ["hook", "tap"])
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 def test_threads_at_the_same_place_at_the_same_time_have_each_their_own_steering(site, backend, gated):
     strengths = [None, 0.5, -1.0, torch.tensor([0.0, 1.0, 2.0, -3.0])]
@@ -98,7 +98,7 @@ def test_threads_at_the_same_place_at_the_same_time_have_each_their_own_steering
     def run(chosen, c, x):
         if c is None:
             return [chosen(x) for _ in range(3)]
-        with Steerer(chosen, v, c=c, gate=gate, scope="thread", backend=backend):
+        with Steerer(chosen, v, c=c, gate=gate, scope="context", backend=backend):
             return [chosen(x) for _ in range(3)]
 
     expected = [run(alone, c, x)[0] for c, x in zip(strengths, inputs, strict=True)]
@@ -160,8 +160,8 @@ def test_a_forward_of_another_dtype_in_another_thread_does_not_change_this_one()
 
 # --- no false alarm ----------------------------------------------------------------------------------------------
 @pytest.mark.case(44)
-@pytest.mark.parametrize("scope", ["process", "thread"])
-@pytest.mark.parametrize("backend", ["hook", "patch"])
+@pytest.mark.parametrize("scope", ["process", "context"])
+@pytest.mark.parametrize("backend", ["hook", "tap"])
 def test_a_model_that_ran_in_another_thread_alone_raises_no_alarm(scope, backend):
     model = exact()
     with Steerer(model, V, scope=scope, backend=backend):
@@ -179,16 +179,16 @@ def test_with_scope_thread_another_threads_other_path_is_not_ones_own():
             return self.left(x) if left else self.right(x)
 
     model = Fork()
-    with Steerer(model, SteeringVector({"left": DIRECTION}), scope="thread"):
+    with Steerer(model, SteeringVector({"left": DIRECTION}), scope="context"):
         model(X, left=True)
         in_thread(lambda: model(X, left=False))
-    with Steerer(model, SteeringVector({"left": DIRECTION}), scope="thread"):
+    with Steerer(model, SteeringVector({"left": DIRECTION}), scope="context"):
         in_thread(lambda: model(X, left=False))
 
 
 # --- attached here, left there -----------------------------------------------------------------------------------
 @pytest.mark.case(44)
-@pytest.mark.parametrize("scope", ["process", "thread"])
+@pytest.mark.parametrize("scope", ["process", "context"])
 def test_what_one_thread_attached_another_may_detach(scope):
     model = exact()
     steerer = in_thread(Steerer(model, V, scope=scope).attach)
@@ -199,8 +199,8 @@ def test_what_one_thread_attached_another_may_detach(scope):
 
 @pytest.mark.case(44)
 def test_a_thread_that_ended_leaves_its_steering_to_no_other_thread():
-    model, plain, steerer = exact(), exact()(X), Steerer(exact(), V, scope="thread")
-    steerer = Steerer(model, V, scope="thread")
+    model, plain, steerer = exact(), exact()(X), Steerer(exact(), V, scope="context")
+    steerer = Steerer(model, V, scope="context")
     first = threading.Thread(target=steerer.attach)
     first.start()
     first.join(WAIT)
@@ -230,7 +230,7 @@ def test_threads_that_come_and_go_leave_nothing():
     def work(c):
         right = True
         for turn in range(25):
-            with Steerer(model, V if turn % 2 else INPUT, c=c, scope="thread", backend="hook" if turn % 3 else "auto"):
+            with Steerer(model, V if turn % 2 else INPUT, c=c, scope="context", backend="hook" if turn % 3 else "auto"):
                 right = right and torch.equal(model(X), expected[c])
         return right
 
@@ -243,7 +243,7 @@ def test_threads_that_come_and_go_leave_nothing():
 @pytest.mark.parametrize("backend", ["fold", "buffer"])
 def test_backends_that_all_threads_read_are_refused(backend):
     with pytest.raises(ValueError, match=f"scope='thread' isolates hooks, and the {backend} backend changes what all"):
-        Steerer(exact(), V, scope="thread", backend=backend)
+        Steerer(exact(), V, scope="context", backend=backend)
 
 
 @pytest.mark.case(44)

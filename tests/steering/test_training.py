@@ -41,7 +41,7 @@ OPTIONS = {
     "gated": {"c": 0.5, "gate": Weight()},
     "projecting": {"c": 0.125, "intervention": project},
     "projecting and gated": {"c": 0.125, "intervention": project, "gate": Weight()},
-    "patched": {"c": 0.5, "backend": "patch"},
+    "patched": {"c": 0.5, "backend": "tap"},
     "buffer": {"c": 0.5, "backend": "buffer"},
     "input": {"c": 0.5, "sites": "1:in"},
 }
@@ -107,7 +107,7 @@ def sums(x, v):
 
 
 @pytest.mark.case(27)
-@pytest.mark.parametrize("backend", ["auto", "patch", "buffer"])
+@pytest.mark.parametrize("backend", ["auto", "tap", "buffer"])
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 def test_several_steps_are_those_of_a_model_with_its_own_parameter(backend, gated):
     model, plain = smooth().requires_grad_(requires_grad=False), smooth().requires_grad_(requires_grad=False)
@@ -211,7 +211,7 @@ def test_gradients_to_a_folded_direction_are_refused():
 
 # --- training the model ------------------------------------------------------------------------------------------
 @pytest.mark.case(27)
-@pytest.mark.parametrize("backend", ["auto", "patch", "buffer"])
+@pytest.mark.parametrize("backend", ["auto", "tap", "buffer"])
 def test_training_a_steered_model_is_training_one_with_the_shift_written_in(backend):
     class Written(nn.Module):
         def forward(self, x):
@@ -283,7 +283,7 @@ def test_each_of_several_checkpoints_inside_the_block_recomputes_with_the_steeri
 
 @pytest.mark.case(51)
 @reentrant
-@pytest.mark.parametrize("backend", ["auto", "patch", "buffer"])
+@pytest.mark.parametrize("backend", ["auto", "tap", "buffer"])
 @pytest.mark.parametrize(
     "before",
     ["nothing", "a plain pass", "a pass without gradients", "a pass in inference mode", "a complete checkpoint"],
@@ -309,7 +309,7 @@ def test_leaving_before_the_backward_pass_is_warned_about(reentrant, backend, be
 
 @pytest.mark.case(51)
 @reentrant
-@pytest.mark.parametrize("backend", ["hook", "patch"])
+@pytest.mark.parametrize("backend", ["hook", "tap"])
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("intervention", [None, project], ids=["Add", "projecting"])
 @pytest.mark.parametrize("site", ["0:in", "0", "1:in", "1", ""])
@@ -473,7 +473,7 @@ def test_a_gate_outside_of_the_checkpoint_is_right_or_refused(reentrant):
 @pytest.mark.case(51)
 @reentrant
 @pytest.mark.parametrize("site", ["transformer.h.1", "transformer.h.0.mlp", "transformer.h.1:in", "transformer.ln_f"])
-@pytest.mark.parametrize("backend", ["hook", "patch"])
+@pytest.mark.parametrize("backend", ["hook", "tap"])
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")  # torch's own
 def test_a_transformers_model_with_gradient_checkpointing(reentrant, site, backend):
     model, tokens = gpt2().train(), torch.tensor([[1, 5, 3, 2]])
@@ -520,12 +520,12 @@ def test_a_transformers_model_with_gradient_checkpointing(reentrant, site, backe
 @reentrant
 def test_a_thread_scope_recomputed_by_another_thread_is_refused_or_right(reentrant):
     model, x = exact().train(), X.clone().requires_grad_()
-    with Steerer(model, V, scope="thread"):
+    with Steerer(model, V, scope="context"):
         expected = gradients(model, x, model(x))
         try:
             loss = checkpoint(model, x, use_reentrant=reentrant).square().sum()
         except UnsupportedModelError as error:
-            assert "thread" in str(error)  # noqa: PT017
+            assert "context" in str(error)  # noqa: PT017
             return
         model.zero_grad()
         x.grad = None
@@ -538,7 +538,7 @@ def test_a_thread_scope_recomputed_by_another_thread_is_refused_or_right(reentra
 
 # --- torch.func --------------------------------------------------------------------------------------------------
 @pytest.mark.case(53)
-@pytest.mark.parametrize("backend", ["auto", "patch", "buffer"])
+@pytest.mark.parametrize("backend", ["auto", "tap", "buffer"])
 @pytest.mark.parametrize("intervention", [None, project], ids=["Add", "projecting"])
 def test_transforms_of_a_steered_model_are_those_of_the_model_by_hand(backend, intervention):
     model, plain = smooth(), smooth()

@@ -40,7 +40,7 @@ def metrics(model):
         {"intervention": lambda h, v, c: h * (1 + c * v)},
         {"gate": ProjectionAbove(SteeringVector({"0": torch.ones(4)}), 0.0)},
         {"axis": -1, "backend": "hook"},
-        {"axis": {"1": 1, "3": -1}, "backend": "patch"},
+        {"axis": {"1": 1, "3": -1}, "backend": "tap"},
     ],
     ids=["plain", "sites", "intervention", "gate", "axis", "axis of each site"],
 )

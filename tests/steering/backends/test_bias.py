@@ -104,7 +104,7 @@ def test_strength_zero_keeps_minus_zero_where_there_was_no_bias():
 @pytest.mark.parametrize("c", [2.0, -0.5, 0.0])
 def test_hook_patch_buffer_and_fold_are_one_bit_for_bit_where_sums_are_exact(c):
     results = []
-    for backend in ("hook", "patch", "buffer", "fold"):
+    for backend in ("hook", "tap", "buffer", "fold"):
         model = exact()
         with Steerer(model, SteeringVector({"0": D, "2": -D, "4": D}), c=c, backend=backend):
             results.append(bits(model(X)))

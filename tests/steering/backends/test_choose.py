@@ -68,12 +68,12 @@ def reset():
 
 SITUATIONS = {
     "nothing compiled": (fresh, "hook", "nothing is compiled yet"),
-    "the model is an OptimizedModule": (wrapped, "patch", "Sequential is compiled"),
-    "and has run": (wrapped_and_warm, "patch", "Sequential is compiled"),
-    "model.compile()": (in_place, "patch", "Sequential is compiled"),
-    "the site's own compile()": (site_in_place, "patch", "Linear is compiled"),
+    "the model is an OptimizedModule": (wrapped, "tap", "Sequential is compiled"),
+    "and has run": (wrapped_and_warm, "tap", "Sequential is compiled"),
+    "model.compile()": (in_place, "tap", "Sequential is compiled"),
+    "the site's own compile()": (site_in_place, "tap", "Linear is compiled"),
     "a neighbour's compile(), not run": (neighbour_in_place, "hook", "nothing is compiled yet"),
-    "other code in this process": (other_code, "patch", "code has been compiled in this process"),
+    "other code in this process": (other_code, "tap", "code has been compiled in this process"),
     "after a reset": (reset, "hook", "nothing is compiled yet"),
 }
 
@@ -85,7 +85,7 @@ def test_the_choice_and_its_reason(build, mechanism, reason, backend):
     choice = Steerer(model, V, backend=backend).choices()["2"]
     if backend == "buffer":
         assert choice.backend == "buffer"
-        assert choice.mechanism == "patch"
+        assert choice.mechanism == "tap"
     else:
         assert (choice.backend, choice.mechanism, choice.reason) == (mechanism, mechanism, reason)
     with Steerer(model, V, c=2, backend=backend):
@@ -97,7 +97,7 @@ def test_the_choice_and_its_reason(build, mechanism, reason, backend):
     assert torch.equal(model(X), exact()(X))
 
 
-@pytest.mark.parametrize("backend", ["patch", "fold"])
+@pytest.mark.parametrize("backend", ["tap", "fold"])
 @pytest.mark.parametrize("build", [situation[0] for situation in SITUATIONS.values()], ids=SITUATIONS)
 def test_what_is_asked_for_is_taken_everywhere(build, backend):
     choice = Steerer(build(), V, backend=backend).choices()["2"]
@@ -108,13 +108,13 @@ def test_a_hook_is_taken_where_nothing_is_compiled_and_refused_elsewhere():
     assert Steerer(fresh(), V, backend="hook").choices()["2"].reason == "as asked for"
     for build, mechanism, reason in SITUATIONS.values():
         torch._dynamo.reset()
-        if mechanism == "patch":
+        if mechanism == "tap":
             message = rf"site '2': {reason}, and compiled code ignores hooks that come later; use backend='auto' or"
             with pytest.raises(UnsupportedModelError, match=message):
                 Steerer(build(), V, backend="hook")
 
 
-@pytest.mark.parametrize("options", [{"backend": "hook"}, {"scope": "thread"}])
+@pytest.mark.parametrize("options", [{"backend": "hook"}, {"scope": "context"}])
 def test_a_hook_or_thread_asked_for_before_and_attached_after_a_compilation_is_refused_at_attaching(options):
     model = exact()
     steerer = Steerer(model, V, **options)
@@ -129,16 +129,16 @@ def test_a_hook_or_thread_asked_for_before_and_attached_after_a_compilation_is_r
 
 
 @pytest.mark.parametrize("build", [wrapped, in_place, other_code])
-@pytest.mark.parametrize("backend", ["auto", "patch"])
+@pytest.mark.parametrize("backend", ["auto", "tap"])
 def test_a_thread_is_refused_where_code_is_compiled(build, backend):
     with pytest.raises(UnsupportedModelError, match="compiled code knows no threads; use scope='process'"):
-        Steerer(build(), V, scope="thread", backend=backend)
+        Steerer(build(), V, scope="context", backend=backend)
 
 
 @pytest.mark.parametrize("backend", ["buffer", "fold"])
 def test_what_all_threads_read_is_not_for_one_thread(backend):
     with pytest.raises(ValueError, match=f"scope='thread' isolates hooks, and the {backend} backend changes what all"):
-        Steerer(exact(), V, scope="thread", backend=backend)
+        Steerer(exact(), V, scope="context", backend=backend)
 
 
 @pytest.mark.parametrize("backend", ["bias", "Hook", "", "inductor"])

@@ -34,11 +34,11 @@ def steered(vectors, **options):
 @pytest.mark.parametrize("site", ["", "0", "1", "1:in", "4"])
 def test_a_patch_is_a_hook_bit_for_bit(site):
     v = SteeringVector({site: D})
-    assert torch.equal(steered(v, c=2, backend="patch"), steered(v, c=2, backend="hook"))
+    assert torch.equal(steered(v, c=2, backend="tap"), steered(v, c=2, backend="hook"))
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0), (1, 0, 2)])
-@pytest.mark.parametrize("kinds", [("patch",) * 3, ("hook", "patch", "hook"), ("patch", "hook", "patch")])
+@pytest.mark.parametrize("kinds", [("tap",) * 3, ("hook", "tap", "hook"), ("tap", "hook", "tap")])
 def test_patches_and_hooks_on_one_module_leave_in_any_order(kinds, order):
     model = exact()
     before = state(model)
@@ -59,7 +59,7 @@ def test_an_input_and_an_output_of_one_module_are_both_patched(order):
     sites = {"in": ["1:in"], "out": ["1"], "both": ["1:in", "1"]}[order]
     v = SteeringVector(dict.fromkeys(sites, D))
     model = exact()
-    with Steerer(model, v, c=2, backend="patch"):
+    with Steerer(model, v, c=2, backend="tap"):
         steered = model(X)
     x = model[0](X)
     x = model[1](x + 2 * D if "1:in" in sites else x)
@@ -75,7 +75,7 @@ def test_another_forward_that_was_there_is_called_and_put_back():
 
     model[1].forward = doubled
     plain = model(X)
-    with Steerer(model, V, backend="patch"):
+    with Steerer(model, V, backend="tap"):
         assert torch.equal(model(X), model[2:](2 * exact()[1](exact()[0](X)) + D))
     assert model[1].__dict__["forward"] is doubled
     assert torch.equal(model(X), plain)
@@ -83,7 +83,7 @@ def test_another_forward_that_was_there_is_called_and_put_back():
 
 def test_a_forward_that_covers_the_patch_is_left_where_it_is_and_warned_about():
     model = exact()
-    steerer = Steerer(model, V, c=2, backend="patch").attach()
+    steerer = Steerer(model, V, c=2, backend="tap").attach()
     covered = model[1].forward
     model[1].forward = lambda x: covered(x)
     assert torch.equal(model(X), steered(V, c=2))
@@ -106,7 +106,7 @@ class Direct(nn.Module):
 @pytest.mark.case(17)
 def test_a_forward_called_alone_is_patched():
     model = Direct()
-    with Steerer(model, SteeringVector({"site": D}), c=2, backend="patch"):
+    with Steerer(model, SteeringVector({"site": D}), c=2, backend="tap"):
         assert torch.equal(model(X), X + 2 * D)
         assert torch.equal(model.site.forward(X), X + 2 * D)
     assert torch.equal(model(X), X)
@@ -115,7 +115,7 @@ def test_a_forward_called_alone_is_patched():
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_of_a_patched_model_is_the_plain_model(clone):
     model = exact()
-    with Steerer(model, V, c=2, backend="patch"):
+    with Steerer(model, V, c=2, backend="tap"):
         twin = clone(model)
         assert torch.equal(twin(X), exact()(X))
         assert torch.equal(model(X), steered(V, c=2))
@@ -129,7 +129,7 @@ def test_an_exception_inside_the_block_leaves_nothing_behind(error):
     before = state(model)
 
     def steer_and_fail() -> None:
-        with Steerer(model, V, backend="patch"):
+        with Steerer(model, V, backend="tap"):
             raise error
 
     with pytest.raises(error):
@@ -140,7 +140,7 @@ def test_an_exception_inside_the_block_leaves_nothing_behind(error):
 
 def test_a_patched_forward_raises_what_the_module_raises_and_stays_in_place():
     model = exact()
-    with Steerer(model, V, c=2, backend="patch"):
+    with Steerer(model, V, c=2, backend="tap"):
         with pytest.raises(RuntimeError):
             model(torch.ones(1, 3, dtype=torch.float64))
         assert torch.equal(model(X), steered(V, c=2))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from functools import partial
 from typing import Any, final
 from weakref import WeakValueDictionary
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from actsteer.errors import UnsupportedModelError
 from actsteer.private_names import has_frozen_weights
 from actsteer.sites.shards import is_sharded
-from actsteer.steering.backends.patch import Patch
+from actsteer.sites.tap import lock, plain_class
 from actsteer.steering.edit import Fired, SiteEdit
 
 _ADD_A_BIAS = (
@@ -23,32 +23,35 @@ _ADD_A_BIAS = (
 _folds: WeakValueDictionary[int, _Fold] = WeakValueDictionary()  # id(module) -> its fold, which holds the module
 
 
-def attach(edit: SiteEdit, model: nn.Module) -> Callable[[], None]:
-    """Fold the edit into its module's bias, again at every change of strength; returns what takes it out, in any order.
+def put(edit: SiteEdit, model: nn.Module, *, owner: Any) -> None:
+    """Fold the edit into its module's bias, again at every change of strength; `take_off` takes it out.
 
     Raises:
         UnsupportedModelError: an edit, or a module, for which adding to the bias is not the same.
     """
     if (reason := obstacle(edit, model)) is not None:
         raise UnsupportedModelError(f"site {edit.place.site!r} cannot be folded: {reason}; use another backend")
-    module = edit.place.module
-    fold = _folds.setdefault(id(module), _Fold(module))
-    edit.fired = Fired.UNKNOWN
-    edit.changed = lambda: fold.write(edit)
-    edit.changed()
+    with lock:
+        fold = _folds.setdefault(id(edit.place.module), _Fold(edit.place.module))
+        edit.fired = Fired.UNKNOWN
+        edit.changed = partial(fold.write, edit, owner)
+        edit.changed()
 
-    def remove() -> None:
+
+def take_off(edit: SiteEdit) -> None:
+    """Take the edit out of the bias, in any order with others; it may be tried again."""
+    with lock:
+        fold = _folds.get(id(edit.place.module))
+        if fold is not None:
+            fold.remove(edit)
         edit.changed = None
-        fold.remove(edit)
-        if has_frozen_weights():
-            warnings.warn(
-                f"code was compiled with frozen weights while site {edit.place.site!r} was folded into them, and stays "
-                "steered; call torch.compiler.reset()",
-                UserWarning,
-                stacklevel=5,
-            )
-
-    return remove
+    if fold is not None and has_frozen_weights():
+        warnings.warn(
+            f"code was compiled with frozen weights while site {edit.place.site!r} was folded into them, and stays "
+            "steered; call torch.compiler.reset()",
+            UserWarning,
+            stacklevel=5,
+        )
 
 
 def obstacle(edit: SiteEdit, model: nn.Module) -> str | None:
@@ -77,9 +80,14 @@ def obstacle(edit: SiteEdit, model: nn.Module) -> str | None:
     return None
 
 
+def owners_at(module: nn.Module) -> list[Any]:
+    """For whom edits are folded into this module now."""
+    return list(_folds[id(module)].edits.values()) if id(module) in _folds else []
+
+
 def is_folded(module: nn.Module) -> bool:
     """Whether an edit is folded into this module now."""
-    return id(module) in _folds
+    return bool(owners_at(module))
 
 
 @final
@@ -87,40 +95,68 @@ class _Fold:
     """A module's bias as it was, and what is folded into it."""
 
     def __init__(self, module: nn.Module) -> None:
+        self.edits: dict[SiteEdit, Any] = {}  # and their owners
         self._module = module
         bias = module._parameters["bias"]
         self._original: Tensor | None = None if bias is None else bias.detach().clone()
-        self._edits: list[SiteEdit] = []
+        self._is_lost = False  # whether somebody else has written into it
+        self._ours: list[Tensor] = []  # what was written last, and what is being written
 
-    def write(self, edit: SiteEdit) -> None:
-        if edit not in self._edits:
-            self._edits.append(edit)
-        self._write()
+    def write(self, edit: SiteEdit, owner: Any) -> None:
+        """The edit with its present strength."""
+        with lock:
+            self.edits[edit] = owner
+            self._write()
 
     def remove(self, edit: SiteEdit) -> None:
-        self._edits.remove(edit)
+        """Without the edit."""
+        self.edits.pop(edit, None)
         self._write()
-        if not self._edits:
-            del _folds[id(self._module)]
 
     @torch.no_grad()
     def _write(self) -> None:
         parameters = self._module._parameters
-        if self._original is None and not self._edits:
-            parameters["bias"] = None
-            return
         bias = parameters["bias"]
+        if self._is_of_another(bias):
+            return
+        if self._original is None and not self.edits:
+            parameters["bias"] = None
+            self._ours = []
+            return
+        total: Any = self._original
         if bias is None:
             weight = parameters["weight"]
             assert weight is not None
-            size = self._edits[0].size
-            bias = nn.Parameter(weight.new_zeros(size), requires_grad=False)
+            bias = nn.Parameter(weight.new_zeros(next(iter(self.edits)).size), requires_grad=False)
+            self._ours = [bias.detach().clone()]
             parameters["bias"] = bias
-        total: Any = torch.zeros_like(bias) if self._original is None else self._original
-        for edit in self._edits:
+        total = torch.zeros_like(bias) if self._original is None else self._original.to(bias)
+        for edit in self.edits:
             assert edit.constant is not None
             total = (total + edit.constant.to(total.device)).to(bias.dtype)
+        self._ours = [*self._ours[-1:], total]
         bias.copy_(total)
+
+    def _is_of_another(self, bias: Tensor | None) -> bool:
+        """Whether the bias has other numbers than were written into it, which are kept."""
+        known = [*self._ours, *([] if self._original is None else [self._original])]
+        if self._is_lost:
+            return True
+        if bias is None or not known or any(_equal(own, bias) for own in known):
+            return False
+        warnings.warn(
+            f"the bias of a {plain_class(self._module).__name__} was changed while a steering was folded into it, by "
+            "an optimizer or load_state_dict perhaps; the new numbers stay, and are neither steered nor put back",
+            UserWarning,
+            stacklevel=7,
+        )
+        self._is_lost = True
+        return True
+
+
+def _equal(own: Tensor, bias: Tensor) -> bool:
+    """Whether the bias has these numbers, in whatever dtype and on whatever device it is by now."""
+    return own.shape == bias.shape and torch.equal(own.to(bias), bias)
 
 
 def _same(one: Tensor | None, other: Tensor) -> bool:
@@ -131,11 +167,9 @@ def _same(one: Tensor | None, other: Tensor) -> bool:
 
 
 def _adds_its_bias(module: nn.Module) -> bool:
-    present = module.forward
-    if not isinstance(getattr(present, "__self__", None), Patch) and (
-        getattr(present, "__func__", None) is not type(module).forward
-    ):
+    if "forward" in module.__dict__:
         return False  # a wrapper's
-    if type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers."):
+    kind = plain_class(module)
+    if kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."):
         return True
-    return any(type(module).forward is kind.forward for kind in _ADD_A_BIAS if isinstance(module, kind))
+    return any(kind.forward is own.forward for own in _ADD_A_BIAS if isinstance(module, own))

@@ -1,0 +1,44 @@
+"""Handles: what takes back what was attached, whatever interrupts it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import final
+
+
+@final
+class Handles:
+    """Steps that undo, the last first. Each is added before its effect, and forgotten only after it has succeeded.
+
+    A step finds out what there is to do, so that it may run before its effect, and more than once.
+
+    >>> found, handles = [], Handles()
+    >>> handles.add(found.clear)
+    >>> found.append(1)
+    >>> handles.close()
+    >>> found, bool(handles)
+    ([], False)
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[Callable[[], None]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._steps)
+
+    def add(self, step: Callable[[], None]) -> None:
+        """Have `close` call this, before what was added earlier."""
+        self._steps.append(step)
+
+    def close(self) -> None:
+        """Undo everything. A step that raises is kept, for another try, and does not keep the others from running."""
+        failed: Exception | None = None
+        for step in reversed(tuple(self._steps)):
+            try:
+                step()
+            except Exception as error:
+                failed = failed or error
+            else:
+                self._steps.remove(step)
+        if failed is not None:
+            raise failed
