@@ -14,7 +14,7 @@ from actsteer import ActsteerError, Steerer, SteeringVector
 
 BACKENDS = ("auto", "tap", "hook", "buffer")
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
-every_backend_and_fold = pytest.mark.parametrize("backend", (*BACKENDS, "fold"))
+every_backend_and_fold = pytest.mark.parametrize("backend", [*BACKENDS, "fold"])
 
 
 class Text(nn.Module):

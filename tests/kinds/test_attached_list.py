@@ -3,6 +3,7 @@
 The kind of fault: a notebook cell that is run twice steers twice, and nothing tells or undoes it.
 """
 
+import contextlib
 import copy
 import gc
 import warnings
@@ -94,10 +95,8 @@ def test_the_list_is_a_copy():
     model = small()
     with Steerer(model, V) as steerer:
         found = steerers(model)
-        try:
+        with contextlib.suppress(AttributeError):
             found.clear()
-        except AttributeError:
-            pass
         assert same(steerers(model), [steerer])
         model(X)
 
@@ -186,10 +185,8 @@ def test_a_site_that_did_not_fire_keeps_none_attached():
     Steerer(model, SteeringVector({"idle": torch.ones(4)})).attach()
     Steerer(model, SteeringVector({"used": torch.ones(4)})).attach()
     model(X)
-    try:
+    with contextlib.suppress(actsteer.SteeringNotApplied):
         detach_all(model)
-    except actsteer.SteeringNotApplied:
-        pass
     assert same(steerers(model), []) and not any(m._forward_hooks for m in model.modules())
 
 
@@ -206,7 +203,7 @@ def test_a_second_equal_steerer_warns(backend):
     plain = model(X)
     cell(model, backend=backend)
     once = model(X) - plain
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="equal"):
         cell(model, backend=backend)
     torch.testing.assert_close(model(X) - plain, 2 * once)  # it is said, and done
     detach_all(model)
@@ -221,7 +218,7 @@ def test_a_second_equal_steerer_warns(backend):
 def test_equal_in_all_that_was_given(options):
     model = small()
     cell(model, **options)
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="equal"):
         cell(model, **options)
     detach_all(model)
 

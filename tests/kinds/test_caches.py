@@ -266,7 +266,7 @@ def test_generate_knows_where_the_prompt_ended(built, backend, build, site, name
 def test_rwkv_without_a_state_begins_a_text(built, backend, empty):
     model = built(rwkv)
     v = torch.full((16,), 1e6).double()
-    with listening(model, "rwkv.blocks.1") as seen:
-        with Steerer(model, SteeringVector({"rwkv.blocks.0": v}), positions="last", backend=backend):
-            model(TEXT, state=empty or None)
+    steerer = Steerer(model, SteeringVector({"rwkv.blocks.0": v}), positions="last", backend=backend)
+    with listening(model, "rwkv.blocks.1") as seen, steerer:
+        model(TEXT, state=empty or None)
     assert seen[0].abs().amax(-1).gt(5e5).int().tolist() == [[0, 0, 0, 0, 1]]

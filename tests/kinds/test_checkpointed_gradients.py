@@ -12,11 +12,14 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from actsteer import ActsteerError, Steerer, SteeringVector
+from actsteer import ActsteerError, Steerer, SteeringVector, detach_all
 from tests.kinds.by_hand import Text, added, every_backend, identity
 
 X = torch.linspace(-1, 1, 12).view(3, 4).sin().double()
 V = SteeringVector({"2": torch.tensor([1.0, -2.0, 0.5, 4.0]).double()})
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:None of the inputs have requires_grad"
+)  # torch, where there is no gradient
 every_kind = pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
 
 
@@ -118,20 +121,12 @@ def test_what_changes_before_the_backward_pass_warns(backend, reentrant, run, ch
     model, x = small(), inputs()
     steerer = Steerer(model, V, backend=backend).attach()
     output = run(model, x, reentrant)
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="checkpoint"):
         change(steerer, model)
     del output
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for other in (actsteer_steerers(model), [steerer]):
-            for each in other:
-                each.detach()
-
-
-def actsteer_steerers(model):
-    from actsteer import steerers
-
-    return list(steerers(model))
+        detach_all(model)
 
 
 @every_backend

@@ -1,6 +1,6 @@
 """An edit that stops applying is noticed, and numbers that others write while a fold is attached are kept.
 
-The kind of fault: a module is replaced or merged away after it fired once, and the block ends as if it had been steered.
+The kind of fault: a module is replaced or merged away after it fired once, and the block ends as if all were well.
 """
 
 import copy
@@ -221,7 +221,6 @@ class Kept(Dropped):
 
 IN_PLACE = {
     "ReLU": lambda: nn.ReLU(inplace=True),
-    "Dropout": lambda: nn.Dropout(0.5, inplace=True),
     "Hardtanh": lambda: nn.Hardtanh(inplace=True),
     "SiLU": lambda: nn.SiLU(inplace=True),
 }
@@ -257,7 +256,7 @@ def test_a_module_that_gives_out_its_input_does_not_change_it(backend, module):
     class Both(nn.Module):
         def __init__(self):
             super().__init__()
-            self.act = module
+            self.act = kind()
 
         def forward(self, x):
             return self.act(x), x
@@ -299,7 +298,7 @@ def test_a_fold_keeps_the_numbers_that_others_wrote_and_warns(change):
     model(X)
     change(model)
     written = model[1].bias.detach().clone()
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="bias"):
         steerer.detach()
     assert torch.equal(model[1].bias, written)
     with warnings.catch_warnings():
@@ -313,11 +312,17 @@ def test_so_it_does_where_the_block_ends_by_an_error(change):
     model = small()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(RuntimeError, match="stop"), Steerer(model, V, backend="fold"):
-            change(model)
-            written = model[1].bias.detach().clone()
-            raise RuntimeError("stop")
-    assert torch.equal(model[1].bias, written)
+        written = []
+
+        def block():
+            with Steerer(model, V, backend="fold"):
+                change(model)
+                written.append(model[1].bias.detach().clone())
+                raise RuntimeError("stop")
+
+        with pytest.raises(RuntimeError, match="stop"):
+            block()
+    assert torch.equal(model[1].bias, written[0])
 
 
 def test_a_fold_that_finds_its_own_numbers_says_nothing_and_restores_every_bit():
@@ -346,6 +351,6 @@ def test_of_two_sites_the_other_is_restored():
     bias = model[0].bias.detach().clone()
     steerer = Steerer(model, v, backend="fold").attach()
     write(model)
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="bias"):
         steerer.detach()
-    assert torch.equal(model[0].bias, bias) and float(model[1].bias[2]) == 7.0
+    assert torch.equal(model[0].bias, bias) and model[1].bias[2].item() == 7.0

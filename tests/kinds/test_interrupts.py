@@ -1,9 +1,11 @@
-"""An interrupt (Ctrl-C in a notebook) at any line of entering, running or leaving: the model is plain, or detach() makes
-it plain.
+"""An interrupt (Ctrl-C in a notebook) at any line of entering, running or leaving a block.
+
+The model is plain after it, or `detach()` makes it plain.
 
 The kind of fault: a model that stays steered for ever, its biases changed, and `detach()` does nothing.
 """
 
+import contextlib
 import sys
 import warnings
 
@@ -74,10 +76,8 @@ def state(model):
 
 def quietly(function):
     """Call it; a site that did not fire, or an edit that was half in place, may be complained about."""
-    try:
+    with contextlib.suppress(ActsteerError):
         function()
-    except ActsteerError:
-        pass
 
 
 BACKENDS = ("auto", "tap", "hook", "buffer", "fold")

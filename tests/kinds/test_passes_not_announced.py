@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from actsteer import ActsteerError, PositionsError, ProjectionAbove, Steerer, SteeringVector
-from tests.kinds.by_hand import added, every_backend
+from tests.kinds.by_hand import added, every_backend, right_or_refused
 from tests.zoo import gpt2, llama
 
 transformers = pytest.importorskip("transformers")
@@ -41,7 +41,7 @@ def flags(model, run, **options):
             run()
         finally:
             handle.remove()
-    return [row for flag in seen for row in (flag if len(flag) > 1 else flag)]
+    return [row for flag in seen for row in flag]
 
 
 def at(positions, prompt, begin, end):
@@ -307,13 +307,8 @@ def test_a_steerer_of_the_inner_model_works_or_says_what_to_do(model, backend, p
     flags_of = passes(positions, 5, 3)
     with added(model, SITE, lambda h, n: torch.tensor(flags_of[n]).double()[None, :, None] * v):
         want = model.generate(PROMPT, **OPTIONS)
-    try:
-        with Steerer(model.model, SteeringVector({"layers.0": v}), positions=positions, backend=backend):
-            got = model.generate(PROMPT, **OPTIONS)
-    except ActsteerError as error:
-        assert len(str(error)) > 40
-    else:
-        assert torch.equal(got, want)
+    with Steerer(model.model, SteeringVector({"layers.0": v}), positions=positions, backend=backend, strict=False):
+        right_or_refused(lambda: model.generate(PROMPT, **OPTIONS), want)
 
 
 def test_a_module_that_has_a_generate_of_another_kind_is_left_alone():

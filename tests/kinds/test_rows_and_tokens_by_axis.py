@@ -3,6 +3,8 @@
 The kind of fault: strengths, positions, pads and counts along the wrong axis.
 """
 
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import nn
@@ -42,7 +44,7 @@ class Layout(nn.Module):
 class SequenceFirst(Layout):
     """(S, B, D), as the blocks of the first CLIP, of fairseq and of XLNet."""
 
-    axes = {"row_axis": 1}
+    axes: ClassVar = {"row_axis": 1}
 
     def there(self, x):
         return x.transpose(0, 1)
@@ -54,7 +56,7 @@ class SequenceFirst(Layout):
 class Streams(Layout):
     """(N, B, S, D), as Gemma 3n."""
 
-    axes = {"row_axis": 1, "token_axis": 2}
+    axes: ClassVar = {"row_axis": 1, "token_axis": 2}
 
     def there(self, x):
         return x.expand(N, *x.shape)
@@ -66,7 +68,7 @@ class Streams(Layout):
 class HyperConnections(Layout):
     """(B, S, N, D)."""
 
-    axes = {"token_axis": 1}
+    axes: ClassVar = {"token_axis": 1}
 
     def there(self, x):
         return x.unsqueeze(2).expand(-1, -1, N, -1)
@@ -78,7 +80,7 @@ class HyperConnections(Layout):
 class Heads(Layout):
     """(B, N, S, D), as between the heads of attention."""
 
-    axes = {"token_axis": 2}
+    axes: ClassVar = {"token_axis": 2}
 
     def there(self, x):
         return x.unsqueeze(1).expand(-1, N, -1, -1)
@@ -114,7 +116,7 @@ def test_strengths_per_row_are_those_of_the_rows(backend, layout, shape):
     assert torch.equal(steered, c[:, None, None].expand(*shape, 2))
 
 
-@every_backend
+@pytest.mark.parametrize("backend", ["auto", "tap", "hook"])  # a buffer has no room for them
 @every_layout
 def test_strengths_per_row_and_token_are_those_of_the_tokens(backend, layout):
     c = torch.arange(float(B * S)).view(B, S)
@@ -146,7 +148,7 @@ def test_positions_and_pads_are_those_of_the_tokens(backend, layout, positions, 
 @pytest.mark.parametrize("of", ["all sites", "one site"])
 def test_axes_are_one_for_all_sites_or_one_for_each(backend, layout, of):
     """At "c" the activation is (B, S, D)."""
-    axes = {name: {"b": axis} if of == "one site" else axis for name, axis in layout.axes.items()}
+    axes: ClassVar = {name: {"b": axis} if of == "one site" else axis for name, axis in layout.axes.items()}
     sites = "b" if of == "all sites" else ["b", "c"]
     v = SteeringVector({"b": torch.ones(2), "c": torch.full((2,), 8.0)})
     c = torch.arange(float(B))
@@ -163,8 +165,11 @@ def test_a_gate_decides_for_the_rows(backend, layout, per):
     x = torch.tensor([[0.0] * 5, [1, 1, 1, 0, 0], [2.0] * 5])[..., None].expand(B, S, 2).contiguous()
     gate = ProjectionAbove(V, 0.5, per=per)
     fires = (x[..., 0] > 0.3).int() if per == "token" else torch.tensor([[0], [1], [1]]).expand(B, S)
-    with Steerer(layout(), V, gate=gate, backend=backend, **layout.axes) as steerer:
-        assert moved(steerer.model(x), x) == fires.tolist()
+    with Steerer(layout(), V, gate=gate, backend=backend, strict=False, **layout.axes) as steerer:
+        if per == "token" and layout is not SequenceFirst:  # several activations a token
+            right_or_refused(lambda: moved(steerer.model(x), x), fires.tolist())
+        else:
+            assert moved(steerer.model(x), x) == fires.tolist()
 
 
 @every_backend
@@ -183,7 +188,7 @@ def test_a_gate_that_reads_elsewhere_decides_for_the_rows_here(backend, layout):
     gate = CosineAbove(SteeringVector({"b": torch.tensor([1.0, 0.0])}), 0.9)
     x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])[:, None].expand(B, S, 2).contiguous()
     v = SteeringVector({"c": torch.ones(2)})
-    axes = {name: {"b": axis} for name, axis in layout.axes.items()}
+    axes: ClassVar = {name: {"b": axis} for name, axis in layout.axes.items()}
     with Steerer(layout(), v, gate=gate, backend=backend, **axes) as steerer:
         assert moved(steerer.model(x), x) == [[1] * S, [0] * S, [1] * S]
 
@@ -382,7 +387,7 @@ def test_in_gemma_3n_rows_come_second_and_tokens_third(backend, shape):
     mask = torch.ones_like(tokens)
     mask[0, 0] = 0
     c, v = torch.arange(1.0, 1 + shape[0]).double(), torch.linspace(-1, 1, 8).double()
-    axes = {"row_axis": 1, "token_axis": 2}
+    axes: ClassVar = {"row_axis": 1, "token_axis": 2}
     with torch.no_grad():
         with added(model, site, (c[:, None] * mask)[None, ..., None] * v) as shapes:
             want = model(tokens, attention_mask=mask).logits
