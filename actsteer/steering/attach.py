@@ -23,7 +23,7 @@ from actsteer.steering.edit import SiteEdit
 from actsteer.steering.handles import Handles
 from actsteer.steering.plan import Plan
 from actsteer.steering.scope import Presence
-from actsteer.tokens import generation, passes
+from actsteer.tokens import generate, passes
 
 _FUSED = (nn.TransformerEncoderLayer, nn.MultiheadAttention)  # run a fused kernel unless a module in them has a hook
 _WHEN = {"in": "before", "out": "after"}
@@ -106,7 +106,7 @@ def attach_all(
     for module, around in passes.taps(plan.passes) if _has_passes(plan) else ():
         put(uncompiled(module), "around", around)
     if any(own.sees_inputs for own in plan.passes):
-        for module, name, around in generation.taps(uncompiled(plan.model), plan.passes):
+        for module, name, around in generate.taps(uncompiled(plan.model), plan.passes):
             put(module, name, around)
     for reader in plan.readers:
         by: tap.By = "hook"
