@@ -54,6 +54,11 @@ class Amount:
         alone = self.c.ndim == 0 and self.c.device.type == "cpu"
         return alone and not _is_compiling() and not is_functorch_wrapped(self.c)
 
+    @property
+    def is_gated(self) -> bool:
+        """Whether its gate alone decides who gets its strength, which is one number."""
+        return self.decide is not None and self.c.ndim == 0 and not self.is_by_token and not _is_compiling()
+
     def of(self, h: Tensor, frame: Frame, now: Pass | None) -> Tensor:
         """The amount: 0-dim or, of the activation's rank, per row or per token."""
         share = self.share(h, frame, now)
@@ -87,9 +92,14 @@ def copies_in(now: Pass | None) -> int:
     return 1 if now is None or now.tokens is None else max(1, now.tokens.copies)
 
 
+def has_no_pads(now: Pass | None) -> bool:
+    """Whether all tokens of a pass are known to be real."""
+    return now is None or (now.real is None and now.doubt is None)
+
+
 def _real(view: View, now: Pass | None, device: torch.device) -> Tensor | None:
     """Where there are tokens and not pads; pads are not steered."""
-    if now is None or (now.real is None and now.doubt is None) or view.raw.is_nested:
+    if now is None or has_no_pads(now) or view.raw.is_nested:
         return None
     real = real_at(view.frame, now)
     return None if real is None else real.to(device)
@@ -109,7 +119,7 @@ def summed(view: View, constant: Tensor | None, amounts: Sequence[Amount], direc
     rounded = None if fixed is None or terms else view.share(fixed.to(dtype=dtype, device=device))
 
     def run(h: Tensor, now: Pass | None) -> Tensor:
-        if rounded is not None and (now is None or (now.real is None and now.doubt is None)):
+        if rounded is not None and has_no_pads(now):
             return h + rounded
         total = fixed
         if constant is not None and total is None:
@@ -123,6 +133,10 @@ def summed(view: View, constant: Tensor | None, amounts: Sequence[Amount], direc
             total = torch.where(real, total, -0.0)
         return h + (total if is_plain else view.share(total))
 
+    if directions is not None and is_plain and constant is None and len(amounts) == 1 and amounts[0].is_gated:
+        full = _full(amounts[0], directions[0], frame)
+        if full.dtype is dtype and full.device == device:
+            return Bound(_gated(run, amounts[0], full, frame))
     return Bound(run, rounded)
 
 
@@ -133,10 +147,10 @@ def _term(amount: Amount, direction: Float[Tensor, " d"], frame: Frame) -> Run:
 
         def by_row(h: Tensor, now: Pass | None) -> Tensor:
             c = amount.of(h, frame, now).to(spread)
-            return torch.where(c == 0, -0.0, c * spread)
+            return torch.where(c.bool(), c * spread, -0.0)
 
         return by_row
-    full = frame.vectors(weighted(amount.c.to(direction)[None], direction[None]))
+    full = _full(amount, direction, frame)
 
     def part(h: Tensor, now: Pass | None) -> Tensor:
         share = amount.share(h, frame, now)
@@ -145,9 +159,34 @@ def _term(amount: Amount, direction: Float[Tensor, " d"], frame: Frame) -> Run:
         share = share.to(full.device)
         if share.dtype is torch.bool:
             return torch.where(share, full, -0.0)
-        return torch.where(share == 0, -0.0, share.to(full.dtype) * full)
+        return torch.where(share.bool(), share.to(full.dtype) * full, -0.0)
 
     return part
+
+
+def _full(amount: Amount, direction: Float[Tensor, " d"], frame: Frame) -> Tensor:
+    """c · v on the axis of the features."""
+    return frame.vectors(weighted(amount.c.to(direction)[None], direction[None]))
+
+
+def _gated(run: Run, amount: Amount, full: Tensor, frame: Frame) -> Run:
+    """`run`, of a single concept with a gate, in fewer steps where the gate decides for rows or tokens as they lie."""
+    assert amount.decide is not None
+    decide, shapes = amount.decide, frame.placed
+
+    def gated(h: Tensor, now: Pass | None) -> Tensor:
+        if not has_no_pads(now):
+            return run(h, now)
+        weights = decide(h, now)
+        shape = shapes.get(weights.shape)
+        if shape is None or weights.device != h.device:
+            return run(h, now)
+        share = weights.view(shape)
+        if share.dtype is torch.bool:
+            return torch.where(share, h + full, h)
+        return torch.where(share.bool(), h + share.to(h.dtype) * full, h)
+
+    return gated
 
 
 def applied(
@@ -165,6 +204,8 @@ def applied(
     known = [_known(*each, site=frame.site) for each in zip(interventions, directions, amounts, strict=True)]
     casts = kind != "meta" and (_is_compiling() or torch.amp.is_autocast_available(kind))
     turned = not (is_plain and frame.is_last)
+    alone = len(known) == 1 and amounts[0].decide is None and not amounts[0].is_by_token
+    only = known[0] if alone and not turned and wide is dtype and not _is_compiling() else None  # of h alone
 
     def edited(h: Tensor, last: Tensor, now: Pass | None) -> Tensor:
         real = _real(view, now, last.device)
@@ -186,6 +227,8 @@ def applied(
         return last
 
     def run(h: Tensor, now: Pass | None) -> Tensor:
+        if only is not None and has_no_pads(now) and not (casts and torch.is_autocast_enabled(kind)):
+            return checked(only(h), h, interventions[0])
         last = h if not turned else h.movedim(frame.axis, -1) if is_plain else view.features_last()
         last = last.to(wide)
         if casts and (_is_compiling() or torch.is_autocast_enabled(kind)):
@@ -203,7 +246,7 @@ def applied(
 def _known(
     intervention: Intervention, direction: Tensor, amount: Amount, *, site: str
 ) -> Callable[[Tensor], Tensor] | None:
-    """The edit as a function of h alone, where the strength is one number; gates and positions say where it holds."""
+    """The edit as a function of h alone, if the strength is one number; gates and positions say where it holds."""
     if not amount.is_number:
         return None
     if not amount.c:

@@ -58,14 +58,10 @@ class SiteEdit:
         "_checkpointing",
         "_directed",
         "_directions",
-        "_dtype",
         "_exported",
-        "_frame",
         "_given",
         "_in_range",
-        "_run",
-        "_shape",
-        "_shift",
+        "_kept",
         "_stack",
         "_strengths",
         "_terms",
@@ -115,11 +111,8 @@ class SiteEdit:
         self._by_row = False  # whether rows get different amounts
         self._by_token = False  # whether tokens of one row get different amounts
         self._asks = False  # whether what is known of the pass matters
-        self._shift: Tensor | None = None  # what is added to plain outputs of this shape and dtype, if that is all
-        self._frame: Frame | None = None
-        self._run: Run = _unbound  # the edit of plain outputs of this shape and dtype
-        self._shape: torch.Size | None = None
-        self._dtype: torch.dtype | None = None
+        self._kept: tuple[torch.Size, torch.dtype, Run, Tensor | None, Frame] | None = None
+        """The edit of plain outputs of one shape and dtype: what it does, the constant that it adds if that is all."""
         self._traced_shift: Tensor | None = None  # `constant` as compiled code adds it to whatever has that axis
         self._exported: SiteEdit | None = None  # with strengths of its own, which an exported program keeps
 
@@ -232,7 +225,7 @@ class SiteEdit:
             self.constant = constant
             self._strengths = [strengths.at(own).clone() for own in others]
         self._asks = self.passes.sees_inputs or self._by_token or self._by_row or bool(self.gates)
-        self._shape = self._in_range = None
+        self._kept = self._in_range = None
         self._traced_shift = self._traceable()
         if self.changed is not None:
             self.changed()
@@ -249,32 +242,37 @@ class SiteEdit:
     def expect(self) -> None:
         """Forget that it ever fired."""
         self.fired = Fired.UNKNOWN if self.changed is not None else Fired.NO
-        self._shape = None  # so that the next call goes the whole way round, where `fired` is set
+        self._kept = None  # so that the next call goes the whole way round, where `fired` is set
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
         """The edited output: by what the last call bound where that still fits, else the whole way round."""
-        if _is_traced():
-            return self.edit(module, output)
-        try:
-            if (
-                output.__class__ is Tensor
-                and output.shape == self._shape
-                and output.dtype is self._dtype
-                and (
-                    output.is_inference()
-                    or (is_outside_of_functions() and (not output.requires_grad or saves_otherwise(True) is None))
-                )
-            ):
-                shift = self._shift
-                if not self._asks:
-                    return self._run(output, None) if shift is None else output + shift
-                if shift is not None and not self.passes.may_have_pads:
-                    return output + shift
-                assert self._frame is not None
-                return self._run(output, self._now(self._frame, output.device))
-        except RuntimeError:  # the model has moved to another device, or the output is nested and has no shape
-            self._shape = None
-        return self.edit(module, output)
+        kept = None if _is_traced() else self._kept
+        if kept is not None:
+            shape, dtype, run, shift, frame = kept
+            try:
+                if (
+                    output.__class__ is Tensor
+                    and output.shape == shape
+                    and output.dtype is dtype
+                    and (
+                        output.is_inference()
+                        or (is_outside_of_functions() and (not output.requires_grad or saves_otherwise(True) is None))
+                    )
+                ):
+                    if not self._asks:
+                        return run(output, None) if shift is None else output + shift
+                    if shift is not None and not self.passes.may_have_pads:
+                        return output + shift
+                    return run(output, self._now(frame, output.device))
+            except RuntimeError:  # the model has moved to another device, or the output is nested and has no shape
+                self._kept = None
+        edited = self.edit(module, output)
+        if not module.__dict__.get("inplace") or not args or output is not args[0] or not isinstance(output, Tensor):
+            return edited
+        self._kept = None
+        if torch.is_grad_enabled() and edited.requires_grad:  # autograd keeps what the module has written
+            return edited
+        return output.copy_(edited)  # its caller may look there, and not at the result
 
     def on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The edited arguments."""
@@ -302,9 +300,7 @@ class SiteEdit:
         edited = bound.run(view.part, now)
         if not _is_compiling():
             keeps = view.is_plain and not self._checkpointing.notice(edited) and not self.is_trained
-            self._run, self._dtype = bound.run, view.part.dtype
-            self._shift, self._frame = bound.shift, view.frame
-            self._shape = view.part.shape if keeps else None
+            self._kept = (view.part.shape, view.part.dtype, bound.run, bound.shift, view.frame) if keeps else None
         return view.write(edited)
 
     def _bound(self, view: View) -> Bound:
@@ -381,7 +377,3 @@ class SiteEdit:
 def _may_be_checkpointed() -> bool:
     """Whether autograd may run this again later."""
     return saves_otherwise(True) is not None or not is_outside_of_functions()
-
-
-def _unbound(h: Tensor, now: Pass | None) -> Tensor:
-    raise AssertionError("nothing is bound yet")

@@ -14,7 +14,7 @@ from actsteer.errors import GateError
 from actsteer.sites.axes import Layout
 from actsteer.sites.lens import Frame, Lens, View
 from actsteer.sites.place import Place
-from actsteer.steering.gates.gate import AnyGate, Combination, Gate, check_weights, decide, deciding, wide
+from actsteer.steering.gates.gate import AnyGate, Combination, Gate, check_weights, decide, prepared_gate, wide
 from actsteer.tokens.passes import Pass, Passes
 from actsteer.tokens.real import real_at
 
@@ -63,16 +63,17 @@ class GateReader:
         frame = view.frame
         if not view.is_plain:
             return lambda h, now: self._decide(view) if (held := self._held()) is None else held
-        in_rows = len(frame.shape) == 2 and frame.is_last and frame.row_axis == 0
-        of_rows = deciding(self.gate, view.part) if in_rows else None
+        ready = None
+        if len(frame.shape) == 2 and frame.is_last and frame.row_axis == 0:
+            ready = prepared_gate(self.gate, view.part)
 
-        def decided(h: Tensor, now: Pass | None) -> Tensor:
-            if of_rows is not None and (now is None or now.tokens is None):  # rows that stand for themselves
-                return of_rows(h)
+        def bound(h: Tensor, now: Pass | None) -> Tensor:
+            if ready is not None and (now is None or now.tokens is None):  # rows that stand for themselves
+                return ready(h)
             held = self._held()
             return self._keep([self._read(h.movedim(frame.axis, -1), frame, nested=False)]) if held is None else held
 
-        return decided
+        return bound
 
     def _held(self) -> Tensor | None:
         """What was decided for the whole of a sequence in an earlier pass."""

@@ -69,13 +69,14 @@ class CosineAbove:
         return self.score(rows) > self.threshold
 
     def prepare(self, like: Float[Tensor, "rows d"]) -> Callable[[Float[Tensor, "rows d"]], Tensor]:
-        """The decision on rows like these, in float32 or float64: h · u > t ‖h‖."""
-        column = self._direction.like(like)[:, None]
+        """The decision on rows like these, in float32 or float64: h · u / t > ‖h‖."""
+        threshold = self.threshold
+        column = self._direction.like(like)[:, None] / (threshold or 1)
 
         def above(rows: Tensor) -> Tensor:
-            if self.threshold < 0:  # which a row of zeros exceeds
+            if self.threshold <= 0 or self.threshold != threshold:  # a row of zeros exceeds what is below 0
                 return self(rows)
-            return (rows @ column > self.threshold * norms(rows)).squeeze(-1)
+            return (rows @ column > norms(rows)).squeeze(-1)
 
         return above
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
 import torch
@@ -168,33 +169,32 @@ def decide(gate: Gate, rows: Float[Tensor, "rows d"]) -> Tensor:
         GateError: another shape; or a number that is not finite, which is looked for on the CPU alone.
     """
     with without_autocast(rows.device.type):
-        return _checked(gate(wide(rows)), rows, gate)
-
-
-def deciding(gate: Gate, like: Float[Tensor, "rows d"]) -> Callable[[Float[Tensor, "rows d"]], Tensor]:
-    """`decide` as a function of rows of this dtype, device and number of features, prepared if it can be."""
-    kind = like.device.type
-    if torch.compiler.is_compiling() or not isinstance(gate, PreparedGate) or kind == "meta":
-        return lambda rows: decide(gate, rows)
-    prepared, casts = gate.prepare(wide(like)), torch.amp.is_autocast_available(kind)
-
-    def decided(rows: Tensor) -> Tensor:
-        if casts and torch.is_autocast_enabled(kind):
-            return decide(gate, rows)
-        return _checked(prepared(wide(rows)), rows, gate)
-
-    return decided
-
-
-def _checked(weights: Tensor, rows: Tensor, gate: Gate) -> Tensor:
+        weights = gate(wide(rows))
     if weights.shape != rows.shape[:1]:
         raise GateError(
             f"gate at site {gate.site!r}: expected one weight for each of {len(rows)} rows, got shape "
             f"{tuple(weights.shape)}; return a tensor of shape (rows,)"
         )
-    if weights.dtype is not torch.bool:
-        check_weights(weights, gate)
+    check_weights(weights, gate)
     return weights
+
+
+def prepared_gate(gate: Gate, like: Float[Tensor, "rows d"]) -> Callable[[Float[Tensor, "rows d"]], Tensor]:
+    """`decide` for rows such as these, with all that does not depend on their numbers done once."""
+    kind = like.device.type
+    if not isinstance(gate, PreparedGate) or like.dtype not in _WIDE or torch.compiler.is_compiling():
+        return partial(decide, gate)
+    ready, casts = gate.prepare(like), kind != "meta" and torch.amp.is_autocast_available(kind)
+
+    def prepared(rows: Tensor) -> Tensor:
+        if casts and torch.is_autocast_enabled(kind):
+            return decide(gate, rows)
+        weights = ready(rows)
+        if weights.dtype is not torch.bool:
+            check_weights(weights, gate)
+        return weights
+
+    return prepared
 
 
 def check_weights(weights: Tensor, gate: AnyGate) -> None:

@@ -75,8 +75,14 @@ class ProjectionAbove:
 
     def prepare(self, like: Float[Tensor, "rows d"]) -> Callable[[Float[Tensor, "rows d"]], Tensor]:
         """The decision on rows like these, in float32 or float64."""
-        direction = self._direction.like(like)
-        return lambda rows: rows @ direction > self.threshold
+        direction, threshold = self._direction.like(like), self.threshold
+        limit = like.new_tensor(threshold)  # comparing with a number costs more than with a tensor
+
+        def above(rows: Tensor) -> Tensor:
+            projection = rows @ direction
+            return projection > (limit if self.threshold == threshold else self.threshold)
+
+        return above
 
     @classmethod
     def between(
