@@ -40,12 +40,12 @@ def setting(*, quick: bool, compiler: str | None = None) -> Decoding:
     """The model and its prompt; with a compiler, decoding with a static cache, compiled."""
     torch.manual_seed(0)
     d, length, new_tokens = (16, 4, 4) if quick else (256, 16, 32)
-    sizes = {"n_layer": BLOCKS, "n_embd": d, "n_head": 8, "n_positions": 64, "vocab_size": 1000}
+    sizes: dict[str, Any] = {"n_layer": BLOCKS, "n_embd": d, "n_head": 8, "n_positions": 64, "vocab_size": 1000}
     model: nn.Module = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=None, pad_token_id=0))
     options: dict[str, Any] = {}
     if compiler is not None:
-        config = CompileConfig(backend=compiler, mode=None)
-        config._compile_all_devices = True
+        config: Any = CompileConfig(backend=compiler)
+        config.mode, config._compile_all_devices = None, True
         options = {"cache_implementation": "static", "compile_config": config}
     name = f"greedy decoding, {BLOCKS} blocks" + ("" if compiler is None else ", static cache, compiled")
     sites = tuple(f"transformer.h.{block}" for block in range(BLOCKS))
@@ -138,6 +138,7 @@ def _gated_by_hand(own: Decoding, v: SteeringVector) -> Iterator[nn.Module]:
     def add(module: nn.Module, args: Any, output: Tensor, *, delta: Tensor) -> Tensor:
         return output + fires * delta
 
-    hooks = {first: partial(decide_and_add, delta=v[first])} | {site: partial(add, delta=v[site]) for site in others}
+    hooks: dict[str, Callable[..., Any]] = {site: partial(add, delta=v[site]) for site in others}
+    hooks[first] = partial(decide_and_add, delta=v[first])
     with hooked(own.model, hooks) as model:
         yield model

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from actsteer import (
     Chain,
     Clamp,
     CosineAbove,
+    Gate,
     KeepNorm,
     LowRank,
     ProjectionAbove,
@@ -32,6 +33,8 @@ from benchmarks.models import NOISE_FLOOR, Setting, Variant, hooked, plain, stee
 
 ANGLE, TARGET, C = 0.3, 1.5, 0.75
 BY_HAND = ", by hand"
+Fires: TypeAlias = Callable[[Tensor], Tensor]
+"""What a gate decides of the activation that it reads."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +88,7 @@ def _steered(model: nn.Module, options: dict[str, Any]) -> AbstractContextManage
 
 
 @contextmanager
-def _gated_earlier(
-    model: nn.Module, sites: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]
-) -> Iterator[nn.Module]:
+def _gated_earlier(model: nn.Module, sites: dict[str, tuple[Fires, Tensor]]) -> Iterator[nn.Module]:
     """A hook before each module that decides on its input, and one behind it that adds."""
     decided: dict[str, Tensor] = {}
 
@@ -111,12 +112,12 @@ def _width(setting: Setting, site: str) -> int:
     return int(module.in_features if isinstance(module, nn.Linear) else module.get_parameter("weight").shape[0])
 
 
-def _step_fires(w: Tensor) -> Callable[[Tensor], Tensor]:
+def _step_fires(w: Tensor) -> Fires:
     u = _unit(w)
     return lambda h: ((h if h.ndim == 2 else h.mean(dim=1)) @ u > 0.0).to(h.dtype)
 
 
-def _cosine_fires(w: Tensor) -> Callable[[Tensor], Tensor]:
+def _cosine_fires(w: Tensor) -> Fires:
     u = _unit(w)
     return lambda h: (h @ u > 0.05 * h.norm(dim=-1)).to(h.dtype)
 
@@ -253,7 +254,8 @@ WAYS = {
     "Add, gated softly per token": Way(_each(lambda v: Soft(ProjectionAbove(v, 0.0, per="token"), width=0.5)), _soft),
     "Add, positions": Way(lambda v: {"positions": slice(2, None)}, _after_two),
 }
-EARLIER = {  # gates that read at the input of the module that is steered: the gate of a vector, and its formula
+EARLIER: dict[str, tuple[Callable[[SteeringVector], Gate], Callable[[Tensor], Fires]]] = {
+    # gates that read at the input of the module that is steered: the gate of a vector, and its formula
     "Add, gated by a step that reads earlier": (lambda w: ProjectionAbove(w, 0.0), _step_fires),
     "Add, gated per token by a cosine that reads earlier": (
         lambda w: CosineAbove(w, 0.05, per="token"),
