@@ -47,7 +47,7 @@ def snapshot(model):
         return key, found if isinstance(found, bool | int | float | str | None) else id(found)
 
     numbers = {key: bits(tensor).tolist() for key, tensor in model.state_dict().items()}
-    modules = [[value(key, found) for key, found in vars(module).items()] for module in model.modules()]
+    modules = [(type(module), [value(key, found) for key, found in vars(module).items()]) for module in model.modules()]
     return numbers, modules
 
 
