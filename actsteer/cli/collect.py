@@ -13,8 +13,8 @@ from actsteer.cli.options import BatchSize, Chat, Device, DtypeName, ModelName, 
 from actsteer.collecting import collect as collecting
 from actsteer.collecting.batches import Batches
 from actsteer.collecting.moments import Covariance
-from actsteer.collecting.positions import Positions
 from actsteer.collecting.statistics import Statistics
+from actsteer.tokens.positions import Positions
 
 Kept: TypeAlias = Literal["none", "diagonal", "full"]
 _KEPT: dict[Kept, Covariance] = {"none": False, "diagonal": "diagonal", "full": True}

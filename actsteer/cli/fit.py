@@ -12,7 +12,6 @@ from actsteer.cli import banks, factory, models, options, screen
 from actsteer.cli.examples import batches
 from actsteer.cli.options import BatchSize, Chat, Device, DtypeName, OutPath, RowPositions, TrustRemoteCode
 from actsteer.cli.show import describe
-from actsteer.collecting.positions import Positions
 from actsteer.collecting.statistics import Statistics
 from actsteer.estimators import fit as fitting
 from actsteer.estimators.estimator import Estimator, check_estimator
@@ -22,6 +21,7 @@ from actsteer.estimators.principal_direction import PrincipalDirection
 from actsteer.estimators.ridge_direction import RidgeDirection
 from actsteer.estimators.whitened_mean_difference import WhitenedMeanDifference
 from actsteer.files import sealed
+from actsteer.tokens.positions import Positions
 from actsteer.vectors.bank import VectorBank
 from actsteer.vectors.vector import SteeringVector
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 import typer
 
-from actsteer.collecting.positions import Positions
+from actsteer.tokens.positions import Positions
 
 Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 """In which dtype a Hugging Face model is loaded; "auto" is the one that it was saved in."""

@@ -73,18 +73,27 @@ def share(batches: Batches, shard: tuple[int, int], *, batch_size: int) -> Batch
     return list(batches[number::of]) if isinstance(batches, list | tuple) else islice(batches, number, None, of)
 
 
-def call(model: nn.Module, batch: Any) -> Any:
-    """The model's output on one batch: a tensor, positional arguments in a tuple, or keyword arguments in a mapping.
+def arguments(batch: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """The positional and the keyword arguments that a batch is.
 
     Raises:
-        BatchError: the batch is none of these, or does not fit what the model's forward takes.
+        BatchError: it is none.
     """
     if not isinstance(batch, Tensor | tuple | list | Mapping):
         raise BatchError(
             f"expected a tensor, a tuple of positional or a mapping of keyword arguments, got {type(batch).__name__}"
         )
     positional = () if isinstance(batch, Mapping) else (batch,) if isinstance(batch, Tensor) else batch
-    keywords = batch if isinstance(batch, Mapping) else {}
+    return positional, batch if isinstance(batch, Mapping) else {}
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """The model's output on one batch: a tensor, positional arguments in a tuple, or keyword arguments in a mapping.
+
+    Raises:
+        BatchError: the batch is none of these, or does not fit what the model's forward takes.
+    """
+    positional, keywords = arguments(batch)
     try:
         return model(*positional, **keywords)
     except TypeError:

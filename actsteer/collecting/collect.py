@@ -16,7 +16,6 @@ from actsteer.collecting.classes import ClassStatistics, Label
 from actsteer.collecting.labels import Labels, labelled
 from actsteer.collecting.moments import Covariance, Moments, absorb
 from actsteer.collecting.observe import Observation, Step
-from actsteer.collecting.positions import Positions, described
 from actsteer.collecting.processes import announced, in_step, is_alone, replicas
 from actsteer.collecting.resume import Checkpoint, code_of, weights
 from actsteer.collecting.statistics import Statistics
@@ -24,6 +23,8 @@ from actsteer.errors import StatisticsError
 from actsteer.sites import fingerprint
 from actsteer.sites.axes import Axes
 from actsteer.sites.resolve import Sites, find_sites
+from actsteer.tokens.positions import Positions, described
+from actsteer.tokens.whose import Masks
 
 
 @overload
@@ -36,6 +37,9 @@ def collect(
     by: None = ...,
     positions: Positions = ...,
     axis: Axes | None = ...,
+    row_axis: Axes | None = ...,
+    token_axis: Axes | None = ...,
+    mask: Masks | None = ...,
     batch_size: int = ...,
     stop: bool = ...,
     shard: tuple[int, int] | None = ...,
@@ -55,6 +59,9 @@ def collect(
     by: Labels,
     positions: Positions = ...,
     axis: Axes | None = ...,
+    row_axis: Axes | None = ...,
+    token_axis: Axes | None = ...,
+    mask: Masks | None = ...,
     batch_size: int = ...,
     stop: bool = ...,
     shard: tuple[int, int] | None = ...,
@@ -73,6 +80,9 @@ def collect(
     by: Labels | None = None,
     positions: Positions = "all",
     axis: Axes | None = None,
+    row_axis: Axes | None = None,
+    token_axis: Axes | None = None,
+    mask: Masks | None = None,
     batch_size: int = 256,
     stop: bool = True,
     shard: tuple[int, int] | None = None,
@@ -100,9 +110,12 @@ def collect(
             labels of each batch; the place where the batches carry them (a position in a tuple or a key in a mapping,
             which the model is then not given); or a function of the batch.
         positions: which positions of a sequence count as rows: "all", "last", an index or several, a slice, a bool mask
-            (S,) or (B, S), a function that makes one from the batch, or "mean", their mean. Where the batch has an
-            attention mask, pads do not count, and positions are counted among the real tokens.
+            (S,) or (B, S), a callable that makes one from the inputs by name, or "mean", their mean. Where the batch
+            has an attention mask, pads do not count, and positions are counted among the real tokens; where
+            position_ids start anew, in each of the texts that a row is packed with.
         axis: the feature axis, of every site or site -> axis, where it is not the one that the module's class tells.
+        row_axis, token_axis, mask: the axes of rows and tokens, and where the batch has its token mask, as for
+            `Steerer`.
         stop: False runs every pass whole.
         shard: (i, n) collects the i-th of n parts of the batches alone, counted from 0: every n-th one, or, of a
             streamed dataset, what it gives to the i-th of n processes. A part may be empty. The parts, each
@@ -129,20 +142,23 @@ def collect(
     """
     with announced():
         names = find_sites(model, sites)
-        metadata = fingerprint.described(model) | described(positions)
         sums = _Sums(covariance=covariance)
-        observation = Observation(model, names, axis=axis, positions=positions, stop=stop)
+        where: dict[str, Any] = {"axis": axis, "row_axis": row_axis, "token_axis": token_axis, "mask": mask}
+        observation = Observation(model, names, **where, positions=positions, stop=stop)
         is_share = shard is not None or not is_alone()  # which may be empty
         own = batches if shard is None else share(batches, shard, batch_size=batch_size)
         stream = iterate(own, batch_size=batch_size, progress=progress, label="collect", may_be_empty=is_share)
         pairs: Iterable[tuple[Any, Any]] = ((batch, None) for batch in stream) if by is None else labelled(stream, by)
         if checkpoint is not None:
-            job: dict[str, Any] = metadata | {
+            job: dict[str, Any] = fingerprint.described(model) | described(positions)
+            job |= {
                 "sites": list(names),
                 "covariance": covariance,
                 "by": by is not None,
                 "axis": repr(axis),
             }
+            said = {name: repr(own) for name, own in where.items() if own is not None and name != "axis"}
+            job |= said | ({"mask": code_of(mask)} if callable(mask) else {})
             job |= {"weights": weights(model), "rank": 0 if is_alone() else dist.get_rank()}
             job |= {"batch_size": batch_size} if isinstance(batches, Tensor) else {}
             job |= {"shard": list(shard)} if shard is not None else {}
@@ -154,6 +170,7 @@ def collect(
             pairs = saved.unseen(pairs)
         observation.run(sums.steps(in_step(pairs, model)))
         sums.check(names, may_be_empty=is_share)
+    metadata = fingerprint.described(model) | described(positions)  # now that lazy modules have their shapes
     described_by, same = metadata | described_axes(observation.axes, axis), replicas(model)
 
     def made(moments: Mapping[str, Moments]) -> Statistics:

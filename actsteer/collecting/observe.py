@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple, final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from actsteer.collecting.batches import call, first_shape, rows_in
+from actsteer.collecting.batches import arguments, call, first_shape
 from actsteer.collecting.eval_mode import eval_mode
-from actsteer.collecting.masks import TokenMasks
-from actsteer.collecting.positions import Positions, check, chosen, mean
 from actsteer.collecting.processes import is_alone
 from actsteer.collecting.stop import Stop, Stopper, must_finish
 from actsteer.errors import BatchError, ShapeError, StatisticsError
@@ -23,6 +21,13 @@ from actsteer.sites.lens import Frame, Lens, packed_rows
 from actsteer.sites.listen import likely_cause, listen
 from actsteer.sites.place import Place
 from actsteer.sites.resolve import resolve
+from actsteer.sites.wrappers import unwrapped
+from actsteer.tokens.inputs import signature_of
+from actsteer.tokens.passes import Pass, Passes, groups
+from actsteer.tokens.positions import Positions, check, chosen
+from actsteer.tokens.real import real_at
+from actsteer.tokens.tokens import Tokens
+from actsteer.tokens.whose import Masks, said_of
 
 Keep = Callable[[str, Float[Tensor, "n d"], Int[Tensor, " n"]], None]
 """Called with a site, rows of its activations, and for each of them the row of the batch that it is from; in normal
@@ -55,19 +60,17 @@ class Observation:
         names: Iterable[str],
         *,
         axis: Axes | None,
+        row_axis: Axes | None = None,
+        token_axis: Axes | None = None,
+        mask: Masks | None = None,
         positions: Positions,
         stop: bool,
         keep_shape: bool = False,
     ) -> None:
-        check(positions)
+        check(positions, steers=False)
         if keep_shape and not (isinstance(positions, str) and positions == "all"):
             raise ValueError(f"keep_shape: an activation in its own shape has all positions, got {positions!r}")
         self.model, self._positions = model, positions
-        modules = list(model.modules())
-        said = [getattr(kind, "batch_first", None) for kind in {type(module) for module in modules}]
-        said += [vars(module).get("batch_first") for module in modules]  # `getattr` is slow where there is none
-        self.sequence_first = False in said
-        """Whether some module of the model has the positions on the first axis, and the rows on the second."""
         self.axes: dict[str, int] = {}
         """Site -> the axis along which its features lay."""
         self.asked: _Asked | None = None
@@ -75,9 +78,12 @@ class Observation:
         self._places = resolve(model, names)
         self.sites = tuple(self._places)
         self.stopper = Stopper(self._places, allowed=stop and not must_finish(model))
-        layout_of = layouts(model, self._places, axis=axis)
+        layout_of = layouts(model, self._places, axis=axis, row_axis=row_axis, token_axis=token_axis)
+        self._passes, passes_of = groups(unwrapped(model), self._places, said_of(mask, self._places), data=True)
+        self._signature = signature_of(model)
         self._listeners = [
-            _Listener(self, place, layout_of[site], keeps_shape=keep_shape) for site, place in self._places.items()
+            _Listener(self, place, layout_of[site], passes_of[site], keeps_shape=keep_shape)
+            for site, place in self._places.items()
         ]
 
     def run(self, steps: Iterable[Step]) -> None:
@@ -90,13 +96,10 @@ class Observation:
             for listener in self._listeners:
                 handles.callback(listen(listener.place, listener))
             for batch, keep, rows in steps:
-                positions = self._positions(batch) if callable(self._positions) else self._positions
-                check(positions)
-                masks = TokenMasks(self.model, batch, explicit=isinstance(positions, Tensor))
-                given = None if self.sequence_first else rows_in(batch)
-                tokens = () if self.sequence_first else first_shape(batch)[:2]
+                args, kwargs = arguments(batch)
+                begun = {own: own.begun(args, kwargs, self._signature) for own in self._passes}
                 self.stopper.begin()
-                self.asked = _Asked(keep, positions, masks, given, tokens, rows, {})
+                self.asked = _Asked(keep, self._positions, begun, first_shape(batch)[:2], rows, {})
                 try:
                     with suppress(Stop), torch.no_grad():
                         call(self.model, batch)
@@ -115,9 +118,8 @@ class _Asked(NamedTuple):
 
     keep: Keep
     positions: Positions
-    masks: TokenMasks
-    given: int | None
-    """The number of its rows, as far as its length tells."""
+    begun: dict[Passes, Pass]
+    """What is known of it, for sites with these tokens."""
     tokens: tuple[int, ...]
     """Its rows and positions, as far as its shape tells."""
     rows: int | None
@@ -129,32 +131,47 @@ class _Asked(NamedTuple):
 class _Choice(NamedTuple):
     """Where in an activation of some shape the rows are that count."""
 
-    row_axis: int
+    order: tuple[int, ...]
+    """Its axes: those of the rows, of the tokens, then any others, and the features."""
     where: Int[Tensor, " n"] | None
-    """Which of all of them in a line, the batch's rows first; None: every one."""
+    """Which of its tokens in a line, the batch's rows first; None: every one."""
     owners: Int[Tensor, " n"]
-    mean_of: tuple[int, int] | None = None
-    """The rows and positions, where each row counts by its mean."""
-    real: Tensor | None = None
+    others: int = 1
+    """How many rows there are for each token."""
+    mean_of: _Texts | None = None
+    """Where texts count by their means: these."""
 
     def of(self, whole: Float[Tensor, "*shape d"]) -> Float[Tensor, "n d"]:
         """The rows that count."""
-        line = (whole.movedim(self.row_axis, 0) if self.row_axis else whole).reshape(-1, whole.shape[-1])
+        line = whole.permute(self.order).reshape(-1, self.others, whole.shape[-1])
         if self.mean_of is not None:
-            return mean(line.unflatten(0, self.mean_of), self.real)
-        return line if self.where is None else line.index_select(0, self.where)
+            return self.mean_of.mean(line)
+        return (line if self.where is None else line.index_select(0, self.where)).reshape(-1, whole.shape[-1])
+
+
+class _Texts(NamedTuple):
+    """Where the tokens of each of T texts are among all tokens in a line, and which of L places are filled."""
+
+    places: Int[Tensor, "T L"]
+    filled: Bool[Tensor, "T L"]
+
+    def mean(self, line: Float[Tensor, "tokens others d"]) -> Float[Tensor, "T d"]:
+        """The mean over the tokens of every text."""
+        cells = line.to(torch.promote_types(line.dtype, torch.float32))[self.places]
+        total = torch.where(self.filled[..., None, None], cells, 0).sum(dim=(1, 2))
+        return (total / (self.filled.sum(dim=1, keepdim=True) * line.shape[1])).to(line.dtype)
 
 
 @final
 class _Listener:
     """A hook that hands the activations of a site on, as rows."""
 
-    def __init__(self, observation: Observation, place: Place, layout: Layout, *, keeps_shape: bool) -> None:
+    def __init__(
+        self, observation: Observation, place: Place, layout: Layout, passes: Passes, *, keeps_shape: bool
+    ) -> None:
         self.place, self._observation, self._keeps_shape = place, observation, keeps_shape
-        self._lens = Lens(place, layout)
+        self._lens, self._passes = Lens(place, layout), passes
         self._frame: Frame | None = None  # the last one, whose axis is noticed
-        self._doubtful = observation.sequence_first and layout.row_axis == 0
-        """Whether the first axis may hold the positions and not the rows."""
         is_converted = getattr(place.module, "hook_conversion", None) is not None
         self._is_plain = place.side == "out" and not place.path and not is_converted and is_alone()
         """Whether a tensor that the module gives is the activation, as its users see it."""
@@ -186,7 +203,8 @@ class _Listener:
             if self._keeps_shape:
                 raise ShapeError(f"site {self.place.site!r}: a nested or packed activation has no one shape to keep")
             if packed is not None:
-                rows, owners = self._everything(asked.positions, _plain(whole), "is packed"), packed_rows(packed)
+                self._check_everything(asked.positions, whole, packed=True)
+                rows, owners = _plain(whole), packed_rows(packed)
             else:
                 choice = self._choice(asked, whole, frame, nested=True)
                 rows, owners = choice.of(_plain(whole)), choice.owners + index
@@ -201,8 +219,8 @@ class _Listener:
         if self._keeps_shape:
             asked.keep(site, whole, _NONE)
             return
-        whose = site if asked.masks.by_site else None
-        key = (whole.shape, whole.device, frame.row_axis, frame.axis, self._doubtful, whose)
+        lies = (frame.row_axis, frame.token_axis, frame.axis, frame.rows_by, frame.is_step)
+        key = (whole.shape, whole.device, lies, self._passes)
         choice = asked.choices.get(key)
         if choice is None:
             choice = asked.choices[key] = self._choice(asked, whole, frame, nested=False)
@@ -216,57 +234,87 @@ class _Listener:
 
     def _choice(self, asked: _Asked, whole: Float[Tensor, "*shape d"], frame: Frame, *, nested: bool) -> _Choice:
         """Which of the activations are asked for, and of which row each is."""
-        site, positions = self.place.site, asked.positions
-        ordered = isinstance(positions, str) and positions in ("all", "prompt")
-        row_axis = self._row_axis(asked, whole, frame, nested=nested, matters=not ordered or asked.rows is not None)
-        others = [size for axis, size in enumerate(whole.shape[:-1]) if axis != row_axis]
-        by_row = (1 if row_axis is None else whole.shape[row_axis], math.prod(others))
-        real = None if nested or whole.ndim > 3 else asked.masks.at(site, by_row if whole.ndim > 2 else by_row[:1])
-        if real is not None and real.shape != by_row:  # the tokens of all rows in a line
-            by_row = (real.shape[0], real.shape[1])
-        if asked.rows not in (None, by_row[0]) and not nested:
-            if whole.ndim != 2 or asked.tokens[:1] != (asked.rows,) or by_row[0] != math.prod(asked.tokens):
-                raise BatchError(
-                    f"by: {asked.rows} labels, and {by_row[0]} rows at site {site!r} in an activation of shape "
-                    f"{tuple(whole.shape)}; give one label per row, or choose a site with a row for each"
-                )
-            by_row = (asked.rows, by_row[0] // max(1, asked.rows))
-        alone = whole.ndim < 3 and asked.given in (None, by_row[0])  # one activation for each row
-        in_order = whole.ndim == 3 or real is not None or isinstance(positions, Tensor)
-        is_mean = isinstance(positions, str) and positions == "mean"
-        if not (ordered or nested or in_order or (is_mean and (alone or whole.ndim > 3))):
-            self._everything(positions, whole, f"has shape {tuple(whole.shape)}")
-        first = row_axis or 0
+        positions, now = asked.positions, Pass() if nested else asked.begun[self._passes]
+        ordered, is_mean = (isinstance(positions, str) and positions in own for own in (("all", "prompt"), ("mean",)))
+        explicit = isinstance(positions, Tensor) or callable(positions)  # the positions themselves say where
+        if not nested and (asked.rows is not None or not ordered):
+            frame.check_rows(now.rows if asked.rows is None else asked.rows)
+        if not explicit:
+            real_at(frame, now)  # where pads cannot be told, it is refused
+        order, rows, length, others = self._order(asked, whole, frame, now.tokens, nested=nested)
+        tokens = now.tokens
+        fits = tokens is not None and (tokens.rows, tokens.length) == (rows, length)
+        if tokens is None or not fits:
+            tokens = Tokens(rows, length, prompt=length, batch=now.named, device=whole.device)
+        elif now.real is None:
+            tokens = tokens.but(mask=None) if tokens.start == 0 else tokens
+        in_order = nested or fits or whole.ndim == 3 or frame.token_axis is not None
+        alone = whole.ndim > 3 or (whole.ndim < 3 and now.rows in (None, rows))  # one, or one image, for each row
+        if frame.is_step or not (in_order or explicit or (is_mean and alone)):
+            self._check_everything(positions, whole)
+        if asked.rows not in (None, rows) and not nested:
+            raise BatchError(
+                f"by: {asked.rows} labels, and {rows} rows at site {self.place.site!r} in an activation of shape "
+                f"{tuple(whole.shape)}; give one label per row, or choose a site with a row for each"
+            )
+        owners = torch.arange(rows, device=whole.device).repeat_interleave(length)
         if is_mean:
-            return _Choice(first, None, torch.arange(by_row[0]), by_row, real)
-        if ordered and (real is None or bool(real.all())):
-            return _Choice(first, None, torch.arange(by_row[0]).repeat_interleave(by_row[1]))
-        owners, where = chosen(by_row, real, positions, device=whole.device)
-        return _Choice(first, owners * by_row[1] + where, owners)
+            texts = _texts(tokens, device=whole.device)
+            return _Choice(order, None, owners[texts.places[:, 0]], others, texts)
+        if ordered and tokens.real is None:
+            return _Choice(order, None, owners.repeat_interleave(others), others)
+        where = _where(positions, tokens).to(whole.device)
+        return _Choice(order, where, owners[where].repeat_interleave(others), others)
 
-    def _row_axis(self, asked: _Asked, whole: Tensor, frame: Frame, *, nested: bool, matters: bool) -> int | None:
-        """The axis of the batch's rows in an activation with the features last; None if it is one row alone."""
-        row_axis = 0 if nested else frame.row_axis
-        if self._doubtful and matters and not nested and whole.ndim == 3 and frame.row_axis != frame.axis:
-            rows = asked.rows if asked.rows is not None else asked.masks.rows
-            if rows not in whole.shape[:2] or whole.shape[0] == whole.shape[1]:
-                raise ShapeError(
-                    f"site {self.place.site!r}: the model has modules with batch_first=False, and it cannot be told "
-                    f"which axis of an activation of shape {tuple(whole.shape)} holds the rows; choose a site inside "
-                    "of them"
-                )
-            return whole.shape.index(rows)
-        if row_axis is None or row_axis == frame.axis or whole.ndim < 2:
-            return None
-        return row_axis - (row_axis > frame.axis)
+    def _order(
+        self, asked: _Asked, whole: Tensor, frame: Frame, tokens: Tokens | None, *, nested: bool
+    ) -> tuple[tuple[int, ...], int, int, int]:
+        """The axes in the order of rows, tokens, others, features; and how many rows, tokens and others there are."""
+        rank, rows = whole.ndim, 0 if nested else frame.row_axis
+        if rows is None or rows == frame.axis or rank < 2:
+            return tuple(range(rank)), 1, math.prod(whole.shape[:-1]), 1
+        if rank == 2:
+            count, batch, length = whole.shape[0], whole.shape[0], 1
+            if tokens is not None and count == tokens.rows * tokens.length:
+                batch, length = tokens.rows, tokens.length
+            elif asked.rows is not None and asked.tokens[:1] == (asked.rows,) and count == math.prod(asked.tokens):
+                batch, length = asked.tokens[0], count // max(1, asked.rows)
+            return (0, 1), batch, length, 1
+        first = [own - (own > frame.axis) for own in (rows, frame.token_axis) if own is not None]
+        rest = [own for own in range(rank - 1) if own not in first]
+        size = math.prod(whole.shape[own] for own in rest)
+        length, others = (size, 1) if frame.token_axis is None else (whole.shape[first[1]], size)
+        return (*first, *rest, rank - 1), whole.shape[first[0]], length, others
 
-    def _everything(self, positions: Positions, whole: Tensor, why: str) -> Tensor:
-        if isinstance(positions, str) and positions in ("all", "prompt"):
-            return whole
-        raise ShapeError(
-            f"site {self.place.site!r}: positions={positions!r} of an activation that {why}; choose a site whose "
-            "activation has the shape (rows, positions, d), or positions='all'"
+    def _check_everything(self, positions: Positions, whole: Tensor, *, packed: bool = False) -> None:
+        if not (isinstance(positions, str) and positions in ("all", "prompt")):
+            what = "is packed" if packed else f"has shape {tuple(whole.shape)}"
+            raise ShapeError(
+                f"site {self.place.site!r}: positions={positions!r} of an activation that {what}; choose a site whose "
+                "activation has the shape (rows, positions, d), or positions='all'"
+            )
+
+
+def _where(positions: Positions, tokens: Tokens) -> Int[Tensor, " n"]:
+    """Which of all tokens in a line are meant; of several indices, row by row, in their order."""
+    several = positions if isinstance(positions, Sequence) and not isinstance(positions, str) else [positions]
+    found = [chosen(own, tokens).expand(tokens.rows, tokens.length).flatten().nonzero()[:, 0] for own in several]
+    return torch.stack(found, dim=1).flatten()
+
+
+def _texts(tokens: Tokens, *, device: torch.device) -> _Texts:
+    """The tokens of every text, which a packed row has several of."""
+    if tokens.texts is not None:
+        index, filled = tokens.grid
+    else:
+        index = torch.arange(tokens.rows * tokens.length, device=device).view(tokens.rows, tokens.length)
+        filled = torch.ones_like(index, dtype=torch.bool) if tokens.real is None else tokens.real
+    if short := (filled.sum(dim=1) == 0).nonzero().flatten().tolist():
+        raise BatchError(
+            f"positions='mean': row {short[0]} of the batch has 0 tokens, and 1 are needed; leave it out, or choose "
+            "other positions"
         )
+    return _Texts(index.to(device), filled.to(device))
 
 
 def _plain(tensor: Tensor) -> Tensor:

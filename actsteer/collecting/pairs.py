@@ -14,12 +14,13 @@ from actsteer.collecting.batches import Batches, iterate
 from actsteer.collecting.collect import described_axes
 from actsteer.collecting.moments import Covariance, Moments, absorb, exact
 from actsteer.collecting.observe import Observation, Step
-from actsteer.collecting.positions import Positions, described
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import BatchError, ShapeError, StatisticsError
 from actsteer.sites import fingerprint
 from actsteer.sites.axes import Axes
 from actsteer.sites.resolve import Sites, find_sites
+from actsteer.tokens.positions import Positions, described
+from actsteer.tokens.whose import Masks
 
 
 @final
@@ -128,6 +129,9 @@ def collect_differences(
     covariance: Covariance = True,
     positions: Positions = "all",
     axis: Axes | None = None,
+    row_axis: Axes | None = None,
+    token_axis: Axes | None = None,
+    mask: Masks | None = None,
     batch_size: int = 256,
     stop: bool = True,
     progress: bool = True,
@@ -144,7 +148,16 @@ def collect_differences(
     tensor([1., 1.], dtype=torch.float64)
     """
     names = find_sites(model, sites)
-    observation = Observation(model, names, axis=axis, positions=positions, stop=stop)
+    observation = Observation(
+        model,
+        names,
+        axis=axis,
+        row_axis=row_axis,
+        token_axis=token_axis,
+        mask=mask,
+        positions=positions,
+        stop=stop,
+    )
     sums: dict[str, Moments] = {}
     sides = (
         iterate(positive, batch_size=batch_size, progress=progress, label="collect pairs"),

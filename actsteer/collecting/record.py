@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from actsteer.collecting.batches import Batches, iterate
 from actsteer.collecting.observe import Observation, Step
-from actsteer.collecting.positions import Positions
 from actsteer.collecting.processes import announced, in_step
 from actsteer.errors import ShapeError, StatisticsError
 from actsteer.sites.axes import Axes
 from actsteer.sites.resolve import Sites, find_sites
+from actsteer.tokens.positions import Positions
+from actsteer.tokens.whose import Masks
 
 
 def record(
@@ -25,6 +26,9 @@ def record(
     sites: Sites,
     positions: Positions = "all",
     axis: Axes | None = None,
+    row_axis: Axes | None = None,
+    token_axis: Axes | None = None,
+    mask: Masks | None = None,
     batch_size: int = 256,
     stop: bool = True,
     keep_shape: bool = False,
@@ -35,8 +39,8 @@ def record(
     Takes the memory of all of them: for means and covariances use `collect`, which keeps sums.
 
     Args:
-        positions, axis, stop: which positions count, along which axis the features lie, and whether a pass ends with
-            the last site, as for `collect`.
+        positions, axis, row_axis, token_axis, mask, stop: which positions count, along which axes an activation lies,
+            where the batch has its token mask, and whether a pass ends with the last site, as for `collect`.
         keep_shape: give each site's activation in its own shape, (rows, positions, d) of a sequence, pads and all, with
             the features last: as `Replace` takes it to patch it back. Batches follow one another on the first axis.
 
@@ -52,7 +56,15 @@ def record(
     """
     with announced():
         observation = Observation(
-            model, find_sites(model, sites), axis=axis, positions=positions, stop=stop, keep_shape=keep_shape
+            model,
+            find_sites(model, sites),
+            axis=axis,
+            row_axis=row_axis,
+            token_axis=token_axis,
+            mask=mask,
+            positions=positions,
+            stop=stop,
+            keep_shape=keep_shape,
         )
         return recorded(observation, iterate(batches, batch_size=batch_size, progress=progress, label="record"))
 

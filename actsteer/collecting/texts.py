@@ -35,6 +35,8 @@ def text_batches(
     *,
     batch_size: int = ...,
     chat: bool = ...,
+    continue_final_message: bool | None = ...,
+    truncation: int | None = ...,
     column: str = ...,
     device: torch.device | str | None = ...,
 ) -> TextBatches: ...
@@ -47,6 +49,8 @@ def text_batches(
     *,
     batch_size: int = ...,
     chat: bool = ...,
+    continue_final_message: bool | None = ...,
+    truncation: int | None = ...,
     column: str = ...,
     device: torch.device | str | None = ...,
 ) -> TextStream: ...
@@ -58,6 +62,8 @@ def text_batches(
     *,
     batch_size: int = 32,
     chat: bool = False,
+    continue_final_message: bool | None = None,
+    truncation: int | None = None,
     column: str = "text",
     device: torch.device | str | None = None,
 ) -> TextBatches | TextStream:
@@ -70,7 +76,11 @@ def text_batches(
         tokenizer: any of transformers.
         texts: strings; with `chat` also conversations. Or a dataset of Hugging Face `datasets`, which is read and
             tokenized batch by batch, however large it is: `load_dataset(..., streaming=True)`.
-        chat: apply the tokenizer's chat template, a string as the user's message, and end where the model is to answer.
+        chat: apply the tokenizer's chat template, a string as the user's message, and end where the model is to answer;
+            a conversation whose last message is the assistant's ends with the last token of that answer.
+        continue_final_message: whether a conversation ends within its last message, without what the template puts
+            after it; as it is the assistant's, unless said. False keeps the template's end.
+        truncation: the number of tokens after which a text is cut off.
         column: where a dataset has its texts.
         device: where the tensors go.
 
@@ -87,7 +97,9 @@ def text_batches(
     """
     if batch_size < 1:
         raise BatchError(f"batch_size: expected 1 or more, got {batch_size}")
-    encode = partial(_ids, tokenizer, chat=chat)
+    if truncation is not None and truncation < 1:
+        raise BatchError(f"truncation: expected a number of tokens, 1 or more, got {truncation}")
+    encode = partial(_ids, tokenizer, chat=chat, continues=continue_final_message, truncation=truncation)
     if isinstance(texts, Dataset):
         return TextStream(texts, column, encode, batch_size, device)
     if isinstance(texts, str) or not texts:
@@ -166,19 +178,22 @@ def input_device(model: nn.Module) -> torch.device | None:
     return None if first is None or first.is_meta else first.device
 
 
-def _ids(tokenizer: Any, text: Text, *, chat: bool) -> Tensor:
+def _ids(tokenizer: Any, text: Text, *, chat: bool, continues: bool | None, truncation: int | None) -> Tensor:
     if not chat:
         if not isinstance(text, str):
             raise BatchError(f"texts: expected a string, got {type(text).__name__}; pass chat=True for conversations")
         found = tokenizer(text)["input_ids"]
     else:
         messages = [{"role": "user", "content": text}] if isinstance(text, str) else list(text)
-        answers = messages[-1]["role"] != "assistant"
-        made = tokenizer.apply_chat_template(messages, add_generation_prompt=answers, tokenize=True, return_dict=True)
+        answered = messages[-1]["role"] == "assistant"
+        options: dict[str, Any] = {"add_generation_prompt": not (answered or continues)}
+        if answered if continues is None else continues:
+            options["continue_final_message"] = True
+        made = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
         found = made["input_ids"]
     if not len(found):
         raise BatchError(f"texts: {text!r} has no tokens")
-    return torch.tensor(found, dtype=torch.long)
+    return torch.tensor(found[:truncation], dtype=torch.long)
 
 
 def _check_column(column: str, columns: Collection[str]) -> None:

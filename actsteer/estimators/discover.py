@@ -10,9 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import trange
 
-from actsteer.collecting.batches import Batches, call, iterate
+from actsteer.collecting.batches import Batches, arguments, call, iterate
 from actsteer.collecting.eval_mode import eval_mode
-from actsteer.collecting.masks import TokenMasks
 from actsteer.errors import ShapeError, SiteNotFoundError, StatisticsError
 from actsteer.estimators.optimize import in_single, zeros_at
 from actsteer.sites import fingerprint
@@ -21,7 +20,11 @@ from actsteer.sites.lens import Lens
 from actsteer.sites.listen import likely_cause, listen
 from actsteer.sites.place import Place
 from actsteer.sites.resolve import Sites, find_sites, resolve
+from actsteer.sites.wrappers import unwrapped
 from actsteer.steering.steerer import Steerer
+from actsteer.tokens.inputs import signature_of
+from actsteer.tokens.passes import Pass, groups
+from actsteer.tokens.real import real_at
 from actsteer.vectors.bank import VectorBank
 from actsteer.vectors.vector import SteeringVector
 
@@ -149,14 +152,14 @@ class _Reader:
 
     def __init__(self, place: Place, layout: Layout) -> None:
         self._place, self._lens = place, Lens(place, layout)
-        self._sequence_first = layout.row_axis != 0
-        self._masks: TokenMasks
+        self._now: Pass
         self._seen: list[Tensor] = []
 
     def read(self, model: nn.Module, batch: Any) -> Tensor:
         """The activations on one batch, of each call of the site, in float32 at least; pads are left out."""
         self._seen.clear()
-        self._masks = TokenMasks(model, batch)
+        _, passes = groups(unwrapped(model), {self._place.site: self._place}, {}, data=True)
+        self._now = passes[self._place.site].begun(*arguments(batch), signature_of(model))
         call(model, batch)
         if not self._seen:
             raise StatisticsError(f"site {self._place.site!r} never ran: {likely_cause(model, self._place)}")
@@ -164,11 +167,9 @@ class _Reader:
 
     def __call__(self, module: nn.Module, args: Any, last: Any) -> None:
         view = self._lens.heard(module, args, last)
-        for whole, _ in view.rows():
+        for whole, frame in view.rows():
+            real = None if view.raw.is_nested else real_at(frame, self._now)
             rows = whole.reshape(-1, whole.shape[-1])
-            shape = tuple(whole.shape[:2]) if whole.ndim == 3 else (len(rows),)
-            known = whole.ndim in (2, 3) and not self._sequence_first and not view.raw.is_nested
-            real = self._masks.at(self._place.site, shape) if known else None
-            if real is not None and real.numel() == len(rows):
-                rows = rows[real.flatten()]
+            if real is not None:
+                rows = rows[real.movedim(frame.axis, -1).expand(*whole.shape[:-1], 1).flatten().to(rows.device)]
             self._seen.append(rows.to(torch.promote_types(rows.dtype, torch.float32)))

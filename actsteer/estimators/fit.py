@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from actsteer.collecting.batches import Batches, iterate
 from actsteer.collecting.collect import collect
 from actsteer.collecting.pairs import collect_differences
-from actsteer.collecting.positions import Positions
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import BatchError
 from actsteer.estimators.estimator import (
@@ -26,6 +25,8 @@ from actsteer.estimators.rows import Rows
 from actsteer.sites.axes import Axes
 from actsteer.sites.resolve import Sites
 from actsteer.steering.interventions.intervention import Edit
+from actsteer.tokens.positions import Positions
+from actsteer.tokens.whose import Masks
 from actsteer.vectors.vector import SteeringVector
 
 
@@ -39,6 +40,9 @@ def fit(
     concept: str | None = None,
     positions: Positions = "all",
     axis: Axes | None = None,
+    row_axis: Axes | None = None,
+    token_axis: Axes | None = None,
+    mask: Masks | None = None,
     batch_size: int = 256,
     stop: bool = True,
     progress: bool = True,
@@ -71,7 +75,7 @@ def fit(
     chosen = cast("Estimator[Result]", MeanDifference() if estimator is None else estimator)
     check_estimator(chosen)
     options: dict[str, Any] = {"sites": sites, "positions": positions, "axis": axis, "batch_size": batch_size}
-    options["stop"] = stop
+    options |= {"row_axis": row_axis, "token_axis": token_axis, "mask": mask, "stop": stop}
     if chosen.reads == "pairs":
         differences = collect_differences(model, positive, negative, progress=progress, **options)
         return estimated(chosen, positive=differences, negative=-differences, concept=concept)

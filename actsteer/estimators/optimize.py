@@ -14,7 +14,6 @@ from actsteer.collecting.batches import Batches, call
 from actsteer.collecting.collect import described_axes
 from actsteer.collecting.eval_mode import eval_mode
 from actsteer.collecting.observe import Observation, Step
-from actsteer.collecting.positions import Positions
 from actsteer.errors import LossError, SiteNotFoundError
 from actsteer.estimators.in_training import Ball, InTraining, LowRankInTraining, VectorInTraining
 from actsteer.estimators.retention import Retain, divergence
@@ -26,6 +25,8 @@ from actsteer.sites.resolve import Sites, find_sites
 from actsteer.steering.gates.gate import AnyGate
 from actsteer.steering.interventions.low_rank import LowRank
 from actsteer.steering.steerer import Steerer
+from actsteer.tokens.positions import Positions
+from actsteer.tokens.whose import Masks
 from actsteer.vectors.vector import SteeringVector
 
 CHECKS = 20
@@ -54,6 +55,9 @@ def optimize(
     gate: AnyGate | None = None,
     positions: Positions | None = None,
     axis: Axes | None = None,
+    row_axis: Axes | None = None,
+    token_axis: Axes | None = None,
+    mask: Masks | None = None,
     concept: str | None = None,
     generator: torch.Generator | None = None,
     progress: bool = True,
@@ -80,7 +84,7 @@ def optimize(
         validation: other data, by whose loss the best is kept and training ends early; `Validation(data, targets=...,
             patience=...)` says with which targets and when.
         gate, positions: train with the steering where it will be used, as for `Steerer`.
-        axis: the feature axis, as for `collect`; the result remembers it.
+        axis, row_axis, token_axis, mask: as for `collect`; the result remembers the feature axis.
         concept: what the result stands for; that of `train` unless given.
         generator: makes the shuffling and an edit's first directions, and so the result, reproducible.
 
@@ -108,10 +112,11 @@ def optimize(
     stream = endless(batches, targets, batch_size=batch_size, generator=generator)
     others = None if kept is None else endless(kept.batches, None, batch_size=batch_size, generator=generator)
     pair = next(stream)
-    zeros = zeros_at(model, pair[0], names, axis)
+    where: dict[str, Any] = {"row_axis": row_axis, "token_axis": token_axis, "mask": mask}
+    zeros = zeros_at(model, pair[0], names, axis, **where, positions="all" if positions is None else positions)
     begun = in_single(zeros, given if isinstance(given, SteeringVector) else None)
     low_rank = LowRankInTraining(given, zeros, generator) if isinstance(given, LowRank) else None
-    steerer = Steerer(model, begun, gate=gate, positions=positions, axis=axis, intervention=low_rank)
+    steerer = Steerer(model, begun, gate=gate, positions=positions, axis=axis, intervention=low_rank, **where)
     moving: InTraining = low_rank or VectorInTraining(steerer, zeros)
     ball = None if max_norm is None else Ball(moving.leaves, max_norm)
     optimizer = torch.optim.Adam(moving.leaves, lr=lr)
@@ -135,7 +140,7 @@ def optimize(
             if l2:
                 value = value + l2 * moving.penalty()
             if others is not None and kept is not None:
-                value = value + kept.weight * divergence(model, steerer, next(others)[0])
+                value = value + kept.weight * divergence(model, steerer, next(others)[0], mask=mask)
             gradients = torch.autograd.grad(value, moving.leaves, allow_unused=True)
             if all(gradient is None for gradient in gradients):
                 raise LossError(
@@ -179,13 +184,24 @@ def in_single(zeros: SteeringVector, start: SteeringVector | None = None) -> Ste
     return SteeringVector({site: whole[site].to(kinds[site]) for site in zeros}, metadata=zeros.metadata)
 
 
-def zeros_at(model: nn.Module, batch: Any, names: tuple[str, ...], axis: Axes | None) -> SteeringVector:
+def zeros_at(
+    model: nn.Module,
+    batch: Any,
+    names: tuple[str, ...],
+    axis: Axes | None,
+    *,
+    row_axis: Axes | None = None,
+    token_axis: Axes | None = None,
+    mask: Masks | None = None,
+    positions: Positions = "all",
+) -> SteeringVector:
     """Zero at every site, in the activation's dtype and device; the metadata has the axes."""
     zeros: dict[str, Tensor] = {}
 
     def keep(site: str, rows: Tensor, owners: Tensor) -> None:
         zeros[site] = rows.new_zeros(rows.shape[1])
 
-    observation = Observation(model, names, axis=axis, positions="all", stop=True)
+    where: dict[str, Any] = {"axis": axis, "row_axis": row_axis, "token_axis": token_axis, "mask": mask}
+    observation = Observation(model, names, **where, positions=positions, stop=True)
     observation.run([Step(batch, keep)])
     return SteeringVector({site: zeros[site] for site in names}, metadata=described_axes(observation.axes, axis))

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
-from actsteer.collecting.batches import Batches, call
+from actsteer.collecting.batches import Batches, arguments, call
 from actsteer.errors import LossError
 from actsteer.steering.steerer import Steerer
+from actsteer.tokens.passes import real_of
+from actsteer.tokens.whose import Masks
 
 
 @final
@@ -45,7 +47,7 @@ class Retain:
             raise ValueError(f"weight: expected a number >= 0, got {self.weight}")
 
 
-def divergence(model: nn.Module, steerer: Steerer, batch: Any) -> Tensor:
+def divergence(model: nn.Module, steerer: Steerer, batch: Any, *, mask: Masks | None = None) -> Tensor:
     """The mean KL divergence KL(unsteered ‖ steered) of the answers to one batch, in nats; pads do not count.
 
     The answers are the softmax of the output's last axis: of a tensor, of `.logits`, or of the first of several.
@@ -61,9 +63,10 @@ def divergence(model: nn.Module, steerer: Steerer, batch: Any) -> Tensor:
             steerer.c = strength
     steered = log_softmax(_logits(call(model, batch)), dim=-1)
     apart = kl_div(steered, plain, reduction="none", log_target=True).sum(dim=-1)
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if isinstance(mask, Tensor) and mask.shape == apart.shape:
-        return (apart * mask).sum() / mask.sum()
+    args, kwargs = arguments(batch)
+    real = real_of(model, args, kwargs, mask=None if isinstance(mask, Mapping) else mask)
+    if real is not None and real.shape == apart.shape:
+        return (apart * real.to(apart.device)).sum() / real.sum()
     return apart.mean()
 
 

@@ -66,7 +66,11 @@ class Rows(Mapping[str, Tensor]):
 class _Blocks:
     def __init__(self, model: nn.Module, batches: Batches, options: Mapping[str, Any]) -> None:
         self._batches, self._batch_size = batches, options["batch_size"]
-        asked = {key: options[key] for key in ("positions", "axis", "stop")}
+        asked = {
+            key: options[key]
+            for key in ("positions", "axis", "row_axis", "token_axis", "mask", "stop")
+            if key in options
+        }
         self._observation = Observation(model, find_sites(model, options["sites"]), **asked)
 
     def __iter__(self) -> Iterator[Mapping[str, Tensor]]:

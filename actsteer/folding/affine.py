@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from actsteer.errors import NotFoldable
-from actsteer.steering.edit import SiteEdit, edited_by
+from actsteer.steering.bound import edited_by
+from actsteer.steering.edit import SiteEdit
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,12 +13,13 @@ from actsteer.collecting.batches import iterate
 from actsteer.collecting.collect import described_axes
 from actsteer.collecting.moments import Covariance, Moments, absorb
 from actsteer.collecting.observe import Observation, Step
-from actsteer.collecting.positions import described
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import UnsupportedModelError
 from actsteer.sites import fingerprint
 from actsteer.sites.resolve import Sites, find_sites
 from actsteer.sites.wrappers import unwrapped
+from actsteer.tokens.inputs import signature_of
+from actsteer.tokens.positions import described
 
 
 def collect_pairs_by_prefix(
@@ -33,12 +33,16 @@ def collect_pairs_by_prefix(
     device: torch.device | None,
     stop: bool,
     progress: bool,
+    where: Mapping[str, Any],
 ) -> tuple[Statistics, Statistics]:
     """The statistics of the last tokens of both sides, of texts given as token ids, pair by pair.
 
     In each batch the first k tokens, as far as both texts of every pair agree, run once for every distinct beginning;
     what follows them runs for every text on top of the cache. There are no pads between the two, so that windows of
     attention and positions are those of the whole text.
+
+    Args:
+        where: axis, row_axis, token_axis and mask, as for `collect`.
 
     Raises:
         UnsupportedModelError: a model that takes no `past_key_values`.
@@ -71,17 +75,17 @@ def collect_pairs_by_prefix(
             inputs = rest | {"attention_mask": mask, key: cache, "use_cache": cache is not None}
             yield Step(inputs, keep)
 
-    observation = Observation(model, names, axis=None, positions=_last, stop=stop)
+    observation = Observation(model, names, **where, positions="last", stop=stop)
     observation.run(steps())
-    metadata = fingerprint.described(model) | described("last") | described_axes(observation.axes, None)
+    metadata = fingerprint.described(model) | described("last") | described_axes(observation.axes, where.get("axis"))
     toward, away = (Statistics({site: own[site] for site in names}, metadata=metadata) for own in sums)
     return toward, away
 
 
 def _cache_argument(model: nn.Module) -> str:
     """The name by which the model takes a cache of keys and values: it is `cache` since transformers 5.24."""
-    parameters = inspect.signature(type(model).forward).parameters
-    name = next((name for name in ("cache", "past_key_values") if name in parameters), None)
+    names = signature_of(model).names
+    name = next((name for name in ("cache", "past_key_values") if name in names), None)
     if name is None or getattr(model, "_is_stateful", False):  # whose cache is a state, in which pads would count
         raise UnsupportedModelError(f"{type(model).__name__} takes no past_key_values; pass share_prefix=False")
     return name
@@ -96,9 +100,3 @@ def _agreeing(one: Tensor, other: Tensor) -> int:
 
 def _padded(rows: Sequence[Tensor], device: torch.device | None) -> Tensor:
     return pad_sequence(list(rows), batch_first=True).to(device)
-
-
-def _last(batch: Any) -> Tensor:
-    """Where the last token of every text is, among those that are not in the cache."""
-    mask, length = batch["attention_mask"], batch["input_ids"].shape[1]
-    return torch.nn.functional.one_hot(mask.sum(dim=1) - 1 - (mask.shape[1] - length), length).bool()

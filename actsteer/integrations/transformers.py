@@ -7,14 +7,16 @@ from typing import Any, cast
 
 from torch import nn
 
-from actsteer.collecting.positions import Positions
 from actsteer.collecting.texts import Text, TextBatches, input_device, text_batches
 from actsteer.errors import BatchError
 from actsteer.estimators.estimator import COVARIANCE, Estimator, Result, check_estimator
 from actsteer.estimators.fit import estimated, fit
 from actsteer.estimators.mean_difference import MeanDifference
 from actsteer.integrations.prefixes import collect_pairs_by_prefix
+from actsteer.sites.axes import Axes
 from actsteer.sites.resolve import Sites
+from actsteer.tokens.positions import Positions
+from actsteer.tokens.whose import Masks
 
 __all__ = ["Text", "TextBatches", "fit_pairs", "text_batches"]
 
@@ -27,9 +29,15 @@ def fit_pairs(
     sites: Sites,
     estimator: Estimator[Result] | None = None,
     positions: Positions = "last",
+    axis: Axes | None = None,
+    row_axis: Axes | None = None,
+    token_axis: Axes | None = None,
+    mask: Masks | None = None,
     concept: str | None = None,
     batch_size: int = 32,
     chat: bool = False,
+    continue_final_message: bool | None = None,
+    truncation: int | None = None,
     share_prefix: bool = False,
     stop: bool = True,
     progress: bool = True,
@@ -44,6 +52,8 @@ def fit_pairs(
         estimator: `MeanDifference()` unless another is given.
         positions: which tokens count; the last of each text, as contrastive activation addition has it, unless others
             are asked for.
+        axis, row_axis, token_axis, mask: as for `collect`.
+        chat, continue_final_message, truncation: as for `text_batches`.
         share_prefix: compute the tokens with which both texts of a pair begin, and those with which all texts of a
             batch begin, once, in a key-value cache. The same result, but for rounding; for causal models with such a
             cache, estimators on statistics, and `positions="last"`.
@@ -57,8 +67,17 @@ def fit_pairs(
     if not pairs or any(isinstance(pair, str) or len(pair) != 2 for pair in pairs):
         raise BatchError("pairs: expected one or more of (positive text, negative text)")
     device = input_device(model)
+    where: dict[str, Any] = {"axis": axis, "row_axis": row_axis, "token_axis": token_axis, "mask": mask}
     positive, negative = (
-        text_batches(tokenizer, [pair[side] for pair in pairs], batch_size=batch_size, chat=chat, device=device)
+        text_batches(
+            tokenizer,
+            [pair[side] for pair in pairs],
+            batch_size=batch_size,
+            chat=chat,
+            continue_final_message=continue_final_message,
+            truncation=truncation,
+            device=device,
+        )
         for side in (0, 1)
     )
     if not share_prefix:
@@ -70,6 +89,7 @@ def fit_pairs(
             estimator=estimator,
             concept=concept,
             positions=positions,
+            **where,
             stop=stop,
             progress=progress,
         )
@@ -90,5 +110,6 @@ def fit_pairs(
         device=device,
         stop=stop,
         progress=progress,
+        where=where,
     )
     return estimated(chosen, positive=toward, negative=away, concept=concept)

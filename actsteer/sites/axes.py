@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
@@ -16,7 +16,10 @@ from actsteer.sites.tap import plain_class
 from actsteer.sites.wrappers import named_modules, unwrapped
 
 Axes: TypeAlias = int | Mapping[str, int]
-"""The feature axis of every site, or site -> axis; a site that is not named has its own."""
+"""The axis of every site, or site -> axis; a site that is not named has its own."""
+RowsBy: TypeAlias = Literal["told", "first", "open"]
+"""Whether the axis of the rows is told by a class or the user; is the first, as nearly everywhere; or may be another,
+for modules of the model have the positions first."""
 
 _SPATIAL = {"1d": -2, "2d": -3, "3d": -4}
 _CHANNEL_SECOND = (nn.GroupNorm, nn.BatchNorm1d, nn.SyncBatchNorm, nn.Upsample, nn.LocalResponseNorm)
@@ -36,12 +39,39 @@ class Layout:
         evidence: for an open one, (axis, size) of the modules in it, or of those around it, that have an axis.
         inside: whether the evidence is of modules in it.
         row_axis: the axis of the batch.
+        token_axis: that of the tokens; None: the one that remains.
+        rows_by: who says which the axis of the batch is.
+        is_step: whether each activation is one step of a sequence, as a recurrent cell in a loop gives it.
     """
 
     axis: int | None
     evidence: tuple[tuple[int, int], ...] = ()
     inside: bool = True
     row_axis: int = 0
+    token_axis: int | None = None
+    rows_by: RowsBy = "first"
+    is_step: bool = False
+
+    def rows_and_tokens(self, shape: tuple[int, ...], axis: int, *, site: str) -> tuple[int, int | None]:
+        """The axes of the rows and of the tokens, counted from the front; None for tokens that cannot be told.
+
+        Raises:
+            ShapeError: two of the three are one.
+        """
+        rank = len(shape)
+        if rank <= 2:
+            return 0, None
+        rows = self.row_axis % rank if -rank <= self.row_axis < rank else rank
+        rest = [own for own in range(rank) if own not in (axis, rows)]
+        tokens = rest[0] if rank == 3 and rest else None
+        if self.token_axis is not None:
+            tokens = self.token_axis % rank if -rank <= self.token_axis < rank else rank
+        if rank in (rows, tokens) or tokens in (axis, rows) or (self.rows_by == "told" and rows == axis):
+            raise ShapeError(
+                f"site {site!r}: the activation has shape {shape}, and its features, rows and tokens cannot lie on "
+                f"axes {axis}, {self.row_axis} and {self.token_axis}; pass other row_axis= or token_axis="
+            )
+        return rows, tokens
 
     def feature_axis(self, shape: tuple[int, ...], *, size: int | None, site: str) -> int:
         """The feature axis counted from the front, once it is certain that there are `size` features on it.
@@ -98,24 +128,46 @@ class Layout:
         return [*found, rank - 1] if also_last else found
 
 
-def layout(model: nn.Module, place: Place, *, axis: int | None = None, modules: Modules | None = None) -> Layout:
-    """The layout of the activations at a place; `axis`, if given, is the feature axis.
+def layout(
+    model: nn.Module,
+    place: Place,
+    *,
+    axis: int | None = None,
+    row_axis: int | None = None,
+    token_axis: int | None = None,
+    modules: Modules | None = None,
+    is_open: bool | None = None,
+) -> Layout:
+    """The layout of the activations at a place; `axis`, `row_axis` and `token_axis` are said by the
+    user.
 
     Convolutions, pools, paddings and 1d-3d norms keep the channels before the spatial axes (counted from the end, so
     that unbatched inputs work too); linear maps, layer norms, embeddings and recurrent cells have them last, and so
     do TransformerLens hook points. A pointwise module inside an `nn.Sequential` takes the axis of what runs before it.
-    A class with a forward of its own leaves the axis open. `modules` is `named_sites(model)`, if that is known.
+    A class with a forward of its own leaves the axis open. `modules` is `named_sites(model)`, and
+    `is_open` is `sequence_first(model)`, if that is known.
     """
-    rows = _row_axis(model, place)
+    rows, tokens = _axes_known(model, place)
+    said = rows if row_axis is None else row_axis
+    by: RowsBy = "told"
+    if said is None:
+        by = "open" if (sequence_first(model) if is_open is None else is_open) else "first"
+    found = Layout(
+        axis,
+        row_axis=said or 0,
+        token_axis=tokens if token_axis is None else token_axis,
+        rows_by=by,
+        is_step=isinstance(unwrapped(place.module), nn.RNNCellBase),
+    )
     if axis is not None or place.name in hook_points(model):
-        return Layout(-1 if axis is None else axis, row_axis=rows)
+        return replace(found, axis=-1 if axis is None else axis)
     modules = named_sites(model) if modules is None else modules
     names = modules.names_of(place.module) or [place.name]
     known = {_known_axis(modules, name, place) for name in names}  # one module may stand at several places
     if len(known) == 1 and None not in known:
-        return Layout(known.pop(), row_axis=rows)
+        return replace(found, axis=known.pop())
     evidence, inside = _evidence(model, place)
-    return Layout(None, evidence, inside, rows)
+    return replace(found, evidence=evidence, inside=inside)
 
 
 def _known_axis(modules: Mapping[str, nn.Module], name: str, place: Place) -> int | None:
@@ -127,27 +179,45 @@ def _known_axis(modules: Mapping[str, nn.Module], name: str, place: Place) -> in
 
 
 def layouts(
-    model: nn.Module, places: Mapping[str, Place], *, axis: Axes | None, modules: Modules | None = None
+    model: nn.Module,
+    places: Mapping[str, Place],
+    *,
+    axis: Axes | None,
+    row_axis: Axes | None = None,
+    token_axis: Axes | None = None,
+    modules: Modules | None = None,
 ) -> dict[str, Layout]:
-    """The layout at every place; `axis` names a feature axis for all of them, or site -> axis for some.
+    """The layout at every place; each axis is said for all of them, or site -> axis for some.
 
     `modules` is `named_sites(model)`, if that is known.
 
     Raises:
-        SiteNotFoundError: `axis` names another site.
+        SiteNotFoundError: an axis is said of another site.
     """
-    if isinstance(axis, int) and not isinstance(axis, bool):
-        axis = dict.fromkeys(places, axis)
-    if axis is not None and not isinstance(axis, Mapping):
-        raise TypeError(f"axis: expected an int or a mapping site -> int, got {axis!r}")
-    axis = axis or {}
-    for site, chosen in axis.items():
-        if site not in places:
-            raise SiteNotFoundError(f"axis names no site in use: {site!r}. {close_names(site, places)}")
-        if not isinstance(chosen, int) or isinstance(chosen, bool):
-            raise TypeError(f"axis: expected an int for site {site!r}, got {chosen!r}")
+    given = {"axis": axis, "row_axis": row_axis, "token_axis": token_axis}
+    said = {word: _by_site(word, own, places) for word, own in given.items()}
     modules = named_sites(model) if modules is None else modules
-    return {site: layout(model, place, axis=axis.get(site), modules=modules) for site, place in places.items()}
+    is_open = sequence_first(model)
+    return {
+        site: layout(
+            model, place, modules=modules, is_open=is_open, **{word: own.get(site) for word, own in said.items()}
+        )
+        for site, place in places.items()
+    }
+
+
+def _by_site(word: str, axis: Axes | None, places: Mapping[str, Place]) -> Mapping[str, int]:
+    """Site -> axis, checked."""
+    if isinstance(axis, int) and not isinstance(axis, bool):
+        return dict.fromkeys(places, axis)
+    if axis is not None and not isinstance(axis, Mapping):
+        raise TypeError(f"{word}: expected an int or a mapping site -> int, got {axis!r}")
+    for site, chosen in (axis or {}).items():
+        if site not in places:
+            raise SiteNotFoundError(f"{word} names no site in use: {site!r}. {close_names(site, places)}")
+        if not isinstance(chosen, int) or isinstance(chosen, bool):
+            raise TypeError(f"{word}: expected an int for site {site!r}, got {chosen!r}")
+    return axis or {}
 
 
 def known_size(place: Place) -> int | None:
@@ -243,17 +313,50 @@ def _axis_of(kind: type[Any]) -> int | None:
     return -1 if issubclass(kind, _FEATURES_LAST) else None
 
 
-def _row_axis(model: nn.Module, place: Place) -> int:
-    """The axis of the batch: 0, or 1 where the module or one around it says `batch_first=False`."""
-    if isinstance(unwrapped(place.module), nn.RNNBase) and place.side == "out" and place.path[:1] == ("1",):
-        return 1  # the last states: (layers, rows, features), always
-    return 1 if any(_sequence_first(outer) for outer in (*path_to(model, place.name), place.module)) else 0
+def _axes_known(model: nn.Module, place: Place) -> tuple[int | None, int | None]:
+    """The axes of the batch and of the tokens, where a class tells; None where none does.
+
+    That of the batch is 1 where the module or one around it says `batch_first=False`, and 0 where it says True.
+    """
+    module = unwrapped(place.module)
+    if isinstance(module, nn.RNNBase) and place.side == "out" and place.path[:1] == ("1",):
+        return 1, None  # the last states: (layers, rows, features), always
+    if (known := _BY_CLASS.get(plain_class(module).__name__)) is not None:
+        return known
+    around = [outer for outer in path_to(model, place.name) if outer is not place.module]
+    if any(plain_class(unwrapped(outer)).__name__ in _ROWS_SECOND for outer in around):
+        return 1, None
+    said = [_batch_first(outer) for outer in (*around, place.module)]
+    if False in said:
+        return 1, None
+    if place.name in hook_points(model):
+        return 0, _BY_HOOK.get(place.name.rpartition(".")[2])
+    return 0 if said[-1] else None, None
 
 
-def _sequence_first(module: nn.Module) -> bool:
-    """Whether it says so itself or, as torch's transformers do, by the attention inside its first layer."""
+_BY_CLASS = {  # transformers' and others' blocks of several streams -> the axes of rows and tokens
+    "Gemma3nTextDecoderLayer": (1, 2),  # (4, B, S, D)
+    "DeepseekV4DecoderLayer": (0, 1),  # (B, S, n, D), hyper connections
+}
+_ROWS_SECOND = {"XLNetModel"}  # everything inside has (S, B, D)
+_BY_HOOK = dict.fromkeys(  # of TransformerLens: (B, S, heads, d)
+    ("hook_q", "hook_k", "hook_v", "hook_z", "hook_rot_q", "hook_rot_k", "hook_result", "hook_q_input"), 1
+) | dict.fromkeys(("hook_k_input", "hook_v_input"), 1)
+
+
+def _batch_first(module: nn.Module) -> bool | None:
+    """What it says itself or, as torch's transformers and CLIP's blocks do, by the attention inside its first layer."""
     layer = module.layers[0] if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder) else module
-    return getattr(getattr(layer, "self_attn", layer), "batch_first", None) is False
+    if plain_class(module).__name__ in ("ResidualAttentionBlock", "CustomResidualAttentionBlock"):
+        layer = getattr(module, "attn", module)
+    return getattr(getattr(layer, "self_attn", layer), "batch_first", None)
+
+
+def sequence_first(model: nn.Module) -> bool:
+    """Whether some module of the model has the positions on the first axis, and the rows on the second."""
+    modules = list(model.modules())
+    said = [getattr(kind, "batch_first", None) for kind in {type(module) for module in modules}]
+    return False in said or False in [vars(module).get("batch_first") for module in modules]
 
 
 def _earlier_siblings(modules: Mapping[str, nn.Module], site: str) -> list[nn.Module]:

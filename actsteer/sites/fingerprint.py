@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from actsteer.errors import ModelMismatchError
+from actsteer.errors import ModelMismatchError, UnsupportedModelError
 from actsteer.sites.wrappers import class_name, named_modules, unwrapped
 
 KEYS = ("model", "body", "weights", "model_type")
@@ -166,7 +167,10 @@ def _parameters(model: nn.Module, *, adapters: bool = True) -> list[tuple[str, T
 
 
 def _shapes(model: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
-    return [(name, tuple(parameter.shape)) for name, parameter in _parameters(model, adapters=False)]
+    found = _parameters(model, adapters=False)
+    if lazy := [name for name, parameter in found if is_lazy(parameter)]:
+        raise UnsupportedModelError(f"the shapes of {lazy} are not known yet; run {class_name(model)} on a batch first")
+    return [(name, tuple(parameter.shape)) for name, parameter in found]
 
 
 def _parameter_ids(module: nn.Module | None) -> set[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, final
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from actsteer.errors import OutputError, ShapeError, StrengthError
-from actsteer.sites.axes import Layout
+from actsteer.sites.axes import Layout, RowsBy
 from actsteer.sites.containers import Arguments, get, locate, put
 from actsteer.sites.place import Place
 from actsteer.sites.shards import full, full_shape, own_part, share, whole_rows
@@ -71,8 +72,9 @@ class Lens:
 
     def _found(self, shape: tuple[int, ...], packed: bool) -> Frame:
         axis = self.layout.feature_axis(shape, size=self._size, site=self.place.site)
-        row_axis = None if packed else self.layout.row_axis if len(shape) > 2 else 0
-        return Frame(self.place.site, shape, axis, row_axis)
+        site, layout = self.place.site, self.layout
+        rows, tokens = (None, None) if packed else layout.rows_and_tokens(shape, axis, site=site)
+        return Frame(site, shape, axis, rows, tokens, layout.rows_by, layout.is_step)
 
 
 @final
@@ -154,26 +156,45 @@ class View:
 
 @dataclass(frozen=True)
 class Frame:
-    """The axes of an activation of a whole shape: that of its features, and that of its rows (None: it has none)."""
+    """The axes of an activation of a whole shape: of its features, of its rows (None: it has none), and of its tokens
+    (None: it has none, or they cannot be told)."""
 
     site: str
     shape: tuple[int, ...]
     axis: int
     row_axis: int | None
+    token_axis: int | None = None
+    rows_by: RowsBy = "first"
+    is_step: bool = False
 
     @property
     def rows_and_length(self) -> tuple[int, int]:
-        """The rows and positions of an activation that has these axes and that of its features.
+        """The rows and positions of an activation that has axes of both.
 
         Raises:
             ShapeError: it has others.
         """
-        if len(self.shape) != 3 or self.row_axis is None or self.row_axis == self.axis:
+        if self.row_axis is None or self.token_axis is None or self.row_axis == self.axis:
             raise ShapeError(
                 f"site {self.site!r}: expected an activation of shape (rows, positions, d), got {self.shape}, in which "
-                "the positions cannot be told; steer another site, or all positions"
+                f"the positions cannot be told; pass token_axis={{{self.site!r}: 1}} or another one, or steer another "
+                "site, or all positions"
             )
-        return self.shape[self.row_axis], self.shape[3 - self.row_axis - self.axis]
+        return self.shape[self.row_axis], self.shape[self.token_axis]
+
+    def check_rows(self, rows: int | None) -> None:
+        """Raise ShapeError if the rows, of which there are so many, may lie on another axis."""
+        if self.row_axis is None or len(self.shape) < 3 or self.rows_by == "told":
+            return
+        others = [size for axis, size in enumerate(self.shape) if axis not in (self.axis, self.row_axis)]
+        count, is_open = self.shape[self.row_axis], self.rows_by == "open" and len(self.shape) == 3 and self.is_last
+        if (not is_open and rows in (None, count)) or (is_open and rows == count and rows not in others):
+            return
+        why = f"the call has {rows} rows" if not is_open else "the model has modules with batch_first=False"
+        raise ShapeError(
+            f"site {self.site!r}: the activation has shape {self.shape}, {why}, and it cannot be told which axis holds "
+            f"the rows; pass row_axis={{{self.site!r}: 1}} or another one"
+        )
 
     @property
     def is_last(self) -> bool:
@@ -219,11 +240,23 @@ class Frame:
         if len(self.shape) == 2 and self.shape[self.row_axis] == rows * length:  # the tokens of all rows in a line
             shape[self.row_axis] = rows * length
             return weights.expand(rows, length).reshape(shape)
-        others = [i for i, size in enumerate(self.shape) if i not in (self.axis, self.row_axis) and size == length]
-        if self.shape[self.row_axis] != rows or len(others) != 1:
+        where = self.token_axis
+        if where is None or self.shape[self.row_axis] != rows or self.shape[where] != length:
             return None
-        shape[self.row_axis], shape[others[0]] = len(weights), length
-        return (weights if self.row_axis < others[0] else weights.T).reshape(shape)
+        shape[self.row_axis], shape[where] = len(weights), length
+        return (weights if self.row_axis < where else weights.T).reshape(shape)
+
+    @cached_property
+    def placed(self) -> dict[torch.Size, tuple[int, ...]]:
+        """Shape of weights, (B,) or (B, S) -> the shape in which they lie on the activation's axes."""
+        found: dict[torch.Size, tuple[int, ...]] = {}
+        if self.row_axis is not None and self.row_axis != self.axis and len(self.shape) > 1:
+            rows = [size if axis == self.row_axis else 1 for axis, size in enumerate(self.shape)]
+            found[torch.Size([self.shape[self.row_axis]])] = tuple(rows)
+            if self.token_axis is not None and self.row_axis < self.token_axis:
+                both = [size if axis == self.token_axis else rows[axis] for axis, size in enumerate(self.shape)]
+                found[torch.Size([self.shape[self.row_axis], self.shape[self.token_axis]])] = tuple(both)
+        return found
 
     def needs_tokens(self, weights: Shaped[Tensor, "B S"], *, rows: int) -> Tensor:
         """As `by_token`.
@@ -235,8 +268,8 @@ class Frame:
         if placed is None:
             raise ShapeError(
                 f"site {self.site!r}: {rows} rows of {weights.shape[1]} positions, and an activation of shape "
-                f"{self.shape}, in which they cannot be told; steer a site whose activation has the shape (rows, "
-                "positions, d), or all positions"
+                f"{self.shape}, in which they cannot be told; pass row_axis= or token_axis=, or steer a site whose "
+                "activation has the shape (rows, positions, d), or all positions"
             )
         return placed
 

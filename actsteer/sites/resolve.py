@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import TypeAlias, final
+from typing import Any, TypeAlias, final
 
 import torch
 from torch import nn
@@ -137,8 +137,9 @@ def named_sites(model: nn.Module) -> Modules:
 
 def hook_points(model: nn.Module) -> dict[str, nn.Module]:
     """The names that a TransformerLens model gives its HookPoints; empty for any other model."""
-    points: dict[str, nn.Module] = getattr(unwrapped(model), "hook_dict", {})
-    return dict(points)
+    points: Any = getattr(unwrapped(model), "hook_dict", None)
+    known = isinstance(points, Mapping) and all(isinstance(point, nn.Module) for point in points.values())
+    return dict(points) if known else {}  # else an attribute of the user's that is only called so
 
 
 def path_to(model: nn.Module, name: str) -> list[nn.Module]:

@@ -53,7 +53,7 @@ class Entry(NamedTuple):
 class Tap:
     """The callbacks of one module; the tuples are replaced and never changed, for a pass may be going over them."""
 
-    __slots__ = ("after", "around", "before", "entries", "hooks", "is_plain", "methods", "on_instance")
+    __slots__ = ("after", "around", "before", "entries", "hooks", "methods", "on_instance", "only")
 
     def __init__(self) -> None:
         self.hooks: dict[int, Any] = {}  # id(entry) -> the handle of its hook
@@ -72,7 +72,8 @@ class Tap:
             for name in METHODS
             if any(entry.when == name for entry in tapped)
         }
-        self.is_plain = not (self.before or self.around or self.on_instance)  # at most callbacks on the output
+        single = len(self.after) == 1 and not (self.before or self.around or self.on_instance)
+        self.only = self.after[0] if single else None  # the callback on the output, where there is no other at all
 
     def call(
         self,
@@ -157,7 +158,7 @@ def _settle(module: nn.Module, tap: Tap) -> None:
         if _is_of_a_tap(present):  # accelerate puts back what it found
             del values[name]
         elif name in names and present is not None and not isinstance(present, _OnInstance):
-            tap.on_instance, tap.is_plain = tap.on_instance or name == "forward", False
+            tap.on_instance, tap.only = tap.on_instance or name == "forward", None
             values[name] = _OnInstance(module, name, present)
         elif name not in names and isinstance(present, _OnInstance):
             values[name] = present.previous
@@ -192,8 +193,13 @@ def _pre_hook(callback: Callable[..., Any]) -> Callable[..., Any]:
     return lambda module, args, *kwargs: callback(module, args, *kwargs) if kwargs else None
 
 
-@functools.lru_cache(maxsize=1024)  # one for each class, for compiled code guards on it
 def _tapped(kind: type[nn.Module]) -> type[nn.Module]:
+    """The same subclass each time, for compiled code guards on it; another once the class's forward is replaced."""
+    return _made_once(kind, inspect.getattr_static(kind, "forward"))
+
+
+@functools.lru_cache(maxsize=1024)
+def _made_once(kind: type[nn.Module], plain: Any) -> type[nn.Module]:
     return _made(kind)
 
 
@@ -229,23 +235,22 @@ def _made(kind: type[nn.Module], *, has_methods: bool = True) -> type[nn.Module]
 
 
 def _forward_of(kind: type[nn.Module]) -> Callable[..., Any]:
-    if not isinstance(inspect.getattr_static(kind, "forward"), FunctionType):  # a static method, or a builtin
+    plain = inspect.getattr_static(kind, "forward")
+    if not isinstance(plain, FunctionType):  # a static method, or a builtin
         return _method_of(kind, "forward")
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         tap = self.__dict__.get(_MARK)
         if tap is None:
-            return kind.forward(self, *args, **kwargs)
-        if tap.is_plain:
-            output = kind.forward(self, *args, **kwargs)
-            for callback in tap.after:
-                edited = callback(self, args, output)
-                if edited is not None:
-                    output = edited
-            return output
-        return _called(self, "forward", functools.partial(kind.forward, self), args, kwargs)
+            return plain(self, *args, **kwargs)
+        only = tap.only
+        if only is not None:
+            output = plain(self, *args, **kwargs)
+            edited = only(self, args, output)
+            return output if edited is None else edited
+        return _called(self, "forward", functools.partial(plain, self), args, kwargs)
 
-    return _passing_for(forward, kind.forward)
+    return _passing_for(forward, plain)
 
 
 def _refuse_scripting(self: nn.Module) -> nn.Module:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, final, runtime_checkable
 
+import torch
 from torch import nn
 
 from actsteer.errors import UnsupportedModelError
@@ -16,13 +17,13 @@ from actsteer.sites.place import Place, Side
 from actsteer.sites.resolve import path_to
 from actsteer.sites.shards import is_sharded
 from actsteer.sites.wrappers import uncompiled
-from actsteer.steering import generation, in_bias
+from actsteer.steering import in_bias
 from actsteer.steering.choose import Backend, Choice, choose
 from actsteer.steering.edit import SiteEdit
 from actsteer.steering.handles import Handles
-from actsteer.steering.passes import Passes
 from actsteer.steering.plan import Plan
 from actsteer.steering.scope import Presence
+from actsteer.tokens import generate, passes
 
 _FUSED = (nn.TransformerEncoderLayer, nn.MultiheadAttention)  # run a fused kernel unless a module in them has a hook
 _WHEN = {"in": "before", "out": "after"}
@@ -43,10 +44,13 @@ class Watch:
 
     def __init__(self) -> None:
         self.ran = False
+        self.leave: Callable[[], None] | None = None
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        """After the model's forward pass."""
+        """After the model's forward pass; one is proof enough, and the others need not pay."""
         self.ran = True
+        if not torch.compiler.is_compiling() and self.leave is not None:
+            self.leave()
 
 
 def choices(plan: Plan, *, backend: Backend) -> dict[str, Choice]:
@@ -57,10 +61,10 @@ def choices(plan: Plan, *, backend: Backend) -> dict[str, Choice]:
     """
     chosen = {site: choose(plan.model, edit.place, backend=backend) for site, edit in plan.edits.items()}
     for site, choice in chosen.items():
-        place, passes = plan.edits[site].place, plan.edits[site].passes
-        is_host = place.side == "out" and place.module is uncompiled(passes.host) and _are_attached(passes)
+        place, host = plan.edits[site].place, plan.edits[site].passes.host
+        is_host = place.module is uncompiled(host) and _has_passes(plan)
         if is_host and choice.mechanism == "hook" and not is_sharded(place.module):
-            chosen[site] = replace(choice, mechanism="tap", reason="its pass ends with the module's forward")
+            chosen[site] = replace(choice, mechanism="tap", reason="its pass is a call of the module's forward")
         if choice.mechanism == "fold" and (reason := in_bias.obstacle(plan.edits[site], plan.model)) is not None:
             raise UnsupportedModelError(f"site {site!r} cannot be folded: {reason}; use another backend")
     return chosen
@@ -83,11 +87,13 @@ def attach_all(
         owner: the Steerer.
     """
 
-    def put(module: nn.Module, when: str, callback: Callable[..., Any], by: tap.By = "tap") -> None:
+    def put(module: nn.Module, when: str, callback: Callable[..., Any], by: tap.By = "tap") -> Callable[[], None]:
         if presence is not None and callback is not tap.idle:
             callback = presence.only(callback, around=when not in ("before", "after"))
-        handles.add(partial(_take_off, module, when, callback))
+        remove = partial(_take_off, module, when, callback)
+        handles.add(remove)
         tap.put(module, when, callback, owner=owner, by=by)
+        return remove
 
     def put_at(place: Place, callback: Callable[..., Any], by: tap.By) -> None:
         if any(isinstance(outer, _FUSED) for outer in path_to(plan.model, place.name)[:-1]):
@@ -97,13 +103,11 @@ def attach_all(
     if presence is not None:
         handles.add(presence.end)
         presence.begin()
-    for passes in plan.passes:
-        if _are_attached(passes):
-            put(uncompiled(passes.host), "around", passes.around)
-    if any(passes.sees_inputs for passes in plan.passes):
-        handles.add(
-            generation.attach(uncompiled(plan.model), plan.passes, plan.readers, one_thread=presence is not None)
-        )
+    for module, around in passes.taps(plan.passes) if _has_passes(plan) else ():
+        put(uncompiled(module), "around", around)
+    if any(own.sees_inputs for own in plan.passes):
+        for module, name, around in generate.taps(uncompiled(plan.model), plan.passes):
+            put(module, name, around)
     for reader in plan.readers:
         by: tap.By = "hook"
         if backend != "hook" and choose(plan.model, reader.place, backend="auto").mechanism == "tap":
@@ -120,7 +124,8 @@ def attach_all(
         else:
             _check_order(edit, mechanism)
             put_at(edit.place, edit.on_input if edit.place.side == "in" else edit.on_output, mechanism)
-    put(uncompiled(plan.model), "after", watch.after)
+    leave = put(uncompiled(plan.model), "after", watch.after)
+    watch.leave = None if backend == "buffer" else leave  # what is installed serves later blocks too
 
 
 def _take_off(module: nn.Module, when: str, callback: Callable[..., Any]) -> None:
@@ -140,8 +145,9 @@ def owners_at(module: nn.Module) -> list[Steers]:
     return [owner for owner in dict.fromkeys(owners) if isinstance(owner, Steers)]
 
 
-def _are_attached(passes: Passes) -> bool:
-    return bool(passes.readers or passes.is_read or passes.sees_inputs)
+def _has_passes(plan: Plan) -> bool:
+    """Whether it matters what is known of a pass."""
+    return bool(plan.readers) or any(own.sees_inputs or own.positions for own in plan.passes)
 
 
 def _check_order(edit: SiteEdit, by: tap.By) -> None:

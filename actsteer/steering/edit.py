@@ -10,22 +10,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from actsteer.errors import ShapeError, StrengthError, UnsupportedModelError
-from actsteer.private_names import is_functorch_wrapped, is_outside_of_functions, saves_otherwise
+from actsteer.errors import StrengthError, UnsupportedModelError
+from actsteer.private_names import is_outside_of_functions, saves_otherwise
 from actsteer.sites.axes import Layout
 from actsteer.sites.containers import Arguments
 from actsteer.sites.lens import Frame, Lens, View
 from actsteer.sites.place import Place
+from actsteer.steering.bound import Amount, Bound, Decide, Run, applied, summed
 from actsteer.steering.checkpointing import Checkpointing
 from actsteer.steering.directions import Directions
 from actsteer.steering.interventions.add import Add
 from actsteer.steering.interventions.intervention import Intervention
-from actsteer.steering.passes import Now, Passes
-from actsteer.steering.reader import Reader
-from actsteer.steering.strength import PerConcept, Terms, weighted, without_autocast
+from actsteer.steering.limits import check_direction, check_dtype, check_strength, check_sum
+from actsteer.steering.reader import GateReader, Reader
+from actsteer.steering.strength import PerConcept, Terms
+from actsteer.tokens.passes import Pass, Passes
 from actsteer.vectors.stack import Stack
 
 _is_compiling = torch.compiler.is_compiling
+_is_traced = torch.compiler.is_dynamo_compiling  # which costs half, and no fake tensor is a plain one
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
@@ -49,14 +52,16 @@ class SiteEdit:
 
     __slots__ = (
         "_apart",
+        "_asks",
+        "_by_row",
         "_by_token",
         "_checkpointing",
+        "_directed",
         "_directions",
-        "_dtype",
         "_exported",
         "_given",
-        "_shape",
-        "_shift",
+        "_in_range",
+        "_kept",
         "_stack",
         "_strengths",
         "_terms",
@@ -99,12 +104,15 @@ class SiteEdit:
         self._apart = frozenset(gates).union(placed)  # those that are not the same for all tokens of a row
         self._checkpointing = checkpointing
         self._given: PerConcept | None = None
+        self._directed: set[int] = set()  # the concepts whose directions are known to serve their interventions
+        self._in_range: torch.dtype | None = None  # in which the strengths are known to be finite
         self._terms: Terms | None = None  # those that are summed beforehand
         self._strengths: list[Tensor] = []  # of the others that have one
+        self._by_row = False  # whether rows get different amounts
         self._by_token = False  # whether tokens of one row get different amounts
-        self._shift = torch.empty(0)  # `constant` as it is added to outputs of this shape, dtype and state
-        self._shape: torch.Size | None = None
-        self._dtype: torch.dtype | None = None
+        self._asks = False  # whether what is known of the pass matters
+        self._kept: tuple[torch.Size, torch.dtype, Run, Tensor | None, Frame] | None = None
+        """The edit of plain outputs of one shape and dtype: what it does, the constant that it adds if that is all."""
         self._traced_shift: Tensor | None = None  # `constant` as compiled code adds it to whatever has that axis
         self._exported: SiteEdit | None = None  # with strengths of its own, which an exported program keeps
 
@@ -144,13 +152,18 @@ class SiteEdit:
         varies = given is not None and (given.by_token or any(own.ndim for own in given.by_row.values()))
         return self.is_sum and not self._apart and not varies
 
-    def notice(self, now: Now | None) -> None:
-        """A pass begins: with pads, the next call goes the whole way round."""
-        if now is not None and now.real is not None:
-            self._shape = None
-
     def check_strengths(self, strengths: PerConcept) -> None:
-        """StrengthError if the way in which this edit is attached leaves no room for these."""
+        """That these can be applied, before anything changes.
+
+        Raises:
+            StrengthError: the way in which this edit is attached leaves no room for them.
+            ZeroDirectionError: a concept gets a strength whose intervention needs a direction that is not zero.
+        """
+        if not (self.is_sum or self.is_trained):
+            for own in set(strengths.parts(None, every=False)[1]) - self._directed:
+                where = f"site {self.place.site!r}, concept {self._stack.names[own]!r}"
+                check_direction(self.interventions[own], self._stack.rows((own,))[0], where=where)
+                self._directed.add(own)
         if self.changed is None and not self.in_place:
             return
         rows = any(own.ndim for own in strengths.by_row.values())
@@ -167,6 +180,21 @@ class SiteEdit:
                 "same number of rows; install it with a strength of the shape that is to come"
             )
 
+    def _check_range(self, dtype: torch.dtype) -> None:
+        """Once for each dtype that comes, until the strengths change: that they can be used in it."""
+        check_dtype(dtype, site=self.place.site)
+        if dtype is self._in_range or self.is_trained or _is_compiling():
+            return
+        if self.constant is not None:
+            check_sum(self.constant, dtype, site=self.place.site)
+        for own, c in enumerate(self._strengths):
+            wide = torch.promote_types(dtype, torch.float32)
+            check_strength(c, wide, site=self.place.site)
+            if self.is_sum and c.device.type == "cpu":
+                shift = c[..., None].to(wide) * self._directions.cast(own, wide, c.device)
+                check_sum(shift, dtype, site=self.place.site)
+        self._in_range = dtype
+
     def set_strengths(self, strengths: PerConcept, *, every: bool, idle: bool) -> None:
         """New strengths of its concepts, from the next forward pass on.
 
@@ -178,14 +206,15 @@ class SiteEdit:
         terms, others = strengths.parts(self._apart if self.is_sum else None, every=every)
         self._given, self._terms = strengths, terms
         constant = None if terms is None else terms.sum(self._directions.of(terms))
+        if constant is not None:
+            check_sum(constant, constant.dtype, site=self.place.site)
         if idle and not every:
             others = self._directions.others
         if terms is None and self.is_sum and (not others or (idle and self.constant is not None)):
             constant = self._directions.zero(self.constant)
         self._directions.choose(others)
-        self._by_token = bool(others) and any(
-            own in strengths.by_token or self._stack.concepts[own] in self.passes.positions for own in others
-        )
+        self._by_row = any(own.ndim for own in strengths.by_row.values())
+        self._by_token = bool(others) and any(self._is_placed(own) for own in others)
         if self.in_place:
             given = [strengths.at(own) for own in others]
             for tensor, value in zip([self.constant, *self._strengths], [constant, *given], strict=True):
@@ -195,7 +224,8 @@ class SiteEdit:
         else:
             self.constant = constant
             self._strengths = [strengths.at(own).clone() for own in others]
-        self._shape = None
+        self._asks = self.passes.sees_inputs or self._by_token or self._by_row or bool(self.gates)
+        self._kept = self._in_range = None
         self._traced_shift = self._traceable()
         if self.changed is not None:
             self.changed()
@@ -212,28 +242,34 @@ class SiteEdit:
     def expect(self) -> None:
         """Forget that it ever fired."""
         self.fired = Fired.UNKNOWN if self.changed is not None else Fired.NO
-        self._shape = None  # so that the next call goes the whole way round, where `fired` is set
+        self._kept = None  # so that the next call goes the whole way round, where `fired` is set
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """The edited output: one add where the last call's shift still fits, else the whole way round."""
-        try:
-            if (
-                output.__class__ is Tensor
-                and output.shape == self._shape
-                and output.dtype is self._dtype
-                and not _is_compiling()
-                and (
-                    output.is_inference()
-                    or (is_outside_of_functions() and (not output.requires_grad or saves_otherwise(True) is None))
-                )
-            ):
-                return output + self._shift
-        except RuntimeError:  # the model has moved to another device, or the output is nested and has no shape
-            self._shape = None
+        """The edited output: by what the last call bound where that still fits, else the whole way round."""
+        kept = None if _is_traced() else self._kept
+        if kept is not None:
+            shape, dtype, run, shift, frame = kept
+            try:
+                if (
+                    output.__class__ is Tensor
+                    and output.shape == shape
+                    and output.dtype is dtype
+                    and (
+                        output.is_inference()
+                        or (is_outside_of_functions() and (not output.requires_grad or saves_otherwise(True) is None))
+                    )
+                ):
+                    if not self._asks:
+                        return run(output, None) if shift is None else output + shift
+                    if shift is not None and not self.passes.may_have_pads:
+                        return output + shift
+                    return run(output, self._now(frame, output.device))
+            except RuntimeError:  # the model has moved to another device, or the output is nested and has no shape
+                self._kept = None
         edited = self.edit(module, output)
         if not module.__dict__.get("inplace") or not args or output is not args[0] or not isinstance(output, Tensor):
             return edited
-        self._shape = None
+        self._kept = None
         if torch.is_grad_enabled() and edited.requires_grad:  # autograd keeps what the module has written
             return edited
         return output.copy_(edited)  # its caller may look there, and not at the result
@@ -245,30 +281,72 @@ class SiteEdit:
     def edit(self, module: nn.Module, value: Any) -> Any:
         """A module's output or its `Arguments`, with the activation edited."""
         self.fired = Fired.YES
-        if self._exported is not None and _is_exporting():
+        if _is_exporting() and self._exported is not None:
             return self._exported.edit(module, value)
         if (
-            self._traced_shift is not None
-            and _is_compiling()
+            _is_compiling()  # which guards on all that it is asked here
+            and self._traced_shift is not None
             and value.__class__ is Tensor
-            and not self._may_have_pads()
+            and not (self._asks and self._may_have_pads())
         ):
             shift = self._traced_shift.to(dtype=value.dtype, device=value.device)
             if not value.is_nested and value.ndim >= shift.ndim and value.shape[-shift.ndim] == shift.shape[0]:
                 return value + shift
         view = self.lens.read(module, value).open()
         now = self._now(view.frame, view.part.device)
-        edited = self._add(view, now) if self.is_sum else self._intervene(view, now)
-        if not _is_compiling() and (self._checkpointing.notice(edited) or not view.is_plain):
-            self._shape = None
+        if now is not None and not _is_compiling() and _may_be_checkpointed():  # what runs later knows of no pads
+            now = Pass(now.tokens, doses=now.doses, rows=now.rows)
+        bound = self._bound(view)
+        edited = bound.run(view.part, now)
+        if not _is_compiling():
+            keeps = view.is_plain and not self._checkpointing.notice(edited) and not self.is_trained
+            self._kept = (view.part.shape, view.part.dtype, bound.run, bound.shift, view.frame) if keeps else None
         return view.write(edited)
 
-    def _may_have_pads(self) -> bool:
-        return self.passes.sees_inputs and self.passes.now is not None
+    def _bound(self, view: View) -> Bound:
+        """The edit of activations like this one."""
+        self._check_range(view.part.dtype)
+        others = self._directions.others
+        places = [self._stack.concepts[own] for own in others]
+        amounts = [
+            Amount(c, self._decide(own, view), place=place, is_by_token=self._is_placed(own))
+            for c, own, place in zip(self._strengths, others, places, strict=True)
+        ]
+        rows = self._directions.cast(None, None, view.part.device) if others else None
+        if self.is_sum:
+            constant = self.constant
+            if self.is_trained and self._terms is not None:  # a graph of its own for every forward pass
+                constant = self._terms.sum(self._directions.of(self._terms))
+            return summed(view, constant, amounts, rows)
+        return applied(view, [self.interventions[own] for own in others], amounts, rows)
 
-    def _now(self, frame: Frame, device: torch.device) -> Now | None:
+    def _decide(self, own: int, view: View) -> Decide | None:
+        """What the gate of a concept decides of activations like this one."""
+        reader, site = self.gates.get(own), self.place.site
+        if reader is None:
+            return None
+        if isinstance(reader, GateReader) and reader.is_inline:
+            return reader.bind(view)
+        return lambda h, now: reader.weights_for(site)
+
+    def _is_placed(self, own: int) -> bool:
+        """Whether tokens of one row get different amounts of a concept."""
+        by_token = self._given is not None and own in self._given.by_token
+        return by_token or self._stack.concepts[own] in self.passes.positions
+
+    def _may_have_pads(self) -> bool:
+        return self.passes.sees_inputs and self.passes.may_have_pads
+
+    def _now(self, frame: Frame, device: torch.device) -> Pass | None:
         """What is known of the pass that runs, if it matters."""
         now = self.passes.now
+        if now is not None and self._by_row:
+            frame.check_rows(now.rows)
+            if now.tokens is not None and not now.tokens.copies:
+                raise StrengthError(
+                    f"site {self.place.site!r}: a strength per row, and the generation goes on with other rows than it "
+                    "began with; generate each row by itself, or give one strength for all"
+                )
         if not self._by_token:
             return now
         if not _is_compiling() and _may_be_checkpointed() and self._checkpointing.runs_inside:
@@ -278,45 +356,9 @@ class SiteEdit:
             )
         if now is not None and now.tokens is not None:
             return now
+        if now is not None:
+            frame.check_rows(now.rows)
         return self.passes.of_shape(*frame.rows_and_length, device)
-
-    def _add(self, view: View, now: Now | None) -> Tensor:
-        activation, frame = view.part, view.frame
-        others, trained = self._directions.others, self.is_trained
-        delta = self.constant
-        if trained and self._terms is not None:  # a graph of its own for every forward pass
-            delta = self._terms.sum(self._directions.of(self._terms))
-        shift = None if delta is None else frame.vectors(delta, copies=_copies(now))
-        if others:
-            amounts = [self._strength(own, frame, now) for own in range(len(others))]
-            rows = self._directions.cast(None, None, amounts[0].device)
-            alike = [c.movedim(frame.axis, -1)[..., 0] if c.ndim else c for c in amounts]
-            varied = weighted(torch.stack(torch.broadcast_tensors(*(c.to(rows) for c in alike))), rows)
-            varied = frame.vectors(varied) if varied.ndim == 1 else varied.movedim(-1, frame.axis)
-            shift = varied if shift is None else shift.to(varied.device) + varied
-        assert shift is not None
-        shift = shift.to(dtype=activation.dtype, device=activation.device)
-        real = self._real(frame, now, device=shift.device)
-        if real is not None:
-            shift = torch.where(real, shift, -0.0)
-        shift = view.share(shift)
-        if not (_is_compiling() or others or real is not None or trained) and delta is not None and delta.ndim == 1:
-            self._shift, self._shape, self._dtype = shift, activation.shape, activation.dtype
-        return activation + shift
-
-    def _intervene(self, view: View, now: Now | None) -> Tensor:
-        last = view.features_last()
-        last = last.to(torch.promote_types(last.dtype, torch.float32))  # rounded once, at the end
-        real = self._real(view.frame, now, device=last.device)
-        with without_autocast(last.device.type):
-            for own, place in enumerate(self._directions.others):
-                c = self._strength(own, view.frame, now)
-                c = c if real is None else torch.where(real, c.to(last.device), 0.0)
-                if c.ndim:  # a number for all stays on the CPU: reading it waits for no other device
-                    c = c.to(last).movedim(view.frame.axis, -1)
-                direction = self._directions.cast(own, last.dtype, last.device)
-                last = edited_by(self.interventions[place], last, direction, c)
-        return view.part_of(last)
 
     def _traceable(self) -> Tensor | None:
         """What may be added to a plain output in compiled code without a look at anything else; it costs few guards."""
@@ -331,67 +373,7 @@ class SiteEdit:
             return None
         return self.constant if axis == -1 else self.constant.view(-1, *[1] * (-axis - 1))
 
-    def _strength(self, own: int, frame: Frame, now: Now | None) -> Tensor:
-        """How much of one of the others: 0-dim or, of the activation's rank, per row or per token."""
-        c, place = self._strengths[own], self._directions.others[own]
-        parts = [frame.by_row(c, copies=_copies(now)) if c.ndim else c]
-        if (gate := self.gates.get(place)) is not None:
-            weights = gate.weights_for(self.place.site)
-            if c.ndim and len(c) not in (len(weights), len(weights) // _copies(now)):
-                raise StrengthError(
-                    f"site {self.place.site!r}: {len(c)} rows of strength, and a gate that decides for "
-                    f"{len(weights)}; give one strength per row"
-                )
-            by_token = weights.ndim == 2
-            parts.append(
-                frame.needs_tokens(weights, rows=len(weights))
-                if by_token
-                else frame.by_row(weights, copies=_copies(now))
-            )
-        if now is not None and now.tokens is not None:
-            dose = now.doses.get(self._stack.concepts[place])
-            if dose is not None:
-                parts.append(frame.needs_tokens(dose, rows=now.tokens.rows))
-        total = parts[-1]
-        for part in parts[:-1]:
-            total = total * (part.to(total.device) if part.ndim else part)  # a number for all may stay on the CPU
-        return total
-
-    def _real(self, frame: Frame, now: Now | None, *, device: torch.device) -> Tensor | None:
-        """Where there are tokens and not pads, if the activation has positions; pads are not steered."""
-        if now is None or now.real is None or now.tokens is None:
-            return None
-        if not _is_compiling() and _may_be_checkpointed():  # what runs again later does not know of pads
-            return None
-        real = frame.by_token(now.real, rows=now.tokens.rows)
-        return None if real is None else real.to(device)
-
-
-def _copies(now: Now | None) -> int:
-    return 1 if now is None or now.tokens is None else now.tokens.copies
-
 
 def _may_be_checkpointed() -> bool:
     """Whether autograd may run this again later."""
     return saves_otherwise(True) is not None or not is_outside_of_functions()
-
-
-def edited_by(
-    intervention: Intervention,
-    activation: Float[Tensor, "*batch d"],
-    direction: Float[Tensor, " d"],
-    c: Float[Tensor, ...],
-) -> Float[Tensor, "*batch d"]:
-    """What the intervention makes of the activation; where c is 0, the activation as it is, bit for bit."""
-    # a number on the CPU is looked at; no other device waits for one
-    is_known = c.ndim == 0 and c.device.type == "cpu" and not _is_compiling() and not is_functorch_wrapped(c)
-    if is_known and not c:
-        return activation
-    edited = intervention(activation, direction, c)
-    if not isinstance(edited, Tensor) or edited.shape != activation.shape:
-        got = tuple(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
-        raise ShapeError(
-            f"intervention {intervention!r}: expected an activation of the shape that it was given, "
-            f"{tuple(activation.shape)}, got {got}"
-        )
-    return edited if is_known else torch.where(c == 0, activation, edited)

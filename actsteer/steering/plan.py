@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, combinations
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from actsteer.collecting.positions import Positions
-from actsteer.errors import ConceptNotFoundError, ShapeError, SiteNotFoundError, UnsupportedModelError, close_names
+from actsteer.errors import (
+    ConceptNotFoundError,
+    ShapeError,
+    SiteNotFoundError,
+    StrengthError,
+    UnsupportedModelError,
+    close_names,
+)
 from actsteer.sites.axes import Axes, known_size, layout, layouts
 from actsteer.sites.place import Place
 from actsteer.sites.resolve import Modules, Sites, are_there, named_sites, resolve, select
@@ -19,14 +26,15 @@ from actsteer.sites.wrappers import unwrapped
 from actsteer.steering.checkpointing import Checkpointing
 from actsteer.steering.edit import SiteEdit
 from actsteer.steering.gates.gate import AnyGate, Combination, leaves
-from actsteer.steering.inputs import encoder_of
 from actsteer.steering.interventions.ablate import Ablate
 from actsteer.steering.interventions.add import Add
 from actsteer.steering.interventions.intervention import Intervention, PerSite, check_intervention
-from actsteer.steering.passes import Passes
-from actsteer.steering.positions import check as check_positions
 from actsteer.steering.reader import CombinedReader, GateReader, Reader
-from actsteer.steering.strength import PerConcept
+from actsteer.steering.strength import PerConcept, strength_at
+from actsteer.tokens.passes import Passes, groups
+from actsteer.tokens.positions import Positions
+from actsteer.tokens.positions import check as check_positions
+from actsteer.tokens.whose import Masks, said_of
 from actsteer.vectors.bank import VectorBank, axes_of_bank, check_model, metadata_in, stack_of
 from actsteer.vectors.vector import SteeringVector
 
@@ -46,7 +54,7 @@ class Plan:
         bank: the vectors.
         edits: site -> its edit.
         readers: the gates that read at a site, each once.
-        passes: what is known of the forward pass: of the model and, where there is one, of its encoder.
+        passes: what is known of the forward pass: the model's first, then those of sites with other tokens.
         axis: site -> feature axis, where it was given now or with the vectors.
     """
 
@@ -71,12 +79,22 @@ class Plan:
         for own, edits in here:
             for edit in edits:
                 edit.check_strengths(own)
+        by_token = {
+            place: own if isinstance(own, Tensor) else partial(strength_at, own)
+            for place, own in strengths.by_token.items()
+        }
+        active = strengths.active(every=self._every)
         for passes in self.passes:
-            passes.set_strengths(strengths, every=self._every)
+            passes.set_amounts(by_token, active)
         idle = not strengths.active()
-        for own, edits in here:
-            for edit in edits:
-                edit.set_strengths(own, every=self._every, idle=idle)
+        try:
+            for own, edits in here:
+                for edit in edits:
+                    edit.set_strengths(own, every=self._every, idle=idle)
+        except StrengthError:  # of one site; the others have theirs already
+            if self._strengths is not None:
+                self.set_strengths(self._strengths)
+            raise
         self._strengths = strengths
 
     def silence(self) -> None:
@@ -144,6 +162,9 @@ def make_plan(
     positions: AllPositions | None,
     sites: Sites | None,
     axis: Axes | None,
+    row_axis: Axes | None,
+    token_axis: Axes | None,
+    mask: Masks | None,
     checkpointing: Checkpointing,
 ) -> Plan:
     """Everything resolved and checked, as far as that is possible before the model runs."""
@@ -151,12 +172,22 @@ def make_plan(
     places = _places(model, bank, sites, modules)
     check_model(model, bank)
     axes = _axes(bank, places, axis)
-    layout_of = layouts(model, places, axis=axes, modules=modules)
-    passes = _passes(model, bank, positions)
-    readers, distinct = _readers(model, bank, gate, passes, modules)
+    gates = gate if isinstance(gate, Mapping) else dict.fromkeys(bank.concepts, gate) if gate is not None else {}
+    _check_concepts(gates, bank, by="gate")
+    single = {id(leaf): leaf for own in gates.values() for leaf in leaves(own)}
+    read = resolve(model, [leaf.site for leaf in single.values()], modules=modules)
+    everywhere = read | places
+    layout_of = layouts(model, everywhere, axis=axes, row_axis=row_axis, token_axis=token_axis, modules=modules)
+    passes, passes_of = _passes(model, bank, positions, everywhere, mask)
+    made = {
+        id(leaf): GateReader(leaf, read[leaf.site], layout_of[leaf.site], passes_of[leaf.site], key=key)
+        for key, leaf in enumerate(single.values())
+    }
+    readers = {place: _reader(gates[concept], made) for place, concept in enumerate(bank.concepts) if concept in gates}
+    distinct = tuple(made.values())
     interventions = _interventions(bank, intervention)
-    made = {key: _by_site(own) for key, own in {id(own): own for own in interventions}.items()}
-    rules = [made[id(own)] for own in interventions]
+    rule_of = {key: _by_site(own) for key, own in {id(own): own for own in interventions}.items()}
+    rules = [rule_of[id(own)] for own in interventions]
     edits: dict[str, SiteEdit] = {}
     for site, place in places.items():
         stack = stack_of(bank, site)
@@ -173,14 +204,25 @@ def make_plan(
             stack,
             interventions=[rules[index](site) for index in stack.concepts],
             gates={own: readers[index] for own, index in enumerate(stack.concepts) if index in readers},
-            passes=_host(passes, place),
+            passes=passes_of[site],
             checkpointing=checkpointing,
         )
-    for own in passes:
-        own.is_read = any(_host(passes, reader.place) is own for reader in distinct)
-        own.edits = [edit for edit in edits.values() if edit.passes is own]
-    passes[0].readers = list(distinct)  # what was read in the encoder holds in the decoder
-    return Plan(model, bank, edits, distinct, passes, axes)
+    for reader in distinct:
+        users = [edit for edit in edits.values() if any(_asks(own, reader) for own in edit.gates.values())]
+        there = (reader.place.module, reader.place.side, reader.place.path)
+        reader.is_inline = all(
+            (edit.place.module, edit.place.side, edit.place.path) == there
+            and all(own is reader or not _asks(own, reader) for own in edit.gates.values())
+            for edit in users
+        )
+    for site in read:
+        passes_of[site].is_read = True
+    return Plan(model, bank, edits, tuple(own for own in distinct if not own.is_inline), passes, axes)
+
+
+def _asks(one: Reader, reader: GateReader) -> bool:
+    """Whether a decision depends on this gate's."""
+    return one is reader or (isinstance(one, CombinedReader) and any(_asks(own, reader) for own in one.readers))
 
 
 def _check_concepts(named: Mapping[str, Any], bank: VectorBank, *, by: str) -> None:
@@ -189,28 +231,26 @@ def _check_concepts(named: Mapping[str, Any], bank: VectorBank, *, by: str) -> N
             raise ConceptNotFoundError(f"{by} names no concept of the bank: {concept!r}. {close_names(concept, bank)}")
 
 
-def _passes(model: nn.Module, bank: VectorBank, positions: AllPositions | None) -> tuple[Passes, ...]:
-    """The passes of the model and of its encoder, if it has one, which runs by itself when text is generated."""
+def _passes(
+    model: nn.Module,
+    bank: VectorBank,
+    positions: AllPositions | None,
+    places: Mapping[str, Place],
+    mask: Masks | None,
+) -> tuple[tuple[Passes, ...], dict[str, Passes]]:
+    """The passes of the model, and site -> those that it is of: an encoder runs by itself when text is generated."""
     named = positions if isinstance(positions, Mapping) else dict.fromkeys(bank.concepts, positions)
     _check_concepts(named, bank, by="positions")
     for own in {id(own): own for own in named.values()}.values():
         if own is not None:
-            check_positions(own)
+            check_positions(own, steers=True)
     chosen = {place: named.get(concept) for place, concept in enumerate(bank.concepts)}
     somewhere = {
         place: own for place, own in chosen.items() if own is not None and not (isinstance(own, str) and own == "all")
     }
     bridged = getattr(model, "original_model", None) if hasattr(model, "hook_dict") else None
     host = bridged if isinstance(bridged, nn.Module) else unwrapped(model)
-    encoder = encoder_of(host)
-    own = Passes(host, somewhere)
-    return (own,) if encoder is None else (own, Passes(encoder, somewhere, is_encoder=True))
-
-
-def _host(passes: tuple[Passes, ...], place: Place) -> Passes:
-    """The passes of the encoder, if the place is in it, or else of the model."""
-    inside = len(passes) > 1 and any(module is place.module for module in passes[1].host.modules())
-    return passes[1] if inside else passes[0]
+    return groups(host, places, said_of(mask, places), somewhere)
 
 
 def _interventions(bank: VectorBank, intervention: Interventions | None) -> list[Intervention | PerSite]:
@@ -273,25 +313,5 @@ def _axes(bank: VectorBank, places: Mapping[str, Place], axis: Axes | None) -> M
     return {site: int(collected[f"axis {site}"]) for site in rest if f"axis {site}" in collected} | given
 
 
-def _readers(
-    model: nn.Module, bank: VectorBank, gate: Gates | None, passes: tuple[Passes, ...], modules: Modules
-) -> tuple[dict[int, Reader], tuple[GateReader, ...]]:
-    """Place of a concept -> its reader; and the readers of single gates, one for a gate that is used twice."""
-    gates = gate if isinstance(gate, Mapping) else dict.fromkeys(bank.concepts, gate) if gate is not None else {}
-    _check_concepts(gates, bank, by="gate")
-    single = {id(leaf): leaf for own in gates.values() for leaf in leaves(own)}
-    places = resolve(model, [leaf.site for leaf in single.values()], modules=modules)
-    made: dict[int, GateReader] = {}
-    for key, leaf in single.items():
-        place = places[leaf.site]
-        made[key] = GateReader(leaf, place, layout(model, place, modules=modules), _host(passes, place))
-
-    def reader(own: AnyGate) -> Reader:
-        return CombinedReader(own, [reader(g) for g in own.gates]) if isinstance(own, Combination) else made[id(own)]
-
-    readers = {
-        place: reader(gates[concept])
-        for place, concept in enumerate(bank.concepts if gates else ())
-        if concept in gates
-    }
-    return readers, tuple(made.values())
+def _reader(own: AnyGate, made: Mapping[int, GateReader]) -> Reader:
+    return CombinedReader(own, [_reader(g, made) for g in own.gates]) if isinstance(own, Combination) else made[id(own)]

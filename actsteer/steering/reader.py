@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, final, runtime_checkable
 
 import torch
 from einops import rearrange, reduce
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from actsteer.errors import GateError
 from actsteer.sites.axes import Layout
-from actsteer.sites.lens import Frame, Lens
+from actsteer.sites.lens import Frame, Lens, View
 from actsteer.sites.place import Place
-from actsteer.steering.gates.gate import AnyGate, Combination, Gate
-from actsteer.steering.passes import Now, Passes
-from actsteer.steering.per_thread import PerThread
+from actsteer.steering.gates.gate import AnyGate, Combination, Gate, check_weights, decide, prepared_gate, wide
+from actsteer.tokens.passes import Pass, Passes
+from actsteer.tokens.real import real_at
 
 
 @runtime_checkable
@@ -39,24 +39,56 @@ class GateReader:
 
     A decision per sequence is one on its prompt. It is made in the pass that computes the prompt, and holds until the
     generation ends; a decision per token is made in every pass, for its tokens.
+
+    Args:
+        key: tells the gate from others of the same Steerer.
     """
 
-    def __init__(self, gate: Gate, place: Place, layout: Layout, passes: Passes) -> None:
+    def __init__(self, gate: Gate, place: Place, layout: Layout, passes: Passes, *, key: int) -> None:
         self.gate = gate
         self.lens = Lens(place, layout)
-        self._weights: PerThread[Tensor] = PerThread()
-        self._passes = passes
+        self._alone: Tensor | None = None  # decided while no pass of the model runs, but a part of it
+        self._passes, self._key = passes, key
         self._per_token = gate.per == "token"
+        self.is_inline = False  # whether whoever edits where it reads calls it, and nobody else asks
 
     def __call__(self, module: nn.Module, args: Any, last: Any) -> None:
         """Decide; `last` is the output, or the keyword arguments."""
-        if self._holds and self._weights.get() is not None:
+        if self._held() is not None:
             return
-        view = self.lens.heard(module, args, last)
+        self._decide(self.lens.heard(module, args, last))
+
+    def bind(self, view: View) -> Callable[[Tensor, Pass | None], Tensor]:
+        """The decision on plain activations such as this one, or on this one, as a function of it."""
+        frame = view.frame
+        if not view.is_plain:
+            return lambda h, now: self._decide(view) if (held := self._held()) is None else held
+        ready = None
+        if len(frame.shape) == 2 and frame.is_last and frame.row_axis == 0:
+            ready = prepared_gate(self.gate, view.part)
+
+        def bound(h: Tensor, now: Pass | None) -> Tensor:
+            if ready is not None and (now is None or now.tokens is None):  # rows that stand for themselves
+                return ready(h)
+            held = self._held()
+            return self._keep([self._read(h.movedim(frame.axis, -1), frame, nested=False)]) if held is None else held
+
+        return bound
+
+    def _held(self) -> Tensor | None:
+        """What was decided for the whole of a sequence in an earlier pass."""
+        return None if self._per_token else self._passes.decided(self._key, before=True)
+
+    def _decide(self, view: View) -> Tensor:
         if view.packed is not None:
             raise GateError(f"gate at site {self.gate.site!r}: a packed sequence has no rows; gate at an earlier site")
-        parts = [self._read(rows, frame, nested=view.raw.is_nested) for rows, frame in view.rows()]
-        self._weights.set(parts[0] if len(parts) == 1 else torch.cat(parts))
+        return self._keep([self._read(rows, frame, nested=view.raw.is_nested) for rows, frame in view.rows()])
+
+    def _keep(self, parts: Sequence[Tensor]) -> Tensor:
+        weights = parts[0] if len(parts) == 1 else torch.cat(parts)
+        self._alone = weights if self._passes.now is None and self._passes.root.now is None else None
+        self._passes.decide(self._key, weights, holds=not self._per_token)
+        return weights
 
     @property
     def place(self) -> Place:
@@ -65,26 +97,14 @@ class GateReader:
 
     def weights_for(self, site: str) -> Tensor:
         """The decision; GateError if the gate's site has not run yet in this forward pass."""
-        weights = self._weights.get()
+        weights = self._passes.decided(self._key)
+        weights = self._alone if weights is None else weights
         if weights is None:
             raise GateError(
                 f"site {site!r} runs before site {self.gate.site!r}, where its gate reads; fit the gate at the steered "
                 "site or at an earlier one, and in the same part of the model if that is checkpointed"
             )
         return weights
-
-    def notice(self, now: Now | None) -> None:
-        """Decide anew in the next forward pass, unless the decision holds for a whole generation."""
-        if not self._holds:
-            self.release()
-
-    def release(self) -> None:
-        """Decide anew, whatever was decided."""
-        self._weights.set(None)
-
-    @property
-    def _holds(self) -> bool:
-        return self._passes.generating.get() is not None and not self._per_token
 
     def _read(self, activation: Float[Tensor, "*shape d"], frame: Frame, *, nested: bool) -> Tensor:
         by_row = frame.rows_first(activation)
@@ -93,26 +113,41 @@ class GateReader:
                 f"gate at site {self.gate.site!r}: the activation has shape {frame.shape} and no axis of rows; give "
                 "the model a batch"
             )
+        now = self._passes.now
+        if not nested and now is not None:
+            frame.check_rows(now.rows)
         if self._per_token:
             return self._per_token_of(by_row)
-        now = self._passes.now
         if now is None and by_row.ndim == 3:
             self._passes.check_runs()
-        mask = None if now is None or nested else self._prompt(now)
-        if mask is not None and by_row.ndim == 3:
-            assert now is not None and now.tokens is not None
-            spread = Frame(self.gate.site, tuple(by_row.shape), 2, 0).by_token(mask, rows=now.tokens.rows)
-            if spread is not None:
-                wide = by_row.to(torch.promote_types(by_row.dtype, torch.float32))
-                total = torch.where(spread, wide, 0).sum(dim=1)
-                return self._decided((total / spread.sum(dim=1).clamp(min=1)).to(by_row.dtype))
-        return self._decided(by_row if by_row.ndim == 2 else reduce(by_row, "rows ... d -> rows d", "mean"))
+        read = None if now is None or nested else self._prompt(now, frame)
+        if self.gate.per == "last" and by_row.ndim > 2:
+            return decide(self.gate, self._last(by_row, read))
+        if read is not None and by_row.ndim >= 3 and (spread := _by_row(read, frame)) is not None:
+            rows = wide(by_row)
+            axes = tuple(range(1, by_row.ndim - 1))
+            total, others = torch.where(spread, rows, 0).sum(dim=axes), rows[0, ..., 0].numel() // read.shape[1]
+            return decide(self.gate, total / (spread.sum(dim=axes) * others).clamp(min=1))
+        return decide(self.gate, by_row if by_row.ndim == 2 else reduce(wide(by_row), "rows ... d -> rows d", "mean"))
+
+    def _last(self, by_row: Float[Tensor, "rows positions d"], read: Tensor | None) -> Float[Tensor, "rows d"]:
+        """The last token of every prompt."""
+        if by_row.ndim != 3:
+            raise GateError(
+                f"gate at site {self.gate.site!r}: per='last' reads an activation (rows, positions, d), got shape "
+                f"{tuple(by_row.shape)}; choose another site, or per='sequence'"
+            )
+        if read is None:
+            return by_row[:, -1]
+        places = torch.arange(read.shape[1], device=by_row.device)
+        where = (read.to(by_row.device) * places).amax(dim=1).expand(len(by_row))
+        return by_row[torch.arange(len(by_row), device=by_row.device), where]
 
     def _per_token_of(self, by_row: Float[Tensor, "rows *positions d"]) -> Tensor:
         if by_row.ndim == 2:
             now = self._passes.now
             tokens = None if now is None else now.tokens
-            weights = self._decided(by_row)
+            weights = decide(self.gate, by_row)
             if tokens is not None and len(by_row) == tokens.rows * tokens.length:
                 return weights.reshape(tokens.rows, tokens.length)
             return weights
@@ -121,10 +156,10 @@ class GateReader:
                 f"gate at site {self.gate.site!r}: per='token' reads an activation (rows, positions, d), got shape "
                 f"{tuple(by_row.shape)}; choose another site, or per='sequence'"
             )
-        flat = self._decided(rearrange(by_row, "b s d -> (b s) d"))
+        flat = decide(self.gate, rearrange(by_row, "b s d -> (b s) d"))
         return rearrange(flat, "(b s) -> b s", b=by_row.shape[0])
 
-    def _prompt(self, now: Now) -> Tensor | None:
+    def _prompt(self, now: Pass, frame: Frame) -> Tensor | None:
         """Which of the tokens are those of the prompt, and no pads; None where all are."""
         tokens = now.tokens
         if tokens is None:
@@ -136,19 +171,20 @@ class GateReader:
                 "chunks, or a gate with per='token'"
             )
         assert tokens.prompt is not None
+        real_at(frame, now)  # where pads cannot be told, it is refused
         if tokens.prompt == tokens.length:
             return now.real
-        inside = tokens.in_prompt[None]
+        inside = tokens.in_prompt[None].expand(tokens.rows, tokens.length)
         return inside if now.real is None else inside & now.real
 
-    def _decided(self, rows: Float[Tensor, "rows d"]) -> Tensor:
-        weights = self.gate(rows)
-        if weights.shape != rows.shape[:1]:
-            raise GateError(
-                f"gate at site {self.gate.site!r}: expected one weight for each of {len(rows)} rows, got shape "
-                f"{tuple(weights.shape)}; return a tensor of shape (rows,)"
-            )
-        return weights
+
+def _by_row(read: Bool[Tensor, "B S"], frame: Frame) -> Tensor | None:
+    """(B, S) as it lies in an activation whose rows are first and whose features are last; None if it does not fit."""
+    spread = frame.by_token(read, rows=len(read))
+    if spread is None or frame.row_axis is None:
+        return None
+    last = spread.movedim(frame.axis, -1)
+    return frame.rows_first(last)
 
 
 @final
@@ -157,11 +193,11 @@ class CombinedReader:
 
     def __init__(self, gate: Combination, readers: Sequence[Reader]) -> None:
         self.gate = gate
-        self._readers = tuple(readers)
+        self.readers = tuple(readers)
 
     def weights_for(self, site: str) -> Tensor:
         """The decision: per token, if one of them is."""
-        weights = [reader.weights_for(site) for reader in self._readers]
+        weights = [reader.weights_for(site) for reader in self.readers]
         if any(own.ndim == 2 for own in weights):
             weights = list(torch.broadcast_tensors(*(own[:, None] if own.ndim == 1 else own for own in weights)))
         if len({tuple(own.shape) for own in weights}) > 1:
@@ -170,4 +206,5 @@ class CombinedReader:
                 "they must read sites that have the same ones"
             )
         combined: Tensor = self.gate.combine([own.to(weights[0].device) for own in weights])
+        check_weights(combined, self.gate)
         return combined

@@ -26,6 +26,7 @@ from actsteer.steering.interventions.intervention import Edit
 from actsteer.steering.plan import AllPositions, Gates, Interventions, make_plan
 from actsteer.steering.scope import Presence, Scope
 from actsteer.steering.strength import Strength, Strengths, strengths_of
+from actsteer.tokens.whose import Masks
 from actsteer.vectors.bank import VectorBank
 from actsteer.vectors.vector import SteeringVector
 
@@ -59,6 +60,11 @@ class Steerer:
             "generated" does not. Pads never are.
         sites: steer only these of the vectors' sites: names, globs, modules, or a predicate on (name, module).
         axis: the feature axis, of every site or site -> axis, where it is not the one that the module's class tells.
+        row_axis, token_axis: the axes of the batch's rows and of its tokens, likewise; the rows lie on axis 0, and the
+            tokens on the axis that remains, unless the module's class says otherwise. What cannot be told is refused.
+        mask: where the call has its token mask, 1 for a token and 0 for a pad, if not under a usual name: the name of
+            the argument, a dotted path into it ("batch.attention_mask", "args.1"), or a callable of the inputs by name
+            that makes it; for every site, or site -> mask. {site: None}: its tokens are not those of the call.
         backend: "auto" takes a tap, a subclass in the place of the module's class, which works in eager and in compiled
             code; or a hook, where the module is sharded, or lazy. "buffer" keeps the strengths in tensors that compiled
             code reads (see `install`). "fold" writes c · v into the module's bias: no cost at all, and it works in
@@ -103,6 +109,9 @@ class Steerer:
         positions: AllPositions | None = None,
         sites: Sites | None = None,
         axis: Axes | None = None,
+        row_axis: Axes | None = None,
+        token_axis: Axes | None = None,
+        mask: Masks | None = None,
         backend: Backend = "auto",
         scope: Scope = "process",
         strict: bool = True,
@@ -124,6 +133,7 @@ class Steerer:
         self._intervention: Interventions | None = intervention
         self._gate = gate
         self._positions = positions
+        self._tells = {"row_axis": row_axis, "token_axis": token_axis, "mask": mask}
         self._backend, self._scope, self._strict = backend, scope, strict
         self._attached, self._installed = Handles(), Handles()
         self._checkpointing = Checkpointing(model, one_context=scope == "context")
@@ -135,6 +145,9 @@ class Steerer:
             positions=positions,
             sites=sites,
             axis=axis,
+            row_axis=row_axis,
+            token_axis=token_axis,
+            mask=mask,
             checkpointing=self._checkpointing,
         )
         self._watch = Watch()
@@ -312,7 +325,7 @@ class Steerer:
     def _arguments(self) -> tuple[nn.Module, VectorBank, dict[str, Any]]:
         c = dict(self._c) if isinstance(self._c, Mapping) else self._c
         options: dict[str, Any] = {"c": c, "intervention": self._intervention, "gate": self._gate, "sites": self.sites}
-        options["positions"] = self._positions
+        options |= {"positions": self._positions, **self._tells}
         options |= {"axis": self._plan.axis, "backend": self._backend, "scope": self._scope, "strict": self._strict}
         trained = any(edit.is_trained for edit in self.edits.values())
         return self.model, self.vectors if trained else self.bank, options
@@ -341,7 +354,8 @@ class Steerer:
         """Whether another one does the same."""
 
         def options(of: Steerer) -> str:
-            return repr((of.sites, of.bank.concepts, of._c, of._intervention, of._gate, of._positions))
+            given = (of._c, of._intervention, of._gate, of._positions, of._tells)
+            return repr((of.sites, of.bank.concepts, *given))
 
         if options(self) != options(other):
             return False
@@ -351,10 +365,6 @@ class Steerer:
         with lock:
             was_attached = self.attached
             self._attached.close()
-        for passes in self._plan.passes:
-            passes.forget()
-        for reader in self._plan.readers:
-            reader.release()
         return was_attached
 
     def _check_applied(self) -> None:

@@ -115,8 +115,10 @@ def test_a_mask_names_places_and_pads_are_still_left_out(mask):
     assert torch.equal(recorded(mask, batch=EIGHTHS), EIGHTHS[mask.expand(3, 4)])
 
 
-def test_a_callable_sees_the_batch():
-    assert torch.equal(recorded(lambda batch: batch[0][..., 0] >= 1, batch=(EIGHTHS,)), EIGHTHS[EIGHTHS[..., 0] >= 1])
+def test_a_callable_sees_the_inputs_by_name():
+    assert torch.equal(
+        recorded(lambda inputs: inputs["x"][..., 0] >= 1, batch=(EIGHTHS,)), EIGHTHS[EIGHTHS[..., 0] >= 1]
+    )
 
 
 @pytest.mark.parametrize(
@@ -130,7 +132,7 @@ def test_a_callable_that_makes_no_mask_is_refused(returned):
 
 @pytest.mark.parametrize("positions", [3, -4, [0, 3], [-4]])
 def test_a_row_that_has_no_such_position_is_named(positions):
-    with pytest.raises(BatchError, match=r"row 1 of the batch has 2 positions|row 0 of the batch has 3"):
+    with pytest.raises(BatchError, match=r"row 1 of the batch has 2 tokens|row 0 of the batch has 3"):
         recorded(positions)
 
 
@@ -138,7 +140,7 @@ def test_a_row_that_has_no_such_position_is_named(positions):
 def test_a_row_of_pads_alone_has_no_position_and_counts_nothing(positions):
     mask = MASK.clone()
     mask[2] = 0
-    with pytest.raises(BatchError, match="row 2 of the batch has 0 positions"):
+    with pytest.raises(BatchError, match="row 2 of the batch has 0 tokens"):
         recorded(positions, batch=(EIGHTHS, mask))
     assert torch.equal(recorded("all", batch=(EIGHTHS, mask)), torch.cat(TOKENS[:2]))
 

@@ -71,7 +71,6 @@ PLACES = {
     "last": ("last", mask_of("00001")),
     "first": (0, mask_of("10000")),
     "negative": (-2, mask_of("00010")),
-    "beyond": (7, NONE),
     "list": ([0, -1], mask_of("10001")),
     "tuple": ((1, 2), mask_of("01100")),
     "slice": (slice(1, 3), mask_of("01100")),
@@ -378,17 +377,33 @@ def test_a_gate_does_not_read_pads(language_model, positions):
             torch.testing.assert_close(padded[row, own], alone[0])
 
 
-def test_a_part_that_is_called_by_itself_has_no_positions(language_model):
-    """Its arguments, the mask among them, pass by the model that is steered."""
+@pytest.mark.parametrize(
+    "options", [{"positions": "last"}, {"c": torch.ones(3, 5)}, {"gate": ProjectionAbove(BLOCK, 0.0)}], ids=str
+)
+def test_a_part_that_takes_tokens_may_be_called_by_itself(language_model, options):
     part, inputs = language_model.transformer, {"input_ids": IDS, "attention_mask": REAL.long()}
-    for options in ({"positions": "last"}, {"c": torch.ones(3, 5)}, {"gate": ProjectionAbove(BLOCK, 0.0)}):
-        with Steerer(language_model, BLOCK, **options):
-            whole = language_model(**inputs).logits
-            with pytest.raises(PositionsError, match="a part of the GPT2LMHeadModel was called"):
-                part(**inputs)
-            assert torch.equal(language_model(**inputs).logits, whole)
-    own = SteeringVector({"h.0": BLOCK["transformer.h.0"]})
-    with torch.no_grad(), Steerer(part, own, positions="last"):
-        steered_part = part(**inputs).last_hidden_state
-    with torch.no_grad(), Steerer(language_model, BLOCK, positions="last"):
-        assert torch.equal(language_model.lm_head(steered_part), language_model(**inputs).logits)
+    with torch.no_grad(), Steerer(language_model, BLOCK, **options):
+        whole = language_model(**inputs).logits
+        assert torch.equal(language_model.lm_head(part(**inputs).last_hidden_state), whole)
+        assert torch.equal(language_model(**inputs).logits, whole)
+
+
+@pytest.mark.parametrize(
+    "options", [{"positions": "last"}, {"c": torch.ones(3, 5)}, {"gate": ProjectionAbove(BLOCK, 0.0)}], ids=str
+)
+def test_a_part_that_takes_none_has_no_positions_by_itself(language_model, options):
+    """What the model is given, the mask among it, passes by the model that is steered."""
+    block, inputs = language_model.transformer.h[0], {"input_ids": IDS, "attention_mask": REAL.long()}
+    with torch.no_grad(), Steerer(language_model, BLOCK, **options):
+        whole = language_model(**inputs).logits
+        with pytest.raises(PositionsError, match="a part of the GPT2LMHeadModel was called"):
+            block(normal(3, 5, 8))
+        assert torch.equal(language_model(**inputs).logits, whole)
+
+
+def test_an_index_past_the_end_is_refused_unless_the_text_may_go_on(language_model):
+    for run in (lambda: steered(IDENTITY, X, positions=7), lambda: record(IDENTITY, X, sites="0", positions=7)):
+        with pytest.raises(BatchError, match="row 0 of the batch has 5 tokens, and 8 are needed"):
+            run()
+    inputs = {"input_ids": IDS, "attention_mask": REAL.long()}
+    assert not gap(language_model, BLOCK, inputs, positions=7).any()  # a cache may be handed on

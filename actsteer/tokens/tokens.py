@@ -24,11 +24,16 @@ class Tokens:
         prompt_mask: the mask of all columns of the prompt, where `mask` does not reach so far yet.
         batch: the inputs that a callable chooses positions from, of all columns so far; None if they are not known.
         copies: how many rows in a row were made from one of the caller's, as beams are.
+        texts: of packed rows, the number of the text that each token is of, counted on from row to row, (B, S).
+        may_go_on: whether a later pass may go on with these texts.
         unknown: why something is not known.
         device: where the inputs are.
     """
 
-    __slots__ = ("batch", "copies", "device", "length", "mask", "prompt", "prompt_mask", "rows", "start", "unknown")
+    __slots__ = (
+        *("batch", "copies", "device", "length", "mask", "may_go_on", "prompt", "prompt_mask", "rows", "start"),
+        *("texts", "unknown"),
+    )
 
     def __init__(
         self,
@@ -41,12 +46,47 @@ class Tokens:
         prompt_mask: Bool[Tensor, "B P"] | None = None,
         batch: Mapping[str, Any] | None = None,
         copies: int = 1,
+        texts: Int[Tensor, "B S"] | None = None,
+        may_go_on: bool = False,
         unknown: str = "",
         device: torch.device | None = None,
     ) -> None:
         self.rows, self.length, self.start = rows, length, start
         self.mask, self.prompt, self.prompt_mask = mask, prompt, prompt_mask
         self.batch, self.copies, self.unknown, self.device = batch, copies, unknown, device
+        self.texts, self.may_go_on = texts, may_go_on
+
+    def but(self, **changed: Any) -> Tokens:
+        """These tokens, some of which is otherwise."""
+        given = {name: getattr(self, name) for name in Tokens.__slots__} | changed
+        return Tokens(given.pop("rows"), given.pop("length"), **given)
+
+    def last(self, count: int) -> Tokens:
+        """The last columns alone, as a head sees them that is to answer there."""
+        if count >= self.length or self.start is None:
+            return self if count >= self.length else self.but(length=count)
+        return self.but(start=self.start + self.length - count, length=count, batch=None)
+
+    @property
+    def grid(self) -> tuple[Int[Tensor, "T L"], Bool[Tensor, "T L"]]:
+        """Of packed rows, where the tokens of each text are among all in a line, and which places it fills."""
+        assert self.texts is not None
+        sizes = torch.bincount(self.texts.flatten())
+        places = torch.arange(int(sizes.max()), device=sizes.device)
+        index = (sizes.cumsum(dim=0) - sizes)[:, None] + places
+        return index.clamp(max=self.rows * self.length - 1), places < sizes[:, None]
+
+    def unpacked(self) -> Tokens:
+        """Of packed rows, the tokens of each text in a row of its own, filled up with pads on the right."""
+        _, mask = self.grid
+        return Tokens(*mask.shape, mask=mask, prompt=mask.shape[1], may_go_on=self.may_go_on, device=self.device)
+
+    def spread(self, found: Bool[Tensor, "T L"]) -> Bool[Tensor, "B S"]:
+        """What was found of `unpacked` tokens, where they lie in the packed rows."""
+        index, _ = self.grid
+        flat = torch.zeros(self.rows * self.length, dtype=torch.bool, device=found.device)
+        flat[index[found]] = True
+        return flat.view(self.rows, self.length)
 
     @property
     def real(self) -> Bool[Tensor, "B S"] | None:

@@ -1,0 +1,185 @@
+"""Positions: which tokens of a text are meant, in data and in steering alike; pads are never among them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from actsteer.errors import BatchError, PositionsError, ShapeError
+from actsteer.tokens.tokens import Tokens
+
+Words: TypeAlias = Literal["all", "last", "mean", "prompt", "generated"]
+Positions: TypeAlias = Words | int | Sequence[int] | slice | Tensor | Callable[[Any], Tensor]
+"""A word; an index or several, negative ones from the end of the prompt; a slice that goes forward; a bool mask (S,) or
+(B, S); or a callable that makes such a mask from the inputs by name. They count the real tokens of each text."""
+
+
+def check(positions: Positions, *, steers: bool) -> None:
+    """Raise TypeError or ValueError unless these are positions that data has or, with `steers`, that can be steered."""
+    match positions:
+        case str() if positions not in get_args(Words):
+            words = ", ".join(map(repr, get_args(Words)))
+            raise ValueError(f"positions: expected one of {words}, an index, a slice or a mask, got {positions!r}")
+        case "generated" if not steers:
+            raise ValueError(
+                "positions: 'generated' is for steering, and a pass over data generates nothing; feed the generated "
+                "text and take a slice"
+            )
+        case "mean" if steers:
+            raise ValueError(
+                "positions: 'mean' is for data, and the mean over a text is no token that could be steered; take 'all'"
+            )
+        case slice() if (positions.step or 1) < 1:
+            raise ValueError(f"positions: expected a slice that goes forward, got {positions!r}")
+        case Tensor() if positions.dtype is not torch.bool or positions.ndim not in (1, 2):
+            raise ShapeError(
+                f"positions: expected a bool mask of shape (S,) or (B, S), got {positions.dtype} of shape "
+                f"{tuple(positions.shape)}; give indices as a list"
+            )
+        case bool():
+            raise TypeError("positions: expected a word, an index, a slice, a mask or a callable, got a bool")
+        case str() | int() | slice() | Tensor():
+            pass
+        case Sequence() if positions and all(isinstance(i, int) and not isinstance(i, bool) for i in positions):
+            pass
+        case _ if not callable(positions):
+            raise TypeError(
+                "positions: expected a word, an index, a list of indices, a slice, a mask or a callable, got "
+                f"{positions!r}"
+            )
+
+
+def described(positions: Positions) -> dict[str, str]:
+    """Metadata that tells statistics of different positions apart; none for all of them."""
+    if positions in ("all", "prompt") if isinstance(positions, str) else False:
+        return {}
+    if isinstance(positions, Tensor):
+        bits = bytes(positions.cpu().flatten().to(torch.uint8).tolist())
+        return {"positions": f"mask {tuple(positions.shape)} {hashlib.sha256(bits).hexdigest()[:16]}"}
+    return {"positions": getattr(positions, "__qualname__", "callable") if callable(positions) else str(positions)}
+
+
+def chosen(positions: Positions, tokens: Tokens) -> Bool[Tensor, "_ S"]:
+    """Which of these tokens are meant, (B, S) or (1, S).
+
+    "prompt" and "generated" part the tokens where the prompt ends; in data all is prompt. Indices count the real tokens
+    of a text from its start, so that those beyond the prompt are generated ones; negative indices, and "last", count
+    from the end of the prompt. A slice without an end goes on into what is generated. A mask is one of the prompt.
+
+    Raises:
+        PositionsError: they cannot be known in this pass.
+        BatchError, ShapeError: a text that is too short for an index; a mask of another shape.
+    """
+    counts = positions == "last" if isinstance(positions, str) else isinstance(positions, int | slice | Sequence)
+    if tokens.texts is not None and counts:  # in each text of a packed row
+        return tokens.spread(chosen(positions, tokens.unpacked()))
+    found, real = _chosen(positions, tokens), tokens.real
+    return found if real is None else found & real
+
+
+def _chosen(positions: Positions, tokens: Tokens) -> Tensor:
+    """The same, and perhaps some pads."""
+    match positions:
+        case "all" | "mean":
+            return torch.ones(1, tokens.length, dtype=torch.bool, device=tokens.device)
+        case "prompt":
+            return tokens.in_prompt[None]
+        case "generated":
+            return ~tokens.in_prompt[None]
+        case "last":
+            return _nth([-1], tokens, positions)
+        case int():
+            return _nth([positions], tokens, positions)
+        case slice():
+            return _within(positions, tokens)
+        case Tensor():
+            return _masked(positions, tokens)
+        case Sequence() if not isinstance(positions, str):
+            return _nth(positions, tokens, positions)
+        case _:
+            assert callable(positions)
+            if tokens.batch is None:
+                raise PositionsError(
+                    "positions: a callable sees all inputs, and those before the present ones are not known here; use "
+                    "model.generate without prefill chunks, or run without a cache"
+                )
+            return _computed(positions(tokens.batch), tokens)
+
+
+def _nth(indices: Sequence[int], tokens: Tokens, positions: Positions) -> Tensor:
+    numbers, found = tokens.numbers, None
+    for index in indices:
+        wanted = index if index >= 0 else tokens.prompt_lengths + index
+        _check_long_enough(index, tokens, positions)
+        own = numbers == wanted
+        own = own & tokens.in_prompt if index < 0 else own
+        found = own if found is None else found | own
+    assert found is not None
+    return found
+
+
+def _check_long_enough(index: int, tokens: Tokens, positions: Positions) -> None:
+    """An index must lie in the text, unless the text may go on."""
+    if torch.compiler.is_compiling() or not tokens.has_whole_prompt or (index >= 0 and tokens.may_go_on):
+        return
+    lengths, needed = torch.as_tensor(tokens.prompt_lengths).flatten(), index + 1 if index >= 0 else -index
+    if bool((lengths < needed).any()):
+        row = int((lengths < needed).int().argmax())
+        raise BatchError(
+            f"positions={positions!r}: row {row} of the batch has {int(lengths[row])} tokens, and {needed} are "
+            "needed; leave it out, or choose other positions"
+        )
+
+
+def _within(positions: slice, tokens: Tokens) -> Tensor:
+    numbers = tokens.numbers
+
+    def bound(index: int) -> Tensor | int:
+        if index >= 0:
+            return index
+        lengths = tokens.prompt_lengths + index
+        return lengths.clamp(min=0) if isinstance(lengths, Tensor) else max(0, lengths)
+
+    first = bound(positions.start or 0)
+    found = numbers >= first
+    if positions.stop is not None:
+        found = found & (numbers < bound(positions.stop))
+    if positions.step not in (None, 1):
+        found = found & ((numbers - first) % positions.step == 0)
+    return found
+
+
+def _masked(mask: Tensor, tokens: Tokens) -> Tensor:
+    """A mask of the prompt's columns; what is generated after it is not in it."""
+    tokens.check_known()
+    assert tokens.prompt is not None
+    whole = mask[None] if mask.ndim == 1 else mask
+    if len(whole) > 1:
+        whole = whole.repeat_interleave(tokens.copies, dim=0)
+    if whole.shape[1] != tokens.prompt or len(whole) not in (1, tokens.rows):
+        raise ShapeError(
+            f"positions: a mask of shape {tuple(mask.shape)} against {tokens.rows} rows of {tokens.prompt} positions; "
+            "give one of that shape, or a callable that makes one for each batch"
+        )
+    if not isinstance(tokens.start, int):
+        raise PositionsError("positions: a mask needs a cache whose length is a number; use model.generate")
+    part = whole.to(tokens.device)[:, tokens.start : tokens.start + tokens.length]
+    return torch.nn.functional.pad(part, (0, tokens.length - part.shape[1]))
+
+
+def _computed(mask: Any, tokens: Tokens) -> Tensor:
+    if not isinstance(mask, Tensor) or mask.dtype is not torch.bool or mask.ndim not in (1, 2):
+        raise ShapeError(f"positions: expected a callable that gives a bool mask (S,) or (B, S), got {mask!r}")
+    whole = mask[None] if mask.ndim == 1 else mask
+    assert isinstance(tokens.start, int)
+    if whole.shape[1] != tokens.start + tokens.length or len(whole) not in (1, tokens.rows):
+        raise ShapeError(
+            f"positions: the callable gave a mask of shape {tuple(mask.shape)}, expected {tokens.rows} rows of "
+            f"{tokens.start + tokens.length} positions"
+        )
+    return whole.to(tokens.device)[:, tokens.start :]
