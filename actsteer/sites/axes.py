@@ -225,14 +225,14 @@ def known_size(place: Place) -> int | None:
     if len(place.path) > 1 or place.path not in ((), ("0",)):
         return None
     sizes = _sizes(unwrapped(place.module))
-    return None if sizes is None else sizes[place.side == "out"]
+    return None if sizes is None else sizes[place.side == "out"] or None  # 0: a lazy module's, until it is called
 
 
-def _sizes(module: nn.Module) -> tuple[int | None, int] | None:
+def _sizes(module: nn.Module) -> tuple[int, int] | None:
     """How many features a module takes and gives."""
     match module:
-        case nn.Linear():  # a lazy one has no input features yet
-            return module.in_features or None, module.out_features
+        case nn.Linear():
+            return module.in_features, module.out_features
         case nn.LayerNorm() | nn.RMSNorm() if len(module.normalized_shape) == 1:
             return module.normalized_shape[-1], module.normalized_shape[-1]
         case nn.modules.batchnorm._NormBase():

@@ -264,12 +264,13 @@ def _refuse_scripting(self: nn.Module) -> nn.Module:
 
 def _recompiled(self: nn.Module) -> Any:
     """A graph module writes its code into its class, which is to be the plain one."""
-    tapped = type(self)
-    object.__setattr__(self, "__class__", plain_class(self))
-    try:
-        return self.recompile()  # type: ignore[operator]
-    finally:
-        object.__setattr__(self, "__class__", tapped)
+    with lock:
+        object.__setattr__(self, "__class__", plain_class(self))
+        try:
+            return self.recompile()  # type: ignore[operator]
+        finally:
+            if (tap := self.__dict__.get(_MARK)) is not None:
+                _settle(self, tap)
 
 
 def _method_of(kind: type[nn.Module], name: str) -> Callable[..., Any]:
