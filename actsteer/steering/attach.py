@@ -142,7 +142,8 @@ def _take_off(module: nn.Module, when: str, callback: Callable[..., Any]) -> Non
 
 def owners_at(module: nn.Module) -> list[Steers]:
     """The Steerers that have something at a module, in the order entered."""
-    owners = [entry.owner for entry in tap.entries_of(module)] + in_bias.owners_at(module)
+    entries = [entry for entry in tap.entries_of(module) if entry.callback is not tap.idle]  # which all share
+    owners = [entry.owner for entry in entries] + in_bias.owners_at(module)
     return [owner for owner in dict.fromkeys(owners) if isinstance(owner, Steers)]
 
 

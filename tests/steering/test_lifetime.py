@@ -429,6 +429,16 @@ def test_detach_all_takes_off_what_is_installed_and_what_raises():
     assert snapshot(model) == before
 
 
+@pytest.mark.parametrize("first_leaves", [True, False])
+def test_inside_a_fused_module_too_those_that_left_are_not_listed(first_leaves):
+    model = encoder(batch_first=True)
+    both = [Steerer(model, SteeringVector({"layers.0.linear2": torch.ones(4)}), c=c).attach() for c in (1, 2)]
+    both.pop(0 if first_leaves else 1).detach()
+    assert steerers(model) == tuple(both)
+    both[0].detach()
+    assert steerers(model) == ()
+
+
 @pytest.mark.parametrize("backend", ["hook", "tap", "buffer", "fold"])
 @pytest.mark.parametrize("c", [1.0, torch.tensor(2.0)], ids=str)
 def test_an_equal_steerer_is_warned_about_and_steers_once_more(backend, c):
