@@ -258,6 +258,12 @@ class Frame:
                 found[torch.Size([self.shape[self.row_axis], self.shape[self.token_axis]])] = tuple(both)
         return found
 
+    def check_tokens(self, rows: int, length: int) -> None:
+        """Raise ShapeError if the activation has no axes of so many rows and tokens."""
+        where = self.token_axis
+        if where is None or self.row_axis is None or self.shape[where] != length or self.shape[self.row_axis] != rows:
+            self.needs_tokens(torch.ones(1, length), rows=rows)
+
     def needs_tokens(self, weights: Shaped[Tensor, "B S"], *, rows: int) -> Tensor:
         """As `by_token`.
 

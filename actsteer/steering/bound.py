@@ -55,9 +55,9 @@ class Amount:
         return alone and not _is_compiling() and not is_functorch_wrapped(self.c)
 
     @property
-    def is_gated(self) -> bool:
-        """Whether its gate alone decides who gets its strength, which is one number."""
-        return self.decide is not None and self.c.ndim == 0 and not self.is_by_token and not _is_compiling()
+    def is_alone(self) -> bool:
+        """Whether its gate, or its positions, alone decide who gets its strength, which is one number."""
+        return self.c.ndim == 0 and (self.decide is None) == self.is_by_token and not _is_compiling()
 
     def of(self, h: Tensor, frame: Frame, now: Pass | None) -> Tensor:
         """The amount: 0-dim or, of the activation's rank, per row or per token."""
@@ -81,7 +81,12 @@ class Amount:
             else:
                 decided = frame.by_row(weights, copies=copies)
         if now is not None and now.tokens is not None and self.place in now.doses:
-            dose = frame.needs_tokens(now.doses[self.place], rows=now.tokens.rows)
+            given = now.doses[self.place]
+            if isinstance(given, bool):
+                frame.check_tokens(now.tokens.rows, now.tokens.length)
+                dose = None if given else torch.zeros([1] * len(frame.shape), dtype=torch.bool, device=h.device)
+            else:
+                dose = frame.needs_tokens(given, rows=now.tokens.rows)
         if decided is None or dose is None:
             return dose if decided is None else decided
         return dose * decided.to(dose.device)
@@ -133,10 +138,10 @@ def summed(view: View, constant: Tensor | None, amounts: Sequence[Amount], direc
             total = torch.where(real, total, -0.0)
         return h + (total if is_plain else view.share(total))
 
-    if directions is not None and is_plain and constant is None and len(amounts) == 1 and amounts[0].is_gated:
+    if directions is not None and is_plain and constant is None and len(amounts) == 1 and amounts[0].is_alone:
         full = _full(amounts[0], directions[0], frame)
         if full.dtype is dtype and full.device == device:
-            return Bound(_gated(run, amounts[0], full, frame))
+            return Bound((_placed if amounts[0].decide is None else _gated)(run, amounts[0], full, frame))
     return Bound(run, rounded)
 
 
@@ -187,6 +192,19 @@ def _gated(run: Run, amount: Amount, full: Tensor, frame: Frame) -> Run:
         return torch.where(share.bool(), h + share.to(h.dtype) * full, h)
 
     return gated
+
+
+def _placed(run: Run, amount: Amount, full: Tensor, frame: Frame) -> Run:
+    """`run`, of a single concept with positions, in one step where all tokens of a pass are steered, or none."""
+
+    def placed(h: Tensor, now: Pass | None) -> Tensor:
+        given = None if now is None or now.tokens is None or not has_no_pads(now) else now.doses.get(amount.place)
+        if now is None or now.tokens is None or not isinstance(given, bool):
+            return run(h, now)
+        frame.check_tokens(now.tokens.rows, now.tokens.length)
+        return h + full if given else h
+
+    return placed
 
 
 def applied(

@@ -263,7 +263,7 @@ class SiteEdit:
                         return run(output, None) if shift is None else output + shift
                     if shift is not None and not self.passes.may_have_pads:
                         return output + shift
-                    return run(output, self._now(frame, output.device))
+                    return run(output, self._now(frame, output.device, runs_again=False))
             except RuntimeError:  # the model has moved to another device, or the output is nested and has no shape
                 self._kept = None
         edited = self.edit(module, output)
@@ -293,8 +293,9 @@ class SiteEdit:
             if not value.is_nested and value.ndim >= shift.ndim and value.shape[-shift.ndim] == shift.shape[0]:
                 return value + shift
         view = self.lens.read(module, value).open()
-        now = self._now(view.frame, view.part.device)
-        if now is not None and not _is_compiling() and _may_be_checkpointed():  # what runs later knows of no pads
+        runs_again = not _is_compiling() and not view.part.is_inference() and _may_be_checkpointed()
+        now = self._now(view.frame, view.part.device, runs_again=runs_again)
+        if now is not None and runs_again:  # when nothing is known of pads
             now = Pass(now.tokens, doses=now.doses, rows=now.rows)
         bound = self._bound(view)
         edited = bound.run(view.part, now)
@@ -338,8 +339,12 @@ class SiteEdit:
     def _may_have_pads(self) -> bool:
         return self.passes.sees_inputs and self.passes.may_have_pads
 
-    def _now(self, frame: Frame, device: torch.device) -> Pass | None:
-        """What is known of the pass that runs, if it matters."""
+    def _now(self, frame: Frame, device: torch.device, *, runs_again: bool) -> Pass | None:
+        """What is known of the pass that runs, if it matters.
+
+        Args:
+            runs_again: whether autograd may run this once more, later.
+        """
         now = self.passes.now
         if now is not None and self._by_row:
             frame.check_rows(now.rows)
@@ -350,7 +355,7 @@ class SiteEdit:
                 )
         if not self._by_token:
             return now
-        if not _is_compiling() and _may_be_checkpointed() and self._checkpointing.runs_inside:
+        if runs_again and self._checkpointing.runs_inside:
             raise UnsupportedModelError(
                 f"site {self.place.site!r}: under gradient checkpointing a part of the model runs again later, when "
                 "the positions are not known any more; steer all positions, or train without checkpointing"

@@ -26,7 +26,7 @@ from actsteer.tokens.inputs import (
     tokens_of,
     unsure,
 )
-from actsteer.tokens.positions import Positions, chosen
+from actsteer.tokens.positions import Positions, all_or_none, chosen
 from actsteer.tokens.tokens import Tokens
 from actsteer.tokens.whose import Whose, whose
 
@@ -41,7 +41,8 @@ class Pass:
     Args:
         tokens: where they stand; None if the inputs do not show it, and the activation's positions count.
         real: which of them are not pads, (B, S); None: all.
-        doses: place of a concept -> (B, S) or (1, S); of those of which tokens get different amounts.
+        doses: place of a concept -> (B, S) or (1, S), of those of which tokens get different amounts; or whether all of
+            them, or none, get the whole.
         rows: the rows of the call; None if they cannot be told.
         named: the inputs by name.
         doubt: an argument that may say where pads are, and its name.
@@ -55,7 +56,7 @@ class Pass:
         tokens: Tokens | None = None,
         *,
         real: Tensor | None = None,
-        doses: Mapping[int, Tensor] | None = None,
+        doses: Mapping[int, Tensor | bool] | None = None,
         rows: int | None = None,
         named: Mapping[str, Any] | None = None,
         doubt: tuple[str, Tensor] | None = None,
@@ -73,7 +74,7 @@ class Pass:
         if not isinstance(keep, int):
             raise PositionsError("logits_to_keep: it is not known which tokens the head sees; pass a number")
         real = None if self.real is None else self.real[:, -keep:]
-        doses = {place: dose[:, -keep:] for place, dose in self.doses.items()}
+        doses = {place: own if isinstance(own, bool) else own[:, -keep:] for place, own in self.doses.items()}
         return Pass(
             self.tokens.last(keep),
             real=real,
@@ -179,7 +180,7 @@ class Passes:
         real = tokens.real
         if real is not None and _is_true(real):
             real = None
-        doses = {place: self._dose(place, tokens, generation) for place in self._by_token}
+        doses = {place: self._dose(place, tokens, generation, has_pads=real is not None) for place in self._by_token}
         return Pass(tokens, real=real, doses=doses, rows=tokens.rows, generation=generation, **known)
 
     def of_shape(self, rows: int, length: int, device: torch.device) -> Pass:
@@ -272,8 +273,12 @@ class Passes:
         masks = has_masks(kwargs)
         return not masks or (len(masks) == 1 and masks[0] is kwargs.get("attention_mask") and _is_true(masks[0]))
 
-    def _dose(self, place: int, tokens: Tokens, generation: Generation | None) -> Tensor:
+    def _dose(self, place: int, tokens: Tokens, generation: Generation | None, *, has_pads: bool) -> Tensor | bool:
         positions = self.positions.get(place)
+        is_whole = place not in self._by_column and place not in self._first and not has_pads
+        alike = all_or_none(positions, tokens) if is_whole and positions is not None else None
+        if alike is not None:
+            return alike
         where = None if positions is None else chosen(positions, tokens)
         amounts = self._amounts(place, tokens, generation)
         if amounts is None:

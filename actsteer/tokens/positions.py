@@ -82,6 +82,17 @@ def chosen(positions: Positions, tokens: Tokens) -> Bool[Tensor, "_ S"]:
     return found if real is None else found & real
 
 
+def all_or_none(positions: Positions, tokens: Tokens) -> bool | None:
+    """Whether all of these tokens, none of which is a pad, are meant (True) or none of them (False); None: neither is
+    plain to see, as it is where a generation goes on by one token."""
+    start, prompt = tokens.start, tokens.prompt
+    if positions not in ("prompt", "generated") or not (isinstance(start, int) and isinstance(prompt, int)):
+        return None
+    if start < prompt < start + tokens.length:
+        return None
+    return (start < prompt) == (positions == "prompt")
+
+
 def _chosen(positions: Positions, tokens: Tokens) -> Tensor:
     """The same, and perhaps some pads."""
     match positions:
