@@ -341,6 +341,9 @@ class Steerer:
                 UserWarning,
                 stacklevel=4,
             )
+        for other in dict.fromkeys(owner for module in self.model.modules() for owner in owners_at(module)):
+            if isinstance(other, Steerer):
+                other._checkpointing.leave("with another steering too", "before the block")
         presence = Presence() if self._scope == "context" else None
         attach_all(handles, self._plan, self._watch, self._chosen, backend=self._backend, presence=presence, owner=self)
 

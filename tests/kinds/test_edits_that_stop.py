@@ -256,7 +256,7 @@ def test_a_module_that_gives_out_its_input_does_not_change_it(backend, module):
     class Both(nn.Module):
         def __init__(self):
             super().__init__()
-            self.act = kind()
+            self.act = module
 
         def forward(self, x):
             return self.act(x), x
