@@ -152,12 +152,12 @@ class _Choice(NamedTuple):
 class _Texts(NamedTuple):
     """Where the tokens of each of T texts are among all tokens in a line, and which of L places are filled."""
 
-    index: Int[Tensor, "T L"]
+    places: Int[Tensor, "T L"]
     filled: Bool[Tensor, "T L"]
 
     def mean(self, line: Float[Tensor, "tokens others d"]) -> Float[Tensor, "T d"]:
         """The mean over the tokens of every text."""
-        cells = line.to(torch.promote_types(line.dtype, torch.float32))[self.index]
+        cells = line.to(torch.promote_types(line.dtype, torch.float32))[self.places]
         total = torch.where(self.filled[..., None, None], cells, 0).sum(dim=(1, 2))
         return (total / (self.filled.sum(dim=1, keepdim=True) * line.shape[1])).to(line.dtype)
 
@@ -219,8 +219,8 @@ class _Listener:
         if self._keeps_shape:
             asked.keep(site, whole, _NONE)
             return
-        key = (whole.shape, whole.device, frame.row_axis, frame.token_axis, frame.axis, frame.rows_by, frame.is_step)
-        key = (*key, self._passes)
+        lies = (frame.row_axis, frame.token_axis, frame.axis, frame.rows_by, frame.is_step)
+        key = (whole.shape, whole.device, lies, self._passes)
         choice = asked.choices.get(key)
         if choice is None:
             choice = asked.choices[key] = self._choice(asked, whole, frame, nested=False)
@@ -249,9 +249,7 @@ class _Listener:
         elif now.real is None:
             tokens = tokens.but(mask=None) if tokens.start == 0 else tokens
         in_order = nested or fits or whole.ndim == 3 or frame.token_axis is not None
-        alone = whole.ndim > 3 or (
-            whole.ndim < 3 and now.rows in (None, rows)
-        )  # one activation, or image, for each row
+        alone = whole.ndim > 3 or (whole.ndim < 3 and now.rows in (None, rows))  # one, or one image, for each row
         if frame.is_step or not (in_order or explicit or (is_mean and alone)):
             self._check_everything(positions, whole)
         if asked.rows not in (None, rows) and not nested:
@@ -262,7 +260,7 @@ class _Listener:
         owners = torch.arange(rows, device=whole.device).repeat_interleave(length)
         if is_mean:
             texts = _texts(tokens, device=whole.device)
-            return _Choice(order, None, owners[texts.index[:, 0]], others, texts)
+            return _Choice(order, None, owners[texts.places[:, 0]], others, texts)
         if ordered and tokens.real is None:
             return _Choice(order, None, owners.repeat_interleave(others), others)
         where = _where(positions, tokens).to(whole.device)
@@ -299,11 +297,8 @@ class _Listener:
 
 def _where(positions: Positions, tokens: Tokens) -> Int[Tensor, " n"]:
     """Which of all tokens in a line are meant; of several indices, row by row, in their order."""
-    several = isinstance(positions, Sequence) and not isinstance(positions, str)
-    found = [
-        chosen(own, tokens).expand(tokens.rows, tokens.length).flatten().nonzero()[:, 0]
-        for own in (positions if several else [positions])
-    ]
+    several = positions if isinstance(positions, Sequence) and not isinstance(positions, str) else [positions]
+    found = [chosen(own, tokens).expand(tokens.rows, tokens.length).flatten().nonzero()[:, 0] for own in several]
     return torch.stack(found, dim=1).flatten()
 
 

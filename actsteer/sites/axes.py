@@ -323,13 +323,15 @@ def _axes_known(model: nn.Module, place: Place) -> tuple[int | None, int | None]
         return 1, None  # the last states: (layers, rows, features), always
     if (known := _BY_CLASS.get(plain_class(module).__name__)) is not None:
         return known
-    if place.name in hook_points(model):
-        return 0, _BY_HOOK.get(place.name.rpartition(".")[2])
-    around = path_to(model, place.name)[:-1]
+    around = [outer for outer in path_to(model, place.name) if outer is not place.module]
     if any(plain_class(unwrapped(outer)).__name__ in _ROWS_SECOND for outer in around):
         return 1, None
     said = [_batch_first(outer) for outer in (*around, place.module)]
-    return (1, None) if False in said else (0, None) if said[-1] else (None, None)
+    if False in said:
+        return 1, None
+    if place.name in hook_points(model):
+        return 0, _BY_HOOK.get(place.name.rpartition(".")[2])
+    return 0 if said[-1] else None, None
 
 
 _BY_CLASS = {  # transformers' and others' blocks of several streams -> the axes of rows and tokens

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actsteer.errors import ConceptNotFoundError, ShapeError, SiteNotFoundError, UnsupportedModelError, close_names
+from actsteer.errors import (
+    ConceptNotFoundError,
+    ShapeError,
+    SiteNotFoundError,
+    StrengthError,
+    UnsupportedModelError,
+    close_names,
+)
 from actsteer.sites.axes import Axes, known_size, layout, layouts
 from actsteer.sites.place import Place
 from actsteer.sites.resolve import Modules, Sites, are_there, named_sites, resolve, select
@@ -80,9 +87,14 @@ class Plan:
         for passes in self.passes:
             passes.set_amounts(by_token, active)
         idle = not strengths.active()
-        for own, edits in here:
-            for edit in edits:
-                edit.set_strengths(own, every=self._every, idle=idle)
+        try:
+            for own, edits in here:
+                for edit in edits:
+                    edit.set_strengths(own, every=self._every, idle=idle)
+        except StrengthError:  # of one site; the others have theirs already
+            if self._strengths is not None:
+                self.set_strengths(self._strengths)
+            raise
         self._strengths = strengths
 
     def silence(self) -> None:
@@ -195,9 +207,22 @@ def make_plan(
             passes=passes_of[site],
             checkpointing=checkpointing,
         )
+    for reader in distinct:
+        users = [edit for edit in edits.values() if any(_asks(own, reader) for own in edit.gates.values())]
+        there = (reader.place.module, reader.place.side, reader.place.path)
+        reader.is_inline = all(
+            (edit.place.module, edit.place.side, edit.place.path) == there
+            and all(own is reader or not _asks(own, reader) for own in edit.gates.values())
+            for edit in users
+        )
     for site in read:
         passes_of[site].is_read = True
-    return Plan(model, bank, edits, distinct, passes, axes)
+    return Plan(model, bank, edits, tuple(own for own in distinct if not own.is_inline), passes, axes)
+
+
+def _asks(one: Reader, reader: GateReader) -> bool:
+    """Whether a decision depends on this gate's."""
+    return one is reader or (isinstance(one, CombinedReader) and any(_asks(own, reader) for own in one.readers))
 
 
 def _check_concepts(named: Mapping[str, Any], bank: VectorBank, *, by: str) -> None:

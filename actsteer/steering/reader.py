@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, final, runtime_checkable
 
 import torch
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from actsteer.errors import GateError
 from actsteer.sites.axes import Layout
-from actsteer.sites.lens import Frame, Lens
+from actsteer.sites.lens import Frame, Lens, View
 from actsteer.sites.place import Place
-from actsteer.steering.gates.gate import AnyGate, Combination, Gate
+from actsteer.steering.gates.gate import AnyGate, Combination, Gate, check_weights, decide, prepared_gate, wide
 from actsteer.tokens.passes import Pass, Passes
 from actsteer.tokens.real import real_at
 
@@ -50,18 +50,45 @@ class GateReader:
         self._alone: Tensor | None = None  # decided while no pass of the model runs, but a part of it
         self._passes, self._key = passes, key
         self._per_token = gate.per == "token"
+        self.is_inline = False  # whether whoever edits where it reads calls it, and nobody else asks
 
     def __call__(self, module: nn.Module, args: Any, last: Any) -> None:
         """Decide; `last` is the output, or the keyword arguments."""
-        if not self._per_token and self._passes.decided(self._key, before=True) is not None:
+        if self._held() is not None:
             return
-        view = self.lens.heard(module, args, last)
+        self._decide(self.lens.heard(module, args, last))
+
+    def bind(self, view: View) -> Callable[[Tensor, Pass | None], Tensor]:
+        """The decision on plain activations such as this one, or on this one, as a function of it."""
+        frame = view.frame
+        if not view.is_plain:
+            return lambda h, now: self._decide(view) if (held := self._held()) is None else held
+        ready = None
+        if len(frame.shape) == 2 and frame.is_last and frame.row_axis == 0:
+            ready = prepared_gate(self.gate, view.part)
+
+        def bound(h: Tensor, now: Pass | None) -> Tensor:
+            if ready is not None and (now is None or now.tokens is None):  # rows that stand for themselves
+                return ready(h)
+            held = self._held()
+            return self._keep([self._read(h.movedim(frame.axis, -1), frame, nested=False)]) if held is None else held
+
+        return bound
+
+    def _held(self) -> Tensor | None:
+        """What was decided for the whole of a sequence in an earlier pass."""
+        return None if self._per_token else self._passes.decided(self._key, before=True)
+
+    def _decide(self, view: View) -> Tensor:
         if view.packed is not None:
             raise GateError(f"gate at site {self.gate.site!r}: a packed sequence has no rows; gate at an earlier site")
-        parts = [self._read(rows, frame, nested=view.raw.is_nested) for rows, frame in view.rows()]
+        return self._keep([self._read(rows, frame, nested=view.raw.is_nested) for rows, frame in view.rows()])
+
+    def _keep(self, parts: Sequence[Tensor]) -> Tensor:
         weights = parts[0] if len(parts) == 1 else torch.cat(parts)
         self._alone = weights if self._passes.now is None and self._passes.root.now is None else None
         self._passes.decide(self._key, weights, holds=not self._per_token)
+        return weights
 
     @property
     def place(self) -> Place:
@@ -95,14 +122,13 @@ class GateReader:
             self._passes.check_runs()
         read = None if now is None or nested else self._prompt(now, frame)
         if self.gate.per == "last" and by_row.ndim > 2:
-            return self._decided(self._last(by_row, read))
+            return decide(self.gate, self._last(by_row, read))
         if read is not None and by_row.ndim >= 3 and (spread := _by_row(read, frame)) is not None:
-            wide = by_row.to(torch.promote_types(by_row.dtype, torch.float32))
+            rows = wide(by_row)
             axes = tuple(range(1, by_row.ndim - 1))
-            total, others = torch.where(spread, wide, 0).sum(dim=axes), wide[0, ..., 0].numel() // read.shape[1]
-            return self._decided(total / (spread.sum(dim=axes) * others).clamp(min=1))
-        wide = by_row.to(torch.promote_types(by_row.dtype, torch.float32))
-        return self._decided(wide if by_row.ndim == 2 else reduce(wide, "rows ... d -> rows d", "mean"))
+            total, others = torch.where(spread, rows, 0).sum(dim=axes), rows[0, ..., 0].numel() // read.shape[1]
+            return decide(self.gate, total / (spread.sum(dim=axes) * others).clamp(min=1))
+        return decide(self.gate, by_row if by_row.ndim == 2 else reduce(wide(by_row), "rows ... d -> rows d", "mean"))
 
     def _last(self, by_row: Float[Tensor, "rows positions d"], read: Tensor | None) -> Float[Tensor, "rows d"]:
         """The last token of every prompt."""
@@ -111,19 +137,17 @@ class GateReader:
                 f"gate at site {self.gate.site!r}: per='last' reads an activation (rows, positions, d), got shape "
                 f"{tuple(by_row.shape)}; choose another site, or per='sequence'"
             )
-        wide = by_row.to(torch.promote_types(by_row.dtype, torch.float32))
         if read is None:
-            return wide[:, -1]
+            return by_row[:, -1]
         places = torch.arange(read.shape[1], device=by_row.device)
         where = (read.to(by_row.device) * places).amax(dim=1).expand(len(by_row))
-        return wide[torch.arange(len(by_row), device=by_row.device), where]
+        return by_row[torch.arange(len(by_row), device=by_row.device), where]
 
     def _per_token_of(self, by_row: Float[Tensor, "rows *positions d"]) -> Tensor:
-        by_row = by_row.to(torch.promote_types(by_row.dtype, torch.float32))
         if by_row.ndim == 2:
             now = self._passes.now
             tokens = None if now is None else now.tokens
-            weights = self._decided(by_row)
+            weights = decide(self.gate, by_row)
             if tokens is not None and len(by_row) == tokens.rows * tokens.length:
                 return weights.reshape(tokens.rows, tokens.length)
             return weights
@@ -132,7 +156,7 @@ class GateReader:
                 f"gate at site {self.gate.site!r}: per='token' reads an activation (rows, positions, d), got shape "
                 f"{tuple(by_row.shape)}; choose another site, or per='sequence'"
             )
-        flat = self._decided(rearrange(by_row, "b s d -> (b s) d"))
+        flat = decide(self.gate, rearrange(by_row, "b s d -> (b s) d"))
         return rearrange(flat, "(b s) -> b s", b=by_row.shape[0])
 
     def _prompt(self, now: Pass, frame: Frame) -> Tensor | None:
@@ -153,15 +177,6 @@ class GateReader:
         inside = tokens.in_prompt[None].expand(tokens.rows, tokens.length)
         return inside if now.real is None else inside & now.real
 
-    def _decided(self, rows: Float[Tensor, "rows d"]) -> Tensor:
-        weights = self.gate(rows)
-        if weights.shape != rows.shape[:1]:
-            raise GateError(
-                f"gate at site {self.gate.site!r}: expected one weight for each of {len(rows)} rows, got shape "
-                f"{tuple(weights.shape)}; return a tensor of shape (rows,)"
-            )
-        return weights
-
 
 def _by_row(read: Bool[Tensor, "B S"], frame: Frame) -> Tensor | None:
     """(B, S) as it lies in an activation whose rows are first and whose features are last; None if it does not fit."""
@@ -178,11 +193,11 @@ class CombinedReader:
 
     def __init__(self, gate: Combination, readers: Sequence[Reader]) -> None:
         self.gate = gate
-        self._readers = tuple(readers)
+        self.readers = tuple(readers)
 
     def weights_for(self, site: str) -> Tensor:
         """The decision: per token, if one of them is."""
-        weights = [reader.weights_for(site) for reader in self._readers]
+        weights = [reader.weights_for(site) for reader in self.readers]
         if any(own.ndim == 2 for own in weights):
             weights = list(torch.broadcast_tensors(*(own[:, None] if own.ndim == 1 else own for own in weights)))
         if len({tuple(own.shape) for own in weights}) > 1:
@@ -191,4 +206,5 @@ class CombinedReader:
                 "they must read sites that have the same ones"
             )
         combined: Tensor = self.gate.combine([own.to(weights[0].device) for own in weights])
+        check_weights(combined, self.gate)
         return combined

@@ -1,136 +1,71 @@
-"""What goes around `generate`: it makes the generation, and tells the passes which tokens each of them computes."""
+"""Generation: what is known of a text while it is generated."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
 from typing import Any, final
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from actsteer.sites.wrappers import named_modules
-from actsteer.tokens.inputs import as_mask, cache_in, cached, signature_of
-from actsteer.tokens.passes import Generation, Passes
 from actsteer.tokens.tokens import Tokens
-
-Method = Callable[..., Any]
-Around = Callable[[nn.Module, Method, tuple[Any, ...], dict[str, Any]], Any]
-
-
-def taps(model: nn.Module, passes: Sequence[Passes]) -> list[tuple[nn.Module, str, Around]]:
-    """What is to go around which methods of which modules, so that every `generate` in the model is known."""
-    teller = _Teller(passes)
-    around: dict[str, Around] = {
-        "generate": teller.generate,
-        "generate_stream": teller.generate,
-        "prepare_inputs_for_generation": teller.prepare,
-    }
-    hosts = dict.fromkeys((model, passes[0].host))  # a bridge hides its model
-    modules = dict.fromkeys(module for host in hosts for _, module in named_modules(host))
-    return [
-        (module, name, callback)
-        for module in modules
-        if callable(getattr(type(module), "generate", None))
-        for name, callback in around.items()
-        if callable(getattr(module, name, None))
-    ]
 
 
 @final
-class _Teller:
-    """Makes a generation of each call, current while it runs, and tells of its passes beforehand."""
+class Generation:
+    """A text that is being generated: where its prompt ends, and what was decided about it.
 
-    def __init__(self, passes: Sequence[Passes]) -> None:
-        self._passes, self._current = passes, passes[0].generation
+    Args:
+        rows, prompt, mask: rows and columns of the prompt, and where its tokens are, as far as that is known.
+        parent: the generation inside of which it runs, whose decisions hold for as many rows.
+    """
 
-    def generate(self, module: nn.Module, method: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call of `generate`, or of one that gives its tokens one by one."""
-        generation = _generation(module, args, kwargs, self._current.get())
-        before = self._current.set(generation)
-        try:
-            found = method(*args, **kwargs)
-        finally:
-            self._current.reset(before)
-        return self._stream(found, generation) if inspect.isgenerator(found) else found
+    def __init__(
+        self,
+        *,
+        rows: int | None = None,
+        prompt: int | None = None,
+        mask: Tensor | None = None,
+        parent: Generation | None = None,
+    ) -> None:
+        self.rows, self.prompt, self.mask, self.parent = rows, prompt, mask, parent
+        self._is_given, self._rows = prompt is not None, rows
+        self.keeps_rows = True  # whether its rows are those that it began with
+        self.decisions: dict[int, Tensor] = {}
+        self.announces = False  # whether it tells of each of its passes beforehand
+        self.announced: dict[int, Any] = {}  # number of the passes -> the one that comes next
+        self.others: dict[int, tuple[Any, Generation]] = {}  # id of a cache -> it, and the other text that it holds
 
-    def prepare(self, module: nn.Module, method: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What transformers calls before each pass: tell of the tokens that the pass is about to compute."""
-        inputs = method(*args, **kwargs)
-        generation = self._current.get()
-        if generation is None or (tokens := _tokens(module, args, kwargs, inputs)) is None:
-            return inputs
-        if kwargs.get("is_first_iteration") and tokens.start == 0:
-            generation.begin_window(tokens.rows)
-        generation.announces = True
-        for passes in self._passes:
-            kind, mask = passes.whose
-            if kind not in ("call", "answers"):
-                continue
-            here = tokens
-            if mask is not None:
-                said = kwargs.get(mask) if isinstance(mask, str) else mask(inputs)
-                here = tokens.but(mask=None if said is None else as_mask(said, "mask"))
-            generation.announced[passes.number] = passes.about(
-                generation.within(here), generation, named=inputs if isinstance(inputs, dict) else None
-            )
-        return inputs
+    def begin_window(self, rows: int) -> None:
+        """The next pass has a prompt of so many rows: the first, or that of the next window of a recording."""
+        if self.announces:
+            self.keeps_rows = self.keeps_rows and rows == self._rows
+            self.decisions = {}
+        if self.announces or not self._is_given:  # what ran before, to find the language, was no prompt of it
+            self.prompt = self.mask = None
+        self._rows = rows
 
-    def _stream(self, inner: Any, generation: Generation) -> Iterator[Any]:
-        """A generator of whose generation no other frame knows."""
-        try:
-            while True:
-                before = self._current.set(generation)
-                try:
-                    item = next(inner)
-                except StopIteration as end:
-                    return end.value
-                finally:
-                    self._current.reset(before)
-                yield item
-        finally:
-            inner.close()
+    def within(self, tokens: Tokens) -> Tokens:
+        """The tokens of a pass of this generation; the first one has the prompt, unless that is known."""
+        if self.prompt is None and isinstance(tokens.start, int):
+            self.prompt = tokens.start + tokens.length
+        if self.rows is None:
+            self.rows = tokens.rows
+        copies, mask = self.copies(tokens.rows), self.mask
+        if mask is not None and len(mask) != tokens.rows:
+            mask = mask.repeat_interleave(max(1, copies), 0)
+        return tokens.but(prompt=self.prompt, prompt_mask=mask, copies=copies, may_go_on=True)
 
+    def copies(self, rows: int) -> int:
+        """How many rows were made from one of the caller's; 0 if that is not known any more."""
+        if not self.keeps_rows:
+            return 0
+        return rows // self.rows if self.rows and rows % self.rows == 0 else 1
 
-def _generation(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], parent: Generation | None
-) -> Generation:
-    """What the arguments of `generate` tell; nothing of the prompt, if it goes on from a cache."""
-    first = args[0] if args else None
-    given = [first, *(kwargs.get(name) for name in ("inputs", "input_ids", "input", "inputs_embeds"))]
-    inputs = next((value for value in given if isinstance(value, Tensor) and value.ndim >= 2), None)
-    rows = None if inputs is None else inputs.shape[0]
-    mask = kwargs.get("attention_mask")
-    if signature_of(module).decodes:
-        inputs, mask = kwargs.get("decoder_input_ids"), kwargs.get("decoder_attention_mask")
-    elif cache_in(kwargs)[1] is not None:
-        inputs = mask = None
-    prompt = inputs.shape[1] if isinstance(inputs, Tensor) and inputs.ndim >= 2 else None
-    known = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == prompt
-    mask = mask.bool() if known and isinstance(mask, Tensor) else None
-    return Generation(rows=rows, prompt=prompt, mask=mask, parent=parent)
-
-
-def _tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Any) -> Tokens | None:
-    """The tokens of the pass with these inputs, among all columns so far."""
-    prefix = "decoder_" if signature_of(module).decodes else ""
-    fed = next((inputs[n] for n in (prefix + "input_ids", "inputs_embeds") if isinstance(inputs.get(n), Tensor)), None)
-    if fed is None:
-        return None
-    rows, length = fed.shape[:2]
-    ids = args[0] if args else kwargs.get("input_ids")
-    mask = kwargs.get(prefix + "attention_mask")
-    mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-    if mask is not None:
-        total = mask.shape[1]
-    elif kwargs.get("next_sequence_length") is not None and isinstance(ids, Tensor):
-        total = ids.shape[1]
-    else:
-        seen = cached(cache_in(kwargs)[1])
-        total = length + (int(seen) if seen is not None else 0)
-    batch = None
-    if isinstance(ids, Tensor) and ids.shape[1] == total:
-        whole = torch.ones_like(ids) if mask is None else mask
-        batch = {prefix + "input_ids": ids, prefix + "attention_mask": whole}
-    mask = None if mask is None else mask.bool()
-    return Tokens(rows, length, start=total - length, mask=mask, batch=batch, device=fed.device)
+    def decided(self, gate: int, rows: int | None) -> Tensor | None:
+        """What a gate has decided here, or for as many rows in a generation around."""
+        found, parent = self.decisions.get(gate), self.parent
+        while found is None and parent is not None:
+            found = parent.decisions.get(gate)
+            if found is not None and rows is not None and len(found) != rows:
+                found = None
+            parent = parent.parent
+        return found

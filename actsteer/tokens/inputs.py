@@ -17,7 +17,7 @@ from actsteer.sites.wrappers import unwrapped
 from actsteer.tokens.tokens import Tokens
 
 Mask: TypeAlias = str | Callable[[Mapping[str, Any]], Tensor]
-"""Where a call has its token mask, 1 for a token and 0 for a pad: the name of an argument, a dotted path into it such as
+"""Where a call has its token mask, 1 for a token and 0 for a pad: the name of an argument, a dotted path such as
 "batch.attention_mask" or "args.1", or a callable of the inputs by name that makes it."""
 
 _MASK = re.compile(r"^(decoder_)?attention_mask$")
@@ -30,12 +30,12 @@ _UNSURE = ("padding_mask", "pad_mask", "lengths", "input_lengths", "seq_lengths"
 _CACHE = re.compile(r"^(past_key_values?|past_kv_cache|past|layer_past|cache|cache_params|kv_cache|mems|state)$")
 _HOLDS = {"batch", "inputs", "features", "encoding"}  # arguments that may be a mapping of the others
 _HINT = (
-    "; use model.generate of the model that the Steerer is on, choose positions from the start of the text (an index, or "
-    "a slice), or run without a cache"
+    "; use model.generate of the model that the Steerer is on, choose positions from the start of the text (an index, "
+    "or a slice), or run without a cache"
 )
 SAY = (
-    "say it: mask= the name of the argument that has 1 for a token and 0 for a pad, a path into it, or a callable of the "
-    "inputs; or mask={site: None} where the tokens of a site are not those of the call"
+    "say it: mask= the name of the argument that has 1 for a token and 0 for a pad, a path into it, or a callable of "
+    "the inputs; or mask={site: None} where the tokens of a site are not those of the call"
 )
 
 
@@ -80,7 +80,7 @@ class Signature(NamedTuple):
 
 
 def signature_of(module: nn.Module) -> Signature:
-    """What the module's forward takes; of a wrapper around one module that hands on all it is given, what that takes."""
+    """What the module's forward takes; of a wrapper that hands all on to one module, what that takes."""
     inner = unwrapped(module)
     found = _signature(type(inner).forward)
     children = [child for child in inner._modules.values() if child is not None]
@@ -195,10 +195,14 @@ def _mask_known(named: Mapping[str, Any], prefix: str) -> Bool[Tensor, "B T"] | 
 def unsure(named: Mapping[str, Any]) -> tuple[str, Tensor] | None:
     """An argument that may say where pads are, under a name that leaves open how; None if it says nothing anyway."""
     for name in _UNSURE:
-        if isinstance(found := named.get(name), Tensor) and found.numel() > 1:
-            if torch.compiler.is_compiling() or not bool((found == found.flatten()[0]).all()):
-                return name, found
+        found = named.get(name)
+        if isinstance(found, Tensor) and not (_is_eager() and bool((found == found.flatten()[:1]).all())):
+            return name, found
     return None
+
+
+def _is_eager() -> bool:
+    return not torch.compiler.is_compiling()
 
 
 def as_mask(found: Any, name: str) -> Bool[Tensor, "B T"]:

@@ -1,4 +1,4 @@
-"""Passes: what is known of a forward pass while it runs, and of the generation that it is part of."""
+"""Passes: what is known of a forward pass while it runs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from actsteer.sites.axes import sequence_first
 from actsteer.sites.place import Place
 from actsteer.sites.wrappers import unwrapped
 from actsteer.tokens.current import Current
+from actsteer.tokens.generation import Generation
 from actsteer.tokens.inputs import (
     Mask,
     Signature,
@@ -31,68 +32,6 @@ from actsteer.tokens.whose import Whose, whose
 
 Amount = Tensor | Callable[[int], Tensor]
 """How much each token gets: (B, S), one per row and column; or () for each generation step, made by a callable."""
-
-
-@final
-class Generation:
-    """A text that is being generated: where its prompt ends, and what was decided about it.
-
-    Args:
-        rows, prompt, mask: rows and columns of the prompt, and where its tokens are, as far as that is known.
-        parent: the generation inside of which it runs, whose decisions hold for as many rows.
-    """
-
-    def __init__(
-        self,
-        *,
-        rows: int | None = None,
-        prompt: int | None = None,
-        mask: Tensor | None = None,
-        parent: Generation | None = None,
-    ) -> None:
-        self.rows, self.prompt, self.mask, self.parent = rows, prompt, mask, parent
-        self._is_given, self._rows = prompt is not None, rows
-        self.keeps_rows = True  # whether its rows are those that it began with
-        self.decisions: dict[int, Tensor] = {}
-        self.announces = False  # whether it tells of each of its passes beforehand
-        self.announced: dict[int, Pass | None] = {}
-        self.others: dict[int, tuple[Any, Generation]] = {}  # id of a cache -> it, and the other text that it holds
-
-    def begin_window(self, rows: int) -> None:
-        """The next pass has a prompt of so many rows: the first, or that of the next window of a recording."""
-        if self.announces:
-            self.keeps_rows = self.keeps_rows and rows == self._rows
-            self.decisions = {}
-        if self.announces or not self._is_given:  # what ran before, to find the language, was no prompt of it
-            self.prompt = self.mask = None
-        self._rows = rows
-
-    def within(self, tokens: Tokens) -> Tokens:
-        """The tokens of a pass of this generation; the first one has the prompt, unless that is known."""
-        if self.prompt is None and isinstance(tokens.start, int):
-            self.prompt = tokens.start + tokens.length
-        if self.rows is None:
-            self.rows = tokens.rows
-        copies, mask = self.copies(tokens.rows), self.mask
-        if mask is not None and len(mask) != tokens.rows:
-            mask = mask.repeat_interleave(max(1, copies), 0)
-        return tokens.but(prompt=self.prompt, prompt_mask=mask, copies=copies, may_go_on=True)
-
-    def copies(self, rows: int) -> int:
-        """How many rows were made from one of the caller's; 0 if that is not known any more."""
-        if not self.keeps_rows:
-            return 0
-        return rows // self.rows if self.rows and rows % self.rows == 0 else 1
-
-    def decided(self, gate: int, rows: int | None) -> Tensor | None:
-        """What a gate has decided here, or for as many rows in a generation around."""
-        found, parent = self.decisions.get(gate), self.parent
-        while found is None and parent is not None:
-            found = parent.decisions.get(gate)
-            if found is not None and rows is not None and len(found) != rows:
-                found = None
-            parent = parent.parent
-        return found
 
 
 @final
@@ -128,17 +67,22 @@ class Pass:
 
     def of_answers(self, named: Mapping[str, Any]) -> Pass:
         """The same for the tokens at which a head is to answer."""
-        keep: Any = named.get("logits_to_keep") or 0 if not isinstance(named.get("logits_to_keep"), Tensor) else None
-        if self.tokens is None or keep == 0:
+        keep: Any = named.get("logits_to_keep")
+        if self.tokens is None or keep is None or (isinstance(keep, int) and not keep):
             return self
-        if keep is None:
-            raise PositionsError(
-                "logits_to_keep is a tensor, and it is not known which tokens the head sees; pass a number"
-            )
+        if not isinstance(keep, int):
+            raise PositionsError("logits_to_keep: it is not known which tokens the head sees; pass a number")
         real = None if self.real is None else self.real[:, -keep:]
         doses = {place: dose[:, -keep:] for place, dose in self.doses.items()}
-        known = {"rows": self.rows, "named": self.named, "doubt": self.doubt, "generation": self.generation}
-        return Pass(self.tokens.last(keep), real=real, doses=doses, **known)
+        return Pass(
+            self.tokens.last(keep),
+            real=real,
+            doses=doses,
+            rows=self.rows,
+            named=self.named,
+            doubt=self.doubt,
+            generation=self.generation,
+        )
 
 
 @final

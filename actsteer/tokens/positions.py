@@ -75,9 +75,9 @@ def chosen(positions: Positions, tokens: Tokens) -> Bool[Tensor, "_ S"]:
         PositionsError: they cannot be known in this pass.
         BatchError, ShapeError: a text that is too short for an index; a mask of another shape.
     """
-    if tokens.texts is not None and (not isinstance(positions, str | Tensor) or positions == "last"):
-        if not callable(positions):  # what counts, counts in each text of a packed row
-            return tokens.spread(chosen(positions, tokens.unpacked()))
+    counts = positions == "last" if isinstance(positions, str) else isinstance(positions, int | slice | Sequence)
+    if tokens.texts is not None and counts:  # in each text of a packed row
+        return tokens.spread(chosen(positions, tokens.unpacked()))
     found, real = _chosen(positions, tokens), tokens.real
     return found if real is None else found & real
 
@@ -131,8 +131,8 @@ def _check_long_enough(index: int, tokens: Tokens, positions: Positions) -> None
     if bool((lengths < needed).any()):
         row = int((lengths < needed).int().argmax())
         raise BatchError(
-            f"positions={positions!r}: row {row} of the batch has {int(lengths[row])} tokens, and {needed} are needed; "
-            "leave it out, or choose other positions"
+            f"positions={positions!r}: row {row} of the batch has {int(lengths[row])} tokens, and {needed} are "
+            "needed; leave it out, or choose other positions"
         )
 
 

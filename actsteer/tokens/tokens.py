@@ -69,7 +69,7 @@ class Tokens:
 
     @property
     def grid(self) -> tuple[Int[Tensor, "T L"], Bool[Tensor, "T L"]]:
-        """Of packed rows, where the tokens of each text are among all in a line, and which of so many places it fills."""
+        """Of packed rows, where the tokens of each text are among all in a line, and which places it fills."""
         assert self.texts is not None
         sizes = torch.bincount(self.texts.flatten())
         places = torch.arange(int(sizes.max()), device=sizes.device)

@@ -64,7 +64,8 @@ def said_of(mask: Masks | None, sites: Mapping[str, Place]) -> dict[str, Mask | 
     """
     if mask is None:
         return {}
-    given = dict(mask) if isinstance(mask, Mapping) else dict.fromkeys(sites, mask)
+    given: dict[str, Mask | None] = {}
+    given |= mask if isinstance(mask, Mapping) else dict.fromkeys(sites, mask)
     for site, own in given.items():
         if site not in sites:
             raise SiteNotFoundError(f"mask names no site in use: {site!r}. {close_names(site, sites)}")

@@ -56,7 +56,7 @@ JOBS = {
     "last": {"positions": "last"},
     "mean": {"positions": "mean", "covariance": True},
     "a mask": {"positions": torch.tensor([True, False, True, True]), "covariance": True},
-    "a callable": {"positions": lambda batch: batch[..., 0] > 0},
+    "a callable": {"positions": lambda inputs: inputs["input"][..., 0] > 0},
     "one label each": {"by": FLAT, "covariance": True},
     "a tensor of labels": {"by": torch.tensor(FLAT), "covariance": True},
     "labels by batch": {"by": LABELS, "covariance": True},
@@ -248,9 +248,9 @@ def test_another_job_is_refused_and_the_file_stays(other, path):
 
 TWO = {
     "masks": (torch.tensor([True, False, False, True]), torch.tensor([False, True, False, True])),
-    "functions": (lambda batch: batch[..., 0] > 0, lambda batch: batch[..., 0] < 0),
-    "constants": (lambda batch: batch[..., 0] > 0, lambda batch: batch[..., 0] > 0.5),
-    "names": (lambda batch: batch[..., 0].isnan(), lambda batch: batch[..., 0].isfinite()),
+    "functions": (lambda own: own["input"][..., 0] > 0, lambda own: own["input"][..., 0] < 0),
+    "constants": (lambda own: own["input"][..., 0] > 0, lambda own: own["input"][..., 0] > 0.5),
+    "names": (lambda own: own["input"][..., 0].isnan(), lambda own: own["input"][..., 0].isfinite()),
 }
 
 
