@@ -13,7 +13,7 @@ from tests.zoo import gpt2, llama, seeded
 IDS = torch.tensor([[1, 2, 3]])
 PLAIN = Text().e(IDS).detach()
 V = SteeringVector({"b": torch.ones(2)})
-UNKNOWN = pytest.mark.parametrize("positions", ["prompt", "generated", "last", -1, slice(-2, None)], ids=str)
+UNKNOWN = ("prompt", "generated", "last", -1, slice(-2, None))
 
 
 @pytest.fixture(autouse=True)
@@ -61,27 +61,20 @@ HELD = {
     "mems": ("mems", lambda: [torch.zeros(3, 1, 2)]),
     "past_kv_cache": ("past_kv_cache", Opaque),
 }
-EMPTY = {
-    "None": None,
-    "False": False,
-    "a list": [],
-    "a tuple": (),
-    "a dict": {},
-}
+EMPTY = (None, False, [], ())
 NAMES = ("state", "past_key_values", "cache", "past", "kv_cache", "cache_params", "mems")
-KNOWN_EMPTY = ("None", "False", "a list", "a tuple")
 
 
 # --- what is held ----------------------------------------------------------------------------------------------------
 @every_backend
-@UNKNOWN
 @pytest.mark.parametrize(("name", "make"), HELD.values(), ids=HELD)
-def test_where_the_prompt_ended_is_not_known_in_a_loop_by_hand(backend, positions, name, make):
+def test_where_the_prompt_ended_is_not_known_in_a_loop_by_hand(backend, name, make):
     model = reader(name)
-    with Steerer(model, V, positions=positions, backend=backend, strict=False):
-        model(IDS)
-        with pytest.raises(PositionsError):
-            model(IDS[:, :1], **{name: make()})
+    for positions in UNKNOWN:
+        with Steerer(model, V, positions=positions, backend=backend, strict=False):
+            model(IDS)
+            with pytest.raises(PositionsError):
+                model(IDS[:, :1], **{name: make()})
 
 
 @every_backend
@@ -128,13 +121,13 @@ def test_a_mask_of_all_tokens_says_how_much_is_held(backend):
 
 # --- what holds nothing ----------------------------------------------------------------------------------------------
 @every_backend
-@pytest.mark.parametrize("empty", KNOWN_EMPTY)
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_empty_is_no_cache(backend, empty, name):
+def test_what_is_empty_is_no_cache(backend, name):
     model = reader(name)
     for positions, want in (("prompt", [1, 1, 1]), ("last", [0, 0, 1]), (0, [1, 0, 0]), ("generated", [0, 0, 0])):
         with Steerer(model, V, positions=positions, backend=backend, strict=False):
-            assert moved(model(IDS, **{name: EMPTY[empty]}), PLAIN) == [want]
+            for empty in EMPTY:
+                assert moved(model(IDS, **{name: empty}), PLAIN) == [want]
 
 
 @every_backend
@@ -160,11 +153,11 @@ def test_a_cache_of_length_zero_is_a_prompt_s(backend):
 
 
 @every_backend
-@UNKNOWN
-def test_a_cache_by_position_is_one(backend, positions):
+def test_a_cache_by_position_is_one(backend):
     model = reader("past_key_values")
-    with Steerer(model, V, positions=positions, backend=backend, strict=False), pytest.raises(PositionsError):
-        model(IDS[:, :1], None, Length(3))
+    for positions in UNKNOWN:
+        with Steerer(model, V, positions=positions, backend=backend, strict=False), pytest.raises(PositionsError):
+            model(IDS[:, :1], None, Length(3))
 
 
 @every_backend
@@ -214,13 +207,13 @@ families = pytest.mark.parametrize(("build", "site", "name", "d"), MODELS.values
 @every_backend
 @families
 @of_old_names
-@UNKNOWN
-def test_a_loop_by_hand_over_a_model_of_transformers_is_refused(built, backend, build, site, name, d, positions):
+def test_a_loop_by_hand_over_a_model_of_transformers_is_refused(built, backend, build, site, name, d):
     model = built(build)
-    with Steerer(model, SteeringVector({site: torch.ones(d).double()}), positions=positions, backend=backend):
-        held = model(TEXT, use_cache=True)[name]
-        with pytest.raises(PositionsError):
-            model(TEXT[:, :1], **{name: held}, use_cache=True)
+    for positions in UNKNOWN:
+        with Steerer(model, SteeringVector({site: torch.ones(d).double()}), positions=positions, backend=backend):
+            held = model(TEXT, use_cache=True)[name]
+            with pytest.raises(PositionsError):
+                model(TEXT[:, :1], **{name: held}, use_cache=True)
 
 
 @every_backend

@@ -21,7 +21,6 @@ MASK = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]])
 WANTED = {None: MASK.tolist(), "last": [[0, 1, 0, 0], [0, 0, 0, 1]], 0: [[1, 0, 0, 0], [0, 1, 0, 0]]}
 LENGTHS = torch.tensor([2, 4])
 BY_LENGTH = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
-every_place = pytest.mark.parametrize("positions", WANTED, ids=str)
 PLAIN = Text()(IDS).detach()
 
 
@@ -147,30 +146,30 @@ TOLD = {
 
 
 @every_backend
-@every_place
 @pytest.mark.parametrize(("kind", "call"), KNOWN.values(), ids=KNOWN)
-def test_masks_of_usual_names_are_known(backend, positions, kind, call):
+def test_masks_of_usual_names_are_known(backend, kind, call):
     model = kind()
-    with torch.no_grad(), steerer_of(model, backend=backend, positions=positions):
-        assert moved(call(model), PLAIN) == WANTED[positions]
+    for positions, want in WANTED.items():
+        with torch.no_grad(), steerer_of(model, backend=backend, positions=positions):
+            assert moved(call(model), PLAIN) == want
 
 
 @every_backend
-@every_place
 @pytest.mark.parametrize(("kind", "call"), UNCLEAR.values(), ids=UNCLEAR)
-def test_masks_of_other_shapes_are_understood_or_refused(backend, positions, kind, call):
+def test_masks_of_other_shapes_are_understood_or_refused(backend, kind, call):
     model = kind()
-    with torch.no_grad(), steerer_of(model, backend=backend, positions=positions, strict=False):
-        right_or_refused(lambda: moved(call(model), PLAIN), WANTED[positions])
+    for positions, want in WANTED.items():
+        with torch.no_grad(), steerer_of(model, backend=backend, positions=positions, strict=False):
+            right_or_refused(lambda: moved(call(model), PLAIN), want)
 
 
 @every_backend
-@every_place
 @pytest.mark.parametrize(("kind", "mask", "call"), TOLD.values(), ids=TOLD)
-def test_other_masks_are_told(backend, positions, kind, mask, call):
+def test_other_masks_are_told(backend, kind, mask, call):
     model = kind()
-    with torch.no_grad(), steerer_of(model, backend=backend, positions=positions, mask=mask):
-        assert moved(call(model), PLAIN) == WANTED[positions]
+    for positions, want in WANTED.items():
+        with torch.no_grad(), steerer_of(model, backend=backend, positions=positions, mask=mask):
+            assert moved(call(model), PLAIN) == want
 
 
 @every_backend
@@ -379,17 +378,17 @@ class Retriever(nn.Module):
 
 
 @every_backend
-@every_place
 @pytest.mark.parametrize("entry", ["encode", "forward"])
-def test_a_model_inside_another_has_its_own_mask(backend, positions, entry):
+def test_a_model_inside_another_has_its_own_mask(backend, entry):
     """The call of the inner model says it, whatever the outer one is called with, or whether it is called."""
     model = Retriever()
     features = {"input_ids": IDS, "attention_mask": MASK}
     call = model.encode if entry == "encode" else model
-    with torch.no_grad(), steerer_of(model, "text.b", backend=backend, positions=positions, strict=False):
-        right_or_refused(lambda: moved(call(features), PLAIN), WANTED[positions])
-    with torch.no_grad(), steerer_of(model.text, backend=backend, positions=positions):
-        assert moved(call(features), PLAIN) == WANTED[positions]
+    for positions, want in WANTED.items():
+        with torch.no_grad(), steerer_of(model, "text.b", backend=backend, positions=positions, strict=False):
+            right_or_refused(lambda: moved(call(features), PLAIN), want)
+        with torch.no_grad(), steerer_of(model.text, backend=backend, positions=positions):
+            assert moved(call(features), PLAIN) == want
 
 
 @every_backend
