@@ -168,6 +168,8 @@ class Passes:
         if generation is not None and (ready := generation.announced.get(self.number)) is not None:
             generation.announced[self.number] = None
         asks = bool(self._by_token) or self.is_read or self._data
+        if not (self.modules or self._data):  # no site has these tokens
+            return Pass(generation=generation)
         if ready is None and not asks and (not self.sees_inputs or self._has_no_pads(args, kwargs, signature)):
             return Pass()
         named = signature.named(args, kwargs)
