@@ -231,7 +231,7 @@ class Passes:
         kind = self.whose.kind
         if kind == "none":
             return Pass(named=named, generation=generation)
-        prefix = "decoder_" if signature.decodes or "decoder_input_ids" in named else ""
+        prefix = signature.prefix(named)
         if kind in ("encoder", "memory"):
             named, prefix = _of_the_encoder(named), ""
         tokens = tokens_of(named, prefix=prefix, mask=self.whose.mask, strict=asks, data=self._data)
@@ -307,9 +307,10 @@ def groups(
 ) -> tuple[tuple[Passes, ...], dict[str, Passes]]:
     """The passes of a model, those of the model itself first, and site -> those that it is of."""
     encoder, root = encoder_of(host), Passes(host, positions, data=data)
+    reads = encoder is not None or "encoder_hidden_states" in signature_of(host).names
     made, of_site = {root.whose: root}, {}
     for site, place in places.items():
-        own = whose(place, encoder, said)
+        own = whose(place, encoder, said, reads=reads)
         if own not in made:
             at = encoder if own.kind == "encoder" and encoder is not None and not data else host
             made[own] = Passes(at, positions, whose=own, root=root, number=len(made), data=data)
@@ -347,6 +348,8 @@ def _is_part(module: nn.Module, passes: Passes) -> bool:
 def _of_the_encoder(named: Mapping[str, Any]) -> dict[str, Any]:
     """Of a model's inputs, what says something of the encoder's tokens."""
     found = {name: value for name, value in named.items() if name in _ENCODERS}
+    if named.get("encoder_hidden_states") is not None:
+        return {"inputs_embeds": named["encoder_hidden_states"], "attention_mask": named.get("encoder_attention_mask")}
     outputs = named.get("encoder_outputs")
     if outputs is not None and not isinstance(found.get("input_ids"), Tensor):
         found["inputs_embeds"] = first_tensor([outputs if isinstance(outputs, tuple | list) else dict(outputs)])

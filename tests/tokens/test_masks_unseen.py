@@ -174,7 +174,13 @@ def model_embed(model):
 def test_pads_are_not_trained_on():
     model, given, how, v, real = made("a path into positional arguments")
     found = optimize(
-        model, [given], sites="site", loss=lambda out: -out[~real].sum() - out[real].sum(), steps=3, progress=False, **how
+        model,
+        [given],
+        sites="site",
+        loss=lambda out: -out[~real].sum() - out[real].sum(),
+        steps=3,
+        progress=False,
+        **how,
     )
     moved = found["site"]
     with torch.no_grad(), Steerer(model, found, **how):
