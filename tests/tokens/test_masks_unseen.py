@@ -157,7 +157,7 @@ def test_pads_are_not_collected_recorded_or_fitted(case, positions):
         "slice(0, 2, None)": lambda t: t[:2],
     }
     expected = torch.cat([wanted[str(positions)](own) for own in rows])
-    batches = [given if not isinstance(given, tuple) or len(given) > 1 else given]
+    batches = [given]
     options = {"sites": site, "positions": positions, "progress": False, **how}
     torch.testing.assert_close(record(model, batches, **options)[site], expected)
     stats = collect(model, batches, **options)[site]
@@ -172,7 +172,7 @@ def model_embed(model):
 
 
 def test_pads_are_not_trained_on():
-    model, given, how, v, real = made("a path into positional arguments")
+    model, given, how, _, real = made("a path into positional arguments")
     found = optimize(
         model,
         [given],
