@@ -17,7 +17,7 @@ ActsteerError
 ├── UnsupportedModelError    (TypeError)     a model in which hooks would be ignored
 ├── AttachedError            (RuntimeError)  attach on a Steerer that is attached already
 ├── DistributedError         (RuntimeError)  a process of a group that failed, or has other statistics
-├── GateError                (RuntimeError)  a gate that has not seen its site yet
+├── GateError                (RuntimeError)  a gate that has not seen its site yet, or whose weights are no numbers
 ├── PositionsError           (RuntimeError)  positions that cannot be known in a forward pass
 └── SteeringNotApplied       (RuntimeError)  the model ran, and an edit did not
 """
@@ -93,7 +93,7 @@ class DistributedError(ActsteerError, RuntimeError):
 
 
 class GateError(ActsteerError, RuntimeError):
-    """A gate that has not seen its site yet."""
+    """A gate that has not seen its site yet, or whose weights are no finite numbers, one per row."""
 
 
 class PositionsError(ActsteerError, RuntimeError):

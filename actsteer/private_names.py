@@ -37,7 +37,6 @@ PARTS: Mapping[str, str] = MappingProxyType(
         "torch.nn.Module._modules": _ALL,
         "torch.nn.Module._forward_hooks": _ALL,
         "torch.nn.Module._forward_pre_hooks": _ALL,
-        "torch.nn.Module._forward_hooks_with_kwargs": _ALL,
         "torch.nn.Module._forward_pre_hooks_with_kwargs": _ALL,
         "torch.nn.Module._compiled_call_impl": _ALL,
         "torch.nn.modules.batchnorm._BatchNorm": _ALL,

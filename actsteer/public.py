@@ -54,7 +54,9 @@ from actsteer.folding.fold import unfold as unfold
 from actsteer.sites.resolve import find_sites as find_sites
 from actsteer.steering.gates.cosine_above import CosineAbove as CosineAbove
 from actsteer.steering.gates.gate import Combination as Combination
+from actsteer.steering.gates.gate import Fitted as Fitted
 from actsteer.steering.gates.gate import Gate as Gate
+from actsteer.steering.gates.gate import PreparedGate as PreparedGate
 from actsteer.steering.gates.gate import ScoredGate as ScoredGate
 from actsteer.steering.gates.logic import And as And
 from actsteer.steering.gates.logic import Not as Not
@@ -70,6 +72,7 @@ from actsteer.steering.interventions.clamp import Clamp as Clamp
 from actsteer.steering.interventions.intervention import Edit as Edit
 from actsteer.steering.interventions.intervention import Intervention as Intervention
 from actsteer.steering.interventions.intervention import PerSite as PerSite
+from actsteer.steering.interventions.intervention import Prepared as Prepared
 from actsteer.steering.interventions.keep_norm import KeepNorm as KeepNorm
 from actsteer.steering.interventions.low_rank import LowRank as LowRank
 from actsteer.steering.interventions.replace import Replace as Replace

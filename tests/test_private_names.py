@@ -46,6 +46,8 @@ def own(nodes):
             yield node.id
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
             yield node.attr
+        elif isinstance(node, ast.Constant) and str(node.value).startswith("_actsteer_"):  # on modules of others
+            yield node.value
 
 
 def used(nodes):

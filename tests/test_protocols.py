@@ -224,7 +224,7 @@ def test_what_lacks_a_member_of_the_protocol_is_refused_before_anything_is_attac
         Steerer(network(), V, gate=WithoutPer())
     with pytest.raises(TypeError, match="got str, which has no site, no per, no __call__"):
         And(OwnGate(), "gate")
-    with pytest.raises(ValueError, match="per: expected one of 'sequence', 'token', got 'word'"):
+    with pytest.raises(ValueError, match="per: expected one of 'sequence', 'last', 'token', got 'word'"):
         Steerer(network(), V, gate=OwnGate("word"))
     with pytest.raises(TypeError, match="expected an object, got the class OwnGate; call it first"):
         Steerer(network(), V, gate=OwnGate)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, final
 
 import torch
@@ -244,6 +245,18 @@ class Frame:
             return None
         shape[self.row_axis], shape[where] = len(weights), length
         return (weights if self.row_axis < where else weights.T).reshape(shape)
+
+    @cached_property
+    def placed(self) -> dict[torch.Size, tuple[int, ...]]:
+        """Shape of weights, (B,) or (B, S) -> the shape in which they lie on the activation's axes."""
+        found: dict[torch.Size, tuple[int, ...]] = {}
+        if self.row_axis is not None and self.row_axis != self.axis and len(self.shape) > 1:
+            rows = [size if axis == self.row_axis else 1 for axis, size in enumerate(self.shape)]
+            found[torch.Size([self.shape[self.row_axis]])] = tuple(rows)
+            if self.token_axis is not None and self.row_axis < self.token_axis:
+                both = [size if axis == self.token_axis else rows[axis] for axis, size in enumerate(self.shape)]
+                found[torch.Size([self.shape[self.row_axis], self.shape[self.token_axis]])] = tuple(both)
+        return found
 
     def needs_tokens(self, weights: Shaped[Tensor, "B S"], *, rows: int) -> Tensor:
         """As `by_token`.

@@ -13,7 +13,7 @@ from actsteer.sites.place import Place
 from actsteer.sites.resolve import path_to
 
 
-def listen(place: Place, callback: Callable[..., None]) -> Callable[[], None]:
+def listen(place: Place, callback: Callable[..., None]) -> Callable[[], object]:
     """Have `callback(module, args, output or kwargs)` called after all steering; returns what removes it again."""
     module = place.module
     if place.side == "out":

@@ -11,14 +11,16 @@ from __future__ import annotations
 import copyreg
 import functools
 import inspect
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from threading import RLock
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any, Literal, NamedTuple, TypeAlias, final
 
+import torch
 from torch import nn
+
+from actsteer.errors import UnsupportedModelError
 
 When: TypeAlias = Literal["before", "after", "around"]
 """Of `forward`: `before(module, args, kwargs)` gives None or other (args, kwargs); `after(module, args, output)` gives
@@ -29,6 +31,7 @@ lock = RLock()  # of whoever changes what is attached to modules
 METHODS = ("generate", "generate_stream", "prepare_inputs_for_generation")
 """The other methods that can be tapped, all of them around: `callback(module, method, args, kwargs)`."""
 _MARK, _PLAIN = "_actsteer_tap", "_actsteer_plain"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 
 
 class Entry(NamedTuple):
@@ -50,10 +53,11 @@ class Entry(NamedTuple):
 class Tap:
     """The callbacks of one module; the tuples are replaced and never changed, for a pass may be going over them."""
 
-    __slots__ = ("after", "around", "before", "entries", "hooks", "methods", "only")
+    __slots__ = ("after", "around", "before", "entries", "hooks", "methods", "on_instance", "only")
 
     def __init__(self) -> None:
         self.hooks: dict[int, Any] = {}  # id(entry) -> the handle of its hook
+        self.on_instance = False  # whether the callbacks are called around a forward that lies on the instance
         self.set(())
 
     def set(self, entries: tuple[Entry, ...]) -> None:
@@ -68,11 +72,20 @@ class Tap:
             for name in METHODS
             if any(entry.when == name for entry in tapped)
         }
-        single = len(self.after) == 1 and not (self.before or self.around)
+        single = len(self.after) == 1 and not (self.before or self.around or self.on_instance)
         self.only = self.after[0] if single else None  # the callback on the output, where there is no other at all
 
-    def run(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The module's forward, with all that is called before, after and around it."""
+    def call(
+        self,
+        module: nn.Module,
+        name: str,
+        method: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """The module's forward, or another method, with all that is called before, after and around it."""
+        if name != "forward":
+            return _around(self.methods.get(name, ()), module, method, args, kwargs)
         before, after = self.before, self.after
 
         def inside(*args: Any, **kwargs: Any) -> Any:
@@ -80,7 +93,7 @@ class Tap:
                 changed = callback(module, args, kwargs)
                 if changed is not None:
                     args, kwargs = changed
-            output = forward(*args, **kwargs)
+            output = method(*args, **kwargs)
             for callback in after:
                 edited = callback(module, args, output)
                 if edited is not None:
@@ -106,23 +119,20 @@ def put(module: nn.Module, when: str, callback: Callable[..., Any], *, owner: An
         _settle(module, tap)
 
 
-def take_off(module: nn.Module, when: str, callback: Callable[..., Any]) -> None:
-    """Have it called no more; with the last callback the module is what it was. It may be tried again, in any order."""
+def take_off(module: nn.Module, when: str, callback: Callable[..., Any]) -> bool:
+    """Have it called no more; with the last callback the module is what it was. It may be tried again, in any order.
+
+    Returns:
+        Whether another forward came to lie on the instance, over this callback, which may not have been called since.
+    """
     with lock:
         tap = module.__dict__.get(_MARK) or Tap()
         present = module.__dict__.get("forward")
-        given = present.previous if isinstance(present, _OnInstance) else None
+        is_covered = present is not None and not isinstance(present, _OnInstance) and not _is_of_a_tap(present)
         mine = next((e for e in reversed(tap.entries) if e.when == when and e.callback == callback), None)
         tap.set(tuple(entry for entry in tap.entries if entry is not mine))
         _settle(module, tap)
-        covered = module.__dict__.get("forward") if mine is not None and not tap.entries else None
-    if covered is not None and not isinstance(covered, _OnInstance) and covered is not given:
-        warnings.warn(
-            f"the forward of {type(module).__name__} was replaced while it was steered, and what lies there now may "
-            "not have been",
-            UserWarning,
-            stacklevel=5,
-        )
+    return is_covered and mine is not None and mine.by == "tap" and when not in METHODS
 
 
 def entries_of(module: nn.Module) -> tuple[Entry, ...]:
@@ -133,8 +143,9 @@ def entries_of(module: nn.Module) -> tuple[Entry, ...]:
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
     """The module's class, tapped or not."""
-    kind: type[nn.Module] = type(module)  # type: ignore[assignment]
-    return kind.__dict__.get(_PLAIN, kind)
+    kind = type(module)
+    plain: type[nn.Module] = kind.__dict__.get(_PLAIN, kind)
+    return plain
 
 
 def _settle(module: nn.Module, tap: Tap) -> None:
@@ -144,7 +155,10 @@ def _settle(module: nn.Module, tap: Tap) -> None:
     names = {"forward", *tap.methods} if tap.entries else set()
     for name in ("forward", *METHODS):
         present = values.get(name)
-        if name in names and present is not None and not isinstance(present, _OnInstance):
+        if _is_of_a_tap(present):  # accelerate puts back what it found
+            del values[name]
+        elif name in names and present is not None and not isinstance(present, _OnInstance):
+            tap.on_instance, tap.only = tap.on_instance or name == "forward", None
             values[name] = _OnInstance(module, name, present)
         elif name not in names and isinstance(present, _OnInstance):
             values[name] = present.previous
@@ -153,9 +167,12 @@ def _settle(module: nn.Module, tap: Tap) -> None:
         object.__setattr__(module, "__class__", plain_class(module))
         values.pop(_MARK, None)
     elif kind is not plain_class(module) or not any(_PLAIN in base.__dict__ for base in kind.__mro__):
-        hooked = any(entry.by == "hook" and entry.callback is not idle for entry in tap.entries)
-        made = _made if hooked else _tapped  # compiled code takes no notice of hooks, and is to be compiled anew
-        object.__setattr__(module, "__class__", made(plain_class(module)))
+        if any(entry.by == "hook" and entry.callback is not idle for entry in tap.entries):
+            has_methods = any(entry.by == "tap" for entry in tap.entries)
+            made = _made(plain_class(module), has_methods=has_methods)  # for compiled code, which sees no hooks
+        else:
+            made = _tapped(plain_class(module))  # type: ignore[arg-type]
+        object.__setattr__(module, "__class__", made)
 
 
 def _settle_hooks(module: nn.Module, tap: Tap) -> None:
@@ -166,9 +183,14 @@ def _settle_hooks(module: nn.Module, tap: Tap) -> None:
     for key, entry in wanted.items():
         if key not in tap.hooks:
             if entry.when == "before":
-                tap.hooks[key] = module.register_forward_pre_hook(entry.callback, with_kwargs=True)
+                tap.hooks[key] = module.register_forward_pre_hook(_pre_hook(entry.callback), with_kwargs=True)
             else:
                 tap.hooks[key] = module.register_forward_hook(entry.callback)
+
+
+def _pre_hook(callback: Callable[..., Any]) -> Callable[..., Any]:
+    """Not for a pass of another thread that began before torch had noted that the hook takes keywords, or after."""
+    return lambda module, args, *kwargs: callback(module, args, *kwargs) if kwargs else None
 
 
 def _tapped(kind: type[nn.Module]) -> type[nn.Module]:
@@ -181,18 +203,35 @@ def _made_once(kind: type[nn.Module], plain: Any) -> type[nn.Module]:
     return _made(kind)
 
 
-def _made(kind: type[nn.Module]) -> type[nn.Module]:
-    """A subclass whose instances call what is put on them, and which passes for the class itself."""
+def _made(kind: type[nn.Module], *, has_methods: bool = True) -> type[nn.Module]:
+    """A subclass whose instances call what is put on them, and which passes for the class itself.
+
+    Raises:
+        UnsupportedModelError: the class, or its metaclass, has no such subclasses.
+    """
     body: dict[str, Any] = {
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
         "__reduce_ex__": _reduced,
+        "__prepare_scriptable__": _refuse_scripting,
         _PLAIN: kind,
-        "forward": _forward_of(kind),
     }
-    body |= {name: _method_of(kind, name) for name in METHODS if callable(getattr(kind, name, None))}
-    return type(kind)(kind.__name__, (kind,), body)
+    if issubclass(kind, torch.fx.GraphModule):
+        body["recompile"] = _recompiled
+    if has_methods:
+        body["forward"] = _forward_of(kind)
+        body |= {name: _method_of(kind, name) for name in METHODS if callable(getattr(kind, name, None))}
+    try:
+        made: type[nn.Module] = type.__call__(type(kind), kind.__name__, (kind,), body)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"a {kind.__name__} is steered by a subclass in the place of its class, and the class lets none be made "
+            f"({error}); steer a module inside or around it, or use backend='fold'"
+        ) from error
+    if not has_methods and "forward" in vars(made):
+        del made.forward  # of an `__init_subclass__`: transformers wraps what is checkpointed, once for each class
+    return made
 
 
 def _forward_of(kind: type[nn.Module]) -> Callable[..., Any]:
@@ -209,9 +248,28 @@ def _forward_of(kind: type[nn.Module]) -> Callable[..., Any]:
             output = plain(self, *args, **kwargs)
             edited = only(self, args, output)
             return output if edited is None else edited
-        return tap.run(self, functools.partial(plain, self), args, kwargs)
+        return _called(self, "forward", functools.partial(plain, self), args, kwargs)
 
     return _passing_for(forward, plain)
+
+
+def _refuse_scripting(self: nn.Module) -> nn.Module:
+    if _MARK in self.__dict__:
+        raise UnsupportedModelError(
+            f"a steered {type(self).__name__} cannot be scripted, for a scripted module calls no Python; script it "
+            "after the block, or trace it, which keeps the steering"
+        )
+    return self
+
+
+def _recompiled(self: nn.Module) -> Any:
+    """A graph module writes its code into its class, which is to be the plain one."""
+    tapped = type(self)
+    object.__setattr__(self, "__class__", plain_class(self))
+    try:
+        return self.recompile()  # type: ignore[operator]
+    finally:
+        object.__setattr__(self, "__class__", tapped)
 
 
 def _method_of(kind: type[nn.Module], name: str) -> Callable[..., Any]:
@@ -225,13 +283,11 @@ def _method_of(kind: type[nn.Module], name: str) -> Callable[..., Any]:
 
 
 def _called(module: nn.Module, name: str, method: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """What a method gives, with all that is called before, after and around it."""
+    """What a method gives, with all that is called before, after and around it, unless that is done on the instance."""
     tap = module.__dict__.get(_MARK)
-    if tap is None:
+    if tap is None or isinstance(module.__dict__.get(name), _OnInstance):
         return method(*args, **kwargs)
-    if name == "forward":
-        return tap.run(module, method, args, kwargs)
-    return _around(tap.methods.get(name, ()), module, method, args, kwargs)
+    return tap.call(module, name, method, args, kwargs)
 
 
 def _around(
@@ -251,21 +307,29 @@ def _enclosed(callback: Callable[..., Any], module: nn.Module, method: Callable[
     return lambda *args, **kwargs: callback(module, method, args, kwargs)
 
 
-def _passing_for(function: FunctionType, plain: Any) -> Callable[..., Any]:
+def _passing_for(function: Any, plain: Any) -> Callable[..., Any]:
     """The function with the name and the signature of another, for transformers reads there what a model takes.
 
     Of torch's own classes it has the file too, for torch.compile treats the code there in another way.
     """
     if isinstance(plain, FunctionType) and (plain.__module__ or "").startswith("torch.nn."):
         function.__code__ = function.__code__.replace(co_filename=plain.__code__.co_filename)
-    return functools.wraps(plain)(function)
+    passing: Callable[..., Any] = functools.wraps(plain)(function)
+    setattr(passing, _PLAIN, True)
+    return passing
+
+
+def _is_of_a_tap(method: Any) -> bool:
+    """Whether it is a method of a class that `_made` made, and does what the plain one does where nothing is tapped."""
+    return isinstance(method, MethodType) and hasattr(method, _PLAIN)
 
 
 def _reduced(self: nn.Module, protocol: Any) -> Any:
     """What rebuilds the module as a plain one, without the mark, the hooks and the wrappers of a tap."""
     kind, tap = plain_class(self), self.__dict__.get(_MARK)
-    function, args, *rest = kind.__reduce_ex__(self, protocol)
-    if function is copyreg.__newobj__:  # which pickle lets make nothing but the class that it sees
+    reduced: Any = kind.__reduce_ex__(self, protocol)
+    function, args, *rest = reduced
+    if function is getattr(copyreg, "__newobj__", None):  # which pickle lets make nothing but the class that it sees
         function = kind.__new__
     args = tuple(kind if arg is type(self) else arg for arg in args)
     if rest and isinstance(rest[0], dict):
@@ -275,7 +339,7 @@ def _reduced(self: nn.Module, protocol: Any) -> Any:
             if isinstance(value, _OnInstance):
                 value = value.previous
             elif type(value) in (dict, OrderedDict):  # a shallow copy has parameters and hooks of its own too
-                value = type(value)((k, v) for k, v in value.items() if not (k in mine and name.startswith("_forward")))
+                value = type(value)((k, v) for k, v in value.items() if k not in mine or name not in _HOOKS)
             state[name] = value
         state.pop(_MARK, None)
         rest[0] = state
@@ -291,7 +355,8 @@ class _OnInstance:
         self.__signature__ = inspect.signature(previous)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _called(self.module, self.name, self.previous, args, kwargs)
+        tap = self.module.__dict__.get(_MARK) or Tap()
+        return tap.call(self.module, self.name, self.previous, args, kwargs)
 
 
 def idle(module: nn.Module, args: Any, output: Any) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, final, runtime_checkable
 
@@ -13,6 +15,7 @@ from actsteer.errors import UnsupportedModelError
 from actsteer.sites import tap
 from actsteer.sites.place import Place, Side
 from actsteer.sites.resolve import path_to
+from actsteer.sites.shards import is_sharded
 from actsteer.sites.wrappers import uncompiled
 from actsteer.steering import in_bias
 from actsteer.steering.choose import Backend, Choice, choose
@@ -58,6 +61,10 @@ def choices(plan: Plan, *, backend: Backend) -> dict[str, Choice]:
     """
     chosen = {site: choose(plan.model, edit.place, backend=backend) for site, edit in plan.edits.items()}
     for site, choice in chosen.items():
+        place, host = plan.edits[site].place, plan.edits[site].passes.host
+        is_host = place.module is uncompiled(host) and _has_passes(plan)
+        if is_host and choice.mechanism == "hook" and not is_sharded(place.module):
+            chosen[site] = replace(choice, mechanism="tap", reason="its pass is a call of the module's forward")
         if choice.mechanism == "fold" and (reason := in_bias.obstacle(plan.edits[site], plan.model)) is not None:
             raise UnsupportedModelError(f"site {site!r} cannot be folded: {reason}; use another backend")
     return chosen
@@ -83,7 +90,7 @@ def attach_all(
     def put(module: nn.Module, when: str, callback: Callable[..., Any], by: tap.By = "tap") -> Callable[[], None]:
         if presence is not None and callback is not tap.idle:
             callback = presence.only(callback, around=when not in ("before", "after"))
-        remove = partial(tap.take_off, module, when, callback)
+        remove = partial(_take_off, module, when, callback)
         handles.add(remove)
         tap.put(module, when, callback, owner=owner, by=by)
         return remove
@@ -96,8 +103,7 @@ def attach_all(
     if presence is not None:
         handles.add(presence.end)
         presence.begin()
-    asks = any(own.sees_inputs or own.positions for own in plan.passes)
-    for module, around in passes.taps(plan.passes) if asks or plan.readers else ():
+    for module, around in passes.taps(plan.passes) if _has_passes(plan) else ():
         put(uncompiled(module), "around", around)
     if any(own.sees_inputs for own in plan.passes):
         for module, name, around in generate.taps(uncompiled(plan.model), plan.passes):
@@ -122,10 +128,26 @@ def attach_all(
     watch.leave = None if backend == "buffer" else leave  # what is installed serves later blocks too
 
 
+def _take_off(module: nn.Module, when: str, callback: Callable[..., Any]) -> None:
+    is_watch = isinstance(getattr(callback, "__self__", None), Watch)  # which changes nothing
+    if tap.take_off(module, when, callback) and not is_watch:
+        warnings.warn(
+            f"the forward of {type(module).__name__} was replaced while it was steered, and what lies there now may "
+            "not have been",
+            UserWarning,
+            stacklevel=5,
+        )
+
+
 def owners_at(module: nn.Module) -> list[Steers]:
     """The Steerers that have something at a module, in the order entered."""
     owners = [entry.owner for entry in tap.entries_of(module)] + in_bias.owners_at(module)
     return [owner for owner in dict.fromkeys(owners) if isinstance(owner, Steers)]
+
+
+def _has_passes(plan: Plan) -> bool:
+    """Whether it matters what is known of a pass."""
+    return bool(plan.readers) or any(own.sees_inputs or own.positions for own in plan.passes)
 
 
 def _check_order(edit: SiteEdit, by: tap.By) -> None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple, TypeAlias, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from actsteer.errors import ShapeError, StrengthError
+from actsteer.errors import ShapeError, StrengthError, ZeroDirectionError
 from actsteer.private_names import is_functorch_wrapped
 from actsteer.sites.lens import Frame, View
-from actsteer.steering.interventions.intervention import Intervention
+from actsteer.steering.interventions.intervention import Intervention, prepared
 from actsteer.steering.strength import weighted, without_autocast
 from actsteer.tokens.passes import Pass
 from actsteer.tokens.real import real_at
@@ -51,9 +50,14 @@ class Amount:
 
     @property
     def is_number(self) -> bool:
-        """Whether it is one number for all, at which one can look without waiting for another device."""
-        alone = self.decide is None and not self.is_by_token and self.c.ndim == 0
-        return alone and self.c.device.type == "cpu" and not _is_compiling() and not is_functorch_wrapped(self.c)
+        """Whether its strength is one number, at which one can look without waiting for another device."""
+        alone = self.c.ndim == 0 and self.c.device.type == "cpu"
+        return alone and not _is_compiling() and not is_functorch_wrapped(self.c)
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether its gate alone decides who gets its strength, which is one number."""
+        return self.decide is not None and self.c.ndim == 0 and not self.is_by_token and not _is_compiling()
 
     def of(self, h: Tensor, frame: Frame, now: Pass | None) -> Tensor:
         """The amount: 0-dim or, of the activation's rank, per row or per token."""
@@ -88,9 +92,14 @@ def copies_in(now: Pass | None) -> int:
     return 1 if now is None or now.tokens is None else max(1, now.tokens.copies)
 
 
+def has_no_pads(now: Pass | None) -> bool:
+    """Whether all tokens of a pass are known to be real."""
+    return now is None or (now.real is None and now.doubt is None)
+
+
 def _real(view: View, now: Pass | None, device: torch.device) -> Tensor | None:
     """Where there are tokens and not pads; pads are not steered."""
-    if now is None or (now.real is None and now.doubt is None) or view.raw.is_nested:
+    if now is None or has_no_pads(now) or view.raw.is_nested:
         return None
     real = real_at(view.frame, now)
     return None if real is None else real.to(device)
@@ -110,7 +119,7 @@ def summed(view: View, constant: Tensor | None, amounts: Sequence[Amount], direc
     rounded = None if fixed is None or terms else view.share(fixed.to(dtype=dtype, device=device))
 
     def run(h: Tensor, now: Pass | None) -> Tensor:
-        if rounded is not None and (now is None or (now.real is None and now.doubt is None)):
+        if rounded is not None and has_no_pads(now):
             return h + rounded
         total = fixed
         if constant is not None and total is None:
@@ -124,6 +133,10 @@ def summed(view: View, constant: Tensor | None, amounts: Sequence[Amount], direc
             total = torch.where(real, total, -0.0)
         return h + (total if is_plain else view.share(total))
 
+    if directions is not None and is_plain and constant is None and len(amounts) == 1 and amounts[0].is_gated:
+        full = _full(amounts[0], directions[0], frame)
+        if full.dtype is dtype and full.device == device:
+            return Bound(_gated(run, amounts[0], full, frame))
     return Bound(run, rounded)
 
 
@@ -134,10 +147,10 @@ def _term(amount: Amount, direction: Float[Tensor, " d"], frame: Frame) -> Run:
 
         def by_row(h: Tensor, now: Pass | None) -> Tensor:
             c = amount.of(h, frame, now).to(spread)
-            return torch.where(c == 0, -0.0, c * spread)
+            return torch.where(c.bool(), c * spread, -0.0)
 
         return by_row
-    full = frame.vectors(weighted(amount.c.to(direction)[None], direction[None]))
+    full = _full(amount, direction, frame)
 
     def part(h: Tensor, now: Pass | None) -> Tensor:
         share = amount.share(h, frame, now)
@@ -146,9 +159,34 @@ def _term(amount: Amount, direction: Float[Tensor, " d"], frame: Frame) -> Run:
         share = share.to(full.device)
         if share.dtype is torch.bool:
             return torch.where(share, full, -0.0)
-        return torch.where(share == 0, -0.0, share.to(full.dtype) * full)
+        return torch.where(share.bool(), share.to(full.dtype) * full, -0.0)
 
     return part
+
+
+def _full(amount: Amount, direction: Float[Tensor, " d"], frame: Frame) -> Tensor:
+    """c · v on the axis of the features."""
+    return frame.vectors(weighted(amount.c.to(direction)[None], direction[None]))
+
+
+def _gated(run: Run, amount: Amount, full: Tensor, frame: Frame) -> Run:
+    """`run`, of a single concept with a gate, in fewer steps where the gate decides for rows or tokens as they lie."""
+    assert amount.decide is not None
+    decide, shapes = amount.decide, frame.placed
+
+    def gated(h: Tensor, now: Pass | None) -> Tensor:
+        if not has_no_pads(now):
+            return run(h, now)
+        weights = decide(h, now)
+        shape = shapes.get(weights.shape)
+        if shape is None or weights.device != h.device:
+            return run(h, now)
+        share = weights.view(shape)
+        if share.dtype is torch.bool:
+            return torch.where(share, h + full, h)
+        return torch.where(share.bool(), h + share.to(h.dtype) * full, h)
+
+    return gated
 
 
 def applied(
@@ -163,16 +201,24 @@ def applied(
     frame, dtype, is_plain = view.frame, view.part.dtype, view.is_plain
     wide, kind = torch.promote_types(dtype, torch.float32), view.part.device.type
     directions = directions.to(view.part.device, wide)
-    known = [_known(*each) for each in zip(interventions, directions, amounts, strict=True)]
+    known = [_known(*each, site=frame.site) for each in zip(interventions, directions, amounts, strict=True)]
     casts = kind != "meta" and (_is_compiling() or torch.amp.is_autocast_available(kind))
     turned = not (is_plain and frame.is_last)
+    alone = len(known) == 1 and amounts[0].decide is None and not amounts[0].is_by_token
+    only = known[0] if alone and not turned and wide is dtype and not _is_compiling() else None  # of h alone
 
     def edited(h: Tensor, last: Tensor, now: Pass | None) -> Tensor:
         real = _real(view, now, last.device)
         for intervention, direction, amount, function in zip(interventions, directions, amounts, known, strict=True):
-            if function is not None and real is None:
-                last = checked(function(last), last, intervention)
-                continue
+            if function is not None:
+                share = amount.share(h, frame, now)
+                if share is None or share.dtype is torch.bool:  # whole or not at all
+                    found = checked(function(last), last, intervention)
+                    for chosen in (share, real):
+                        if chosen is not None:
+                            found = torch.where(chosen.to(last.device).movedim(frame.axis, -1), found, last)
+                    last = found
+                    continue
             c = amount.of(h, frame, now)
             c = c if real is None else torch.where(real, c.to(last.device), 0.0)
             if c.ndim:  # a number for all stays on the CPU: reading it waits for no other device
@@ -181,6 +227,8 @@ def applied(
         return last
 
     def run(h: Tensor, now: Pass | None) -> Tensor:
+        if only is not None and has_no_pads(now) and not (casts and torch.is_autocast_enabled(kind)):
+            return checked(only(h), h, interventions[0])
         last = h if not turned else h.movedim(frame.axis, -1) if is_plain else view.features_last()
         last = last.to(wide)
         if casts and (_is_compiling() or torch.is_autocast_enabled(kind)):
@@ -195,21 +243,21 @@ def applied(
     return Bound(run)
 
 
-def _known(intervention: Intervention, direction: Tensor, amount: Amount) -> Callable[[Tensor], Tensor] | None:
-    """The edit as a function of h alone, where the amount is one number."""
+def _known(
+    intervention: Intervention, direction: Tensor, amount: Amount, *, site: str
+) -> Callable[[Tensor], Tensor] | None:
+    """The edit as a function of h alone, if the strength is one number; gates and positions say where it holds."""
     if not amount.is_number:
         return None
     if not amount.c:
-        return _same
-    return partial(_call, intervention, direction, amount.c)
-
-
-def _same(h: Tensor) -> Tensor:
-    return h
-
-
-def _call(intervention: Intervention, direction: Tensor, c: Tensor, h: Tensor) -> Tensor:
-    return intervention(h, direction, c)
+        return lambda h: h
+    if direction.requires_grad:
+        return lambda h: intervention(h, direction, amount.c)
+    try:
+        with torch.inference_mode(mode=False):  # so that it works in autograd later
+            return prepared(intervention, direction, amount.c)
+    except ZeroDirectionError as error:
+        raise ZeroDirectionError(f"site {site!r}: in {direction.dtype}, {error}") from None
 
 
 def edited_by(

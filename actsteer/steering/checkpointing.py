@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from types import FrameType
+from types import CodeType, FrameType
 from typing import final
 from weakref import WeakSet
 
@@ -29,6 +29,7 @@ class Checkpointing:
     def __init__(self, model: nn.Module, *, one_context: bool) -> None:
         self._model = model
         self._one_context = one_context
+        self._was_noted = False  # whether a checkpointed forward pass was steered
         self._waiting: list[_Pass] = []
         self._graphs: WeakSet[_Pass] = (
             WeakSet()
@@ -52,6 +53,15 @@ class Checkpointing:
                 "steer; use scope='process'"
             )
         caller = frame.f_code.co_name
+        is_again = caller == "backward" or (caller in _RECOMPUTES)
+        if is_again and not self._was_noted:
+            warnings.warn(
+                "a forward pass was checkpointed before this steering was attached, and its backward pass recomputes "
+                "the activations with it, and gives wrong gradients; call backward() before the block",
+                UserWarning,
+                stacklevel=2,
+            )
+        self._was_noted = True
         if caller == "backward" or (caller in _RECOMPUTES and not edited.requires_grad):
             self._waiting = self._waiting[:-1]  # computed again, and steered
         elif caller == "forward" and frame.f_locals["ctx"].next_functions:  # reentrant, and gradients are wanted
@@ -70,20 +80,26 @@ class Checkpointing:
         """Whether a checkpoint is running."""
         return _checkpoint_frame() is not None
 
-    def leave(self) -> None:
-        """Warn if a checkpointed forward pass was steered and its backward pass is still to come."""
+    def leave(self, after: str = "without the steering", before: str = "inside the block") -> None:
+        """Warn if a checkpointed forward pass was steered and its backward pass is still to come.
+
+        Args:
+            after: how it would compute the activations again.
+            before: when `backward` is to be called.
+        """
         if self._waiting or self._graphs:
             warnings.warn(
                 "a steered forward pass was checkpointed, and its backward pass has not run yet: it would recompute "
-                "the activations without the steering, and give wrong gradients; call backward() inside the block",
+                f"the activations {after}, and give wrong gradients; call backward() {before}",
                 UserWarning,
                 stacklevel=4,
             )
-        self.forget()
+        self._waiting = []
+        self._graphs = WeakSet()
 
     def forget(self) -> None:
-        """Wait for nothing."""
-        self._waiting = []
+        """Begin anew."""
+        self._was_noted, self._waiting = False, []
         self._graphs = WeakSet()
 
     def _trains(self, edited: Tensor) -> bool:
@@ -98,6 +114,12 @@ class _Pass:
 def _checkpoint_frame() -> FrameType | None:
     """The innermost running function of torch.utils.checkpoint; None outside of a checkpoint."""
     frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code.co_filename != _FILE:
+    while frame is not None and not _is_of_a_checkpoint(frame.f_code):
         frame = frame.f_back
     return frame
+
+
+def _is_of_a_checkpoint(code: CodeType) -> bool:
+    """Of `checkpoint_sequential` and its `forward` alone, nothing runs again: each part has a checkpoint of its own."""
+    is_forward = code.co_name == "forward" and "ctx" not in code.co_varnames
+    return code.co_filename == _FILE and not is_forward and code.co_name != "checkpoint_sequential"

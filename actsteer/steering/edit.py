@@ -21,6 +21,7 @@ from actsteer.steering.checkpointing import Checkpointing
 from actsteer.steering.directions import Directions
 from actsteer.steering.interventions.add import Add
 from actsteer.steering.interventions.intervention import Intervention
+from actsteer.steering.limits import check_direction, check_dtype, check_strength, check_sum
 from actsteer.steering.reader import GateReader, Reader
 from actsteer.steering.strength import PerConcept, Terms
 from actsteer.tokens.passes import Pass, Passes
@@ -55,14 +56,12 @@ class SiteEdit:
         "_by_row",
         "_by_token",
         "_checkpointing",
+        "_directed",
         "_directions",
-        "_dtype",
         "_exported",
-        "_frame",
         "_given",
-        "_run",
-        "_shape",
-        "_shift",
+        "_in_range",
+        "_kept",
         "_stack",
         "_strengths",
         "_terms",
@@ -105,16 +104,15 @@ class SiteEdit:
         self._apart = frozenset(gates).union(placed)  # those that are not the same for all tokens of a row
         self._checkpointing = checkpointing
         self._given: PerConcept | None = None
+        self._directed: set[int] = set()  # the concepts whose directions are known to serve their interventions
+        self._in_range: torch.dtype | None = None  # in which the strengths are known to be finite
         self._terms: Terms | None = None  # those that are summed beforehand
         self._strengths: list[Tensor] = []  # of the others that have one
         self._by_row = False  # whether rows get different amounts
         self._by_token = False  # whether tokens of one row get different amounts
         self._asks = False  # whether what is known of the pass matters
-        self._shift: Tensor | None = None  # what is added to plain outputs of this shape and dtype, if that is all
-        self._frame: Frame | None = None
-        self._run: Run = _unbound  # the edit of plain outputs of this shape and dtype
-        self._shape: torch.Size | None = None
-        self._dtype: torch.dtype | None = None
+        self._kept: tuple[torch.Size, torch.dtype, Run, Tensor | None, Frame] | None = None
+        """The edit of plain outputs of one shape and dtype: what it does, the constant that it adds if that is all."""
         self._traced_shift: Tensor | None = None  # `constant` as compiled code adds it to whatever has that axis
         self._exported: SiteEdit | None = None  # with strengths of its own, which an exported program keeps
 
@@ -155,7 +153,17 @@ class SiteEdit:
         return self.is_sum and not self._apart and not varies
 
     def check_strengths(self, strengths: PerConcept) -> None:
-        """StrengthError if the way in which this edit is attached leaves no room for these."""
+        """That these can be applied, before anything changes.
+
+        Raises:
+            StrengthError: the way in which this edit is attached leaves no room for them.
+            ZeroDirectionError: a concept gets a strength whose intervention needs a direction that is not zero.
+        """
+        if not (self.is_sum or self.is_trained):
+            for own in set(strengths.parts(None, every=False)[1]) - self._directed:
+                where = f"site {self.place.site!r}, concept {self._stack.names[own]!r}"
+                check_direction(self.interventions[own], self._stack.rows((own,))[0], where=where)
+                self._directed.add(own)
         if self.changed is None and not self.in_place:
             return
         rows = any(own.ndim for own in strengths.by_row.values())
@@ -172,6 +180,21 @@ class SiteEdit:
                 "same number of rows; install it with a strength of the shape that is to come"
             )
 
+    def _check_range(self, dtype: torch.dtype) -> None:
+        """Once for each dtype that comes, until the strengths change: that they can be used in it."""
+        check_dtype(dtype, site=self.place.site)
+        if dtype is self._in_range or self.is_trained or _is_compiling():
+            return
+        if self.constant is not None:
+            check_sum(self.constant, dtype, site=self.place.site)
+        for own, c in enumerate(self._strengths):
+            wide = torch.promote_types(dtype, torch.float32)
+            check_strength(c, wide, site=self.place.site)
+            if self.is_sum and c.device.type == "cpu":
+                shift = c[..., None].to(wide) * self._directions.cast(own, wide, c.device)
+                check_sum(shift, dtype, site=self.place.site)
+        self._in_range = dtype
+
     def set_strengths(self, strengths: PerConcept, *, every: bool, idle: bool) -> None:
         """New strengths of its concepts, from the next forward pass on.
 
@@ -183,6 +206,8 @@ class SiteEdit:
         terms, others = strengths.parts(self._apart if self.is_sum else None, every=every)
         self._given, self._terms = strengths, terms
         constant = None if terms is None else terms.sum(self._directions.of(terms))
+        if constant is not None:
+            check_sum(constant, constant.dtype, site=self.place.site)
         if idle and not every:
             others = self._directions.others
         if terms is None and self.is_sum and (not others or (idle and self.constant is not None)):
@@ -200,7 +225,7 @@ class SiteEdit:
             self.constant = constant
             self._strengths = [strengths.at(own).clone() for own in others]
         self._asks = self.passes.sees_inputs or self._by_token or self._by_row or bool(self.gates)
-        self._shape = None
+        self._kept = self._in_range = None
         self._traced_shift = self._traceable()
         if self.changed is not None:
             self.changed()
@@ -217,32 +242,37 @@ class SiteEdit:
     def expect(self) -> None:
         """Forget that it ever fired."""
         self.fired = Fired.UNKNOWN if self.changed is not None else Fired.NO
-        self._shape = None  # so that the next call goes the whole way round, where `fired` is set
+        self._kept = None  # so that the next call goes the whole way round, where `fired` is set
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
         """The edited output: by what the last call bound where that still fits, else the whole way round."""
-        if _is_traced():
-            return self.edit(module, output)
-        try:
-            if (
-                output.__class__ is Tensor
-                and output.shape == self._shape
-                and output.dtype is self._dtype
-                and (
-                    output.is_inference()
-                    or (is_outside_of_functions() and (not output.requires_grad or saves_otherwise(True) is None))
-                )
-            ):
-                shift = self._shift
-                if not self._asks:
-                    return self._run(output, None) if shift is None else output + shift
-                if shift is not None and not self.passes.may_have_pads:
-                    return output + shift
-                assert self._frame is not None
-                return self._run(output, self._now(self._frame, output.device))
-        except RuntimeError:  # the model has moved to another device, or the output is nested and has no shape
-            self._shape = None
-        return self.edit(module, output)
+        kept = None if _is_traced() else self._kept
+        if kept is not None:
+            shape, dtype, run, shift, frame = kept
+            try:
+                if (
+                    output.__class__ is Tensor
+                    and output.shape == shape
+                    and output.dtype is dtype
+                    and (
+                        output.is_inference()
+                        or (is_outside_of_functions() and (not output.requires_grad or saves_otherwise(True) is None))
+                    )
+                ):
+                    if not self._asks:
+                        return run(output, None) if shift is None else output + shift
+                    if shift is not None and not self.passes.may_have_pads:
+                        return output + shift
+                    return run(output, self._now(frame, output.device))
+            except RuntimeError:  # the model has moved to another device, or the output is nested and has no shape
+                self._kept = None
+        edited = self.edit(module, output)
+        if not module.__dict__.get("inplace") or not args or output is not args[0] or not isinstance(output, Tensor):
+            return edited
+        self._kept = None
+        if torch.is_grad_enabled() and edited.requires_grad:  # autograd keeps what the module has written
+            return edited
+        return output.copy_(edited)  # its caller may look there, and not at the result
 
     def on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The edited arguments."""
@@ -270,13 +300,12 @@ class SiteEdit:
         edited = bound.run(view.part, now)
         if not _is_compiling():
             keeps = view.is_plain and not self._checkpointing.notice(edited) and not self.is_trained
-            self._run, self._dtype = bound.run, view.part.dtype
-            self._shift, self._frame = bound.shift, view.frame
-            self._shape = view.part.shape if keeps else None
+            self._kept = (view.part.shape, view.part.dtype, bound.run, bound.shift, view.frame) if keeps else None
         return view.write(edited)
 
     def _bound(self, view: View) -> Bound:
         """The edit of activations like this one."""
+        self._check_range(view.part.dtype)
         others = self._directions.others
         places = [self._stack.concepts[own] for own in others]
         amounts = [
@@ -348,7 +377,3 @@ class SiteEdit:
 def _may_be_checkpointed() -> bool:
     """Whether autograd may run this again later."""
     return saves_otherwise(True) is not None or not is_outside_of_functions()
-
-
-def _unbound(h: Tensor, now: Pass | None) -> Tensor:
-    raise AssertionError("nothing is bound yet")

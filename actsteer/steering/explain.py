@@ -12,6 +12,8 @@ from actsteer.sites.wrappers import class_name
 from actsteer.steering.attach import Steers
 from actsteer.steering.choose import Choice
 from actsteer.steering.edit import SiteEdit
+from actsteer.steering.gates.gate import Fitted, Gate, leaves
+from actsteer.steering.gates.gate_direction import READS
 from actsteer.steering.interventions.chain import Chain
 from actsteer.steering.interventions.intervention import Intervention, PerSite
 from actsteer.steering.interventions.keep_norm import KeepNorm
@@ -51,6 +53,7 @@ def explain(
             positions = edit.passes.positions.get(index)
             where = "" if positions is None else f", at {_where(positions)}"
             lines.append(f"    {bank.concepts[index]}: {kind}, c = {c}, norm {norm:.4g}{gated}{where}")
+            lines += [] if reader is None else [_read(leaf) for leaf in leaves(reader.gate)]
         lines += _overlaps(edit, [bank.concepts[index] for index in edit.concepts])
         lines += _others(edit, others[site])
     return "\n".join(lines)
@@ -77,6 +80,12 @@ def _where(positions: Positions) -> str:
     if isinstance(positions, Tensor):
         return f"a mask of shape {tuple(positions.shape)}"
     return f"positions {positions!r}"
+
+
+def _read(gate: Gate) -> str:
+    """Where a gate reads, and where its vector was fitted."""
+    fitted = gate.fitted or "all, or not known" if isinstance(gate, Fitted) else "not known"
+    return f"        a gate reads {READS[gate.per]} at {gate.site!r}; fitted at positions: {fitted}"
 
 
 def _overlaps(edit: SiteEdit, concepts: Sequence[str]) -> list[str]:

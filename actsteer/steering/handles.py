@@ -31,14 +31,18 @@ class Handles:
         self._steps.append(step)
 
     def close(self) -> None:
-        """Undo everything. A step that raises is kept, for another try, and does not keep the others from running."""
+        """Undo everything. A step that raises is kept, for another try, and does not keep the others from running.
+
+        But one that raises a warning has done its work: the user has made errors of warnings.
+        """
         failed: Exception | None = None
         for step in reversed(tuple(self._steps)):
             try:
                 step()
             except Exception as error:
                 failed = failed or error
-            else:
-                self._steps.remove(step)
+                if not isinstance(error, Warning):
+                    continue
+            self._steps.remove(step)
         if failed is not None:
             raise failed

@@ -15,6 +15,7 @@ from actsteer.private_names import has_frozen_weights
 from actsteer.sites.shards import is_sharded
 from actsteer.sites.tap import lock, plain_class
 from actsteer.steering.edit import Fired, SiteEdit
+from actsteer.steering.limits import check_sum
 
 _ADD_A_BIAS = (
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
@@ -103,7 +104,10 @@ class _Fold:
         self._ours: list[Tensor] = []  # what was written last, and what is being written
 
     def write(self, edit: SiteEdit, owner: Any) -> None:
-        """The edit with its present strength."""
+        """The edit with its present strength; StrengthError if c · v is beyond the range of the bias."""
+        held = self._module._parameters["weight"] if self._original is None else self._original
+        if edit.constant is not None and held is not None:
+            check_sum(edit.constant, held.dtype, site=edit.place.site)
         with lock:
             self.edits[edit] = owner
             self._write()

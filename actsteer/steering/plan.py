@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actsteer.errors import ConceptNotFoundError, ShapeError, SiteNotFoundError, UnsupportedModelError, close_names
+from actsteer.errors import (
+    ConceptNotFoundError,
+    ShapeError,
+    SiteNotFoundError,
+    StrengthError,
+    UnsupportedModelError,
+    close_names,
+)
 from actsteer.sites.axes import Axes, known_size, layout, layouts
 from actsteer.sites.place import Place
 from actsteer.sites.resolve import Modules, Sites, are_there, hook_points, named_sites, resolve, select
@@ -80,9 +87,14 @@ class Plan:
         for passes in self.passes:
             passes.set_amounts(by_token, active)
         idle = not strengths.active()
-        for own, edits in here:
-            for edit in edits:
-                edit.set_strengths(own, every=self._every, idle=idle)
+        try:
+            for own, edits in here:
+                for edit in edits:
+                    edit.set_strengths(own, every=self._every, idle=idle)
+        except StrengthError:  # of one site; the others have theirs already
+            if self._strengths is not None:
+                self.set_strengths(self._strengths)
+            raise
         self._strengths = strengths
 
     def silence(self) -> None:

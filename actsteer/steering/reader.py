@@ -14,7 +14,7 @@ from actsteer.errors import GateError
 from actsteer.sites.axes import Layout
 from actsteer.sites.lens import Frame, Lens, View
 from actsteer.sites.place import Place
-from actsteer.steering.gates.gate import AnyGate, Combination, Gate
+from actsteer.steering.gates.gate import AnyGate, Combination, Gate, check_weights, decide, prepared_gate, wide
 from actsteer.tokens.passes import Pass, Passes
 from actsteer.tokens.real import real_at
 
@@ -63,15 +63,17 @@ class GateReader:
         frame = view.frame
         if not view.is_plain:
             return lambda h, now: self._decide(view) if (held := self._held()) is None else held
-        in_rows = len(frame.shape) == 2 and frame.is_last and frame.row_axis == 0
+        ready = None
+        if len(frame.shape) == 2 and frame.is_last and frame.row_axis == 0:
+            ready = prepared_gate(self.gate, view.part)
 
-        def decide(h: Tensor, now: Pass | None) -> Tensor:
-            if in_rows and (now is None or now.tokens is None):  # rows that stand for themselves
-                return self._decided(h if h.dtype is torch.float32 else _wide(h))
+        def bound(h: Tensor, now: Pass | None) -> Tensor:
+            if ready is not None and (now is None or now.tokens is None):  # rows that stand for themselves
+                return ready(h)
             held = self._held()
             return self._keep([self._read(h.movedim(frame.axis, -1), frame, nested=False)]) if held is None else held
 
-        return decide
+        return bound
 
     def _held(self) -> Tensor | None:
         """What was decided for the whole of a sequence in an earlier pass."""
@@ -120,14 +122,13 @@ class GateReader:
             self._passes.check_runs()
         read = None if now is None or nested else self._prompt(now, frame)
         if self.gate.per == "last" and by_row.ndim > 2:
-            return self._decided(self._last(by_row, read))
+            return decide(self.gate, self._last(by_row, read))
         if read is not None and by_row.ndim >= 3 and (spread := _by_row(read, frame)) is not None:
-            wide = _wide(by_row)
+            rows = wide(by_row)
             axes = tuple(range(1, by_row.ndim - 1))
-            total, others = torch.where(spread, wide, 0).sum(dim=axes), wide[0, ..., 0].numel() // read.shape[1]
-            return self._decided(total / (spread.sum(dim=axes) * others).clamp(min=1))
-        wide = _wide(by_row)
-        return self._decided(wide if by_row.ndim == 2 else reduce(wide, "rows ... d -> rows d", "mean"))
+            total, others = torch.where(spread, rows, 0).sum(dim=axes), rows[0, ..., 0].numel() // read.shape[1]
+            return decide(self.gate, total / (spread.sum(dim=axes) * others).clamp(min=1))
+        return decide(self.gate, by_row if by_row.ndim == 2 else reduce(wide(by_row), "rows ... d -> rows d", "mean"))
 
     def _last(self, by_row: Float[Tensor, "rows positions d"], read: Tensor | None) -> Float[Tensor, "rows d"]:
         """The last token of every prompt."""
@@ -136,19 +137,17 @@ class GateReader:
                 f"gate at site {self.gate.site!r}: per='last' reads an activation (rows, positions, d), got shape "
                 f"{tuple(by_row.shape)}; choose another site, or per='sequence'"
             )
-        wide = _wide(by_row)
         if read is None:
-            return wide[:, -1]
+            return by_row[:, -1]
         places = torch.arange(read.shape[1], device=by_row.device)
         where = (read.to(by_row.device) * places).amax(dim=1).expand(len(by_row))
-        return wide[torch.arange(len(by_row), device=by_row.device), where]
+        return by_row[torch.arange(len(by_row), device=by_row.device), where]
 
     def _per_token_of(self, by_row: Float[Tensor, "rows *positions d"]) -> Tensor:
-        by_row = _wide(by_row)
         if by_row.ndim == 2:
             now = self._passes.now
             tokens = None if now is None else now.tokens
-            weights = self._decided(by_row)
+            weights = decide(self.gate, by_row)
             if tokens is not None and len(by_row) == tokens.rows * tokens.length:
                 return weights.reshape(tokens.rows, tokens.length)
             return weights
@@ -157,7 +156,7 @@ class GateReader:
                 f"gate at site {self.gate.site!r}: per='token' reads an activation (rows, positions, d), got shape "
                 f"{tuple(by_row.shape)}; choose another site, or per='sequence'"
             )
-        flat = self._decided(rearrange(by_row, "b s d -> (b s) d"))
+        flat = decide(self.gate, rearrange(by_row, "b s d -> (b s) d"))
         return rearrange(flat, "(b s) -> b s", b=by_row.shape[0])
 
     def _prompt(self, now: Pass, frame: Frame) -> Tensor | None:
@@ -177,20 +176,6 @@ class GateReader:
             return now.real
         inside = tokens.in_prompt[None].expand(tokens.rows, tokens.length)
         return inside if now.real is None else inside & now.real
-
-    def _decided(self, rows: Float[Tensor, "rows d"]) -> Tensor:
-        weights = self.gate(rows)
-        if weights.shape != rows.shape[:1]:
-            raise GateError(
-                f"gate at site {self.gate.site!r}: expected one weight for each of {len(rows)} rows, got shape "
-                f"{tuple(weights.shape)}; return a tensor of shape (rows,)"
-            )
-        return weights
-
-
-def _wide(rows: Tensor) -> Tensor:
-    """In float32 at least."""
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 def _by_row(read: Bool[Tensor, "B S"], frame: Frame) -> Tensor | None:
@@ -221,4 +206,5 @@ class CombinedReader:
                 "they must read sites that have the same ones"
             )
         combined: Tensor = self.gate.combine([own.to(weights[0].device) for own in weights])
+        check_weights(combined, self.gate)
         return combined

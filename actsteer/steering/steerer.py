@@ -80,7 +80,11 @@ class Steerer:
         PositionsError, GateError: in a forward pass, where positions, or what a gate reads, cannot be known.
 
     Warns:
-        UserWarning: on leaving the block before the backward pass of a forward pass under gradient checkpointing.
+        UserWarning: on entering, on leaving and where `c` is set, between a forward pass under gradient checkpointing
+            and its backward pass; on leaving, where another `forward` covers what was steered, or a folded bias has
+            other numbers, which stay.
+
+    A module with `inplace=True` whose result the caller drops is steered where no gradient is recorded.
 
     Source: Turner et al. 2023 (activation addition); Rimsky et al. 2023 (contrastive activation addition).
 
@@ -159,6 +163,8 @@ class Steerer:
     @c.setter
     def c(self, c: Strengths) -> None:
         strengths = strengths_of(c, self._places)
+        if self._attached:
+            self._checkpointing.leave("with another strength", "before c is set")
         if not self._installed or self._attached:  # what is installed and not attached stays at 0
             self._plan.set_strengths(strengths)
         self._strengths = strengths

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
@@ -14,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from actsteer.errors import ConceptNotFoundError, StrengthError, close_names
+from actsteer.steering.numbers import finite
 
 Schedule: TypeAlias = Callable[[int], float]
 """The strength in each step of the generation: 0 for the prompt, 1 for the first token that was generated, ..."""
@@ -204,7 +204,7 @@ def strength_at(schedule: Schedule, step: int) -> Tensor:
     """What a schedule says about one step, 0-dim.
 
     Raises:
-        StrengthError: not one finite number.
+        StrengthError: not one finite number, within the range of float32.
     """
     try:
         given = schedule(step)
@@ -212,6 +212,10 @@ def strength_at(schedule: Schedule, step: int) -> Tensor:
         raise StrengthError(f"c({step}): expected a callable of the generation step alone; {error}") from error
     checked = _checked(given, f"c({step})")
     if isinstance(checked, float):
+        if abs(checked) > (largest := torch.finfo(torch.float32).max):
+            raise StrengthError(
+                f"c({step}): expected a number of at most {largest:.4g}, as in float32, got {checked:.4g}"
+            )
         return torch.tensor(checked, dtype=torch.float64)
     if not isinstance(checked, Tensor) or checked.ndim:
         raise StrengthError(f"c({step}): expected one number for a step of the generation, got {checked}")
@@ -221,9 +225,10 @@ def strength_at(schedule: Schedule, step: int) -> Tensor:
 def _checked(strength: object, where: str) -> float | Tensor | Schedule:
     """A number, unless it is on another device, which is not waited for; or a copy of a tensor; or a schedule."""
     if isinstance(strength, Real):
-        if not math.isfinite(strength):
-            raise StrengthError(f"{where}: expected a finite number, got {strength}")
-        return float(strength)
+        try:
+            return finite(strength, where)
+        except ValueError as error:
+            raise StrengthError(str(error)) from None
     if not isinstance(strength, Tensor):
         if callable(strength):
             return strength

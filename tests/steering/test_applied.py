@@ -51,7 +51,7 @@ def steered(model, *paths, vector=V, **options):
 @pytest.mark.case(16)
 def test_a_site_that_did_not_run_is_named(paths, silent, backend):
     if paths == ["bypassed"] and backend != "hook":
-        return  # a patched forward() is steered, whoever calls it: see below
+        return  # a tapped forward() is steered, whoever calls it: see below
     model = Fork()
     with pytest.raises(SteeringNotApplied, match=f"the model ran, but these sites did not: {silent}.*strict=False"):
         steered(model, *paths, backend=backend)
@@ -186,7 +186,7 @@ def test_an_unused_module_and_a_direct_call_of_forward_are_told(path):
 
 @pytest.mark.case(17)
 @pytest.mark.parametrize("backend", ["tap", "buffer"])
-def test_a_direct_call_of_forward_is_steered_by_a_patch(backend):
+def test_a_direct_call_of_forward_is_steered_by_a_tap(backend):
     model = Fork()
     with Steerer(model, V.select("right"), backend=backend):
         out = model(X, "bypassed")

@@ -3,6 +3,7 @@
 import copy
 import random
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C
 
 @pytest.fixture(autouse=True)
 def nothing_compiled():
-    """The library looks at whether this process has compiled anything."""
+    """So that the compilations can be counted."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -412,7 +413,7 @@ def test_where_guards_are_not_evaluated_steering_is_refused():
 
 
 # --- what else changes between two calls -----------------------------------------------------------------------------
-def test_after_a_reset_the_edit_is_honoured_and_a_hook_is_taken_again():
+def test_after_a_reset_the_edit_is_honoured():
     model = exact()
     call = torch.compile(model, backend="eager")
     call(X)
@@ -426,20 +427,29 @@ def test_after_a_reset_the_edit_is_honoured_and_a_hook_is_taken_again():
         with steerer:
             assert agree(call(X), expected(add(V, 2)))
         assert agree(call(X), expected({}))
-    torch._dynamo.reset()
-    uncompiled = exact()
-    assert Steerer(uncompiled, V).choices()["1"].mechanism == "hook"
-    with Steerer(uncompiled, V, c=2):
-        call = torch.compile(uncompiled, backend="eager")
-        assert agree(call(X), expected(add(V, 2)))
-    assert agree(call(X), expected({}))
 
 
-@pytest.mark.parametrize("hooked", [True, False], ids=["hook attached first", "compiled first"])
-def test_two_models_of_one_class_do_not_serve_each_others_compiled_code(hooked):
+@pytest.mark.case(2, 7)
+def test_blocks_with_new_vectors_are_compiled_once_in_all_and_for_a_second_model_too():
+    compiled = CompileCounter()
+    models = exact(), exact()
+    calls = [torch.compile(model, backend=compiled) for model in models]
+    for cycle in range(4):
+        v = SteeringVector({"1": (cycle + 1) * D, "2": -D})
+        for model, call in zip(models, calls, strict=True):
+            with Steerer(model, v, c=2):
+                assert agree(call(X), expected(add(v, 2)))
+    assert compiled.frame_count == 1
+    for call in calls:
+        assert agree(call(X), expected({}))
+    assert compiled.frame_count == 2
+
+
+@pytest.mark.parametrize("attached_first", [True, False], ids=["attached first", "compiled first"])
+def test_two_models_of_one_class_do_not_serve_each_others_compiled_code(attached_first):
     steered, other = exact(), exact()
     calls = torch.compile(steered, backend="eager"), torch.compile(other, backend="eager")
-    if not hooked:
+    if not attached_first:
         calls[0](X)
     with Steerer(steered, V, c=2):
         for _ in range(2):
@@ -451,7 +461,7 @@ def test_two_models_of_one_class_do_not_serve_each_others_compiled_code(hooked):
     assert agree(calls[0](X), expected({})) and agree(calls[1](X), expected({}))
 
 
-def test_two_models_of_one_class_hooked_before_they_are_compiled_keep_their_own_edits():
+def test_two_models_of_one_class_steered_before_they_are_compiled_keep_their_own_edits():
     one, other = exact(), exact()
     calls = torch.compile(one, backend="eager"), torch.compile(other, backend="eager")
     with Steerer(one, V, c=2), Steerer(other, SteeringVector({"1": D, "3": D}), c=3):
@@ -462,7 +472,7 @@ def test_two_models_of_one_class_hooked_before_they_are_compiled_keep_their_own_
 
 
 @pytest.mark.parametrize("leaves", [0, 1])
-def test_one_of_two_hooks_may_leave_before_another_model_of_the_class_is_compiled(leaves):
+def test_one_of_two_steerers_may_leave_before_another_model_of_the_class_is_compiled(leaves):
     model, other = exact(), exact()
     both = [Steerer(model, V, c=2).attach(), Steerer(model, V, c=3).attach()]
     both.pop(leaves).detach()
@@ -726,14 +736,22 @@ def test_a_copy_of_a_model_steered_in_compiled_code_is_the_plain_model():
     assert agree(call(X), expected({})) and agree(twin(X), expected({}))
 
 
-def test_scope_thread_is_refused_where_code_is_compiled():
-    model = exact()
-    torch.compile(model, backend="eager")(X)
-    with pytest.raises(TypeError, match=r"site '1': code has been compiled .* no threads; use scope='process'"):
-        Steerer(model, V, scope="context")
+@pytest.mark.case(44)
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("site", ["1", "2:in"])
+def test_compiled_code_steers_the_context_that_attached_alone(site, fullgraph):
+    v, model = SteeringVector({site: D}), exact()
+    call = torch.compile(model, backend="eager", fullgraph=fullgraph)
+    call(X)
+    for c in (2, 3):
+        with Steerer(model, v, c=c, scope="context"), ThreadPoolExecutor(1) as pool:
+            for _ in range(2):
+                assert agree(call(X), expected(add(v, c)))
+                assert agree(pool.submit(call, X).result(), expected({}))
+        assert agree(call(X), expected({}))
 
 
-def test_a_model_compiled_inside_a_threads_block_is_steered_and_left():
+def test_a_model_compiled_inside_a_contexts_block_is_steered_and_left():
     model = exact()
     with Steerer(model, V, c=2, scope="context"):
         call = torch.compile(model, backend="eager")
@@ -744,7 +762,6 @@ def test_a_model_compiled_inside_a_threads_block_is_steered_and_left():
 # --- several at once -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (0, 2, 1)])
 def test_steerers_entered_around_a_compilation_leave_in_any_order(order):
-    """The first is a hook, for nothing is compiled yet; the others are patches."""
     model = exact()
     call = torch.compile(model, backend="eager")
     before = state(model)
@@ -888,7 +905,7 @@ class Attention(nn.Module):
 @gxx
 @pytest.mark.slow
 @pytest.mark.case(1, 5)
-def test_inductor_honours_patch_buffer_and_fold():
+def test_inductor_honours_tap_buffer_and_fold():
     model = exact()
     call = torch.compile(model)
     v = SteeringVector({"2": D})
@@ -935,7 +952,7 @@ def freezing(monkeypatch):
 @gxx
 @pytest.mark.slow
 @pytest.mark.case(11)
-def test_with_frozen_weights_a_patch_is_honoured_and_a_fold_refused(freezing):
+def test_with_frozen_weights_a_tap_is_honoured_and_a_fold_refused(freezing):
     model = exact()
     for parameter in model.parameters():
         parameter.requires_grad_(False)

@@ -45,7 +45,7 @@ WAYS = {
     "gated": {"gate": ProjectionAbove(SteeringVector({"0": DIRECTION}), 0.0)},
     "gated and patched": {"gate": ProjectionAbove(SteeringVector({"0": DIRECTION}), 0.0), "backend": "tap"},
     "gated at an input": {"gate": ProjectionAbove(SteeringVector({"0:in": DIRECTION}), 0.0)},
-    "thread": {"scope": "context"},
+    "context": {"scope": "context"},
     "thread, patched": {"scope": "context", "backend": "tap"},
     "input": {"sites": "2:in"},
     "input, patched": {"sites": "2:in", "backend": "tap"},
@@ -129,7 +129,7 @@ def test_a_copy_trains_alone(options):
 @copied
 def test_a_copy_inside_nested_blocks_is_the_plain_one(duplicate):
     model = exact()
-    options = [{}, {"backend": "tap"}, {"scope": "context"}, {"sites": "2:in"}]
+    options = [{}, {"backend": "tap", "c": 2}, {"scope": "context", "c": 3}, {"sites": "2:in"}]
     blocks = [steerer_of(model, chosen).attach() for chosen in options]
     twin = duplicate(model)
     assert torch.equal(bits(twin(X)), bits(exact()(X)))

@@ -36,13 +36,13 @@ def test_every_site_has_its_side_axis_backend_intervention_and_strengths():
         "Sequential: 2 sites, in this order",
         "'1': the output of ReLU, 4 features",
         "    axis: -1",
-        "    backend: hook (nothing is compiled yet)",
+        "    backend: tap (a call of the module's forward)",
         "    eight: Add, c = -1.5, norm 5",
         "    nine: Add, c = 2, norm 5",
         "    eight and nine: cosine 1.000",
         "'2:in': the input of Linear, 4 features",
         "    axis: -1",
-        "    backend: hook (nothing is compiled yet)",
+        "    backend: tap (a call of the module's forward)",
         "    nine: Add, c = 2, norm 10",
     ]
 
@@ -68,8 +68,8 @@ OPTIONS = {
     ),
     "axis": ({"axis": {"1": 1}}, "axis: 1"),
     "some sites": ({"sites": "1"}, "Sequential: 1 site, in this order"),
-    "tap": ({"backend": "tap"}, "backend: patch (as asked for)"),
-    "buffer": ({"backend": "buffer"}, "backend: buffer by patch (it is to be compiled)"),
+    "tap": ({"backend": "tap"}, "backend: tap (as asked for)"),
+    "buffer": ({"backend": "buffer"}, "backend: buffer by tap (it is to be compiled)"),
     "fold": ({"backend": "fold", "sites": "2"}, "backend: fold (as asked for)"),
 }
 
@@ -80,23 +80,23 @@ def test_what_was_asked_for_is_said(options, line):
     assert line in Steerer(exact(), bank, **options).explain()
 
 
-def test_it_says_patch_where_code_is_compiled_and_hook_again_after_a_reset():
-    model = exact()
-    steerer = Steerer(model, BANK)
-    assert "backend: hook (nothing is compiled yet)" in steerer.explain()
-    torch.compile(lambda x: x + 1, backend="eager")(X)
-    assert "backend: patch (code has been compiled in this process)" in steerer.explain()
-    assert "Sequential is compiled" in Steerer(torch.compile(model, backend="eager"), BANK).explain()
-    torch._dynamo.reset()
-    assert "backend: hook (nothing is compiled yet)" in steerer.explain()
+def test_it_says_a_tap_whether_code_is_compiled_or_not():
+    for model in (exact(), torch.compile(exact(), backend="eager")):
+        assert "backend: tap (a call of the module's forward)" in Steerer(model, BANK).explain()
+
+
+def test_it_says_a_hook_where_the_module_is_lazy():
+    model = nn.Sequential(nn.LazyLinear(4))
+    text = Steerer(model, SteeringVector({"0": D})).explain()
+    assert "backend: hook (it is lazy, and changes its class at its first call)" in text
 
 
 def test_while_attached_it_says_what_was_attached():
-    model = exact()
-    with Steerer(model, BANK) as steerer:
-        torch.compile(lambda x: x + 1, backend="eager")(X)
-        assert "backend: hook (nothing is compiled yet)" in steerer.explain()
-    assert "backend: patch" in steerer.explain()
+    model = nn.Sequential(nn.LazyLinear(4, dtype=X.dtype))
+    with Steerer(model, SteeringVector({"0": D})) as steerer:
+        model(X)
+        assert "backend: hook (it is lazy" in steerer.explain()
+    assert "backend: tap" in steerer.explain()
 
 
 def test_it_names_the_channel_axis_of_a_convolution_and_admits_an_open_one():

@@ -1,5 +1,7 @@
-"""Threads: a steered model is steered in every thread, or with scope="context" in the attaching one alone."""
+"""Threads and tasks: a model is steered in all of them, or with scope="context" in the attaching one alone."""
 
+import asyncio
+import contextvars
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -35,7 +37,7 @@ OPTIONS = {
     "rows": {"c": torch.tensor([0.0, 1.0, -0.5, 2.0])},
     "gated": {"gate": GATE},
     "custom": {"intervention": mirror},
-    "patched": {"backend": "tap"},
+    "by hook": {"backend": "hook"},
 }
 each = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 
@@ -54,7 +56,7 @@ def test_by_default_every_thread_is_steered(options, backend):
 @pytest.mark.case(44)
 @each
 @pytest.mark.parametrize("v", [V, INPUT], ids=["output", "input"])
-def test_scope_thread_steers_the_attaching_thread_alone(options, v):
+def test_scope_context_steers_the_attaching_thread_alone(options, v):
     model, plain = exact(), exact()(X)
     with Steerer(model, v, **options):
         expected = model(X)
@@ -169,7 +171,7 @@ def test_a_model_that_ran_in_another_thread_alone_raises_no_alarm(scope, backend
 
 
 @pytest.mark.case(44)
-def test_with_scope_thread_another_threads_other_path_is_not_ones_own():
+def test_with_scope_context_another_threads_other_path_counts_not():
     class Fork(nn.Module):
         def __init__(self):
             super().__init__()
@@ -242,11 +244,63 @@ def test_threads_that_come_and_go_leave_nothing():
 @pytest.mark.case(44)
 @pytest.mark.parametrize("backend", ["fold", "buffer"])
 def test_backends_that_all_threads_read_are_refused(backend):
-    with pytest.raises(ValueError, match=f"scope='thread' isolates hooks, and the {backend} backend changes what all"):
+    with pytest.raises(ValueError, match=f"and the {backend} backend changes what all threads read"):
         Steerer(exact(), V, scope="context", backend=backend)
 
 
 @pytest.mark.case(44)
 def test_an_unknown_scope_is_refused():
-    with pytest.raises(ValueError, match="scope: expected one of 'process', 'thread', got 'task'"):
+    with pytest.raises(ValueError, match="scope: expected one of 'process', 'context', got 'task'"):
         Steerer(exact(), V, scope="task")
+
+
+# --- tasks -------------------------------------------------------------------------------------------------------
+@pytest.mark.case(44)
+@each
+@pytest.mark.parametrize("v", [V, INPUT], ids=["output", "input"])
+def test_asyncio_tasks_in_turns_have_each_their_own_steering(options, v):
+    model, strengths = exact(), [None, 1.0, -2.0]
+    options = {name: value for name, value in options.items() if name != "c"}
+    expected = []
+    for c in strengths:
+        with Steerer(model, v, c=c or 0.0, **options):
+            expected.append(model(X))
+
+    async def turns(c):
+        outputs = []
+        for _ in range(4):
+            if c is None:
+                outputs.append(model(X))
+                await asyncio.sleep(0)
+                continue
+            with Steerer(model, v, c=c, scope="context", **options):
+                await asyncio.sleep(0)
+                outputs.append(model(X))
+                await asyncio.sleep(0)
+        return outputs
+
+    async def together():
+        return await asyncio.gather(*map(turns, strengths))
+
+    for outputs, wanted in zip(asyncio.run(together()), expected, strict=True):
+        assert all(torch.equal(output, wanted) for output in outputs)
+    assert state(model) == state(exact())
+
+
+@pytest.mark.case(44)
+def test_a_task_that_is_made_inside_the_block_is_steered_until_the_block_ends():
+    model, plain = exact(), exact()(X)
+
+    async def main():
+        with Steerer(model, V, scope="context"):
+            expected = model(X)
+            assert torch.equal(await asyncio.create_task(run()), expected)
+            late = contextvars.copy_context()
+        assert torch.equal(late.run(model, X), plain)
+        with Steerer(model, V, scope="context"):
+            assert torch.equal(late.run(model, X), plain)
+
+    async def run():
+        return model(X)
+
+    asyncio.run(main())

@@ -420,7 +420,7 @@ def test_a_block_that_an_error_ended_is_forgotten(reentrant):
 def test_an_outer_steerer_warns_for_itself_alone(reentrant):
     model, x = exact().train(), X.clone().requires_grad_()
     with Steerer(model, V):
-        inner = Steerer(model, V).attach()
+        inner = Steerer(model, V, c=2).attach()
         output = checkpoint(model, x, use_reentrant=reentrant)
         with pytest.warns(UserWarning, match=WARNING):
             inner.detach()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from actsteer.steering.gates.gate import Per, check_per
-from actsteer.steering.gates.projection_above import fitting, only_site
+from actsteer.steering.gates.gate import Per, wide
+from actsteer.steering.gates.gate_direction import GateDirection, shown
 from actsteer.steering.gates.threshold import Evidence, best_split
+from actsteer.steering.norms import norms
+from actsteer.steering.numbers import bound
 from actsteer.vectors.vector import SteeringVector
 
 
@@ -23,7 +26,9 @@ class CosineAbove:
     Args:
         vector: the direction, at the one site where the gate reads.
         threshold: t, from -1 to 1; `CosineAbove.between` picks it.
-        per: decide once per "sequence", from the mean over its prompt, or for each "token".
+        per: decide once per "sequence", from the mean over its prompt, or on the prompt's "last" token, or for each
+            "token"; None takes what the vector's metadata says that it was fitted at: "last", or else "sequence".
+            A UserWarning says where the two do not agree.
 
     Raises:
         ShapeError: the vector has several sites; select one.
@@ -36,27 +41,48 @@ class CosineAbove:
     tensor([False,  True, False])
     """
 
-    __slots__ = ("_direction", "per", "site", "threshold")
+    __slots__ = ("_direction", "per", "threshold")
 
-    def __init__(self, vector: SteeringVector, threshold: float, *, per: Per = "sequence") -> None:
-        check_per(per)
-        self.site, self._direction = only_site(vector.unit())
-        self.threshold = float(threshold)
-        self.per: Per = per
+    def __init__(self, vector: SteeringVector, threshold: float, *, per: Per | None = None) -> None:
+        self._direction = GateDirection(vector, unit=True)
+        self.threshold = bound(threshold, "threshold")
+        self.per: Per = self._direction.per(per)
+
+    @property
+    def site(self) -> str:
+        """Where the gate reads."""
+        return self._direction.site
+
+    @property
+    def fitted(self) -> str | None:
+        """The positions at which the vector was fitted; None: all of them, or not known."""
+        return self._direction.fitted
 
     def score(self, rows: Float[Tensor, "rows d"]) -> Float[Tensor, " rows"]:
-        """The cosine of each row with the direction."""
-        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))  # squares of half precision overflow
-        norm = wide.norm(dim=-1)
-        return (wide @ fitting(self._direction, wide, self.site)) / torch.where(norm > 0, norm, 1)
+        """The cosine of each row with the direction, in float32 at least."""
+        rows = wide(rows)
+        norm = norms(rows)[..., 0].to(rows.dtype)
+        return (rows @ self._direction.like(rows)) / torch.where(norm > 0, norm, 1)
 
     def __call__(self, rows: Float[Tensor, "rows d"]) -> Tensor:
         """Whether each row's cosine exceeds the threshold, shape (rows,), bool."""
         return self.score(rows) > self.threshold
 
+    def prepare(self, like: Float[Tensor, "rows d"]) -> Callable[[Float[Tensor, "rows d"]], Tensor]:
+        """The decision on rows like these, in float32 or float64: h · u / t > ‖h‖."""
+        threshold = self.threshold
+        column = self._direction.like(like)[:, None] / (threshold or 1)
+
+        def above(rows: Tensor) -> Tensor:
+            if self.threshold <= 0 or self.threshold != threshold:  # a row of zeros exceeds what is below 0
+                return self(rows)
+            return (rows @ column > norms(rows)).squeeze(-1)
+
+        return above
+
     @classmethod
     def between(
-        cls, vector: SteeringVector, *, positive: Evidence, negative: Evidence, per: Per = "sequence"
+        cls, vector: SteeringVector, *, positive: Evidence, negative: Evidence, per: Per | None = None
     ) -> CosineAbove:
         """The gate whose threshold best separates recorded activations, or cosines, of the positive rows, which are to
         be steered, from those of the negative ones: halfway between the two neighbours of largest balanced accuracy.
@@ -64,8 +90,9 @@ class CosineAbove:
         Raises:
             StatisticsError: no threshold tells the sides apart, a side is empty, or statistics were given.
         """
-        return cls(vector, best_split(cls(vector, 0.0), positive=positive, negative=negative), per=per)
+        gate = cls(vector, 0.0, per=per)
+        gate.threshold = best_split(gate, positive=positive, negative=negative)
+        return gate
 
     def __repr__(self) -> str:
-        tokens = ", per='token'" if self.per == "token" else ""
-        return f"CosineAbove(site={self.site!r}, threshold={self.threshold:.4g}{tokens})"
+        return f"CosineAbove(site={self.site!r}, threshold={self.threshold:.4g}{shown(self.per)})"

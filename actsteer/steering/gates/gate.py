@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Per: TypeAlias = Literal["sequence", "token"]
-"""Whether a gate decides once for a sequence, from the mean over its prompt, or anew for each token."""
+from actsteer.errors import GateError
+from actsteer.private_names import is_functorch_wrapped
+from actsteer.steering.strength import without_autocast
+
+Per: TypeAlias = Literal["sequence", "last", "token"]
+"""What a gate reads: once for a sequence the mean over its prompt, or the prompt's last token; or each token anew."""
 
 
 @runtime_checkable
@@ -18,7 +25,8 @@ class Gate(Protocol):
 
     A class of your own that has these three members does all that ours do. With `per = "sequence"` it decides once
     for each row of the batch, from the mean over the tokens of its prompt, pads left out, and that holds for what is
-    generated after it; with `per = "token"` it is given every token as a row.
+    generated after it; with `per = "last"` likewise from the prompt's last token, as for a direction that was fitted
+    there; with `per = "token"` it is given every token as a row. Rows come in float32 at least, outside of autocast.
 
     >>> import torch
     >>> from torch import nn
@@ -42,11 +50,37 @@ class Gate(Protocol):
 
     @property
     def per(self) -> Per:
-        """Whether it decides once per "sequence" or for each "token"."""
+        """Whether it decides once per "sequence" or on its "last" token, or for each "token"."""
         ...
 
     def __call__(self, rows: Float[Tensor, "rows d"]) -> Tensor:
-        """A bool, or a weight that multiplies c, per row: shape (rows,)."""
+        """A bool, or a finite weight that multiplies c, per row: shape (rows,)."""
+        ...
+
+
+@runtime_checkable
+class PreparedGate(Gate, Protocol):
+    """A gate that does once whatever does not depend on the rows' numbers; optional, and faster.
+
+    >>> import torch
+    >>> from actsteer import ProjectionAbove, SteeringVector
+    >>> gate = ProjectionAbove(SteeringVector({"2": torch.tensor([2.0, 0.0])}), 1.0)
+    >>> isinstance(gate, PreparedGate), gate.prepare(torch.empty(0, 2))(torch.tensor([[3.0, 0.0], [0.0, 3.0]]))
+    (True, tensor([ True, False]))
+    """
+
+    def prepare(self, like: Float[Tensor, "rows d"]) -> Callable[[Float[Tensor, "rows d"]], Tensor]:
+        """What `__call__` gives, as a function of rows of this dtype, device and number of features."""
+        ...
+
+
+@runtime_checkable
+class Fitted(Protocol):
+    """A gate that knows where its vector was fitted, which `explain` shows beside where it reads."""
+
+    @property
+    def fitted(self) -> str | None:
+        """The positions at which its vector was fitted, as its metadata says; None: all of them, or not known."""
         ...
 
 
@@ -126,3 +160,61 @@ def check_per(per: str) -> None:
     """ValueError unless it is a known word."""
     if per not in get_args(Per):
         raise ValueError(f"per: expected one of {', '.join(map(repr, get_args(Per)))}, got {per!r}")
+
+
+def decide(gate: Gate, rows: Float[Tensor, "rows d"]) -> Tensor:
+    """The gate's decision on rows in float32 at least, outside of autocast: one bool or finite weight for each.
+
+    Raises:
+        GateError: another shape; or a number that is not finite, which is looked for on the CPU alone.
+    """
+    with without_autocast(rows.device.type):
+        weights = gate(wide(rows))
+    if weights.shape != rows.shape[:1]:
+        raise GateError(
+            f"gate at site {gate.site!r}: expected one weight for each of {len(rows)} rows, got shape "
+            f"{tuple(weights.shape)}; return a tensor of shape (rows,)"
+        )
+    check_weights(weights, gate)
+    return weights
+
+
+def prepared_gate(gate: Gate, like: Float[Tensor, "rows d"]) -> Callable[[Float[Tensor, "rows d"]], Tensor]:
+    """`decide` for rows such as these, with all that does not depend on their numbers done once."""
+    kind = like.device.type
+    if not isinstance(gate, PreparedGate) or like.dtype not in _WIDE or torch.compiler.is_compiling():
+        return partial(decide, gate)
+    ready, casts = gate.prepare(like), kind != "meta" and torch.amp.is_autocast_available(kind)
+
+    def prepared(rows: Tensor) -> Tensor:
+        if casts and torch.is_autocast_enabled(kind):
+            return decide(gate, rows)
+        weights = ready(rows)
+        if weights.dtype is not torch.bool:
+            check_weights(weights, gate)
+        return weights
+
+    return prepared
+
+
+def check_weights(weights: Tensor, gate: AnyGate) -> None:
+    """GateError if a weight is not finite; looked at on the CPU alone, and not in compiled code."""
+    if not weights.is_floating_point() or not weights.is_cpu or torch.compiler.is_compiling():
+        return
+    if is_functorch_wrapped(weights):
+        return
+    plain = weights.detach()
+    # one that is not finite shows in the sum, which is the quicker; but the sum of large ones may be infinite too
+    if not (math.isfinite(float(plain.sum())) or bool(plain.isfinite().all())):
+        raise GateError(
+            f"gate {gate!r}: expected finite weights, got {plain.flatten().tolist()[:8]}; is the activation that it "
+            "reads finite?"
+        )
+
+
+def wide(rows: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
+    """The rows in float32 at least."""
+    return rows if rows.dtype in _WIDE else rows.to(torch.float32)
+
+
+_WIDE = (torch.float32, torch.float64)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import final
 
 from jaxtyping import Float
 from torch import Tensor
 
-from actsteer.steering.gates.gate import Per, check_per
-from actsteer.steering.gates.projection_above import fitting, only_site
+from actsteer.steering.gates.gate import Per, wide
+from actsteer.steering.gates.gate_direction import GateDirection, shown
+from actsteer.steering.numbers import finite
 from actsteer.vectors.vector import SteeringVector
 
 
@@ -23,7 +25,9 @@ class ProbeAbove:
         vector: the weights w, at the one site where the gate reads, as `LogisticDirection` fits them.
         offset: b; from the vector's metadata, "offset SITE", unless given.
         probability: p, above 0 and below 1.
-        per: decide once per "sequence", from the mean over its prompt, or for each "token".
+        per: decide once per "sequence", from the mean over its prompt, or on the prompt's "last" token, or for each
+            "token"; None takes what the vector's metadata says that it was fitted at: "last", or else "sequence".
+            A UserWarning says where the two do not agree.
 
     Raises:
         ShapeError: the vector has several sites; select one.
@@ -37,30 +41,44 @@ class ProbeAbove:
     tensor([False,  True])
     """
 
-    __slots__ = ("_weights", "offset", "per", "site", "threshold")
+    __slots__ = ("_direction", "offset", "per", "threshold")
 
     def __init__(
-        self, vector: SteeringVector, *, offset: float | None = None, probability: float = 0.5, per: Per = "sequence"
+        self, vector: SteeringVector, *, offset: float | None = None, probability: float = 0.5, per: Per | None = None
     ) -> None:
-        check_per(per)
         if not 0 < probability < 1:
             raise ValueError(f"probability: expected a number between 0 and 1, got {probability}")
-        self.site, self._weights = only_site(vector)
+        self._direction = GateDirection(vector, unit=False)
         found = offset if offset is not None else vector.metadata.get(f"offset {self.site}")
         if found is None:
             raise ValueError(f"offset: the vector's metadata has no 'offset {self.site}', as LogisticDirection's has")
-        self.offset = float(found)
+        self.offset = finite(float(found) if isinstance(found, str) else found, "offset")
         self.threshold = math.log(probability / (1 - probability))
-        self.per: Per = per
+        self.per: Per = self._direction.per(per)
+
+    @property
+    def site(self) -> str:
+        """Where the gate reads."""
+        return self._direction.site
+
+    @property
+    def fitted(self) -> str | None:
+        """The positions at which the vector was fitted; None: all of them, or not known."""
+        return self._direction.fitted
 
     def score(self, rows: Float[Tensor, "rows d"]) -> Float[Tensor, " rows"]:
-        """The logit of each row, h · w + b."""
-        return rows @ fitting(self._weights, rows, self.site) + self.offset
+        """The logit of each row, h · w + b, in float32 at least."""
+        rows = wide(rows)
+        return rows @ self._direction.like(rows) + self.offset
 
     def __call__(self, rows: Float[Tensor, "rows d"]) -> Tensor:
         """Whether each row's probability exceeds p, shape (rows,), bool."""
         return self.score(rows) > self.threshold
 
+    def prepare(self, like: Float[Tensor, "rows d"]) -> Callable[[Float[Tensor, "rows d"]], Tensor]:
+        """The decision on rows like these, in float32 or float64."""
+        direction = self._direction.like(like)
+        return lambda rows: rows @ direction + self.offset > self.threshold
+
     def __repr__(self) -> str:
-        tokens = ", per='token'" if self.per == "token" else ""
-        return f"ProbeAbove(site={self.site!r}, probability={1 / (1 + math.exp(-self.threshold)):.4g}{tokens})"
+        return f"ProbeAbove(site={self.site!r}, probability={1 / (1 + math.exp(-self.threshold)):.4g}{shown(self.per)})"

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import final
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from actsteer.collecting.statistics import Statistics
-from actsteer.errors import ShapeError, StatisticsError
-from actsteer.steering.gates.gate import Per, check_per
+from actsteer.errors import StatisticsError
+from actsteer.steering.gates.gate import Per, wide
+from actsteer.steering.gates.gate_direction import GateDirection, shown
 from actsteer.steering.gates.threshold import Evidence, best_split
+from actsteer.steering.numbers import bound
 from actsteer.vectors.vector import SteeringVector
 
 
@@ -22,7 +24,9 @@ class ProjectionAbove:
     Args:
         vector: the direction, at the one site where the gate reads.
         threshold: t, in the activation's units; `ProjectionAbove.between` picks it.
-        per: decide once per "sequence", from the mean over its prompt, or for each "token".
+        per: decide once per "sequence", from the mean over its prompt, or on the prompt's "last" token, or for each
+            "token"; None takes what the vector's metadata says that it was fitted at: "last", or else "sequence".
+            A UserWarning says where the two do not agree.
 
     Raises:
         ShapeError: the vector has several sites; select one.
@@ -30,27 +34,38 @@ class ProjectionAbove:
 
     Source: conditional activation steering (CAST), Lee et al. 2024, with a projection in place of the cosine.
 
+    >>> import torch
     >>> gate = ProjectionAbove(SteeringVector({"2": torch.tensor([0.0, 5.0])}), threshold=1.0)
     >>> gate.site, gate(torch.tensor([[9.0, 0.5], [0.0, 1.5]]))
     ('2', tensor([False,  True]))
     """
 
-    __slots__ = ("_direction", "per", "site", "threshold")
+    __slots__ = ("_direction", "per", "threshold")
 
-    def __init__(self, vector: SteeringVector, threshold: float, *, per: Per = "sequence") -> None:
-        check_per(per)
-        self.site, self._direction = only_site(vector.unit())
-        self.threshold = float(threshold)
-        self.per: Per = per
+    def __init__(self, vector: SteeringVector, threshold: float, *, per: Per | None = None) -> None:
+        self._direction = GateDirection(vector, unit=True)
+        self.threshold = bound(threshold, "threshold")
+        self.per: Per = self._direction.per(per)
+
+    @property
+    def site(self) -> str:
+        """Where the gate reads."""
+        return self._direction.site
+
+    @property
+    def fitted(self) -> str | None:
+        """The positions at which the vector was fitted; None: all of them, or not known."""
+        return self._direction.fitted
 
     @property
     def direction(self) -> Float[Tensor, " d"]:
         """A copy of the unit direction that the gate projects on."""
-        return self._direction.clone()
+        return self._direction.exact.clone()
 
     def projection(self, rows: Float[Tensor, "rows d"]) -> Float[Tensor, " rows"]:
-        """The scalar projection of each row, h · v / ‖v‖, in the activation's units."""
-        return rows @ fitting(self._direction, rows, self.site)
+        """The scalar projection of each row, h · v / ‖v‖, in the activation's units, in float32 at least."""
+        rows = wide(rows)
+        return rows @ self._direction.like(rows)
 
     score = projection
 
@@ -58,9 +73,20 @@ class ProjectionAbove:
         """Whether each row's projection exceeds the threshold, shape (rows,), bool."""
         return self.projection(rows) > self.threshold
 
+    def prepare(self, like: Float[Tensor, "rows d"]) -> Callable[[Float[Tensor, "rows d"]], Tensor]:
+        """The decision on rows like these, in float32 or float64."""
+        direction, threshold = self._direction.like(like), self.threshold
+        limit = like.new_tensor(threshold)  # comparing with a number costs more than with a tensor
+
+        def above(rows: Tensor) -> Tensor:
+            projection = rows @ direction
+            return projection > (limit if self.threshold == threshold else self.threshold)
+
+        return above
+
     @classmethod
     def between(
-        cls, vector: SteeringVector, *, positive: Evidence, negative: Evidence, per: Per = "sequence"
+        cls, vector: SteeringVector, *, positive: Evidence, negative: Evidence, per: Per | None = None
     ) -> ProjectionAbove:
         """The gate whose threshold best separates the positive rows, which are to be steered, from the negative ones.
 
@@ -72,22 +98,26 @@ class ProjectionAbove:
             StatisticsError: the positive side does not project higher than the negative one, or a side is empty.
         """
         gate = cls(vector, 0.0, per=per)
+        gate.threshold = gate._between(positive, negative)
+        return gate
+
+    def _between(self, positive: Evidence, negative: Evidence) -> float:
         if not (isinstance(positive, Statistics) and isinstance(negative, Statistics)):
-            return cls(vector, best_split(gate, positive=positive, negative=negative), per=per)
-        high, spread_high = gate._mean_and_spread(positive)
-        low, spread_low = gate._mean_and_spread(negative)
+            return best_split(self, positive=positive, negative=negative)
+        high, spread_high = self._mean_and_spread(positive)
+        low, spread_low = self._mean_and_spread(negative)
         if high <= low:
             raise StatisticsError(
-                f"gate at site {gate.site!r}: the positive mean projects to {high:.4g}, the negative to {low:.4g}; "
+                f"gate at site {self.site!r}: the positive mean projects to {high:.4g}, the negative to {low:.4g}; "
                 "is the vector's sign reversed?"
             )
         if not (spread_high and spread_low):
-            return cls(vector, (high + low) / 2, per=per)
-        return cls(vector, (high * spread_low + low * spread_high) / (spread_high + spread_low), per=per)
+            return (high + low) / 2
+        return (high * spread_low + low * spread_high) / (spread_high + spread_low)
 
     def _mean_and_spread(self, statistics: Statistics) -> tuple[float, float]:
         moments = statistics[self.site]
-        direction = self._direction.to(moments.mean)
+        direction = self._direction.exact.to(moments.mean)
         try:
             spread = float((direction @ moments.covariance @ direction).clamp(min=0).sqrt())
         except StatisticsError:
@@ -95,32 +125,4 @@ class ProjectionAbove:
         return float(moments.mean @ direction), spread
 
     def __repr__(self) -> str:
-        tokens = ", per='token'" if self.per == "token" else ""
-        return f"ProjectionAbove(site={self.site!r}, threshold={self.threshold:.4g}{tokens})"
-
-
-def only_site(vector: SteeringVector) -> tuple[str, Float[Tensor, " d"]]:
-    """The one site of a gate's vector, and the direction there.
-
-    Raises:
-        ShapeError: it has several sites, or none.
-    """
-    if len(vector) != 1:
-        raise ShapeError(f"a gate reads one site, the vector has {vector.sites}; choose one with vector.select")
-    site = vector.sites[0]
-    with torch.inference_mode(mode=False):  # so that it works in autograd later
-        return site, vector[site].clone()
-
-
-def fitting(direction: Float[Tensor, " d"], rows: Float[Tensor, "rows d"], site: str) -> Float[Tensor, " d"]:
-    """The direction in the rows' dtype and device.
-
-    Raises:
-        ShapeError: the rows have another size.
-    """
-    if rows.shape[-1] != len(direction):
-        raise ShapeError(
-            f"gate at site {site!r}: the activation has {rows.shape[-1]} features, the gate's direction "
-            f"{len(direction)}; was it fitted on another model?"
-        )
-    return direction.to(rows)
+        return f"ProjectionAbove(site={self.site!r}, threshold={self.threshold:.4g}{shown(self.per)})"

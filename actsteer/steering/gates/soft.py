@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from actsteer.steering.gates.gate import Per, ScoredGate
+from actsteer.steering.gates.gate import Fitted, Per, ScoredGate, wide
+from actsteer.steering.numbers import finite
 
 
 @final
@@ -37,9 +37,9 @@ class Soft:
     def __init__(self, gate: ScoredGate, *, width: float = 1.0) -> None:
         if not isinstance(gate, ScoredGate):
             raise TypeError(f"expected a gate with a score and a threshold, got {type(gate).__name__}")
-        if not (math.isfinite(width) and width > 0):
+        self.gate, self.width = gate, finite(width, "width")
+        if self.width <= 0:
             raise ValueError(f"width: expected a number above 0, got {width}")
-        self.gate, self.width = gate, float(width)
 
     @property
     def site(self) -> str:
@@ -51,12 +51,14 @@ class Soft:
         """What the gate inside decides for."""
         return self.gate.per
 
+    @property
+    def fitted(self) -> str | None:
+        """Where the vector of the gate inside was fitted, if it says so."""
+        return self.gate.fitted if isinstance(self.gate, Fitted) else None
+
     def __call__(self, rows: Float[Tensor, "rows d"]) -> Float[Tensor, " rows"]:
         """A weight per row, in float32 at least."""
-        score = self.gate.score(rows)
-        return torch.sigmoid(
-            (score.to(torch.promote_types(score.dtype, torch.float32)) - self.gate.threshold) / self.width
-        )
+        return torch.sigmoid((wide(self.gate.score(wide(rows))) - self.gate.threshold) / self.width)
 
     def __repr__(self) -> str:
         return f"Soft({self.gate!r}, width={self.width:.4g})"

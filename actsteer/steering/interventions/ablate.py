@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from actsteer.steering.interventions.intervention import unit
+from actsteer.steering.norms import nonzero_unit, unit
 
 
 @final
@@ -36,7 +38,17 @@ class Ablate:
     ) -> Float[Tensor, "*batch d"]:
         """h - c · (h·u) u."""
         along = unit(direction)
-        component = (activation @ along)[..., None]
+        component = activation @ along[:, None]
         if self.one_sided:
             component = component.clamp(min=0)
-        return activation - c * (component * along)
+        return torch.addcmul(activation, c * component, along, value=-1)
+
+    def prepare(
+        self, direction: Float[Tensor, " d"], c: Float[Tensor, ""]
+    ) -> Callable[[Float[Tensor, "*batch d"]], Float[Tensor, "*batch d"]]:
+        """h + (h·u) (-c u), with u and -c u computed here."""
+        along = nonzero_unit(direction, by=self)
+        column, change = along[:, None], -c * along
+        if self.one_sided:
+            return lambda activation: torch.addcmul(activation, (activation @ column).clamp(min=0), change)
+        return lambda activation: torch.addcmul(activation, activation @ column, change)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from actsteer.steering.interventions.intervention import unit
+from actsteer.steering.norms import nonzero_unit, norms, unit
 
 
 @final
@@ -33,5 +35,16 @@ class Add:
         self, activation: Float[Tensor, "*batch d"], direction: Float[Tensor, " d"], c: Float[Tensor, ...]
     ) -> Float[Tensor, "*batch d"]:
         """h + c · v."""
-        change = activation.norm(dim=-1, keepdim=True) * unit(direction) if self.relative else direction
-        return activation + c * change
+        if not self.relative:
+            return activation + c * direction
+        return torch.addcmul(activation, c * norms(activation).to(activation.dtype), unit(direction))
+
+    def prepare(
+        self, direction: Float[Tensor, " d"], c: Float[Tensor, ""]
+    ) -> Callable[[Float[Tensor, "*batch d"]], Float[Tensor, "*batch d"]]:
+        """h + (c v), or h + ‖h‖ (c u), with what is in brackets computed here."""
+        if not self.relative:
+            shift = c * direction
+            return lambda activation: activation + shift
+        change = c * nonzero_unit(direction, by=self)
+        return lambda activation: torch.addcmul(activation, norms(activation).to(activation.dtype), change)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -29,6 +29,15 @@ class AffineAt:
         """The activation on its way to W h + b, which it is at c = 1."""
         goal = linear(activation, self.weight.to(activation), self.bias.to(activation))
         return torch.lerp(activation, goal, c.to(activation))
+
+    def prepare(
+        self, direction: Float[Tensor, " d"], c: Float[Tensor, ""]
+    ) -> Callable[[Float[Tensor, "*batch d"]], Float[Tensor, "*batch d"]]:
+        """W and b in the dtype and on the device of the direction, and c as a number."""
+        weight, bias, share = self.weight.to(direction), self.bias.to(direction), float(c)
+        if share == 1:
+            return lambda activation: linear(activation, weight, bias)
+        return lambda activation: torch.lerp(activation, linear(activation, weight, bias), share)
 
 
 @final

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import final
 
 from jaxtyping import Float
 from torch import Tensor
 
-from actsteer.steering.interventions.intervention import Intervention, PerSite, at_site, check_intervention
+from actsteer.steering.interventions.intervention import (
+    Intervention,
+    PerSite,
+    at_site,
+    check_intervention,
+    prepared,
+)
 
 
 @final
@@ -36,11 +43,28 @@ class Chain:
         self, activation: Float[Tensor, "*batch d"], direction: Float[Tensor, " d"], c: Float[Tensor, ...]
     ) -> Float[Tensor, "*batch d"]:
         """What the last one makes of it."""
+        for intervention in self._each():
+            activation = intervention(activation, direction, c)
+        return activation
+
+    def prepare(
+        self, direction: Float[Tensor, " d"], c: Float[Tensor, ""]
+    ) -> Callable[[Float[Tensor, "*batch d"]], Float[Tensor, "*batch d"]]:
+        """Each of them is prepared."""
+        edits = [prepared(intervention, direction, c) for intervention in self._each()]
+
+        def edited(activation: Tensor) -> Tensor:
+            for edit in edits:
+                activation = edit(activation)
+            return activation
+
+        return edited
+
+    def _each(self) -> Iterator[Intervention]:
         for intervention in self.interventions:
             if not isinstance(intervention, Intervention):
                 raise TypeError(f"{self!r} is another intervention at each site; call what at(site) gives")
-            activation = intervention(activation, direction, c)
-        return activation
+            yield intervention
 
     def at(self, site: str) -> Chain:
         """The chain of the interventions of one site."""

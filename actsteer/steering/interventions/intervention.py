@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from actsteer.vectors.vector import SteeringVector
 
@@ -36,6 +34,46 @@ class Intervention(Protocol):
         self, activation: Float[Tensor, "*batch d"], direction: Float[Tensor, " d"], c: Float[Tensor, ...]
     ) -> Float[Tensor, "*batch d"]:
         """The edited activation; `c` is 0-dim, or has one value per row and broadcasts against the activation."""
+        ...
+
+
+@runtime_checkable
+class Prepared(Intervention, Protocol):
+    """An intervention that does once, for one direction and one strength, whatever does not depend on the activation.
+
+    It is optional: it makes an edit faster, and no other. For all v, c and h, `prepare(v, c)(h)` is what
+    `__call__(h, v, c)` gives, up to rounding. The Steerer prepares when a site first meets a dtype and a device, and
+    calls the function that it gets until the strengths change; in compiled code, where the direction is trained, and
+    where c differs between rows it uses `__call__`.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from actsteer import Steerer, SteeringVector
+    >>> class ScaleAlong:
+    ...     def __call__(self, activation, direction, c):
+    ...         return activation * (1 + c * direction)
+    ...
+    ...     def prepare(self, direction, c):
+    ...         factor = 1 + c * direction
+    ...         return lambda activation: activation * factor
+    >>> model, v = nn.Sequential(nn.Identity()), SteeringVector({"0": torch.tensor([1.0, 0.0])})
+    >>> with Steerer(model, v, c=2, intervention=ScaleAlong()):
+    ...     model(torch.tensor([[5.0, 7.0]]))
+    tensor([[15.,  7.]])
+    """
+
+    def prepare(
+        self, direction: Float[Tensor, " d"], c: Float[Tensor, ""]
+    ) -> Callable[[Float[Tensor, "*batch d"]], Float[Tensor, "*batch d"]]:
+        """The edit as a function of the activation alone.
+
+        Args:
+            direction: of the activation's dtype and device; it asks for no gradients and does not change.
+            c: one number, not 0, on the CPU.
+
+        Raises:
+            ZeroDirectionError: the direction is zero, and the intervention needs one.
+        """
         ...
 
 
@@ -105,24 +143,10 @@ def check_intervention(intervention: Any, *, by: str) -> None:
         )
 
 
-def unit(direction: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
-    """v / ‖v‖, and zero for a zero direction; kept until the direction changes."""
-    if torch.compiler.is_compiling() or direction.requires_grad or direction.is_inference():
-        return _unit(direction)
-    version: int
-    known: Tensor
-    version, known = _units.get(direction, (-1, direction))
-    if version != direction._version:
-        with torch.inference_mode(mode=False):  # so that it works in autograd later
-            known = _unit(direction)
-        _units[direction] = (direction._version, known)
-    return known
-
-
-_units: WeakIdKeyDictionary = WeakIdKeyDictionary()  # direction -> its version, and the unit direction
-
-
-def _unit(direction: Tensor) -> Tensor:
-    norm = direction.norm()
-    scaled: Tensor = direction / torch.where(norm > 0, norm, 1)
-    return scaled
+def prepared(
+    intervention: Intervention, direction: Float[Tensor, " d"], c: Float[Tensor, ""]
+) -> Callable[[Float[Tensor, "*batch d"]], Float[Tensor, "*batch d"]]:
+    """The intervention as a function of the activation alone, prepared if it can be."""
+    if isinstance(intervention, Prepared):
+        return intervention.prepare(direction, c)
+    return lambda activation: intervention(activation, direction, c)

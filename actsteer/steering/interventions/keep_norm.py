@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -10,7 +10,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from actsteer.steering.interventions.intervention import Edit, Intervention, PerSite, at_site, check_intervention
+from actsteer.steering.interventions.intervention import (
+    Edit,
+    Intervention,
+    PerSite,
+    at_site,
+    check_intervention,
+    prepared,
+)
+from actsteer.steering.norms import norms
 from actsteer.vectors.vector import SteeringVector
 
 
@@ -41,12 +49,14 @@ class KeepNorm:
         self, activation: Float[Tensor, "*batch d"], direction: Float[Tensor, " d"], c: Float[Tensor, ...]
     ) -> Float[Tensor, "*batch d"]:
         """What the intervention inside makes of the activation, of the activation's norm."""
-        if not isinstance(self.intervention, Intervention):
-            raise TypeError(f"{self!r} is another intervention at each site; call what at(site) gives")
-        edited = self.intervention(activation, direction, c)
-        norm = edited.norm(dim=-1, keepdim=True)
-        scale: Tensor = activation.norm(dim=-1, keepdim=True) / torch.where(norm > 0, norm, 1)
-        return edited * scale
+        return _scaled(self._inside(activation, direction, c), activation)
+
+    def prepare(
+        self, direction: Float[Tensor, " d"], c: Float[Tensor, ""]
+    ) -> Callable[[Float[Tensor, "*batch d"]], Float[Tensor, "*batch d"]]:
+        """The intervention inside is prepared, and what it makes is scaled."""
+        edited = prepared(self._inside, direction, c)
+        return lambda activation: _scaled(edited(activation), activation)
 
     def at(self, site: str) -> KeepNorm:
         """Around the intervention of one site."""
@@ -66,7 +76,19 @@ class KeepNorm:
         return KeepNorm(self._edit.described(metadata))
 
     @property
+    def _inside(self) -> Intervention:
+        if not isinstance(self.intervention, Intervention):
+            raise TypeError(f"{self!r} is another intervention at each site; call what at(site) gives")
+        return self.intervention
+
+    @property
     def _edit(self) -> Edit:
         if not isinstance(self.intervention, Edit):
             raise TypeError(f"{self!r} has no sites; give the Steerer vectors, and this as intervention=")
         return self.intervention
+
+
+def _scaled(edited: Float[Tensor, "*batch d"], activation: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+    """The direction of the one and the norm of the other; divided first, so that no quotient of norms overflows."""
+    norm, wanted = norms(edited), norms(activation)
+    return edited / torch.where(norm > 0, norm, 1).to(edited.dtype) * wanted.to(edited.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -30,6 +30,14 @@ class LowRankAt:
         """The edited activation; the direction is not used."""
         reads, adds, offsets = (part.to(activation) for part in (self.reads, self.adds, self.offsets))
         return activation + c * linear(linear(activation, reads, offsets), adds.T)
+
+    def prepare(
+        self, direction: Float[Tensor, " d"], c: Float[Tensor, ""]
+    ) -> Callable[[Float[Tensor, "*batch d"]], Float[Tensor, "*batch d"]]:
+        """h + (c Uᵀ)(A h + b), with A, b and c Uᵀ in the dtype and on the device of the direction."""
+        reads, adds, offsets = (part.to(direction) for part in (self.reads, self.adds, self.offsets))
+        change = c * adds.T
+        return lambda activation: activation + linear(linear(activation, reads, offsets), change)
 
 
 @final

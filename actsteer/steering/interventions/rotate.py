@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
 
@@ -9,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from actsteer.steering.interventions.intervention import unit
+from actsteer.steering.norms import nonzero_unit, norms, unit
+from actsteer.steering.numbers import finite
 
 
 @final
@@ -24,6 +26,9 @@ class Rotate:
     Args:
         angle: a, in radians.
 
+    Raises:
+        ValueError: an angle that is not finite.
+
     Source: angular steering, Vu and Nguyen 2025, in the plane of each activation.
 
     >>> import torch
@@ -34,16 +39,29 @@ class Rotate:
 
     angle: float
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "angle", finite(self.angle, "angle"))
+
     def __call__(
         self, activation: Float[Tensor, "*batch d"], direction: Float[Tensor, " d"], c: Float[Tensor, ...]
     ) -> Float[Tensor, "*batch d"]:
         """The activation, turned."""
-        along = unit(direction)
-        component = (activation @ along)[..., None]
-        rest = activation - component * along
-        across = rest.norm(dim=-1, keepdim=True)
-        turned = (torch.atan2(across, component) - c * self.angle).clamp(0, torch.pi)
-        norm = activation.norm(dim=-1, keepdim=True)
-        spans = (across > torch.finfo(across.dtype).eps * norm) & along.any()
-        edited = norm * (turned.cos() * along + turned.sin() * (rest / torch.where(spans, across, 1)))
-        return torch.where(spans, edited, activation)
+        return _turned(activation, unit(direction), c * self.angle)
+
+    def prepare(
+        self, direction: Float[Tensor, " d"], c: Float[Tensor, ""]
+    ) -> Callable[[Float[Tensor, "*batch d"]], Float[Tensor, "*batch d"]]:
+        """The turn by c · a, with u and c · a computed here."""
+        along, angle = nonzero_unit(direction, by=self), c * self.angle
+        return lambda activation: _turned(activation, along, angle)
+
+
+def _turned(h: Float[Tensor, "*batch d"], along: Float[Tensor, " d"], angle: Tensor) -> Float[Tensor, "*batch d"]:
+    component = h @ along[:, None]
+    rest = torch.addcmul(h, component, along, value=-1)
+    across, norm = norms(rest), norms(h)
+    spans = (across > 8 * torch.finfo(h.dtype).eps * norm) & along.any()  # below it, `rest` is rounding
+    turned = (torch.atan2(across, component) - angle).clamp(0, torch.pi)
+    toward, away = (norm * turned.cos()).to(h.dtype), (norm * turned.sin()).to(h.dtype)
+    edited = toward * along + away * (rest / torch.where(spans, across, 1).to(h.dtype))
+    return torch.where(spans, edited, h)

@@ -1,27 +1,19 @@
-"""The patch backend: the instance's own forward, and whatever else may lie there."""
+"""The tap and the hook: where each stands among what others put on a module, and what it leaves."""
 
 import copy
 import pickle
 
 import pytest
 import torch
-from actsteer.steering.backends.patch import Patch
 from torch import Tensor, nn
 
-from actsteer import Steerer, SteeringVector
+from actsteer import Steerer, SteeringNotApplied, SteeringVector
 from tests.oracles import state
 from tests.zoo import exact
 
 X = torch.tensor([[1.0, -0.5, 0.25, 2.0], [0.0, 1.0, -1.0, 0.5]], dtype=torch.float64)
 D = torch.tensor([1.0, -2.0, 0.5, 4.0], dtype=torch.float64)
 V = SteeringVector({"1": D})
-
-
-@pytest.fixture(autouse=True)
-def nothing_compiled():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def steered(vectors, **options):
@@ -32,14 +24,14 @@ def steered(vectors, **options):
 
 @pytest.mark.case(29)
 @pytest.mark.parametrize("site", ["", "0", "1", "1:in", "4"])
-def test_a_patch_is_a_hook_bit_for_bit(site):
+def test_a_tap_is_a_hook_bit_for_bit(site):
     v = SteeringVector({site: D})
     assert torch.equal(steered(v, c=2, backend="tap"), steered(v, c=2, backend="hook"))
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0), (1, 0, 2)])
 @pytest.mark.parametrize("kinds", [("tap",) * 3, ("hook", "tap", "hook"), ("tap", "hook", "tap")])
-def test_patches_and_hooks_on_one_module_leave_in_any_order(kinds, order):
+def test_taps_and_hooks_on_one_module_leave_in_any_order(kinds, order):
     model = exact()
     before = state(model)
     strengths = [1.0, -2.0, 4.0]
@@ -55,7 +47,7 @@ def test_patches_and_hooks_on_one_module_leave_in_any_order(kinds, order):
 
 
 @pytest.mark.parametrize("order", ["in", "out", "both"])
-def test_an_input_and_an_output_of_one_module_are_both_patched(order):
+def test_an_input_and_an_output_of_one_module_are_both_tapped(order):
     sites = {"in": ["1:in"], "out": ["1"], "both": ["1:in", "1"]}[order]
     v = SteeringVector(dict.fromkeys(sites, D))
     model = exact()
@@ -81,7 +73,7 @@ def test_another_forward_that_was_there_is_called_and_put_back():
     assert torch.equal(model(X), plain)
 
 
-def test_a_forward_that_covers_the_patch_is_left_where_it_is_and_warned_about():
+def test_a_forward_that_covers_the_tap_is_left_where_it_is_and_warned_about():
     model = exact()
     steerer = Steerer(model, V, c=2, backend="tap").attach()
     covered = model[1].forward
@@ -104,7 +96,7 @@ class Direct(nn.Module):
 
 
 @pytest.mark.case(17)
-def test_a_forward_called_alone_is_patched():
+def test_a_forward_called_alone_is_tapped():
     model = Direct()
     with Steerer(model, SteeringVector({"site": D}), c=2, backend="tap"):
         assert torch.equal(model(X), X + 2 * D)
@@ -113,14 +105,14 @@ def test_a_forward_called_alone_is_patched():
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_a_copy_of_a_patched_model_is_the_plain_model(clone):
+def test_a_copy_of_a_tapped_model_is_the_plain_model(clone):
     model = exact()
     with Steerer(model, V, c=2, backend="tap"):
         twin = clone(model)
         assert torch.equal(twin(X), exact()(X))
         assert torch.equal(model(X), steered(V, c=2))
     assert torch.equal(twin(X), exact()(X)) and torch.equal(model(X), exact()(X))
-    assert not any(isinstance(getattr(vars(m).get("forward"), "__self__", None), Patch) for m in twin.modules())
+    assert state(twin) == state(exact())
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -138,10 +130,54 @@ def test_an_exception_inside_the_block_leaves_nothing_behind(error):
     assert torch.equal(model(X), exact()(X))
 
 
-def test_a_patched_forward_raises_what_the_module_raises_and_stays_in_place():
+def test_a_tapped_forward_raises_what_the_module_raises_and_stays_in_place():
     model = exact()
     with Steerer(model, V, c=2, backend="tap"):
         with pytest.raises(RuntimeError):
             model(torch.ones(1, 3, dtype=torch.float64))
         assert torch.equal(model(X), steered(V, c=2))
     assert torch.equal(model(X), exact()(X))
+
+
+@pytest.mark.parametrize("site", ["1", "1:in"])
+def test_a_hook_is_registered_on_entering_and_removed_on_leaving(site):
+    model = exact()
+    before = state(model)
+    with Steerer(model, SteeringVector({site: D}), backend="hook"):
+        assert len(model[1]._forward_hooks) + len(model[1]._forward_pre_hooks) == 1
+        model(X)
+    assert state(model) == before
+
+
+def test_a_hook_runs_after_the_users_own_and_before_those_that_come_later():
+    model, seen = exact(), []
+    model[1].register_forward_hook(lambda module, args, output: seen.append(output))
+    with Steerer(model, V, c=2, backend="hook"):
+        late = model[1].register_forward_hook(lambda module, args, output: seen.append(output))
+        model(X)
+        late.remove()
+    assert torch.equal(seen[1], seen[0] + 2 * D)
+
+
+def test_a_tap_runs_before_the_users_hooks_which_see_the_edit():
+    model, seen = exact(), []
+    model[1].register_forward_hook(lambda module, args, output: seen.append(output))
+    plain = model(X)
+    with Steerer(model, V, c=2):
+        assert not torch.equal(model(X), plain)
+    assert torch.equal(seen[1], seen[0] + 2 * D)
+
+
+@pytest.mark.case(17)
+def test_a_hook_at_a_site_whose_forward_is_called_alone_raises():
+    model = Direct()
+    steerer = Steerer(model, SteeringVector({"site": D}), backend="hook")
+    with pytest.raises(SteeringNotApplied, match=r"\{'site': 'Identity'\}.*called by its forward\(\) alone"), steerer:
+        model(X)
+
+
+@pytest.mark.case(17)
+def test_a_hook_at_a_root_whose_forward_is_called_alone_raises():
+    model = exact()
+    with pytest.raises(SteeringNotApplied, match="Sequential"), Steerer(model, SteeringVector({"": D}), backend="hook"):
+        model.forward(X)
