@@ -245,7 +245,8 @@ class Passes:
         elif generation is not None and kind != "encoder":
             generation = self._text_of(generation, named, tokens)
             tokens = tokens if generation is None else generation.within(tokens)
-        tokens.may_go_on = generation is not None or (signature.may_go_on and not self._data)
+        waits = tokens.mask is not None and tokens.mask.device.type != "cpu"  # to see how long a text is
+        tokens.may_go_on = not self._data and (generation is not None or signature.may_go_on or waits)
         return self.about(tokens, generation, named=named, doubt=doubt)
 
     def _text_of(self, generation: Generation, named: Mapping[str, Any], tokens: Tokens) -> Generation | None:
