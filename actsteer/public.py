@@ -52,6 +52,8 @@ from actsteer.files.formats import Format as Format
 from actsteer.folding.fold import fold as fold
 from actsteer.folding.fold import unfold as unfold
 from actsteer.sites.resolve import find_sites as find_sites
+from actsteer.steering.attached import detach_all as detach_all
+from actsteer.steering.attached import steerers as steerers
 from actsteer.steering.gates.cosine_above import CosineAbove as CosineAbove
 from actsteer.steering.gates.gate import Combination as Combination
 from actsteer.steering.gates.gate import Fitted as Fitted
@@ -78,8 +80,6 @@ from actsteer.steering.interventions.low_rank import LowRank as LowRank
 from actsteer.steering.interventions.replace import Replace as Replace
 from actsteer.steering.interventions.rotate import Rotate as Rotate
 from actsteer.steering.steerer import Steerer as Steerer
-from actsteer.steering.steerer import detach_all as detach_all
-from actsteer.steering.steerer import steerers as steerers
 from actsteer.tuning.sweep import sweep as sweep
 from actsteer.vectors.bank import VectorBank as VectorBank
 from actsteer.vectors.site_map import SiteMap as SiteMap

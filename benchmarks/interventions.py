@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from actsteer import (
     Chain,
     Clamp,
     CosineAbove,
+    Gate,
     KeepNorm,
     LowRank,
     ProjectionAbove,
@@ -32,6 +33,8 @@ from benchmarks.models import NOISE_FLOOR, Setting, Variant, hooked, plain, stee
 
 ANGLE, TARGET, C = 0.3, 1.5, 0.75
 BY_HAND = ", by hand"
+Fires: TypeAlias = Callable[[Tensor], Tensor]
+"""What a gate decides of the activation that it reads."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,13 @@ def ways(setting: Setting) -> dict[str, Variant]:
         options = {"vectors": v, "c": C} | way.options(v)
         made[name + BY_HAND] = partial(hooked, setting.model, hooks)
         made[name] = partial(_steered, setting.model, options)
+    for name, (gate, fires) in EARLIER.items():
+        w = SteeringVector({f"{site}:in": _numbers(_width(setting, site), seed=7) for site in setting.sites})
+        bank = VectorBank({site: v.select(site) for site in setting.sites})
+        gates = {site: gate(w.select(f"{site}:in")) for site in setting.sites}
+        read = {site: (fires(w[f"{site}:in"]), C * v[site]) for site in setting.sites}
+        made[name + BY_HAND] = partial(_gated_earlier, setting.model, read)
+        made[name] = partial(_steered, setting.model, {"vectors": bank, "c": C, "gate": gates})
     return made
 
 
@@ -60,7 +70,7 @@ def check_equal(setting: Setting, made: dict[str, Variant]) -> None:
     """Each way gives the output of its formula, and not that of the unsteered model."""
     with torch.inference_mode():
         unsteered = setting.run(setting.model)
-        for name in WAYS:
+        for name in NAMES:
             if name in made:
                 with made[name]() as model:
                     ours = setting.run(model)
@@ -75,6 +85,41 @@ def check_equal(setting: Setting, made: dict[str, Variant]) -> None:
 
 def _steered(model: nn.Module, options: dict[str, Any]) -> AbstractContextManager[nn.Module]:
     return steered(Steerer(model, **options))
+
+
+@contextmanager
+def _gated_earlier(model: nn.Module, sites: dict[str, tuple[Fires, Tensor]]) -> Iterator[nn.Module]:
+    """A hook before each module that decides on its input, and one behind it that adds."""
+    decided: dict[str, Tensor] = {}
+
+    def read(module: nn.Module, args: Any, *, site: str) -> None:
+        decided[site] = sites[site][0](args[0])
+
+    def add(module: nn.Module, args: Any, output: Tensor, *, site: str) -> Tensor:
+        fires = decided[site]
+        return output + fires.view(*fires.shape, *[1] * (output.ndim - fires.ndim)) * sites[site][1]
+
+    with ExitStack() as handles:
+        for site in sites:
+            handles.callback(model.get_submodule(site).register_forward_pre_hook(partial(read, site=site)).remove)
+        handles.enter_context(hooked(model, {site: partial(add, site=site) for site in sites}))
+        yield model
+
+
+def _width(setting: Setting, site: str) -> int:
+    """The features of the input of a Linear or of a GPT-2's Conv1D."""
+    module = setting.model.get_submodule(site)
+    return int(module.in_features if isinstance(module, nn.Linear) else module.get_parameter("weight").shape[0])
+
+
+def _step_fires(w: Tensor) -> Fires:
+    u = _unit(w)
+    return lambda h: ((h if h.ndim == 2 else h.mean(dim=1)) @ u > 0.0).to(h.dtype)
+
+
+def _cosine_fires(w: Tensor) -> Fires:
+    u = _unit(w)
+    return lambda h: (h @ u > 0.05 * h.norm(dim=-1)).to(h.dtype)
 
 
 def _unit(v: Tensor) -> Tensor:
@@ -209,6 +254,15 @@ WAYS = {
     "Add, gated softly per token": Way(_each(lambda v: Soft(ProjectionAbove(v, 0.0, per="token"), width=0.5)), _soft),
     "Add, positions": Way(lambda v: {"positions": slice(2, None)}, _after_two),
 }
+EARLIER: dict[str, tuple[Callable[[SteeringVector], Gate], Callable[[Tensor], Fires]]] = {
+    # gates that read at the input of the module that is steered: the gate of a vector, and its formula
+    "Add, gated by a step that reads earlier": (lambda w: ProjectionAbove(w, 0.0), _step_fires),
+    "Add, gated per token by a cosine that reads earlier": (
+        lambda w: CosineAbove(w, 0.05, per="token"),
+        _cosine_fires,
+    ),
+}
+NAMES = (*WAYS, *EARLIER)
 
 
 def _numbers(d: int, *, seed: int) -> Tensor:

@@ -18,7 +18,7 @@ from actsteer import Steerer, SteeringVector, VectorBank
 CONCEPTS = 16
 NOISE_FLOOR, NO_OP, BY_HAND, INLINE = "unhooked again", "no-op hook", "hand-written hook", "added in the model's code"
 ONE, MANY = "Steerer, 1 concept", f"Steerer, {CONCEPTS} concepts"
-PATCH, BUFFER, FOLD = "Steerer, patch", "Steerer, buffer", "Steerer, fold"
+TAP, BUFFER, FOLD = "Steerer, tap", "Steerer, buffer", "Steerer, fold"
 
 Variant = Callable[[], AbstractContextManager[nn.Module]]
 
@@ -78,7 +78,7 @@ def variants(setting: Setting) -> dict[str, Variant]:
         BY_HAND: lambda: hooked(model, {site: _adding(v[site]) for site in v}),
         ONE: lambda: steered(Steerer(model, v / 2, c=2.0)),
         MANY: lambda: steered(Steerer(model, bank, c=strengths)),
-        PATCH: lambda: steered(Steerer(model, v / 2, c=2.0, backend="tap")),
+        TAP: lambda: steered(Steerer(model, v / 2, c=2.0, backend="tap")),
         BUFFER: lambda: steered(Steerer(model, v / 2, c=2.0, backend="buffer")),
         FOLD: lambda: steered(Steerer(model, v / 2, c=2.0, backend="fold")),
     }
@@ -94,13 +94,13 @@ def compiled_variants(setting: Setting, eager: nn.Module, *, compiler: str) -> d
     """Name -> a block, as for `variants`; each model is compiled by itself and shares the weights of the eager one."""
     bank, strengths = _bank(setting)
     v = bank.combine(strengths)
-    again, inline, patched, buffered, folded = (_twin(eager) for _ in range(5))  # compiled code ignores hooks
+    again, inline, tapped, buffered, folded = (_twin(eager) for _ in range(5))  # compiled code ignores hooks
     for site in v:
         parent, _, name = site.rpartition(".")
         setattr(inline.get_submodule(parent), name, nn.Sequential(inline.get_submodule(site), _Plus(v[site])))
     buffer = Steerer(buffered, v / 2, c=2.0, backend="buffer").install()
     run: dict[int, Any] = {
-        id(model): torch.compile(model, backend=compiler) for model in (again, inline, patched, buffered, folded)
+        id(model): torch.compile(model, backend=compiler) for model in (again, inline, tapped, buffered, folded)
     }
     with torch.inference_mode():
         for model in run.values():
@@ -108,8 +108,8 @@ def compiled_variants(setting: Setting, eager: nn.Module, *, compiler: str) -> d
     return {
         NOISE_FLOOR: lambda: plain(run[id(again)]),
         INLINE: lambda: plain(run[id(inline)]),
-        ONE: lambda: steered(Steerer(patched, v / 2, c=2.0), run[id(patched)]),
-        MANY: lambda: steered(Steerer(patched, bank, c=strengths), run[id(patched)]),
+        ONE: lambda: steered(Steerer(tapped, v / 2, c=2.0), run[id(tapped)]),
+        MANY: lambda: steered(Steerer(tapped, bank, c=strengths), run[id(tapped)]),
         BUFFER: lambda: steered(buffer, run[id(buffered)]),
         FOLD: lambda: steered(Steerer(folded, v / 2, c=2.0, backend="fold"), run[id(folded)]),
     }

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import actsteer
-from benchmarks import interventions
+from benchmarks import decoding, interventions
 from benchmarks.models import (
     BY_HAND,
     INLINE,
@@ -28,7 +28,7 @@ from benchmarks.models import (
     settings,
     variants,
 )
-from benchmarks.timing import Ratio, Timing, compare, set_threads
+from benchmarks.timing import SLOW, Ratio, Timing, compare, set_threads
 
 THREADS = (1, 2)
 
@@ -55,6 +55,8 @@ def main(
         made = interventions.ways(setting)
         interventions.check_equal(setting, made)
         others.append(compare(setting, made, threads=1, rounds=max(2, repeats // 2), seconds=seconds))
+    console.print("timing greedy decoding, 1 thread ...", style="dim")
+    decoded = [decoding.timed(quick=quick, rounds=SLOW * repeats, seconds=seconds)]
     compiler = "aot_eager" if quick else "inductor"
     for setting in every:
         # the compiler writes the number of threads into the code; and the variants of one model share a limit
@@ -65,8 +67,14 @@ def main(
             check_equal(fast, ways)
             timings.append(compare(fast, ways, threads=1, rounds=repeats, seconds=seconds))
         torch.compiler.reset()
+    console.print("timing greedy decoding, compiled, 1 thread ...", style="dim")
+    found, recompiles = decoding.timed_compiled(
+        quick=quick, rounds=SLOW * repeats, seconds=seconds, compiler="eager" if quick else compiler
+    )
+    decoded.append(found)
     console.print(table(timings))
     console.print(table_of_interventions(others))
+    console.print(table_of_decoding(decoded, recompiles))
     conclusion = verdict(timings)
     console.print(conclusion)
     if out is not None:
@@ -77,6 +85,8 @@ def main(
                 | results(timings)
                 | {
                     "interventions": [dataclasses.asdict(timing) for timing in others],
+                    "decoding": [dataclasses.asdict(timing) for timing in decoded],
+                    "recompiles": recompiles,
                     "conclusion": conclusion,
                 },
                 indent=2,
@@ -137,7 +147,7 @@ def table_of_interventions(timings: list[Timing]) -> Table:
     for timing in timings:
         made.add_column(timing.setting, justify="right")
     made.add_row("unhooked again", *(shown(timing.ratios[NOISE_FLOOR]) for timing in timings), end_section=True)
-    for name in interventions.WAYS:
+    for name in interventions.NAMES:
         made.add_row(
             name,
             *(
@@ -147,6 +157,18 @@ def table_of_interventions(timings: list[Timing]) -> Table:
                 for t in timings
             ),
         )
+    return made
+
+
+def table_of_decoding(timings: list[Timing], recompiles: int) -> Table:
+    """One row per way, as a share of the unsteered model's speed; the compiled one with what was compiled meanwhile."""
+    made = Table(title=f"speed / unsteered speed beside it: median (quartiles); {recompiles} recompiles")
+    made.add_column("")
+    for timing in timings:
+        made.add_column(timing.setting, justify="right")
+    made.add_row("unsteered, ms", *(f"{t.unhooked_microseconds / 1e3:.1f}" for t in timings), end_section=True)
+    for name in dict.fromkeys(name for timing in timings for name in timing.ratios):
+        made.add_row(name, *(shown(t.ratios[name].inverse()) if name in t.ratios else "" for t in timings))
     return made
 
 

@@ -31,6 +31,10 @@ class Ratio:
         lower, median, upper = statistics.quantiles(ratios, n=4, method="inclusive")
         return cls(median, lower, upper)
 
+    def inverse(self) -> Ratio:
+        """The ratio of speeds."""
+        return Ratio(1 / self.median, 1 / self.upper, 1 / self.lower)
+
 
 @dataclass(frozen=True)
 class Timing:

@@ -64,6 +64,7 @@ def state(model: nn.Module) -> dict[str, Any]:
     """Everything that must be left as it was found, as plain values: flags, hooks, attributes and numbers."""
     return {
         name: {
+            "class": "tapped" if "_actsteer_plain" in vars(type(module)) else type(module),
             "training": module.training,
             "hooks": [list(module._forward_hooks), list(module._forward_pre_hooks), list(module._backward_hooks)],
             "attributes": sorted(vars(module)),

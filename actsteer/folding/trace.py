@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +16,7 @@ from actsteer.collecting.batches import call
 from actsteer.collecting.eval_mode import eval_mode
 from actsteer.errors import NotFoldable
 from actsteer.folding.layers import kind_of
+from actsteer.sites import tap
 from actsteer.sites.axes import Layout
 from actsteer.sites.containers import Arguments, tensors_in
 from actsteer.sites.lens import Lens
@@ -64,13 +65,12 @@ class Trace:
             stack.enter_context(saved_tensors_hooks(_forget, _forget))  # there is no backward pass
             inputs = {site: place for site, place in places.items() if place.side == "in"}
             for site, place in inputs.items():  # before the module's own inputs are looked at
-                notice = self._noticing(site, place)
-                stack.callback(place.module.register_forward_pre_hook(notice, with_kwargs=True).remove)
+                _put(stack, place.module, "before", self._noticing(site, place))
             for name, module in {id(m): (n, m) for n, m in reversed(list(named_modules(model)))}.values():
                 self._follow(stack, name, module)
             for site, place in places.items():
                 if site not in inputs:
-                    stack.callback(place.module.register_forward_hook(self._noticing(site, place)).remove)
+                    _put(stack, place.module, "after", self._noticing(site, place))
             output = call(model, _tracked(batch))
         if missing := [site for site in places if site not in self.sites]:
             raise NotFoldable(
@@ -196,8 +196,8 @@ class Trace:
             run.output = None if first is None else first.grad_fn
             self._runs.append(run)
 
-        stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-        stack.callback(module.register_forward_hook(after).remove)
+        _put(stack, module, "before", before)
+        _put(stack, module, "after", after)
 
     def _noticing(self, site: str, place: Place) -> Any:
         lens = Lens(place, Layout(None))
@@ -214,6 +214,12 @@ class Trace:
             return tuple(whole) if place.side == "in" else whole
 
         return notice
+
+
+def _put(stack: ExitStack, module: nn.Module, when: tap.When, callback: Callable[..., Any]) -> None:
+    """By a tap, as a steering: what the module's hooks do comes before its input, and after its output."""
+    stack.callback(tap.take_off, module, when, callback)
+    tap.put(module, when, callback, owner=None)
 
 
 def _unused(model: nn.Module, read_by: Mapping[Node, object]) -> Iterator[tuple[str, nn.Module]]:

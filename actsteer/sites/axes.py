@@ -225,7 +225,7 @@ def known_size(place: Place) -> int | None:
     if len(place.path) > 1 or place.path not in ((), ("0",)):
         return None
     sizes = _sizes(unwrapped(place.module))
-    return None if sizes is None else sizes[place.side == "out"]
+    return None if sizes is None else sizes[place.side == "out"] or None  # 0: a lazy module's, until it is called
 
 
 def _sizes(module: nn.Module) -> tuple[int, int] | None:

@@ -171,7 +171,7 @@ def _settle(module: nn.Module, tap: Tap) -> None:
             has_methods = any(entry.by == "tap" for entry in tap.entries)
             made = _made(plain_class(module), has_methods=has_methods)  # for compiled code, which sees no hooks
         else:
-            made = _tapped(plain_class(module))  # type: ignore[arg-type]
+            made = _tapped(plain_class(module))
         object.__setattr__(module, "__class__", made)
 
 
@@ -195,7 +195,7 @@ def _pre_hook(callback: Callable[..., Any]) -> Callable[..., Any]:
 
 def _tapped(kind: type[nn.Module]) -> type[nn.Module]:
     """The same subclass each time, for compiled code guards on it; another once the class's forward is replaced."""
-    return _made_once(kind, inspect.getattr_static(kind, "forward"))
+    return _made_once(kind, inspect.getattr_static(kind, "forward"))  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -264,12 +264,13 @@ def _refuse_scripting(self: nn.Module) -> nn.Module:
 
 def _recompiled(self: nn.Module) -> Any:
     """A graph module writes its code into its class, which is to be the plain one."""
-    tapped = type(self)
-    object.__setattr__(self, "__class__", plain_class(self))
-    try:
-        return self.recompile()  # type: ignore[operator]
-    finally:
-        object.__setattr__(self, "__class__", tapped)
+    with lock:
+        object.__setattr__(self, "__class__", plain_class(self))
+        try:
+            return self.recompile()  # type: ignore[operator]
+        finally:
+            if (tap := self.__dict__.get(_MARK)) is not None:
+                _settle(self, tap)
 
 
 def _method_of(kind: type[nn.Module], name: str) -> Callable[..., Any]:

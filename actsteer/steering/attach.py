@@ -124,8 +124,9 @@ def attach_all(
         else:
             _check_order(edit, mechanism)
             put_at(edit.place, edit.on_input if edit.place.side == "in" else edit.on_output, mechanism)
-    leave = put(uncompiled(plan.model), "after", watch.after)
-    watch.leave = None if backend == "buffer" else leave  # what is installed serves later blocks too
+    if any(choice.mechanism != "fold" for choice in chosen.values()):  # a folded model may be scripted
+        leave = put(uncompiled(plan.model), "after", watch.after)
+        watch.leave = None if backend == "buffer" else leave  # what is installed serves later blocks too
 
 
 def _take_off(module: nn.Module, when: str, callback: Callable[..., Any]) -> None:
@@ -141,7 +142,8 @@ def _take_off(module: nn.Module, when: str, callback: Callable[..., Any]) -> Non
 
 def owners_at(module: nn.Module) -> list[Steers]:
     """The Steerers that have something at a module, in the order entered."""
-    owners = [entry.owner for entry in tap.entries_of(module)] + in_bias.owners_at(module)
+    entries = [entry for entry in tap.entries_of(module) if entry.callback is not tap.idle]  # which all share
+    owners = [entry.owner for entry in entries] + in_bias.owners_at(module)
     return [owner for owner in dict.fromkeys(owners) if isinstance(owner, Steers)]
 
 

@@ -29,7 +29,8 @@ class Checkpointing:
     def __init__(self, model: nn.Module, *, one_context: bool) -> None:
         self._model = model
         self._one_context = one_context
-        self._was_noted = False  # whether a checkpointed forward pass was steered
+        self._is_first = True  # whether nothing was edited yet
+        self._was_noted = False  # whether a checkpointed forward pass was
         self._waiting: list[_Pass] = []
         self._graphs: WeakSet[_Pass] = (
             WeakSet()
@@ -42,7 +43,10 @@ class Checkpointing:
         Raises:
             UnsupportedModelError: only one thread is steered, and another may run the backward pass.
         """
-        if edited.is_inference() or not (self._waiting or saves_otherwise(True) or not is_outside_of_functions()):
+        is_first, self._is_first = self._is_first, False
+        if edited.is_inference() or not (
+            is_first or self._waiting or saves_otherwise(True) or not is_outside_of_functions()
+        ):
             return False
         frame = _checkpoint_frame()
         if frame is None:
@@ -99,7 +103,7 @@ class Checkpointing:
 
     def forget(self) -> None:
         """Begin anew."""
-        self._was_noted, self._waiting = False, []
+        self._is_first, self._was_noted, self._waiting = True, False, []
         self._graphs = WeakSet()
 
     def _trains(self, edited: Tensor) -> bool:

@@ -299,7 +299,8 @@ class SiteEdit:
         bound = self._bound(view)
         edited = bound.run(view.part, now)
         if not _is_compiling():
-            keeps = view.is_plain and not self._checkpointing.notice(edited) and not self.is_trained
+            is_checkpointed = self._checkpointing.notice(edited)
+            keeps = view.is_plain and not is_checkpointed and not self.is_trained
             self._kept = (view.part.shape, view.part.dtype, bound.run, bound.shift, view.frame) if keeps else None
         return view.write(edited)
 

@@ -146,7 +146,7 @@ class _Fold:
         known = [*self._ours, *([] if self._original is None else [self._original])]
         if self._is_lost:
             return True
-        if bias is None or not known or any(_equal(own, bias) for own in known):
+        if self._original is None if bias is None else any(_equal(own, bias) for own in known):
             return False
         warnings.warn(
             f"the bias of a {plain_class(self._module).__name__} was changed while a steering was folded into it, by "
@@ -159,8 +159,9 @@ class _Fold:
 
 
 def _equal(own: Tensor, bias: Tensor) -> bool:
-    """Whether the bias has these numbers, in whatever dtype and on whatever device it is by now."""
-    return own.shape == bias.shape and torch.equal(own.to(bias), bias)
+    """Whether the bias has these numbers, on whatever device it is by now, and whatever dtypes it has gone through."""
+    through = (bias.dtype, torch.float32, torch.bfloat16, torch.float16)
+    return own.shape == bias.shape and any(torch.equal(own.to(dtype).to(bias), bias) for dtype in through)
 
 
 def _same(one: Tensor | None, other: Tensor) -> bool:

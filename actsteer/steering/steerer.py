@@ -387,38 +387,6 @@ class Steerer:
             )
 
 
-def steerers(model: nn.Module) -> tuple[Steerer, ...]:
-    """The Steerers that are attached to a model, or to a part of it, in the order in which they are met in it.
-
-    >>> model = nn.Sequential(nn.Linear(2, 2))
-    >>> import torch
-    >>> _ = Steerer(model, SteeringVector({"0": torch.ones(2)})).attach()  # whose name is lost
-    >>> len(steerers(model))
-    1
-    >>> detach_all(model)
-    >>> steerers(model)
-    ()
-    """
-    found = dict.fromkeys(owner for module in model.modules() for owner in owners_at(module))
-    return tuple(owner for owner in found if isinstance(owner, Steerer))
-
-
-def detach_all(model: nn.Module) -> None:
-    """Take off all that `steerers` lists, the last first, and what they installed.
-
-    Raises:
-        SteeringNotApplied: as `Steerer.detach`, after all are off.
-    """
-    failed: SteeringNotApplied | None = None
-    for steerer in reversed(steerers(model)):
-        try:
-            steerer.uninstall()
-        except SteeringNotApplied as error:
-            failed = failed or error
-    if failed is not None:
-        raise failed
-
-
 def _rebuilt(model: nn.Module, bank: VectorBank, options: dict[str, Any]) -> Steerer:
     """A Steerer of the same kind, not attached."""
     return Steerer(model, bank, **options)

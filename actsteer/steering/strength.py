@@ -226,7 +226,7 @@ def _checked(strength: object, where: str) -> float | Tensor | Schedule:
     """A number, unless it is on another device, which is not waited for; or a copy of a tensor; or a schedule."""
     if isinstance(strength, Real):
         try:
-            return finite(strength, where)
+            return finite(strength, where)  # type: ignore[arg-type]  # float() takes any Real
         except ValueError as error:
             raise StrengthError(str(error)) from None
     if not isinstance(strength, Tensor):

@@ -8,7 +8,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import interventions
+from benchmarks import decoding, interventions
 from benchmarks.models import (
     BUFFER,
     BY_HAND,
@@ -18,7 +18,7 @@ from benchmarks.models import (
     NO_OP,
     NOISE_FLOOR,
     ONE,
-    PATCH,
+    TAP,
     check_equal,
     compiled,
     compiled_variants,
@@ -45,7 +45,8 @@ def quick(tmp_path_factory):
 @pytest.mark.slow
 def test_the_file_says_what_ran_where(quick):
     _, found = quick
-    assert list(found) == ["command", "versions", "cpu", "timings", "interventions", "conclusion"]
+    assert list(found)[:3] == ["command", "versions", "cpu"]
+    assert list(found)[3:] == ["timings", "interventions", "decoding", "recompiles", "conclusion"]
     assert found["command"] == "python -m benchmarks.overhead --repeats 2 --quick"
     assert found["versions"]["torch"] == torch.__version__
     assert found["cpu"]["name"]
@@ -59,7 +60,7 @@ def test_every_intervention_is_timed_beside_its_formula(quick):
     assert "positions" in str(list(found["interventions"][-1]["ratios"])) and all(n in output for n in ("Rotate", "->"))
 
 
-@pytest.mark.parametrize("name", list(interventions.WAYS))
+@pytest.mark.parametrize("name", interventions.NAMES)
 def test_a_formula_that_is_another_one_is_not_timed(name):
     setting = settings(quick=True)[-1]
     made = interventions.ways(setting)
@@ -75,12 +76,33 @@ def test_every_variant_is_timed_on_every_model_with_every_number_of_threads(quic
     eager, fast = found["timings"][: 2 * len(names)], found["timings"][2 * len(names) :]
     assert [(t["setting"], t["threads"]) for t in eager] == list(product(names, (1, 2)))
     assert [(t["setting"], t["threads"]) for t in fast] == [(f"{name}, compiled", 1) for name in names]
-    assert all(list(t["ratios"]) == [NOISE_FLOOR, NO_OP, BY_HAND, ONE, MANY, PATCH, BUFFER, FOLD] for t in eager)
+    assert all(list(t["ratios"]) == [NOISE_FLOOR, NO_OP, BY_HAND, ONE, MANY, TAP, BUFFER, FOLD] for t in eager)
     assert all(list(t["ratios"]) == [NOISE_FLOOR, INLINE, ONE, MANY, BUFFER, FOLD] for t in fast)
     for timing in found["timings"]:
         assert all(0 < r["lower"] <= r["median"] <= r["upper"] for r in timing["ratios"].values())
         assert list(timing["within_noise"]) == [ONE, MANY]
     assert "hand-written edit within noise" in output
+
+
+def test_decoding_is_timed_beside_hooks_by_hand_and_compiles_nothing_anew(quick):
+    output, found = quick
+    eager, fast = found["decoding"]
+    by_hand = {name + decoding.BY_HAND for name in (decoding.GENERATED, decoding.GATED)}
+    assert eager["ratios"].keys() == {NOISE_FLOOR, decoding.GENERATED, decoding.GATED} | by_hand
+    assert fast["ratios"].keys() == {NOISE_FLOOR, decoding.GENERATED, decoding.GATED, ONE}
+    assert found["recompiles"] == 0
+    assert "0 recompiles" in output
+
+
+@pytest.mark.parametrize("name", [decoding.GENERATED, decoding.GATED])
+def test_decoding_that_writes_other_tokens_is_not_timed(name):
+    own = decoding.setting(quick=True)
+    made = decoding.ways(own)
+    decoding.check_equal(own, made)
+    with pytest.raises(AssertionError, match="writes other tokens than its formula"):
+        decoding.check_equal(own, made | {name + decoding.BY_HAND: made[NOISE_FLOOR]})
+    with pytest.raises(AssertionError, match="changes nothing"):
+        decoding.check_equal(own, dict.fromkeys(made, made[NOISE_FLOOR]))
 
 
 def timing(*, by_hand, one, many):
@@ -100,9 +122,10 @@ def test_the_conclusion_is_computed():
 
 def test_a_ratio_is_the_median_with_its_quartiles():
     assert Ratio.of([5.0, 1.0, 2.0, 4.0, 3.0]) == Ratio(3.0, 2.0, 4.0)
+    assert Ratio(2.0, 1.0, 4.0).inverse() == Ratio(0.5, 0.25, 1.0)
 
 
-@pytest.mark.parametrize("broken", [ONE, PATCH, FOLD])
+@pytest.mark.parametrize("broken", [ONE, TAP, FOLD])
 def test_a_variant_that_gives_another_output_is_not_timed(broken):
     setting = settings(quick=True)[0]
     ways = variants(setting)

@@ -11,6 +11,7 @@ from torch.nn import functional
 from actsteer import ShapeError, SiteNotFoundError, Steerer, SteeringVector, VectorBank, collect, fit, record
 from actsteer.sites.axes import Layout, known_size, layout, layouts
 from actsteer.sites.containers import get, locate
+from actsteer.sites.listen import listen
 from actsteer.sites.place import Place
 from actsteer.sites.resolve import resolve
 
@@ -314,16 +315,16 @@ CERTAIN = {"convolution", "convolution alone", "input of a convolution", "input 
 
 
 def first_row(model, x, site):
-    """The activation at a site by a hook of torch's own."""
+    """The activation at a site, after the steering."""
     name, _, side = site.partition(":")
     seen = []
     module = model.get_submodule(name)
     if side:
-        handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+        remove = listen(resolve(model, [site])[site], lambda _, args, kwargs: seen.append(args[0].clone()))
     else:
-        handle = module.register_forward_hook(lambda *given: seen.append(given[-1].clone()))
+        remove = module.register_forward_hook(lambda *given: seen.append(given[-1].clone())).remove
     model(x)
-    handle.remove()
+    remove()
     return seen[0]
 
 

@@ -467,7 +467,7 @@ def test_a_ddp_model_is_collected_fitted_trained_on_and_steered_and_still_trains
     one, other = (optimize(m, X, generator=g, **options) for m, g in zip((model, bare()), generators, strict=True))
     assert one.allclose(other)
     assert state(model) == before
-    with Steerer(model, v), Steerer(model.module, v):
+    with Steerer(model, v), Steerer(model.module, v, c=2):
         steered = model(X)
         assert not torch.equal(steered, bare()(X))
         steered.sum().backward()

@@ -266,3 +266,92 @@ def test_the_report_is_an_error_and_no_warning():
     with warnings.catch_warnings(record=True) as caught, pytest.raises(SteeringNotApplied):
         steered(Fork(), "left")
     assert caught == []
+
+
+# --- what stops being applied ------------------------------------------------------------------------------------
+class Adapted(nn.Module):
+    """As peft's layers: the layer, and what is merged into it."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.extra = layer, nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.extra(x)
+
+    def merged(self) -> nn.Linear:
+        whole = nn.Linear(2, 2)
+        with torch.no_grad():
+            whole.weight.copy_(self.base.weight + self.extra.weight)
+            whole.bias.copy_(self.base.bias + self.extra.bias)
+        return whole
+
+
+def replaced(model):
+    model.right = nn.Linear(2, 2)
+
+
+def merged(model):
+    model.right = model.right.merged()
+
+
+def taken_out(model):
+    model.right = nn.Identity()
+
+
+@EAGER
+@pytest.mark.parametrize("change", [replaced, merged, taken_out])
+@pytest.mark.parametrize("runs_again", [True, False])
+def test_a_module_that_is_replaced_after_it_was_steered_is_told(change, runs_again, backend):
+    model = Fork()
+    model.right = Adapted(model.right)
+    steerer = Steerer(model, V, backend=backend).attach()
+    model(X)
+    change(model)
+    if runs_again:
+        model(X)
+    with pytest.raises(SteeringNotApplied, match=r"the modules at \['right'\] were replaced while they were steered"):
+        steerer.detach()
+    assert not steerer.attached
+    with Steerer(model, V, backend=backend):
+        model(X)
+    with Steerer(model, V, backend=backend, strict=False):
+        model(X)
+        replaced(model)
+
+
+@pytest.mark.case(26)
+@pytest.mark.parametrize("kind", [nn.ReLU, nn.SiLU, nn.Hardtanh, nn.ELU])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("drops", [True, False], ids=["dropped", "used"])
+@pytest.mark.parametrize("backend", ["hook", "tap", "buffer"])
+def test_an_in_place_module_is_steered_whether_its_caller_takes_the_result_or_not(kind, mode, drops, backend):
+    class Caller(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.act, self.last = nn.Linear(2, 2), kind(inplace=True), nn.Linear(2, 2)
+
+        def forward(self, x):
+            x = self.first(x)
+            y = self.act(x)
+            return self.last(x if drops else y)
+
+    model, v = Caller(), SteeringVector({"act": torch.tensor([1.0, -2.0])})
+    with mode(), Steerer(model, v, c=2, backend=backend):
+        outputs = [model(X) for _ in range(3)]
+    with mode():
+        expected = model.last(model.act(model.first(X)) + 2 * v["act"])
+    assert all(torch.equal(output, expected) for output in outputs)
+
+
+@pytest.mark.case(26)
+def test_the_gradients_of_an_in_place_module_whose_result_is_taken_are_right():
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(inplace=True), nn.Linear(2, 2))
+    with Steerer(model, SteeringVector({"1": torch.ones(2)}), c=2):
+        for _ in range(2):
+            model.zero_grad()
+            model(X).sum().backward()
+    got = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    model[2](model[0](X).relu() + 2).sum().backward()
+    assert all(torch.equal(a, b.grad) for a, b in zip(got, model.parameters(), strict=True))

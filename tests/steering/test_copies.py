@@ -289,3 +289,64 @@ def test_a_copy_of_an_installed_steerer_is_not_installed(duplicate):
     other.uninstall()
     steerer.uninstall()
     assert state(steerer.model) == state(other.model) == state(exact())
+
+
+# --- shallow copies, replicas and quantised copies ---------------------------------------------------------------
+def with_zeros(module):
+    """The module with weights of its own, which are zeros."""
+    for name, parameter in list(module._parameters.items()):
+        module._parameters[name] = torch.nn.Parameter(torch.zeros_like(parameter))
+    return module
+
+
+@pytest.mark.case(34)
+@pytest.mark.parametrize("site", ["2", "2:in"])
+@pytest.mark.parametrize("backend", ["hook", "tap", "buffer"])
+@pytest.mark.parametrize("scope", ["process", "context"])
+def test_a_shallow_copy_is_plain_and_has_its_own_weights(site, backend, scope):
+    model = exact()
+    options = {"sites": site, "backend": backend, "scope": "process" if backend == "buffer" else scope}
+    with steerer_of(model, options):
+        expected = model(X)
+        twin = copy.copy(model[2])
+        assert torch.equal(bits(twin(X)), bits(exact()[2](X)))
+        assert not with_zeros(twin)(X).any()
+        assert torch.equal(model(X), expected)
+        assert type(twin) is torch.nn.Linear
+        assert sorted(vars(twin)) == sorted(vars(exact()[2]))
+    assert not with_zeros(twin)(X).any()
+    assert torch.equal(bits(model(X)), bits(exact()(X)))
+    assert state(model) == state(exact())
+
+
+@pytest.mark.case(34)
+@pytest.mark.parametrize("site", ["2", "2:in"])
+@pytest.mark.parametrize("options", [{}, {"backend": "hook"}, {"c": torch.tensor([1.0, 0.0, -2.0])}], ids=str)
+def test_a_replica_is_steered_and_computes_with_its_own_weights(site, options):
+    model = exact()
+    with steerer_of(model, {"sites": site} | options) as steerer:
+        c = steerer.c[:, None] if isinstance(steerer.c, torch.Tensor) else 1.0
+        replica = model[2]._replicate_for_data_parallel()
+        for name, parameter in model[2]._parameters.items():
+            setattr(replica, name, 2 * parameter.detach())  # as DataParallel gives it those of another device
+        shift = c * DIRECTION
+        wanted = 2 * exact()[2](X) + shift if site == "2" else 2 * exact()[2](X + shift)
+        torch.testing.assert_close(replica(X), wanted)
+        torch.testing.assert_close(model[2](X), exact()[2](X) + shift if site == "2" else exact()[2](X + shift))
+        model(X)
+
+
+@pytest.mark.case(34)
+@pytest.mark.parametrize("sites", ["0", "2:in", ("1", "2"), ""], ids=str)
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_a_quantised_copy_made_inside_the_block_is_the_plain_one(sites):
+    quantised = torch.ao.quantization.quantize_dynamic
+    model, x = exact().float(), X.float()
+    v = SteeringVector(dict.fromkeys(["0", "1", "2", "2:in", ""], DIRECTION))
+    expected = quantised(exact().float(), {torch.nn.Linear})
+    with Steerer(model, v, sites=sites):
+        twin = quantised(model, {torch.nn.Linear})
+        model(x)
+    assert [type(m) for m in twin.modules()] == [type(m) for m in expected.modules()]
+    assert torch.equal(twin(x), expected(x))

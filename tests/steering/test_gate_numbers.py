@@ -97,14 +97,6 @@ def test_the_mean_over_a_prompt_is_not_rounded_before_it_is_read(make, dtype):
 
 @dtypes
 def test_nor_that_over_the_tokens_of_a_padded_prompt(dtype):
-    class Texts(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed, self.block = nn.Identity(), Wide()
-
-        def forward(self, x, attention_mask=None):
-            return self.block(self.embed(x))
-
     texts, gate = ROWS.reshape(64, 8, D).to(dtype), ProjectionAbove(SteeringVector({"embed": DIRECTION}), 0.05)
     mask = (torch.arange(8) < 1 + torch.arange(64)[:, None] % 8).long()
     wide = texts if dtype is torch.float64 else texts.float()
@@ -281,6 +273,35 @@ def test_what_fit_makes_says_where_it_is_to_be_read(positions, per):
         v = fit(model, **sides, sites="0", positions=positions, progress=False, **options)
         gates = [ProjectionAbove(v, 0.0), CosineAbove(2 * v, 0.0)] + ([ProbeAbove(v)] if estimator else [])
         assert {gate.per for gate in gates} == {per}
+
+
+class Texts(nn.Module):
+    """Rows of tokens with an attention mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.block = nn.Identity(), Wide()
+
+    def forward(self, x, attention_mask=None):
+        return self.block(self.embed(x))
+
+
+@dtypes
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_last_token_of_every_prompt_is_read(dtype, side):
+    texts, lengths = ROWS.reshape(64, 8, D).to(dtype), 1 + torch.arange(64) % 8
+    places = torch.arange(8) if side == "right" else torch.arange(8).flip(0)
+    mask = (places < lengths[:, None]).long()
+    last = texts[torch.arange(64), lengths - 1 if side == "right" else -1]
+    v = SteeringVector({"embed": DIRECTION}, metadata={"positions": "last"})
+    gate = ProjectionAbove(v, 0.05)
+    with Steerer(model := Texts(), SteeringVector({"block": torch.ones(D)}), gate=gate):
+        added = (model(texts, attention_mask=mask) - texts.double()).amax(dim=(1, 2))
+        alone = model(texts) - texts.double()
+    fires = gate(last if dtype is torch.float64 else last.float())
+    assert 0 < int(fires.sum()) < 64
+    assert torch.equal(added > 0.5, fires)
+    assert torch.equal(alone[:, 0, 0] > 0.5, gate(texts[:, -1]))
 
 
 def test_explain_says_both():

@@ -1,6 +1,7 @@
 """The fold backend: c · v in the bias, where that is the same, and the bias put back bit for bit."""
 
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -323,3 +324,75 @@ def test_rows_of_strength_are_refused_inside_the_block_and_change_nothing():
 def test_install_is_not_for_a_fold():
     with pytest.raises(RuntimeError, match="install is for a buffer backend"):
         folded(exact()).install()
+
+
+# --- a bias that others write into -------------------------------------------------------------------------------
+CHANGED = "the bias of a Linear was changed while a steering was folded into it"
+SEVEN = torch.full((4,), 7.0, dtype=torch.float64)
+
+
+def load(model):
+    model.load_state_dict(model.state_dict() | {"0.bias": SEVEN})
+
+
+def step(model):
+    bias = model[0].bias.requires_grad_()
+    bias.grad = bias.detach() - SEVEN
+    torch.optim.SGD([bias], lr=1.0).step()
+
+
+def assign(model):
+    model[0].bias = nn.Parameter(SEVEN.clone())
+
+
+@pytest.mark.parametrize("change", [load, step, assign])
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("then", ["detach", "c", "another block", "a second one"])
+def test_numbers_that_others_wrote_into_the_bias_stay_and_are_warned_about_once(change, has_bias, then):
+    model = nn.Sequential(nn.Linear(4, 4, bias=has_bias)).double().eval()
+    v = SteeringVector({"0": torch.ones(4)})
+    steerers = [Steerer(model, v, c=c, backend="fold").attach() for c in (1, 2)[: 1 + (then == "a second one")]]
+    change(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if then == "c":
+            steerers[0].c = 5
+        for steerer in steerers:
+            steerer.detach()
+    assert [str(warning.message).startswith(CHANGED) for warning in caught] == [True]
+    assert torch.equal(model[0].bias, SEVEN)
+    if then == "another block":
+        with Steerer(model.requires_grad_(False), v, c=2, backend="fold"):
+            assert torch.equal(model[0].bias, SEVEN + 2)
+        assert torch.equal(model[0].bias, SEVEN)
+
+
+def test_a_bias_that_is_taken_away_stays_away():
+    model = nn.Sequential(nn.Linear(4, 4)).eval()
+    steerer = Steerer(model, SteeringVector({"0": torch.ones(4)}), backend="fold").attach()
+    model[0].bias = None
+    with pytest.warns(UserWarning, match=CHANGED):
+        steerer.c = 2
+    steerer.detach()
+    assert model[0].bias is None
+
+
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize(
+    "move",
+    [lambda m: m.double(), lambda m: m.half(), lambda m: m.half().float(), lambda m: m.load_state_dict(m.state_dict())],
+    ids=["double", "half", "half and back", "its own state"],
+)
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_bias_that_only_moves_is_put_back(has_bias, move, count):
+    model = nn.Sequential(nn.Linear(4, 4, bias=has_bias)).eval()
+    before = None if model[0].bias is None else model[0].bias.detach().clone()
+    steerers = [
+        Steerer(model, SteeringVector({"0": torch.full((4,), 0.1)}), c=c + 1, backend="fold").attach()
+        for c in range(count)
+    ]
+    move(model)
+    steerers[0].c = 3
+    for steerer in steerers:
+        steerer.detach()
+    assert model[0].bias is None if before is None else torch.equal(model[0].bias, before.to(model[0].bias))

@@ -47,7 +47,7 @@ def snapshot(model):
         return key, found if isinstance(found, bool | int | float | str | None) else id(found)
 
     numbers = {key: bits(tensor).tolist() for key, tensor in model.state_dict().items()}
-    modules = [[value(key, found) for key, found in vars(module).items()] for module in model.modules()]
+    modules = [(type(module), [value(key, found) for key, found in vars(module).items()]) for module in model.modules()]
     return numbers, modules
 
 
@@ -427,6 +427,16 @@ def test_detach_all_takes_off_what_is_installed_and_what_raises():
         detach_all(model)
     assert not lost.attached
     assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("first_leaves", [True, False])
+def test_inside_a_fused_module_too_those_that_left_are_not_listed(first_leaves):
+    model = encoder(batch_first=True)
+    both = [Steerer(model, SteeringVector({"layers.0.linear2": torch.ones(4)}), c=c).attach() for c in (1, 2)]
+    both.pop(0 if first_leaves else 1).detach()
+    assert steerers(model) == tuple(both)
+    both[0].detach()
+    assert steerers(model) == ()
 
 
 @pytest.mark.parametrize("backend", ["hook", "tap", "buffer", "fold"])

@@ -165,11 +165,13 @@ def test_directions_asked_for_in_inference_mode_can_be_trained():
 @EAGER
 @pytest.mark.parametrize("intervention", [None, mirror], ids=["Add", "custom"])
 @pytest.mark.parametrize(
-    "module",
-    [nn.Identity(), nn.Dropout(0.5), nn.Flatten(), nn.ReLU(inplace=True), nn.Dropout(0.5, inplace=True)],
+    ("module", "site"),
+    [
+        *((module, site) for module in (nn.Identity(), nn.Dropout(0.5), nn.Flatten()) for site in ("0", "0:in")),
+        *((module, "0:in") for module in (nn.ReLU(inplace=True), nn.Dropout(0.5, inplace=True))),
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("site", ["0", "0:in"])
 def test_the_callers_input_is_not_changed(backend, intervention, module, site):
     model = nn.Sequential(module, nn.Identity()).eval()
     x = torch.tensor([[1.0, 2.0, 0.25, 4.0], [8.0, 0.5, 2.0, 1.0]])  # positive: ReLU gives it out as it is
@@ -180,6 +182,20 @@ def test_the_callers_input_is_not_changed(backend, intervention, module, site):
     expected = x + 0.5 * V.abs() if intervention is None else mirror(x, V.abs(), 0.5)
     assert all(torch.equal(out, expected) for out in outs)
     assert torch.equal(model(x), kept)
+
+
+@pytest.mark.case(26)
+@EAGER
+@pytest.mark.parametrize("intervention", [None, mirror], ids=["Add", "custom"])
+@pytest.mark.parametrize("module", [nn.ReLU(inplace=True), nn.Dropout(0.5, inplace=True)], ids=str)
+def test_behind_a_module_that_writes_into_its_input_the_edit_is_there_too(backend, intervention, module):
+    model = nn.Sequential(module, nn.Identity()).eval()
+    x = torch.tensor([[1.0, 2.0, 0.25, 4.0], [8.0, 0.5, 2.0, 1.0]])
+    with Steerer(model, SteeringVector({"0": V.abs()}), c=0.5, backend=backend, intervention=intervention):
+        for _ in range(3):
+            expected = x + 0.5 * V.abs() if intervention is None else mirror(x, V.abs(), 0.5)
+            assert torch.equal(model(x), expected)
+            assert torch.equal(x, expected)
 
 
 @pytest.mark.case(26)

@@ -1,13 +1,15 @@
 """The tap and the hook: where each stands among what others put on a module, and what it leaves."""
 
+import abc
 import copy
 import pickle
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from actsteer import Steerer, SteeringNotApplied, SteeringVector
+from actsteer import Steerer, SteeringNotApplied, SteeringVector, UnsupportedModelError
 from tests.oracles import state
 from tests.zoo import exact
 
@@ -181,3 +183,150 @@ def test_a_hook_at_a_root_whose_forward_is_called_alone_raises():
     model = exact()
     with pytest.raises(SteeringNotApplied, match="Sequential"), Steerer(model, SteeringVector({"": D}), backend="hook"):
         model.forward(X)
+
+
+# --- the class ---------------------------------------------------------------------------------------------------
+class Registering(nn.Linear):
+    """Its subclasses have to be named."""
+
+    def __init_subclass__(cls, *, name: str) -> None:
+        pass
+
+
+class Last(nn.Linear):
+    """Has no subclasses."""
+
+    def __init_subclass__(cls, **options: object) -> None:
+        raise TypeError("nothing comes after it")
+
+
+class Meta(type):
+    """A metaclass that makes its instances in another way."""
+
+    def __call__(cls, *args: object, **options: object) -> object:
+        made = super().__call__(*args, **options)
+        made.made_by = cls.__name__
+        return made
+
+
+class WithMeta(nn.Linear, metaclass=Meta):
+    """A class of it."""
+
+
+class Slotted(nn.Linear):
+    """Has a slot beside its attributes."""
+
+    __slots__ = ("extra",)
+
+
+class Virtual(nn.Linear, abc.ABC):
+    """Is abstract by its metaclass."""
+
+
+@pytest.mark.parametrize("kind", [WithMeta, Slotted, Virtual, nn.LazyLinear])
+@pytest.mark.parametrize("backend", ["auto", "tap"])
+@pytest.mark.parametrize("site", ["0", "0:in"])
+def test_a_class_of_any_make_is_tapped_and_given_back(kind, backend, site):
+    model = nn.Sequential(kind(4) if kind is nn.LazyLinear else kind(4, 4)).double()
+    with Steerer(model, SteeringVector({site: D}), backend=backend):
+        assert type(model[0]).__name__ in (kind.__name__, "Linear")
+        assert isinstance(model[0], kind)
+        got = model(X)
+    assert torch.allclose(got, model(X) + D if site == "0" else model(X + D))
+    assert type(model[0]) is (nn.Linear if kind is nn.LazyLinear else kind)
+
+
+@pytest.mark.parametrize("kind", [Registering, Last])
+@pytest.mark.parametrize("backend", ["tap", "hook", "buffer"])
+def test_a_class_that_lets_no_subclass_be_made_is_refused_and_can_be_folded(kind, backend):
+    model = nn.Sequential(kind(4, 4)).double().eval()
+    before, v = state(model), SteeringVector({"0": D})
+    steerer = Steerer(model, v, backend=backend)
+    with pytest.raises(UnsupportedModelError, match=f"a {kind.__name__} is steered by a subclass.*backend='fold'"):
+        steerer.attach()
+    assert not steerer.attached
+    assert state(model) == before
+    with Steerer(model, v, backend="fold"):
+        model(X)
+    assert state(model) == before
+
+
+class Doubles(nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+@pytest.mark.parametrize("site", ["2", "2:in"])
+@pytest.mark.parametrize("when", ["before", "inside", "inside and off again"])
+def test_torchs_parametrizations_come_before_and_inside_the_block(site, when):
+    model, twin = exact(), exact()
+    v = SteeringVector({site: D})
+    if when != "inside and off again":
+        parametrize.register_parametrization(twin[2], "weight", Doubles())
+    expected, plain = [], twin(X)
+    with Steerer(twin, v):
+        expected.append(twin(X))
+    if when == "before":
+        parametrize.register_parametrization(model[2], "weight", Doubles())
+    with Steerer(model, v):
+        if when != "before":
+            parametrize.register_parametrization(model[2], "weight", Doubles())
+        if when == "inside and off again":
+            parametrize.remove_parametrizations(model[2], "weight", leave_parametrized=False)
+        assert torch.equal(model(X), expected[0])
+    assert torch.equal(model(X), plain)
+    with Steerer(model, v):
+        assert torch.equal(model(X), expected[0])
+    assert torch.equal(model(X), plain)
+
+
+def test_a_graph_module_that_is_compiled_anew_inside_the_block_stays_steered():
+    graph = torch.fx.symbolic_trace(exact())
+    plain, kind = graph(X), type(graph)
+    with Steerer(graph, SteeringVector({"": D, "1": D})):
+        expected = graph(X)
+        for node in list(graph.graph.nodes):
+            if node.target == "4":
+                node.replace_all_uses_with(node.args[0])
+                graph.graph.erase_node(node)
+        graph.recompile()
+        got = graph(X)
+    assert torch.equal(exact()[4](got - D) + D, expected)
+    assert torch.equal(exact()[4](graph(X)), plain)
+    assert type(graph) is kind
+
+
+# --- programs that are made of a tapped module -------------------------------------------------------------------
+@pytest.mark.case(15)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_steered_module_is_not_scripted():
+    model = nn.Sequential(Direct())
+    with Steerer(model, SteeringVector({"0.site": D})):
+        for part in (model, model[0].site):
+            with pytest.raises(UnsupportedModelError, match=r"a steered .* cannot be scripted"):
+                torch.jit.script(part)
+        model(X)
+    torch.jit.script(exact())
+
+
+@pytest.mark.case(15)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of shapes, which a trace fixes
+@pytest.mark.parametrize("site", ["", "1", "2:in"])
+@pytest.mark.parametrize(
+    "program",
+    [lambda m: torch.jit.trace(m, X), lambda m: torch.export.export(m, (X,)).module()],
+    ids=["trace", "export"],
+)
+def test_what_is_traced_or_exported_inside_the_block_keeps_the_steering(site, program):
+    model = exact()
+    with Steerer(model, SteeringVector({site: D})):
+        expected = model(X)
+        made = program(model)
+    assert torch.equal(made(X), expected)
+    assert torch.equal(model(X), exact()(X))
+    with Steerer(model, SteeringVector({site: D}), c=3):
+        assert torch.equal(made(X), expected)
+        model(X)

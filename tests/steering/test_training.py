@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from actsteer import GateError, ProjectionAbove, Steerer, SteeringVector, UnsupportedModelError, VectorBank
 from tests.zoo import exact, gpt2, normal
@@ -611,3 +611,64 @@ def test_no_graph_is_kept_after_the_forward():
         del output
         gc.collect()
         assert alive[0]() is None
+
+
+# --- what changes between a checkpointed forward pass and its backward pass ----------------------------------------
+@pytest.mark.case(51)
+@reentrant
+@pytest.mark.parametrize("backend", ["hook", "tap", "buffer"])
+def test_a_strength_that_is_set_before_the_backward_pass_is_warned_about(reentrant, backend):
+    model, x = exact().train(), X.clone().requires_grad_()
+    with Steerer(model, V, backend=backend) as steerer:
+        output = checkpoint(model, x, use_reentrant=reentrant)
+        with pytest.warns(UserWarning, match=r"recompute the activations with another strength.*before c is set"):
+            steerer.c = 2
+        del output
+        checkpoint(model, x, use_reentrant=reentrant).sum().backward()
+        steerer.c = 3
+
+
+@pytest.mark.case(51)
+@reentrant
+@pytest.mark.parametrize("backend", ["hook", "tap", "buffer"])
+@pytest.mark.parametrize("within", [False, True], ids=["alone", "within another block"])
+def test_a_block_that_is_entered_before_the_backward_pass_is_warned_about(reentrant, backend, within):
+    model, x = exact().train(), X.clone().requires_grad_()
+    with Steerer(model, V, c=2, backend=backend) if within else nullcontext():
+        output = checkpoint(model, x, use_reentrant=reentrant)
+        with Steerer(model, V, backend=backend, strict=False):
+            with pytest.warns(UserWarning, match="was checkpointed before this steering was attached"):
+                output.sum().backward()
+            checkpoint(model, x, use_reentrant=reentrant).sum().backward()
+    with Steerer(model, V, backend=backend):
+        checkpoint(model, x, use_reentrant=reentrant).sum().backward()
+
+
+@pytest.mark.case(51)
+@reentrant
+@pytest.mark.parametrize("site", ["0:in", "1", "3", "4", ""])
+@pytest.mark.parametrize("segments", [1, 2, 5])
+def test_a_checkpointed_sequence_is_steered_in_every_part(reentrant, site, segments):
+    model, x = exact().train(), X.clone().requires_grad_()
+    v = SteeringVector({site: DIRECTION})
+
+    def run():
+        return checkpoint_sequential(model, segments, x, use_reentrant=reentrant)
+
+    if site == "":
+        with Steerer(model, v):  # checkpoint_sequential calls the children alone
+            assert torch.equal(run(), exact()(X))
+        return
+    with Steerer(model, v):
+        got = gradients(model, x, run())
+        expected = gradients(model, x, model(x))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    steerer = Steerer(model, v).attach()
+    output = run()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        steerer.detach()
+    if not caught:  # it is in the last part, which is not checkpointed
+        got = gradients(model, x, output)
+        assert all(torch.allclose(a, b) for a, b in zip(got, expected, strict=True))

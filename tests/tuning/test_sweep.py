@@ -72,11 +72,13 @@ def fails(model):
 
 
 def skips_a_site(model):
-    model.forward = lambda x: model[:2](x)
+    members = dict(model._modules)
+    for name in ("2", "3", "4"):
+        del model._modules[name]
     try:
         return metrics(model)
     finally:
-        del model.forward
+        model._modules.update(members)
 
 
 @pytest.mark.parametrize(
