@@ -143,6 +143,8 @@ class Plan:
             edit.lens.place = places[edit.place.site]
         for reader in self.readers:
             reader.lens.place = places[reader.place.site]
+        for passes in self.passes:
+            passes.find_again({place.module for place in places.values()})
 
     def vectors(self) -> VectorBank:
         """The bank with the directions as they are now."""

@@ -131,6 +131,12 @@ class Passes:
         self._first = {place: own(0) for place, own in self._schedules.items()}
         self._by_token = tuple(place for place in active if place in amounts or place in self.positions)
 
+    def find_again(self, modules: Iterable[nn.Module]) -> None:
+        """Modules of the model were replaced: the encoder perhaps, and those of sites, which are among these now."""
+        if self.whose.kind == "encoder":
+            self.host = encoder_of(self.root.host) or self.host
+        self.modules = list(modules)
+
     @property
     def now(self) -> Pass | None:
         """The pass that runs in this context."""

@@ -248,3 +248,19 @@ def test_texts_may_be_cut_off():
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     with pytest.raises(ValueError, match="truncation"):
         text_batches(Chat(), ["a"], truncation=0)
+
+
+# --- modules that are replaced ---------------------------------------------------------------------------------------
+def test_an_encoder_that_was_replaced_has_its_pads():
+    sizes = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    config = transformers.T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0)
+    model, other = (seeded(lambda: transformers.T5ForConditionalGeneration(config)) for _ in range(2))
+    steerer = Steerer(model, SteeringVector({"encoder.block.0": torch.full((16,), 1000.0)}))
+    model.encoder = other.encoder
+    ids, mask = torch.tensor([[3, 4, 5]]), torch.tensor([[1, 1, 0]])
+    seen = []
+    handle = model.encoder.block[0].register_forward_hook(lambda m, a, out: seen.append(out[0].mean(-1) > 500))
+    with torch.no_grad(), steerer:
+        model(input_ids=ids, attention_mask=mask, decoder_input_ids=ids)
+    handle.remove()
+    assert seen[0].int().tolist() == mask.tolist()
