@@ -363,7 +363,7 @@ def _of_the_encoder(named: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-_ENCODERS = {"input_ids", "inputs_embeds", "attention_mask", "src", "src_key_padding_mask", "x", "input_features"}
+_ENCODERS = {"input_ids", "inputs_embeds", "attention_mask", "src", "src_key_padding_mask"}
 
 
 def _is_true(mask: Any) -> bool:
