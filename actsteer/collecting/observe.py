@@ -97,7 +97,7 @@ class Observation:
                 handles.callback(listen(listener.place, listener))
             for batch, keep, rows in steps:
                 args, kwargs = arguments(batch)
-                begun = {own: own.begun(args, kwargs, self._signature) for own in self._passes}
+                begun = {own: own.begun(args, kwargs, self._signature) for own in self._passes if own.modules}
                 self.stopper.begin()
                 self.asked = _Asked(keep, self._positions, begun, first_shape(batch)[:2], rows, {})
                 try:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from actsteer.collecting.batches import call
 from actsteer.collecting.eval_mode import eval_mode
 from actsteer.errors import NotFoldable
-from actsteer.folding.unpadded import at_tokens, unpadded
+from actsteer.folding.unpadded import at_tokens, named, unpadded
 from actsteer.sites.containers import tensors_in
 from actsteer.steering.steerer import Steerer
 from actsteer.vectors.vector import SteeringVector
@@ -29,6 +29,7 @@ class Proof:
     """
 
     def __init__(self, steerer: Steerer, batch: Any) -> None:
+        batch = named(steerer.model, batch)
         self.batches = unpadded(batch)
         self._padded = None if self.batches[0] is batch else batch
         model = steerer.model

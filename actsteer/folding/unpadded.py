@@ -5,9 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from actsteer.tokens.inputs import signature_of
 
 _MASK, _DECODER = "attention_mask", ("decoder_", "labels")
+
+
+def named(model: nn.Module, batch: Any) -> Any:
+    """A batch of positional arguments by name, if a mask is among them; any other as it is."""
+    signature = signature_of(model)
+    if not isinstance(batch, tuple | list) or not signature.unmasked < len(batch) <= len(signature.names):
+        return batch
+    return dict(zip(signature.names, batch, strict=False))
 
 
 def unpadded(batch: Any) -> list[Any]:

@@ -321,7 +321,8 @@ def _axes_known(model: nn.Module, place: Place) -> tuple[int | None, int | None]
     module = unwrapped(place.module)
     if isinstance(module, nn.RNNBase) and place.side == "out" and place.path[:1] == ("1",):
         return 1, None  # the last states: (layers, rows, features), always
-    if (known := _BY_CLASS.get(plain_class(module).__name__)) is not None:
+    known = _BY_CLASS.get(plain_class(module).__name__)
+    if known is not None and place.path in ((), ("0",), ("hidden_states",)):
         return known
     around = [outer for outer in path_to(model, place.name) if outer is not place.module]
     if any(plain_class(unwrapped(outer)).__name__ in _ROWS_SECOND for outer in around):
@@ -336,7 +337,9 @@ def _axes_known(model: nn.Module, place: Place) -> tuple[int | None, int | None]
 
 _BY_CLASS = {  # transformers' and others' blocks of several streams -> the axes of rows and tokens
     "Gemma3nTextDecoderLayer": (1, 2),  # (4, B, S, D)
-    "DeepseekV4DecoderLayer": (0, 1),  # (B, S, n, D), hyper connections
+    **dict.fromkeys(  # (B, S, n, D), hyper connections
+        ("DeepseekV4DecoderLayer", "Glm5NextTextDecoderLayer", "HYV4DecoderLayer", "HYV4VLDecoderLayer"), (0, 1)
+    ),
 }
 _ROWS_SECOND = {"XLNetModel"}  # everything inside has (S, B, D)
 _BY_HOOK = dict.fromkeys(  # of TransformerLens: (B, S, heads, d)

@@ -103,7 +103,7 @@ def described(model: nn.Module) -> dict[str, str]:
 
 def model_type(model: nn.Module) -> str | None:
     """What a Hugging Face model's config calls its architecture, "llama"; None for any other model."""
-    found = getattr(getattr(unwrapped(model), "config", None), "model_type", None)
+    found = getattr(vars(unwrapped(model)).get("config"), "model_type", None)
     return found if isinstance(found, str) and found else None
 
 

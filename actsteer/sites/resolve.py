@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, TypeAlias, final
@@ -137,9 +138,11 @@ def named_sites(model: nn.Module) -> Modules:
 
 def hook_points(model: nn.Module) -> dict[str, nn.Module]:
     """The names that a TransformerLens model gives its HookPoints; empty for any other model."""
-    points: Any = getattr(unwrapped(model), "hook_dict", None)
+    points: Any = None
+    with suppress(Exception):  # a property of the user's that is only called so
+        points = getattr(unwrapped(model), "hook_dict", None)
     known = isinstance(points, Mapping) and all(isinstance(point, nn.Module) for point in points.values())
-    return dict(points) if known else {}  # else an attribute of the user's that is only called so
+    return dict(points) if known else {}
 
 
 def path_to(model: nn.Module, name: str) -> list[nn.Module]:

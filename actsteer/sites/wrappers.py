@@ -42,7 +42,8 @@ def slot_of_class(kind: type[nn.Module]) -> str | None:
 def inside_adapters(modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
     """The prefixes of the names of what peft has put into layers, which no pattern selects."""
     kinds = {kind for kind in {type(module) for module in modules.values()} if _adapted(kind) is not None}
-    return tuple(f"{name}." for name, module in modules.items() if type(module) in kinds) if kinds else ()
+    adapted = [(name, module) for name, module in modules.items() if type(module) in kinds] if kinds else []
+    return tuple(f"{name}." for name, module in adapted if _adapted(type(module)) in module._modules)
 
 
 def _adapted(kind: type[nn.Module]) -> str | None:
@@ -61,7 +62,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 def uncompiled(module: nn.Module) -> nn.Module:
     """What torch.compile has wrapped, which runs whether it is called compiled or not; any other module itself."""
-    while type(module).__name__ == "OptimizedModule":
+    while type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules:
         inner = module._modules["_orig_mod"]
         assert inner is not None
         module = inner

@@ -13,6 +13,7 @@ from actsteer.private_names import skips_guards
 from actsteer.sites.place import Place
 from actsteer.sites.resolve import path_to
 from actsteer.sites.shards import is_sharded
+from actsteer.sites.wrappers import uncompiled
 from actsteer.steering.scope import Scope
 
 Backend: TypeAlias = Literal["auto", "tap", "hook", "buffer", "fold"]
@@ -78,6 +79,6 @@ def choose(model: nn.Module, place: Place, *, backend: Backend) -> Choice:
 def _compiled(model: nn.Module, place: Place) -> str | None:
     """The class of a module around the place that is compiled."""
     for module in (*path_to(model, place.name), place.module):
-        if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
+        if uncompiled(module) is not module or module._compiled_call_impl is not None:
             return type(getattr(module, "_orig_mod", module)).__name__
     return None

@@ -21,7 +21,7 @@ from actsteer.errors import (
 )
 from actsteer.sites.axes import Axes, known_size, layout, layouts
 from actsteer.sites.place import Place
-from actsteer.sites.resolve import Modules, Sites, are_there, named_sites, resolve, select
+from actsteer.sites.resolve import Modules, Sites, are_there, hook_points, named_sites, resolve, select
 from actsteer.sites.wrappers import unwrapped
 from actsteer.steering.checkpointing import Checkpointing
 from actsteer.steering.edit import SiteEdit
@@ -143,6 +143,8 @@ class Plan:
             edit.lens.place = places[edit.place.site]
         for reader in self.readers:
             reader.lens.place = places[reader.place.site]
+        for passes in self.passes:
+            passes.find_again({place.module for place in places.values()})
 
     def vectors(self) -> VectorBank:
         """The bank with the directions as they are now."""
@@ -248,7 +250,7 @@ def _passes(
     somewhere = {
         place: own for place, own in chosen.items() if own is not None and not (isinstance(own, str) and own == "all")
     }
-    bridged = getattr(model, "original_model", None) if hasattr(model, "hook_dict") else None
+    bridged = getattr(model, "original_model", None) if hook_points(model) else None
     host = bridged if isinstance(bridged, nn.Module) else unwrapped(model)
     return groups(host, places, said_of(mask, places), somewhere)
 

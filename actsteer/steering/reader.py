@@ -84,7 +84,7 @@ class GateReader:
             raise GateError(f"gate at site {self.gate.site!r}: a packed sequence has no rows; gate at an earlier site")
         return self._keep([self._read(rows, frame, nested=view.raw.is_nested) for rows, frame in view.rows()])
 
-    def _keep(self, parts: Sequence[Tensor]) -> Tensor:
+    def _keep(self, parts: list[Tensor]) -> Tensor:
         weights = parts[0] if len(parts) == 1 else torch.cat(parts)
         self._alone = weights if self._passes.now is None and self._passes.root.now is None else None
         self._passes.decide(self._key, weights, holds=not self._per_token)

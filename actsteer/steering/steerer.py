@@ -194,8 +194,12 @@ class Steerer:
     def on(self, model: nn.Module, *, sites: Sequence[str]) -> Steerer:
         """The same steering, of another model of this architecture, at some of the sites."""
         axes = {site: axis for site, axis in self.axes.items() if site in sites}
+        tells = {
+            name: {site: said for site, said in own.items() if site in sites} if isinstance(own, Mapping) else own
+            for name, own in self._tells.items()
+        }
         own = {name: SteeringVector({s: v[s] for s in v}, metadata=v.metadata) for name, v in self.bank.items()}
-        return Steerer(model, VectorBank(own), **(self._arguments()[2] | {"sites": sites, "axis": axes}))
+        return Steerer(model, VectorBank(own), **(self._arguments()[2] | tells | {"sites": sites, "axis": axes}))
 
     def choices(self) -> dict[str, Choice]:
         """Site -> the backend that would serve it now, and why.

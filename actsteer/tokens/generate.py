@@ -102,7 +102,7 @@ def _generation(
     inputs = next((value for value in given if isinstance(value, Tensor) and value.ndim >= 2), None)
     rows = None if inputs is None else inputs.shape[0]
     mask = kwargs.get("attention_mask")
-    if signature_of(module).decodes:
+    if signature_of(module).prefix(kwargs):
         inputs, mask = kwargs.get("decoder_input_ids"), kwargs.get("decoder_attention_mask")
     elif cache_in(kwargs)[1] is not None:
         inputs = mask = None
@@ -114,7 +114,7 @@ def _generation(
 
 def _tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Any) -> Tokens | None:
     """The tokens of the pass with these inputs, among all columns so far."""
-    prefix = "decoder_" if signature_of(module).decodes else ""
+    prefix = signature_of(module).prefix(inputs)
     fed = next((inputs[n] for n in (prefix + "input_ids", "inputs_embeds") if isinstance(inputs.get(n), Tensor)), None)
     if fed is None:
         return None

@@ -47,6 +47,8 @@ class Signature(NamedTuple):
     star: str | None
     is_open: bool
     """Whether it takes keyword arguments that it does not name."""
+    has_decoder: bool = False
+    """Whether the module says that it has a decoder beside an encoder."""
 
     @property
     def tells(self) -> bool:
@@ -59,10 +61,10 @@ class Signature(NamedTuple):
         places = [place for place, name in enumerate(self.names) if _is_mask(name) or (not place and name in _HOLDS)]
         return min(places, default=0 if self.star else len(self.names))
 
-    @property
-    def decodes(self) -> bool:
-        """Whether it takes the inputs of a decoder beside those of an encoder."""
-        return "decoder_input_ids" in self.names
+    def prefix(self, named: Mapping[str, Any]) -> str:
+        """What the names of the tokens of a call begin with: those of a decoder, where there is one."""
+        given = any(named.get(f"decoder_{name}") is not None for name in ("input_ids", "inputs_embeds"))
+        return "decoder_" if given or (self.has_decoder and "decoder_input_ids" in self.names) else ""
 
     @property
     def may_go_on(self) -> bool:
@@ -85,8 +87,13 @@ def signature_of(module: nn.Module) -> Signature:
     found = _signature(type(inner).forward)
     children = [child for child in inner._modules.values() if child is not None]
     if found.star is None or found.names or len(children) != 1:
-        return found
+        return found._replace(has_decoder=_has_decoder(inner))
     return signature_of(children[0])._replace(star=found.star)
+
+
+def _has_decoder(module: nn.Module) -> bool:
+    """Whether its configuration says so, as those of transformers do."""
+    return getattr(vars(module).get("config"), "is_encoder_decoder", False) is True
 
 
 @lru_cache(maxsize=256)
@@ -232,7 +239,10 @@ def _mask_said(named: Mapping[str, Any], mask: Mask) -> Bool[Tensor, "B T"] | No
     found: Any = named
     for key in mask.split("."):
         try:
-            found = found[int(key)] if isinstance(found, tuple | list) else found[key]
+            if isinstance(found, Mapping):
+                found = found[key]
+            else:
+                found = found[int(key)] if isinstance(found, tuple | list) else getattr(found, key)
         except (KeyError, IndexError, ValueError, TypeError, AttributeError):
             raise BatchError(f"mask={mask!r}: the call has no such input; it has {sorted(named)}; {SAY}") from None
         if found is None:
@@ -302,7 +312,7 @@ def cached(cache: Any) -> int | Tensor | None:
 def encoder_of(model: nn.Module) -> nn.Module | None:
     """The encoder of a model that has a decoder too, if it is a module in it."""
     inner = unwrapped(model)
-    if not getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+    if not _has_decoder(inner):
         return None
     get = getattr(inner, "get_encoder", None)
     encoder = get() if callable(get) else None

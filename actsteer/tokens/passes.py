@@ -132,6 +132,12 @@ class Passes:
         self._first = {place: own(0) for place, own in self._schedules.items()}
         self._by_token = tuple(place for place in active if place in amounts or place in self.positions)
 
+    def find_again(self, modules: Iterable[nn.Module]) -> None:
+        """Modules of the model were replaced: the encoder perhaps, and those of sites, which are among these now."""
+        if self.whose.kind == "encoder":
+            self.host = encoder_of(self.root.host) or self.host
+        self.modules = list(modules)
+
     @property
     def now(self) -> Pass | None:
         """The pass that runs in this context."""
@@ -169,6 +175,8 @@ class Passes:
         if generation is not None and (ready := generation.announced.get(self.number)) is not None:
             generation.announced[self.number] = None
         asks = bool(self._by_token) or self.is_read or self._data
+        if not (self.modules or self._data):  # no site has these tokens
+            return Pass(generation=generation)
         if ready is None and not asks and (not self.sees_inputs or self._has_no_pads(args, kwargs, signature)):
             return Pass()
         named = signature.named(args, kwargs)
@@ -230,7 +238,7 @@ class Passes:
         kind = self.whose.kind
         if kind == "none":
             return Pass(named=named, generation=generation)
-        prefix = "decoder_" if signature.decodes or "decoder_input_ids" in named else ""
+        prefix = signature.prefix(named)
         if kind in ("encoder", "memory"):
             named, prefix = _of_the_encoder(named), ""
         tokens = tokens_of(named, prefix=prefix, mask=self.whose.mask, strict=asks, data=self._data)
@@ -244,7 +252,8 @@ class Passes:
         elif generation is not None and kind != "encoder":
             generation = self._text_of(generation, named, tokens)
             tokens = tokens if generation is None else generation.within(tokens)
-        tokens.may_go_on = generation is not None or (signature.may_go_on and not self._data)
+        waits = tokens.mask is not None and tokens.mask.device.type != "cpu"  # to see how long a text is
+        tokens.may_go_on = not self._data and (generation is not None or signature.may_go_on or waits)
         return self.about(tokens, generation, named=named, doubt=doubt)
 
     def _text_of(self, generation: Generation, named: Mapping[str, Any], tokens: Tokens) -> Generation | None:
@@ -310,9 +319,10 @@ def groups(
 ) -> tuple[tuple[Passes, ...], dict[str, Passes]]:
     """The passes of a model, those of the model itself first, and site -> those that it is of."""
     encoder, root = encoder_of(host), Passes(host, positions, data=data)
+    reads = encoder is not None or "encoder_hidden_states" in signature_of(host).names
     made, of_site = {root.whose: root}, {}
     for site, place in places.items():
-        own = whose(place, encoder, said)
+        own = whose(place, encoder, said, reads=reads)
         if own not in made:
             at = encoder if own.kind == "encoder" and encoder is not None and not data else host
             made[own] = Passes(at, positions, whose=own, root=root, number=len(made), data=data)
@@ -350,13 +360,15 @@ def _is_part(module: nn.Module, passes: Passes) -> bool:
 def _of_the_encoder(named: Mapping[str, Any]) -> dict[str, Any]:
     """Of a model's inputs, what says something of the encoder's tokens."""
     found = {name: value for name, value in named.items() if name in _ENCODERS}
+    if named.get("encoder_hidden_states") is not None:
+        return {"inputs_embeds": named["encoder_hidden_states"], "attention_mask": named.get("encoder_attention_mask")}
     outputs = named.get("encoder_outputs")
     if outputs is not None and not isinstance(found.get("input_ids"), Tensor):
         found["inputs_embeds"] = first_tensor([outputs if isinstance(outputs, tuple | list) else dict(outputs)])
     return found
 
 
-_ENCODERS = {"input_ids", "inputs_embeds", "attention_mask", "src", "src_key_padding_mask", "x", "input_features"}
+_ENCODERS = {"input_ids", "inputs_embeds", "attention_mask", "src", "src_key_padding_mask"}
 
 
 def _is_true(mask: Any) -> bool:

@@ -96,7 +96,7 @@ def all_or_none(positions: Positions, tokens: Tokens) -> bool | None:
 def _chosen(positions: Positions, tokens: Tokens) -> Tensor:
     """The same, and perhaps some pads."""
     match positions:
-        case "all" | "mean":
+        case "all":
             return torch.ones(1, tokens.length, dtype=torch.bool, device=tokens.device)
         case "prompt":
             return tokens.in_prompt[None]

@@ -38,8 +38,8 @@ class Whose(NamedTuple):
     mask: Mask | None = None
 
 
-def whose(place: Place, encoder: nn.Module | None, said: Mapping[str, Mask | None]) -> Whose:
-    """Which tokens a site has, in a model with this encoder."""
+def whose(place: Place, encoder: nn.Module | None, said: Mapping[str, Mask | None], *, reads: bool) -> Whose:
+    """Which tokens a site has, in a model with this encoder; `reads`: whether it reads what an encoder gives."""
     if place.site in said:
         mask = said[place.site]
         return Whose("none") if mask is None else Whose("call", mask)
@@ -50,8 +50,8 @@ def whose(place: Place, encoder: nn.Module | None, said: Mapping[str, Mask | Non
         inside = any(module is place.module for module in encoder.modules())
         if inside or any(part == "encoder" or part.startswith("encoder_last") for part in parts - {place.name}):
             return Whose("encoder")
-        if _CROSS.search(place.name) or (place.side == "in" and _MEMORY.intersection(place.path)):
-            return Whose("memory")
+    if reads and (_CROSS.search(place.name) or (place.side == "in" and _MEMORY.intersection(place.path))):
+        return Whose("memory")
     return Whose("answers") if _ANSWERS.intersection(parts) else Whose("call")
 
 

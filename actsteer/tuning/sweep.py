@@ -15,6 +15,7 @@ from actsteer.steering.interventions.intervention import Edit
 from actsteer.steering.plan import AllPositions, Gates, Interventions
 from actsteer.steering.steerer import Steerer
 from actsteer.steering.strength import Strengths
+from actsteer.tokens.whose import Masks
 from actsteer.vectors.bank import VectorBank
 from actsteer.vectors.vector import SteeringVector
 
@@ -30,6 +31,9 @@ def sweep(
     positions: AllPositions | None = None,
     sites: Sites | None = None,
     axis: Axes | None = None,
+    row_axis: Axes | None = None,
+    token_axis: Axes | None = None,
+    mask: Masks | None = None,
     backend: Backend = "auto",
     strict: bool = True,
     progress: bool = True,
@@ -60,6 +64,9 @@ def sweep(
         positions=positions,
         sites=sites,
         axis=axis,
+        row_axis=row_axis,
+        token_axis=token_axis,
+        mask=mask,
         backend=backend,
         strict=strict,
     )

@@ -58,3 +58,12 @@ def test_a_fold_is_proved_on_texts_of_several_lengths(batch):
         steered = model(**batch).logits[real]
     assert torch.allclose(folded(**batch).logits[real], steered, atol=1e-9)
     assert not torch.allclose(model(**batch).logits[real], steered, atol=1e-3)
+
+
+def test_a_mask_that_is_passed_by_position_is_seen():
+    model, v = llama(), SteeringVector({"model.layers.1": normal(16, seed=3)})
+    folded = fold(model, v, 2.0, verify_on=(LEFT["input_ids"], LEFT["attention_mask"]))
+    with torch.no_grad(), Steerer(model, v, c=2.0):
+        steered = model(**LEFT).logits
+    real = LEFT["attention_mask"].bool()
+    assert torch.allclose(folded(**LEFT).logits[real], steered[real], atol=1e-9)
