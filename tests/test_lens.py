@@ -155,7 +155,7 @@ def test_leaving_the_block_removes_no_hook_of_theirs(inside, permanent, backend)
 
 
 @pytest.mark.case(47)
-def test_their_hooks_and_the_steering_run_in_the_order_in_which_they_were_added():
+def test_their_hooks_run_after_the_steering():
     model, x = lens(), normal(2, 3)
 
     def double(value, hook):
@@ -164,13 +164,12 @@ def test_their_hooks_and_the_steering_run_in_the_order_in_which_they_were_added(
     def steer(value, hook):
         return value + V[MIDDLE]
 
-    first = with_hooks(model, x, (MIDDLE, double), (MIDDLE, steer))
-    second = with_hooks(model, x, (MIDDLE, steer), (MIDDLE, double))
-    assert not torch.equal(first, second)
+    expected = with_hooks(model, x, (MIDDLE, steer), (MIDDLE, double))
+    assert not torch.equal(with_hooks(model, x, (MIDDLE, double), (MIDDLE, steer)), expected)
     with model.hooks(fwd_hooks=[(MIDDLE, double)]):
-        assert torch.equal(steered(model, x, V), first)
+        assert torch.equal(steered(model, x, V), expected)
     with Steerer(model, V):
-        assert torch.equal(with_hooks(model, x, (MIDDLE, double)), second)
+        assert torch.equal(with_hooks(model, x, (MIDDLE, double)), expected)
 
 
 class Switched(nn.Module):

@@ -356,7 +356,7 @@ def hidden(model, v, *, backend, c=1.5):
 
 @pytest.mark.case(41)
 @pytest.mark.parametrize(("make", "name"), CAPTURING.values(), ids=CAPTURING.keys())
-@pytest.mark.parametrize("backend", ["hook", "tap", "auto"])
+@pytest.mark.parametrize("backend", ["tap", "auto"])  # a hook comes after those that capture
 @pytest.mark.parametrize("before", [True, False], ids=["captured before", "first captured inside"])
 @pytest.mark.parametrize("layer", [0, 1])
 def test_hidden_states_show_the_edit_and_agree_with_the_logits(make, name, backend, before, layer):
@@ -579,7 +579,7 @@ def test_a_scripted_part_is_refused_and_its_neighbours_are_not():
     assert state(model.front) == before
     x = torch.ones(2, 4)
     with torch.no_grad(), Steerer(model, SteeringVector({"front": torch.ones(4)})):
-        assert torch.equal(model(x), model.scripted(model.front.forward(x) + 1))
+        assert torch.equal(model(x), model.scripted(nn.functional.linear(x, model.front.weight, model.front.bias) + 1))
 
 
 @pytest.mark.case(18)

@@ -51,18 +51,19 @@ class Entry(NamedTuple):
 
 @final
 class Tap:
-    """The callbacks of one module; the tuples are replaced and never changed, for a pass may be going over them."""
+    """The callbacks of one module, in the order in which they are called.
+
+    It is replaced at once and never changed: a pass may be going over it, and an interrupt may come at any line.
+    """
 
     __slots__ = ("after", "around", "before", "entries", "hooks", "methods", "on_instance", "only")
 
-    def __init__(self) -> None:
-        self.hooks: dict[int, Any] = {}  # id(entry) -> the handle of its hook
-        self.on_instance = False  # whether the callbacks are called around a forward that lies on the instance
-        self.set(())
-
-    def set(self, entries: tuple[Entry, ...]) -> None:
-        """Have these called, in this order."""
+    def __init__(
+        self, entries: tuple[Entry, ...] = (), hooks: dict[int, Any] | None = None, *, on_instance: bool = False
+    ) -> None:
         self.entries = entries
+        self.hooks = {} if hooks is None else hooks  # id(entry) -> the handle of its hook
+        self.on_instance = on_instance  # whether they are called around a forward that lies on the instance
         tapped = [entry for entry in entries if entry.by == "tap"]
         self.before = tuple(entry.callback for entry in tapped if entry.when == "before")
         self.after = tuple(entry.callback for entry in tapped if entry.when == "after")
@@ -112,11 +113,7 @@ class Tap:
 def put(module: nn.Module, when: str, callback: Callable[..., Any], *, owner: Any, by: By = "tap") -> None:
     """Have the module call `callback`, after those that are there; `take_off` undoes it, and may be called before."""
     with lock:
-        tap = module.__dict__.get(_MARK)
-        if tap is None:
-            tap = module.__dict__[_MARK] = Tap()
-        tap.set((*tap.entries, Entry(when, callback, owner, by)))
-        _settle(module, tap)
+        _settle(module, (*entries_of(module), Entry(when, callback, owner, by)))
 
 
 def take_off(module: nn.Module, when: str, callback: Callable[..., Any]) -> bool:
@@ -126,12 +123,11 @@ def take_off(module: nn.Module, when: str, callback: Callable[..., Any]) -> bool
         Whether another forward came to lie on the instance, over this callback, which may not have been called since.
     """
     with lock:
-        tap = module.__dict__.get(_MARK) or Tap()
+        entries = entries_of(module)
         present = module.__dict__.get("forward")
         is_covered = present is not None and not isinstance(present, _OnInstance) and not _is_of_a_tap(present)
-        mine = next((e for e in reversed(tap.entries) if e.when == when and e.callback == callback), None)
-        tap.set(tuple(entry for entry in tap.entries if entry is not mine))
-        _settle(module, tap)
+        mine = next((e for e in reversed(entries) if e.when == when and e.callback == callback), None)
+        _settle(module, tuple(entry for entry in entries if entry is not mine))
     return is_covered and mine is not None and mine.by == "tap" and when not in METHODS
 
 
@@ -148,17 +144,26 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
     return plain
 
 
-def _settle(module: nn.Module, tap: Tap) -> None:
+def _settle(module: nn.Module, entries: tuple[Entry, ...]) -> None:
     """Bring the module to what its callbacks ask for, from whatever an interrupt has left."""
-    _settle_hooks(module, tap)
     values = module.__dict__
+    before = values.get(_MARK) or Tap()
+    hooks, wanted = before.hooks, {id(entry): entry for entry in entries if entry.by == "hook"}
+    for key in [key for key in hooks if key not in wanted]:  # what still does something is still listed
+        hooks[key].remove()
+        del hooks[key]
+    tap = values[_MARK] = Tap(entries, hooks, on_instance=before.on_instance or "forward" in values)
+    for key, entry in wanted.items():
+        if key not in hooks and entry.when == "before":
+            hooks[key] = module.register_forward_pre_hook(_pre_hook(entry.callback), with_kwargs=True)
+        elif key not in hooks:
+            hooks[key] = module.register_forward_hook(entry.callback)
     names = {"forward", *tap.methods} if tap.entries else set()
     for name in ("forward", *METHODS):
         present = values.get(name)
         if _is_of_a_tap(present):  # accelerate puts back what it found
             del values[name]
         elif name in names and present is not None and not isinstance(present, _OnInstance):
-            tap.on_instance, tap.only = tap.on_instance or name == "forward", None
             values[name] = _OnInstance(module, name, present)
         elif name not in names and isinstance(present, _OnInstance):
             values[name] = present.previous
@@ -173,19 +178,6 @@ def _settle(module: nn.Module, tap: Tap) -> None:
         else:
             made = _tapped(plain_class(module))
         object.__setattr__(module, "__class__", made)
-
-
-def _settle_hooks(module: nn.Module, tap: Tap) -> None:
-    wanted = {id(entry): entry for entry in tap.entries if entry.by == "hook"}
-    for key in [key for key in tap.hooks if key not in wanted]:
-        tap.hooks[key].remove()
-        del tap.hooks[key]
-    for key, entry in wanted.items():
-        if key not in tap.hooks:
-            if entry.when == "before":
-                tap.hooks[key] = module.register_forward_pre_hook(_pre_hook(entry.callback), with_kwargs=True)
-            else:
-                tap.hooks[key] = module.register_forward_hook(entry.callback)
 
 
 def _pre_hook(callback: Callable[..., Any]) -> Callable[..., Any]:
@@ -269,8 +261,7 @@ def _recompiled(self: nn.Module) -> Any:
         try:
             return self.recompile()  # type: ignore[operator]
         finally:
-            if (tap := self.__dict__.get(_MARK)) is not None:
-                _settle(self, tap)
+            _settle(self, entries_of(self))
 
 
 def _method_of(kind: type[nn.Module], name: str) -> Callable[..., Any]:

@@ -11,15 +11,16 @@ from typing import Any, Protocol, final, runtime_checkable
 import torch
 from torch import nn
 
-from actsteer.errors import UnsupportedModelError
+from actsteer.errors import SteeringNotApplied, UnsupportedModelError
 from actsteer.sites import tap
+from actsteer.sites.listen import likely_cause
 from actsteer.sites.place import Place, Side
-from actsteer.sites.resolve import path_to
+from actsteer.sites.resolve import are_there, path_to
 from actsteer.sites.shards import is_sharded
 from actsteer.sites.wrappers import uncompiled
 from actsteer.steering import in_bias
 from actsteer.steering.choose import Backend, Choice, choose
-from actsteer.steering.edit import SiteEdit
+from actsteer.steering.edit import Fired, SiteEdit
 from actsteer.steering.handles import Handles
 from actsteer.steering.plan import Plan
 from actsteer.steering.scope import Presence
@@ -140,9 +141,27 @@ def _take_off(module: nn.Module, when: str, callback: Callable[..., Any]) -> Non
         )
 
 
+def check_applied(plan: Plan) -> None:
+    """Raise SteeringNotApplied if a site did not run though the model did, or its module was replaced since it had."""
+    places = [edit.place for edit in plan.edits.values()]
+    silent = [edit.place for edit in plan.edits.values() if edit.fired is Fired.NO]
+    if silent:
+        kinds = {place.site: tap.plain_class(place.module).__name__ for place in silent}
+        causes = {place.site: likely_cause(plan.model, place) for place in silent}
+        why = "; ".join(f"{site!r}: {cause}" for site, cause in causes.items())
+        raise SteeringNotApplied(f"the model ran, but these sites did not: {kinds}. {why}. Or pass strict=False")
+    if gone := [place.site for place in places if not are_there(plan.model, [place])]:
+        raise SteeringNotApplied(
+            f"the modules at {gone} were replaced while they were steered, and what ran since was not; replace "
+            "them before the Steerer is attached, or pass strict=False"
+        )
+
+
 def owners_at(module: nn.Module) -> list[Steers]:
     """The Steerers that have something at a module, in the order entered."""
     entries = [entry for entry in tap.entries_of(module) if entry.callback is not tap.idle]  # which all share
+    if not entries and not in_bias.is_folded(module):
+        return []
     owners = [entry.owner for entry in entries] + in_bias.owners_at(module)
     return [owner for owner in dict.fromkeys(owners) if isinstance(owner, Steers)]
 

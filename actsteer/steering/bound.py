@@ -102,11 +102,11 @@ def has_no_pads(now: Pass | None) -> bool:
     return now is None or (now.real is None and now.doubt is None)
 
 
-def _real(view: View, now: Pass | None, device: torch.device) -> Tensor | None:
+def _real(frame: Frame, now: Pass | None, device: torch.device) -> Tensor | None:
     """Where there are tokens and not pads; pads are not steered."""
-    if now is None or has_no_pads(now) or view.raw.is_nested:
+    if now is None or has_no_pads(now):
         return None
-    real = real_at(view.frame, now)
+    real = real_at(frame, now)
     return None if real is None else real.to(device)
 
 
@@ -118,7 +118,8 @@ def summed(view: View, constant: Tensor | None, amounts: Sequence[Amount], direc
         constant: (d,) or (B, d), what neither gates nor positions change.
         amounts, directions: of the rest.
     """
-    frame, dtype, device, is_plain = view.frame, view.part.dtype, view.part.device, view.is_plain
+    frame, dtype, device, is_nested = view.frame, view.part.dtype, view.part.device, view.raw.is_nested
+    unusual = None if view.is_plain else view  # for what is kept must not hold an activation
     fixed = None if constant is None or constant.ndim == 2 else frame.vectors(constant)
     terms = [_term(amount, directions[i], frame) for i, amount in enumerate(amounts) if directions is not None]
     rounded = None if fixed is None or terms else view.share(fixed.to(dtype=dtype, device=device))
@@ -134,11 +135,11 @@ def summed(view: View, constant: Tensor | None, amounts: Sequence[Amount], direc
             total = part if total is None else total.to(part.device) + part
         assert total is not None
         total = total.to(dtype=dtype, device=device)
-        if (real := _real(view, now, device)) is not None:
+        if not is_nested and (real := _real(frame, now, device)) is not None:
             total = torch.where(real, total, -0.0)
-        return h + (total if is_plain else view.share(total))
+        return h + (total if unusual is None else unusual.share(total))
 
-    if directions is not None and is_plain and constant is None and len(amounts) == 1 and amounts[0].is_alone:
+    if directions is not None and unusual is None and constant is None and len(amounts) == 1 and amounts[0].is_alone:
         full = _full(amounts[0], directions[0], frame)
         if full.dtype is dtype and full.device == device:
             return Bound((_placed if amounts[0].decide is None else _gated)(run, amounts[0], full, frame))
@@ -216,17 +217,18 @@ def applied(
     """What the interventions make of h one after another, in float32 at least and rounded once."""
     if directions is None:
         return Bound(lambda h, now: h)
-    frame, dtype, is_plain = view.frame, view.part.dtype, view.is_plain
+    frame, dtype, is_nested = view.frame, view.part.dtype, view.raw.is_nested
+    unusual = None if view.is_plain else view  # for what is kept must not hold an activation
     wide, kind = torch.promote_types(dtype, torch.float32), view.part.device.type
     directions = directions.to(view.part.device, wide)
     known = [_known(*each, site=frame.site) for each in zip(interventions, directions, amounts, strict=True)]
     casts = kind != "meta" and (_is_compiling() or torch.amp.is_autocast_available(kind))
-    turned = not (is_plain and frame.is_last)
+    turned = not (unusual is None and frame.is_last)
     alone = len(known) == 1 and amounts[0].decide is None and not amounts[0].is_by_token
     only = known[0] if alone and not turned and wide is dtype and not _is_compiling() else None  # of h alone
 
     def edited(h: Tensor, last: Tensor, now: Pass | None) -> Tensor:
-        real = _real(view, now, last.device)
+        real = None if is_nested else _real(frame, now, last.device)
         for intervention, direction, amount, function in zip(interventions, directions, amounts, known, strict=True):
             if function is not None:
                 share = amount.share(h, frame, now)
@@ -247,7 +249,7 @@ def applied(
     def run(h: Tensor, now: Pass | None) -> Tensor:
         if only is not None and has_no_pads(now) and not (casts and torch.is_autocast_enabled(kind)):
             return checked(only(h), h, interventions[0])
-        last = h if not turned else h.movedim(frame.axis, -1) if is_plain else view.features_last()
+        last = h if not turned else h.movedim(frame.axis, -1) if unusual is None else unusual.features_last()
         last = last.to(wide)
         if casts and (_is_compiling() or torch.is_autocast_enabled(kind)):
             with without_autocast(kind):
@@ -256,7 +258,7 @@ def applied(
             last = edited(h, last, now)
         if not turned:
             return last.to(dtype)
-        return last.movedim(-1, frame.axis).to(dtype) if is_plain else view.part_of(last)
+        return last.movedim(-1, frame.axis).to(dtype) if unusual is None else unusual.part_of(last)
 
     return Bound(run)
 

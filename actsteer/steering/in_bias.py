@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, final
 from weakref import WeakValueDictionary
@@ -21,6 +22,7 @@ _ADD_A_BIAS = (
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
     *(nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm),
 )
+_HELD = "_actsteer_fold"
 _folds: WeakValueDictionary[int, _Fold] = WeakValueDictionary()  # id(module) -> its fold, which holds the module
 
 
@@ -88,7 +90,7 @@ def owners_at(module: nn.Module) -> list[Any]:
 
 def is_folded(module: nn.Module) -> bool:
     """Whether an edit is folded into this module now."""
-    return bool(owners_at(module))
+    return id(module) in _folds and bool(owners_at(module))
 
 
 @final
@@ -100,6 +102,7 @@ class _Fold:
         self._module = module
         bias = module._parameters["bias"]
         self._original: Tensor | None = None if bias is None else bias.detach().clone()
+        self._holder: Tensor | None = None  # the bias that was written into
         self._is_lost = False  # whether somebody else has written into it
         self._ours: list[Tensor] = []  # what was written last, and what is being written
 
@@ -110,35 +113,44 @@ class _Fold:
             check_sum(edit.constant, held.dtype, site=edit.place.site)
         with lock:
             self.edits[edit] = owner
-            self._write()
+            self._write([*self.edits])
 
     def remove(self, edit: SiteEdit) -> None:
         """Without the edit."""
-        self.edits.pop(edit, None)
-        self._write()
+        self._write([other for other in self.edits if other is not edit])
+        self.edits.pop(edit, None)  # what is still in the bias is still listed
+        if not self.edits and self._holder is not None:
+            self._holder.__dict__.pop(_HELD, None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copied bias holds nothing."""
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
 
     @torch.no_grad()
-    def _write(self) -> None:
+    def _write(self, edits: Sequence[SiteEdit]) -> None:
         parameters = self._module._parameters
         bias = parameters["bias"]
         if self._is_of_another(bias):
             return
-        if self._original is None and not self.edits:
+        if self._original is None and not edits:
             parameters["bias"] = None
             self._ours = []
             return
-        total: Any = self._original
         if bias is None:
             weight = parameters["weight"]
             assert weight is not None
-            bias = nn.Parameter(weight.new_zeros(next(iter(self.edits)).size), requires_grad=False)
+            bias = nn.Parameter(weight.new_zeros(edits[0].size), requires_grad=False)
             self._ours = [bias.detach().clone()]
             parameters["bias"] = bias
         total = torch.zeros_like(bias) if self._original is None else self._original.to(bias)
-        for edit in self.edits:
+        for edit in edits:
             assert edit.constant is not None
             total = (total + edit.constant.to(total.device)).to(bias.dtype)
         self._ours = [*self._ours[-1:], total]
+        self._holder = bias
+        bias.__dict__[_HELD] = self  # who steers it may be asked for when all names of the Steerer are lost
         bias.copy_(total)
 
     def _is_of_another(self, bias: Tensor | None) -> bool:

@@ -28,6 +28,11 @@ class Presence:
         """No more, in this context."""
         _active.set(_active.get() - {self._number})
 
+    @property
+    def is_here(self) -> bool:
+        """Whether this context is steered."""
+        return self._number in _active.get()
+
     def only(self, callback: Callable[..., Any], *, around: bool) -> Callable[..., Any]:
         """A callback of a tap that does nothing in other contexts."""
         number = self._number

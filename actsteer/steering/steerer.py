@@ -10,16 +10,15 @@ from typing import Any, final
 
 from torch import Tensor, nn
 
-from actsteer.errors import AttachedError, SteeringNotApplied, UnsupportedModelError
+from actsteer.errors import AttachedError, UnsupportedModelError
 from actsteer.sites.axes import Axes
-from actsteer.sites.listen import likely_cause
 from actsteer.sites.place import Side
-from actsteer.sites.resolve import Sites, are_there
+from actsteer.sites.resolve import Sites
 from actsteer.sites.tap import lock
-from actsteer.steering.attach import Watch, attach_all, choices, owners_at
+from actsteer.steering.attach import Watch, attach_all, check_applied, choices, owners_at
 from actsteer.steering.checkpointing import Checkpointing
 from actsteer.steering.choose import Backend, Choice, check
-from actsteer.steering.edit import Fired, SiteEdit
+from actsteer.steering.edit import SiteEdit
 from actsteer.steering.explain import explain
 from actsteer.steering.handles import Handles
 from actsteer.steering.interventions.intervention import Edit
@@ -151,6 +150,7 @@ class Steerer:
             checkpointing=self._checkpointing,
         )
         self._watch = Watch()
+        self._presence: Presence | None = None
         self._chosen: Mapping[str, Choice] = {}  # what was attached
         self.c = c
         self.choices()  # a backend that cannot serve a site raises here
@@ -279,7 +279,7 @@ class Steerer:
         if self._remove():
             self._checkpointing.leave()
             if self._strict and self._watch.ran:
-                self._check_applied()
+                check_applied(self._plan)
 
     def install(self) -> Steerer:
         """For the buffer backend: put the edits in place with strength 0, so that the model can be compiled with them.
@@ -348,8 +348,16 @@ class Steerer:
         for other in dict.fromkeys(owner for module in self.model.modules() for owner in owners_at(module)):
             if isinstance(other, Steerer):
                 other._checkpointing.leave("with another steering too", "before the block")
-        presence = Presence() if self._scope == "context" else None
-        attach_all(handles, self._plan, self._watch, self._chosen, backend=self._backend, presence=presence, owner=self)
+        self._presence = Presence() if self._scope == "context" else None
+        attach_all(
+            handles,
+            self._plan,
+            self._watch,
+            self._chosen,
+            backend=self._backend,
+            presence=self._presence,
+            owner=self,
+        )
 
     def _others_at(self, edit: SiteEdit) -> list[Steerer]:
         """The other Steerers that edit what this edit edits."""
@@ -364,7 +372,8 @@ class Steerer:
             given = (of._c, of._intervention, of._gate, of._positions, of._tells)
             return repr((of.sites, of.bank.concepts, *given))
 
-        if options(self) != options(other):
+        is_elsewhere = other._presence is not None and not other._presence.is_here
+        if options(self) != options(other) or self._scope != other._scope or is_elsewhere:
             return False
         return self.bank is other.bank or all(self.bank[name].equal(other.bank[name]) for name in self.bank)
 
@@ -373,21 +382,6 @@ class Steerer:
             was_attached = self.attached
             self._attached.close()
         return was_attached
-
-    def _check_applied(self) -> None:
-        silent = [edit.place for edit in self.edits.values() if edit.fired is Fired.NO]
-        if silent:
-            kinds = {place.site: type(place.module).__name__ for place in silent}
-            causes = {place.site: likely_cause(self.model, place) for place in silent}
-            why = "; ".join(f"{site!r}: {cause}" for site, cause in causes.items())
-            raise SteeringNotApplied(f"the model ran, but these sites did not: {kinds}. {why}. Or pass strict=False")
-        places = [edit.place for edit in self.edits.values()]
-        if not are_there(self.model, places):
-            gone = [place.site for place in places if not are_there(self.model, [place])]
-            raise SteeringNotApplied(
-                f"the modules at {gone} were replaced while they were steered, and what ran since was not; replace "
-                "them before the Steerer is attached, or pass strict=False"
-            )
 
 
 def _rebuilt(model: nn.Module, bank: VectorBank, options: dict[str, Any]) -> Steerer:

@@ -661,11 +661,11 @@ def test_verify_finds_an_edit_that_never_runs(run, folder):
 def test_a_fold_that_makes_infinities_is_refused(run, folder, bank):
     done = run("fold", "-m", "llama", "-b", "bank.safetensors", "-c", "1e39", "--verify-on", "love.txt", "-o", "big")
     assert done.code == 1
-    assert "infinite or nan; c is too large" in done.err
+    assert "within the range of torch.float32" in done.err
     assert not (folder / "big").exists()
     done = run("verify", "bank.safetensors", "-m", "llama", "--on", "love.txt", "-c", "1e39")
     assert done.code == 1
-    assert "no numbers any more" in done.err
+    assert "within the range of torch.float32" in done.err
 
 
 def test_a_model_without_a_tokenizer_is_folded_too(run, folder, bank):

@@ -138,13 +138,10 @@ def test_a_layer_with_a_hook_does_not_take_it():
     model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
     handle = model[0].register_forward_hook(lambda _, __, out: out.clamp(-3, 3))
     v = SteeringVector({"0": torch.eye(6)[2]})
-    folded = fold(model, v, verify_on=X * 0.3)
-    assert torch.equal(folded[0].bias, model[0].bias)
-    assert differ(model, folded, v, X * 30) < 1e-4
-    model[1].register_forward_pre_hook(lambda _, args: None)
-    with pytest.raises(NotFoldable, match="it has hooks"):
-        fold(model, v, verify_on=X * 0.3)
+    with pytest.raises(NotFoldable, match=r"it has hooks, .* an operation \(ClampBackward1\) reads it"):
+        fold(model, v, verify_on=X * 0.3)  # the steering comes before the hook
     handle.remove()
+    model[1].register_forward_pre_hook(lambda _, args: None)
     assert differ(model, fold(model, v, verify_on=X), v, X * 30) < 1e-4
 
 

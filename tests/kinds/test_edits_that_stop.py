@@ -254,7 +254,7 @@ def test_a_module_that_gives_out_its_input_does_not_change_it(backend, kind):
     class Both(nn.Module):
         def __init__(self):
             super().__init__()
-            self.act = module
+            self.act = kind()
 
         def forward(self, x):
             return self.act(x), x

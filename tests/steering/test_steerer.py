@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -86,6 +86,7 @@ def test_a_bank_is_the_sum_of_its_concepts(rows, c):
 
 @given(directions, directions, scalars, scalars)
 def test_nested_steerers_sum(first, second, a, b):
+    assume(a != b or not torch.equal(first, second))  # an equal one is warned about
     model = exact()
     with Steerer(model, SteeringVector({"1": first}), c=a), Steerer(model, SteeringVector({"1": second}), c=b):
         both = model(X)
@@ -100,9 +101,9 @@ def test_nested_steerers_may_leave_in_any_order(outer_first):
     model(X)
     leaves, stays, vector, c = (first, second, W, -1) if outer_first else (second, first, V, 2)
     leaves.detach()
-    assert torch.equal(model(X), by_hand(model, X, {"1": c * vector["1"]}))
+    assert torch.equal(model(X), by_hand(exact(), X, {"1": c * vector["1"]}))
     stays.detach()
-    assert torch.equal(model(X), by_hand(model, X, {}))
+    assert torch.equal(model(X), by_hand(exact(), X, {}))
 
 
 @pytest.mark.case(50)
@@ -182,7 +183,7 @@ def test_a_new_strength_takes_effect_at_the_next_forward():
             steerer.c = c
             plain = c["nine"] if isinstance(c, dict) else c
             shift = plain[:, None] * V["1"] if isinstance(plain, torch.Tensor) else plain * V["1"]
-            assert torch.equal(model(X), by_hand(model, X, {"1": shift}))
+            assert torch.equal(model(X), by_hand(exact(), X, {"1": shift}))
             assert torch.equal(steerer.c, c) if isinstance(c, torch.Tensor) else steerer.c == c
 
 
@@ -199,14 +200,14 @@ def test_a_refused_strength_changes_nothing():
         with pytest.raises(StrengthError, match="finite"):
             steerer.c = float("nan")
         assert steerer.c == 2
-        assert torch.equal(model(X), by_hand(model, X, {"1": 2 * V["1"]}))
+        assert torch.equal(model(X), by_hand(exact(), X, {"1": 2 * V["1"]}))
 
 
 def test_a_tensor_of_strengths_is_copied():
     model, c = exact(), torch.ones(3, dtype=torch.float64)
     with Steerer(model, V, c=c):
         c.zero_()
-        assert torch.equal(model(X), by_hand(model, X, {"1": V["1"]}))
+        assert torch.equal(model(X), by_hand(exact(), X, {"1": V["1"]}))
 
 
 def test_a_mapping_of_strengths_cannot_be_changed_without_effect():
