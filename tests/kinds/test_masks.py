@@ -235,7 +235,9 @@ ROWS = {"all": MASK.bool(), "last": torch.tensor(WANTED["last"]).bool(), 0: torc
 
 @pytest.mark.parametrize("positions", ROWS, ids=str)
 @pytest.mark.parametrize(
-    "mask", ["padding_mask", lambda inputs: inputs["padding_mask"] == 1, {"b": "padding_mask"}], ids=str
+    "mask",
+    ["padding_mask", lambda inputs: inputs["padding_mask"] == 1, {"b": "padding_mask"}],
+    ids=["name", "callable", "name of a site"],
 )
 def test_collect_and_record_take_it(positions, mask):
     options = {"sites": "b", "positions": positions, "mask": mask, "progress": False}
