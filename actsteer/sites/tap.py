@@ -51,19 +51,20 @@ class Entry(NamedTuple):
 
 @final
 class Tap:
-    """The callbacks of one module, in the order in which they are called.
-
-    It is replaced at once and never changed: a pass may be going over it, and an interrupt may come at any line.
-    """
+    """The callbacks of one module; the tuples are replaced and never changed, for a pass may be going over them."""
 
     __slots__ = ("after", "around", "before", "entries", "hooks", "methods", "on_instance", "only")
 
-    def __init__(
-        self, entries: tuple[Entry, ...] = (), hooks: dict[int, Any] | None = None, *, on_instance: bool = False
-    ) -> None:
-        self.entries = entries
-        self.hooks = {} if hooks is None else hooks  # id(entry) -> the handle of its hook
-        self.on_instance = on_instance  # whether they are called around a forward that lies on the instance
+    def __init__(self) -> None:
+        self.entries: tuple[Entry, ...] = ()
+        self.hooks: dict[int, Any] = {}  # id(entry) -> the handle of its hook
+        self.on_instance = False  # whether they are called around a forward that lies on the instance
+        self.set(())
+
+    def set(self, entries: tuple[Entry, ...]) -> None:
+        """Have these called, in this order; wherever an interrupt comes, what is called is listed."""
+        if len(entries) > len(self.entries):
+            self.entries = entries
         tapped = [entry for entry in entries if entry.by == "tap"]
         self.before = tuple(entry.callback for entry in tapped if entry.when == "before")
         self.after = tuple(entry.callback for entry in tapped if entry.when == "after")
@@ -75,6 +76,7 @@ class Tap:
         }
         single = len(self.after) == 1 and not (self.before or self.around or self.on_instance)
         self.only = self.after[0] if single else None  # the callback on the output, where there is no other at all
+        self.entries = entries
 
     def call(
         self,
@@ -131,6 +133,13 @@ def take_off(module: nn.Module, when: str, callback: Callable[..., Any]) -> bool
     return is_covered and mine is not None and mine.by == "tap" and when not in METHODS
 
 
+def tidy(module: nn.Module) -> None:
+    """Finish what an interrupt has left undone, where nothing is called any more."""
+    with lock:
+        if _MARK in module.__dict__ and not entries_of(module):
+            _settle(module, ())
+
+
 def entries_of(module: nn.Module) -> tuple[Entry, ...]:
     """What is called at a module, in the order in which it was put there."""
     tap = module.__dict__.get(_MARK)
@@ -147,12 +156,13 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
 def _settle(module: nn.Module, entries: tuple[Entry, ...]) -> None:
     """Bring the module to what its callbacks ask for, from whatever an interrupt has left."""
     values = module.__dict__
-    before = values.get(_MARK) or Tap()
-    hooks, wanted = before.hooks, {id(entry): entry for entry in entries if entry.by == "hook"}
+    tap = values.setdefault(_MARK, Tap())
+    hooks, wanted = tap.hooks, {id(entry): entry for entry in entries if entry.by == "hook"}
     for key in [key for key in hooks if key not in wanted]:  # what still does something is still listed
         hooks[key].remove()
         del hooks[key]
-    tap = values[_MARK] = Tap(entries, hooks, on_instance=before.on_instance or "forward" in values)
+    tap.on_instance = tap.on_instance or "forward" in values
+    tap.set(entries)
     for key, entry in wanted.items():
         if key not in hooks and entry.when == "before":
             hooks[key] = module.register_forward_pre_hook(_pre_hook(entry.callback), with_kwargs=True)

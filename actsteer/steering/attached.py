@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from actsteer.errors import SteeringNotApplied
+from actsteer.sites import tap
 from actsteer.steering.attach import owners_at
 from actsteer.steering.steerer import Steerer
 
@@ -38,5 +39,7 @@ def detach_all(model: nn.Module) -> None:
             steerer.uninstall()
         except SteeringNotApplied as error:
             failed = failed or error
+    for module in model.modules():
+        tap.tidy(module)
     if failed is not None:
         raise failed

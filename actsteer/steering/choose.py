@@ -64,6 +64,11 @@ def choose(model: nn.Module, place: Place, *, backend: Backend) -> Choice:
             f"site {site!r}: its parameters are sharded, and hooks of the module's must run before the edit; use "
             "backend='auto' or 'hook'"
         )
+    if backend == "tap" and isinstance(place.module, LazyModuleMixin):
+        raise UnsupportedModelError(
+            f"site {site!r}: it is lazy, and changes its class at its first call; run the model once, or use "
+            "backend='auto'"
+        )
     if backend in ("fold", "hook", "tap"):
         return Choice(backend, backend, "as asked for")
     mechanism: Literal["tap", "hook"] = "hook"

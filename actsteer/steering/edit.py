@@ -16,6 +16,7 @@ from actsteer.sites.axes import Layout
 from actsteer.sites.containers import Arguments
 from actsteer.sites.lens import Frame, Lens, View
 from actsteer.sites.place import Place
+from actsteer.sites.tap import lock
 from actsteer.steering.bound import Amount, Bound, Decide, Run, applied, summed
 from actsteer.steering.checkpointing import Checkpointing
 from actsteer.steering.directions import Directions
@@ -297,12 +298,16 @@ class SiteEdit:
         now = self._now(view.frame, view.part.device, runs_again=runs_again)
         if now is not None and runs_again:  # when nothing is known of pads
             now = Pass(now.tokens, doses=now.doses, rows=now.rows)
-        bound = self._bound(view)
+        if _is_compiling():
+            return view.write(self._bound(view).run(view.part, now))
+        with lock:  # new strengths may come from another thread
+            bound, given = self._bound(view), self._given
         edited = bound.run(view.part, now)
-        if not _is_compiling():
-            is_checkpointed = self._checkpointing.notice(edited)
-            keeps = view.is_plain and not is_checkpointed and not self.is_trained
-            self._kept = (view.part.shape, view.part.dtype, bound.run, bound.shift, view.frame) if keeps else None
+        is_checkpointed = self._checkpointing.notice(edited)
+        keeps = view.is_plain and not is_checkpointed and not self.is_trained
+        with lock:
+            if given is self._given:
+                self._kept = (view.part.shape, view.part.dtype, bound.run, bound.shift, view.frame) if keeps else None
         return view.write(edited)
 
     def _bound(self, view: View) -> Bound:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, final
 from weakref import WeakValueDictionary
@@ -85,7 +84,8 @@ def obstacle(edit: SiteEdit, model: nn.Module) -> str | None:
 
 def owners_at(module: nn.Module) -> list[Any]:
     """For whom edits are folded into this module now."""
-    return list(_folds[id(module)].edits.values()) if id(module) in _folds else []
+    fold = _folds.get(id(module))
+    return [] if fold is None else fold.owners
 
 
 def is_folded(module: nn.Module) -> bool:
@@ -102,9 +102,15 @@ class _Fold:
         self._module = module
         bias = module._parameters["bias"]
         self._original: Tensor | None = None if bias is None else bias.detach().clone()
+        self._written: dict[SiteEdit, Any] = {}  # those that may be in the bias still
         self._holder: Tensor | None = None  # the bias that was written into
         self._is_lost = False  # whether somebody else has written into it
         self._ours: list[Tensor] = []  # what was written last, and what is being written
+
+    @property
+    def owners(self) -> list[Any]:
+        """For whom something is in the bias, or may be."""
+        return list((self._written | self.edits).values())
 
     def write(self, edit: SiteEdit, owner: Any) -> None:
         """The edit with its present strength; StrengthError if c · v is beyond the range of the bias."""
@@ -113,12 +119,13 @@ class _Fold:
             check_sum(edit.constant, held.dtype, site=edit.place.site)
         with lock:
             self.edits[edit] = owner
-            self._write([*self.edits])
+            self._write()
 
     def remove(self, edit: SiteEdit) -> None:
         """Without the edit."""
-        self._write([other for other in self.edits if other is not edit])
-        self.edits.pop(edit, None)  # what is still in the bias is still listed
+        self.edits.pop(edit, None)
+        self._write()
+        self._written = dict(self.edits)
         if not self.edits and self._holder is not None:
             self._holder.__dict__.pop(_HELD, None)
 
@@ -129,23 +136,24 @@ class _Fold:
         return type(None), ()
 
     @torch.no_grad()
-    def _write(self, edits: Sequence[SiteEdit]) -> None:
+    def _write(self) -> None:
         parameters = self._module._parameters
         bias = parameters["bias"]
         if self._is_of_another(bias):
             return
-        if self._original is None and not edits:
+        if self._original is None and not self.edits:
             parameters["bias"] = None
             self._ours = []
             return
         if bias is None:
             weight = parameters["weight"]
             assert weight is not None
-            bias = nn.Parameter(weight.new_zeros(edits[0].size), requires_grad=False)
+            bias = nn.Parameter(weight.new_zeros(next(iter(self.edits)).size), requires_grad=False)
             self._ours = [bias.detach().clone()]
             parameters["bias"] = bias
         total = torch.zeros_like(bias) if self._original is None else self._original.to(bias)
-        for edit in edits:
+        self._written |= self.edits
+        for edit in self.edits:
             assert edit.constant is not None
             total = (total + edit.constant.to(total.device)).to(bias.dtype)
         self._ours = [*self._ours[-1:], total]

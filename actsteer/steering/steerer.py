@@ -163,13 +163,14 @@ class Steerer:
     @c.setter
     def c(self, c: Strengths) -> None:
         strengths = strengths_of(c, self._places)
-        if self._attached:
-            self._checkpointing.leave("with another strength", "before c is set")
-        if not self._installed or self._attached:  # what is installed and not attached stays at 0
-            self._plan.set_strengths(strengths)
-        self._strengths = strengths
         kept = {name: _kept(own) for name, own in c.items()} if isinstance(c, Mapping) else _kept(c)
-        self._c = MappingProxyType(kept) if isinstance(kept, dict) else kept
+        with lock:
+            if self._attached:
+                self._checkpointing.leave("with another strength", "before c is set")
+            if not self._installed or self._attached:  # what is installed and not attached stays at 0
+                self._plan.set_strengths(strengths)
+            self._strengths = strengths
+            self._c = MappingProxyType(kept) if isinstance(kept, dict) else kept
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -254,15 +255,15 @@ class Steerer:
             if self._attached:
                 raise AttachedError(f"{self!r} is attached already; detach it, or make a second Steerer")
             try:
+                for edit in self.edits.values():
+                    edit.expect()
+                self._checkpointing.forget()
+                self._watch.ran = False
                 if not self._installed:
                     self._put(self._attached)
                 if self._backend == "buffer":
                     self._attached.add(self._plan.silence)
                     self._plan.set_strengths(self._strengths)
-                for edit in self.edits.values():
-                    edit.expect()
-                self._checkpointing.forget()
-                self._watch.ran = False
             except BaseException:
                 self._attached.close()
                 raise

@@ -223,8 +223,18 @@ class Virtual(nn.Linear, abc.ABC):
     """Is abstract by its metaclass."""
 
 
-@pytest.mark.parametrize("kind", [WithMeta, Slotted, Virtual, nn.LazyLinear])
-@pytest.mark.parametrize("backend", ["auto", "tap"])
+@pytest.mark.parametrize("site", ["0", "0:in"])
+def test_a_lazy_module_is_refused_by_a_tap_and_served_by_auto(site):
+    v = SteeringVector({site: D})
+    with pytest.raises(UnsupportedModelError, match="it is lazy, and changes its class at its first call"):
+        Steerer(nn.Sequential(nn.LazyLinear(4)), v, backend="tap")
+
+
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [(kind, backend) for kind in (WithMeta, Slotted, Virtual) for backend in ("auto", "tap")]
+    + [(nn.LazyLinear, "auto")],
+)
 @pytest.mark.parametrize("site", ["0", "0:in"])
 def test_a_class_of_any_make_is_tapped_and_given_back(kind, backend, site):
     model = nn.Sequential(kind(4) if kind is nn.LazyLinear else kind(4, 4)).double()
