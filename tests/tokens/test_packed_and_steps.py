@@ -123,7 +123,7 @@ def fed(model, site, size, run, **options):
         ({"positions": 6}, [[[0]], [[0]], [[1]]]),
         ({"c": lambda step: float(step)}, [[[0]], [[1]], [[2]]]),
     ],
-    ids=str,
+    ids=lambda value: "schedule" if "at 0x" in str(value) else str(value),
 )
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_a_head_has_the_positions_at_which_it_answers(options, where, use_cache):
