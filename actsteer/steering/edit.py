@@ -17,7 +17,7 @@ from actsteer.sites.containers import Arguments
 from actsteer.sites.lens import Frame, Lens, View
 from actsteer.sites.place import Place
 from actsteer.sites.tap import lock
-from actsteer.steering.bound import Amount, Bound, Decide, Run, applied, summed
+from actsteer.steering.bound import Amount, Bound, Decide, Run, applied, has_no_pads, summed
 from actsteer.steering.checkpointing import Checkpointing
 from actsteer.steering.directions import Directions
 from actsteer.steering.interventions.add import Add
@@ -296,8 +296,6 @@ class SiteEdit:
         view = self.lens.read(module, value).open()
         runs_again = not _is_compiling() and not view.part.is_inference() and _may_be_checkpointed()
         now = self._now(view.frame, view.part.device, runs_again=runs_again)
-        if now is not None and runs_again:  # when nothing is known of pads
-            now = Pass(now.tokens, doses=now.doses, rows=now.rows)
         if _is_compiling():
             return view.write(self._bound(view).run(view.part, now))
         with lock:  # new strengths may come from another thread
@@ -358,13 +356,15 @@ class SiteEdit:
                     f"site {self.place.site!r}: a strength per row, and the generation goes on with other rows than it "
                     "began with; generate each row by itself, or give one strength for all"
                 )
-        if not self._by_token:
-            return now
-        if runs_again and self._checkpointing.runs_inside:
+        if (self._by_token or not has_no_pads(now)) and runs_again and self._checkpointing.runs_inside:
+            what = "the positions" if self._by_token else "pads"
             raise UnsupportedModelError(
                 f"site {self.place.site!r}: under gradient checkpointing a part of the model runs again later, when "
-                "the positions are not known any more; steer all positions, or train without checkpointing"
+                f"{what} are not known any more; steer all positions of batches without pads, or train without "
+                "checkpointing"
             )
+        if not self._by_token:
+            return now
         if now is not None and now.tokens is not None:
             return now
         if now is not None:
