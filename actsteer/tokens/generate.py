@@ -44,6 +44,7 @@ class _Teller:
 
     def __init__(self, passes: Sequence[Passes]) -> None:
         self._passes, self._current = passes, passes[0].generation
+        self._needs_inputs = any(callable(asked) for own in passes for asked in own.positions.values())
 
     def generate(self, module: nn.Module, method: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of `generate`, or of one that gives its tokens one by one."""
@@ -59,7 +60,7 @@ class _Teller:
         """What transformers calls before each pass: tell of the tokens that the pass is about to compute."""
         inputs = method(*args, **kwargs)
         generation = self._current.get()
-        if generation is None or (tokens := _tokens(module, args, kwargs, inputs)) is None:
+        if generation is None or (tokens := self._tokens(module, args, kwargs, inputs)) is None:
             return inputs
         if kwargs.get("is_first_iteration") and tokens.start == 0:
             generation.begin_window(tokens.rows)
@@ -76,6 +77,32 @@ class _Teller:
                 generation.within(here), generation, named=inputs if isinstance(inputs, dict) else None
             )
         return inputs
+
+    def _tokens(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Any) -> Tokens | None:
+        """The tokens of the pass with these inputs, among all columns so far."""
+        prefix = signature_of(module).prefix(inputs)
+        fed = next(
+            (inputs[n] for n in (prefix + "input_ids", "inputs_embeds") if isinstance(inputs.get(n), Tensor)), None
+        )
+        if fed is None:
+            return None
+        rows, length = fed.shape[:2]
+        ids = args[0] if args else kwargs.get("input_ids")
+        mask = kwargs.get(prefix + "attention_mask")
+        mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        if mask is not None:
+            total = mask.shape[1]
+        elif kwargs.get("next_sequence_length") is not None and isinstance(ids, Tensor):
+            total = ids.shape[1]
+        else:
+            seen = cached(cache_in(kwargs)[1])
+            total = length + (int(seen) if seen is not None else 0)
+        batch = None
+        if self._needs_inputs and isinstance(ids, Tensor) and ids.shape[1] == total:
+            whole = torch.ones_like(ids) if mask is None else mask
+            batch = {prefix + "input_ids": ids, prefix + "attention_mask": whole}
+        mask = None if mask is None else mask.bool()
+        return Tokens(rows, length, start=total - length, mask=mask, batch=batch, device=fed.device)
 
     def _stream(self, inner: Any, generation: Generation) -> Generator[Any, None, Any]:
         """A generator of whose generation no other frame knows."""
@@ -110,28 +137,3 @@ def _generation(
     known = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == prompt
     mask = mask.bool() if known and isinstance(mask, Tensor) else None
     return Generation(rows=rows, prompt=prompt, mask=mask, parent=parent)
-
-
-def _tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Any) -> Tokens | None:
-    """The tokens of the pass with these inputs, among all columns so far."""
-    prefix = signature_of(module).prefix(inputs)
-    fed = next((inputs[n] for n in (prefix + "input_ids", "inputs_embeds") if isinstance(inputs.get(n), Tensor)), None)
-    if fed is None:
-        return None
-    rows, length = fed.shape[:2]
-    ids = args[0] if args else kwargs.get("input_ids")
-    mask = kwargs.get(prefix + "attention_mask")
-    mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-    if mask is not None:
-        total = mask.shape[1]
-    elif kwargs.get("next_sequence_length") is not None and isinstance(ids, Tensor):
-        total = ids.shape[1]
-    else:
-        seen = cached(cache_in(kwargs)[1])
-        total = length + (int(seen) if seen is not None else 0)
-    batch = None
-    if isinstance(ids, Tensor) and ids.shape[1] == total:
-        whole = torch.ones_like(ids) if mask is None else mask
-        batch = {prefix + "input_ids": ids, prefix + "attention_mask": whole}
-    mask = None if mask is None else mask.bool()
-    return Tokens(rows, length, start=total - length, mask=mask, batch=batch, device=fed.device)

@@ -44,7 +44,7 @@ class Generation:
         self._rows = rows
 
     def within(self, tokens: Tokens) -> Tokens:
-        """The tokens of a pass of this generation; the first one has the prompt, unless that is known."""
+        """The tokens, which nobody else has yet, as those of a pass of this text; the first one has its prompt."""
         if self.prompt is None and isinstance(tokens.start, int):
             self.prompt = tokens.start + tokens.length
         if self.rows is None:
@@ -52,7 +52,8 @@ class Generation:
         copies, mask = self.copies(tokens.rows), self.mask
         if mask is not None and len(mask) != tokens.rows:
             mask = mask.repeat_interleave(max(1, copies), 0)
-        return tokens.but(prompt=self.prompt, prompt_mask=mask, copies=copies, may_go_on=True)
+        tokens.prompt, tokens.prompt_mask, tokens.copies, tokens.may_go_on = self.prompt, mask, copies, True
+        return tokens
 
     def copies(self, rows: int) -> int:
         """How many rows were made from one of the caller's; 0 if that is not known any more."""
