@@ -15,6 +15,7 @@ from actsteer.sites.axes import Layout
 from actsteer.sites.lens import Frame, Lens, View
 from actsteer.sites.place import Place
 from actsteer.steering.gates.gate import AnyGate, Combination, Gate, check_weights, decide, prepared_gate, wide
+from actsteer.tokens.current import Current
 from actsteer.tokens.passes import Pass, Passes
 from actsteer.tokens.real import real_at
 
@@ -47,29 +48,42 @@ class GateReader:
     def __init__(self, gate: Gate, place: Place, layout: Layout, passes: Passes, *, key: int) -> None:
         self.gate = gate
         self.lens = Lens(place, layout)
-        self._alone: Tensor | None = None  # decided while no pass of the model runs, but a part of it
+        self._alone: Current[Tensor] = Current()  # decided while no pass of the model runs, but a part of it
+        self._kept: tuple[tuple[Any, ...], Callable[[Tensor, Pass | None], Tensor]] | None = None
         self._passes, self._key = passes, key
         self._per_token = gate.per == "token"
         self.is_inline = False  # whether whoever edits where it reads calls it, and nobody else asks
 
     def __call__(self, module: nn.Module, args: Any, last: Any) -> None:
         """Decide; `last` is the output, or the keyword arguments."""
-        if self._held() is not None:
-            return
-        self._decide(self.lens.heard(module, args, last))
+        kept = None if torch.compiler.is_compiling() else self._kept
+        plain = kept is not None and last.__class__ is Tensor and not last.is_nested
+        if kept is not None and plain and (last.shape, last.dtype, last.device) == kept[0]:
+            kept[1](last, self._passes.now)
+        elif self._held() is None:
+            view = self.lens.heard(module, args, last)
+            if view.is_plain and not torch.compiler.is_compiling():
+                bound = self.bind(view.open())
+                self._kept = (view.part.shape, view.part.dtype, view.part.device), bound
+                bound(view.part, self._passes.now)
+            else:
+                self._decide(view)
 
     def bind(self, view: View) -> Callable[[Tensor, Pass | None], Tensor]:
         """The decision on plain activations such as this one, or on this one, as a function of it."""
-        frame = view.frame
+        frame, shape = view.frame, view.frame.shape
         if not view.is_plain:
             return lambda h, now: self._decide(view) if (held := self._held()) is None else held
-        ready = None
-        if len(frame.shape) == 2 and frame.is_last and frame.row_axis == 0:
-            ready = prepared_gate(self.gate, view.part)
+        ready, in_rows = None, len(shape) == 2
+        if frame.is_last and frame.row_axis == 0 and (in_rows or (len(shape) == 3 and self._per_token)):
+            ready = prepared_gate(self.gate, view.part.flatten(0, -2))
 
         def bound(h: Tensor, now: Pass | None) -> Tensor:
-            if ready is not None and (now is None or now.tokens is None):  # rows that stand for themselves
-                return ready(h)
+            if ready is not None and in_rows and (now is None or now.tokens is None):  # they stand for themselves
+                return ready(h) if self.is_inline else self._keep([ready(h)])
+            if ready is not None and not in_rows:
+                frame.check_rows(None if now is None else now.rows)
+                return self._keep([ready(h.flatten(0, 1)).view(shape[:2])])
             held = self._held()
             return self._keep([self._read(h.movedim(frame.axis, -1), frame, nested=False)]) if held is None else held
 
@@ -86,7 +100,7 @@ class GateReader:
 
     def _keep(self, parts: list[Tensor]) -> Tensor:
         weights = parts[0] if len(parts) == 1 else torch.cat(parts)
-        self._alone = weights if self._passes.now is None and self._passes.root.now is None else None
+        self._alone.set(weights if self._passes.now is None and self._passes.root.now is None else None)
         self._passes.decide(self._key, weights, holds=not self._per_token)
         return weights
 
@@ -98,7 +112,7 @@ class GateReader:
     def weights_for(self, site: str) -> Tensor:
         """The decision; GateError if the gate's site has not run yet in this forward pass."""
         weights = self._passes.decided(self._key)
-        weights = self._alone if weights is None else weights
+        weights = self._alone.get() if weights is None else weights
         if weights is None:
             raise GateError(
                 f"site {site!r} runs before site {self.gate.site!r}, where its gate reads; fit the gate at the steered "
