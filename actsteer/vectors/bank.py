@@ -22,7 +22,7 @@ from actsteer.files.lazy import Stored
 from actsteer.sites import fingerprint
 from actsteer.vectors import on_disk
 from actsteer.vectors.stack import Stack, Vectors, read
-from actsteer.vectors.vector import SteeringVector, axes_in
+from actsteer.vectors.vector import SteeringVector, as_float, axes_in
 
 
 @final
@@ -130,7 +130,7 @@ class VectorBank:
             ConceptNotFoundError: a concept that the bank lacks.
         """
         chosen = self if list(strengths) == list(self._vectors) else self.select(*strengths)
-        c = torch.tensor([float(strength) for strength in strengths.values()], dtype=torch.float64)
+        c = torch.tensor([as_float(strength) for strength in strengths.values()], dtype=torch.float64)
         combined: dict[str, Tensor] = {}
         for site, stack in chosen._stacks.items():
             rows = stack.rows()

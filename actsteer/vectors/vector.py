@@ -333,7 +333,15 @@ def _owned(site: str, direction: Tensor) -> Tensor:
 def _number(scalar: object) -> float | None:
     """A number, or a 0-dim tensor, as a float; None for anything else."""
     is_number = isinstance(scalar, Real) or (isinstance(scalar, Tensor) and scalar.ndim == 0)
-    return float(scalar) if is_number else None  # type: ignore[arg-type]
+    return as_float(scalar) if is_number else None  # type: ignore[arg-type]
+
+
+def as_float(number: float) -> float:
+    """The number as a float; infinite, if it is an integer beyond the range of one, so that what it makes is refused."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
 
 
 def _unit(direction: Tensor, where: str) -> Tensor:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
-from actsteer import ShapeError, SiteNotFoundError, SteeringVector, ZeroDirectionError
+from actsteer import ShapeError, SiteNotFoundError, SteeringVector, VectorBank, ZeroDirectionError
 from tests.oracles import flat
 from tests.strategies import FLOATS, SIZES, nonzero_scalars, nonzero_vectors, powers_of_two, scalars, vectors
 
@@ -421,3 +421,11 @@ def test_numbers_whose_sum_overflows_are_finite_and_one_that_is_not_is_refused_a
     for bad in (math.nan, math.inf, -math.inf):
         with pytest.raises(ShapeError, match="the direction is not finite"):
             SteeringVector({"0": torch.cat([rows, torch.tensor([bad], dtype=dtype)])})
+
+
+@pytest.mark.parametrize("number", [10**400, -(10**400)], ids=["large", "small"])
+def test_an_integer_beyond_the_range_of_a_float_is_refused(number):
+    v = SteeringVector({"0": torch.tensor([1.0, 0.0])})
+    for make in (lambda: v * number, lambda: number * v, lambda: VectorBank({"a": v}).combine({"a": number})):
+        with pytest.raises(ShapeError, match="the direction is not finite"):
+            make()
