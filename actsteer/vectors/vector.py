@@ -337,7 +337,7 @@ def _number(scalar: object) -> float | None:
 
 
 def as_float(number: float) -> float:
-    """The number as a float; infinite, if it is an integer beyond the range of one, so that what it makes is refused."""
+    """The number as a float; infinite for an integer beyond the range of one, so that what it makes is refused."""
     try:
         return float(number)
     except OverflowError:

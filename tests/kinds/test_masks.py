@@ -414,3 +414,13 @@ def test_a_mask_in_a_decoder_is_the_decoder_s(backend):
                 torch.testing.assert_close(
                     model(*by_place, batch["decoder_input_ids"], batch["decoder_attention_mask"]).logits, want
                 )
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@every_backend
+def test_pads_are_left_alone_in_every_mode_from_the_first_call_on(backend, mode):
+    model = Text().requires_grad_(False)
+    with mode(), Steerer(model, SteeringVector({"b": torch.ones(2)}), backend=backend):
+        for _ in range(2):
+            shift = model(IDS, attention_mask=MASK) - model.e(IDS)
+            torch.testing.assert_close(shift[..., 0], MASK.float())
