@@ -15,7 +15,7 @@ from actsteer.errors import OutputError, ShapeError, StrengthError
 from actsteer.sites.axes import Layout, RowsBy
 from actsteer.sites.containers import Arguments, get, locate, put
 from actsteer.sites.place import Place
-from actsteer.sites.shards import full, full_shape, own_part, share, whole_rows
+from actsteer.sites.shards import full, full_shape, is_parallel, own_part, share, whole_rows
 
 _is_compiling = torch.compiler.is_compiling
 _KEPT = 256  # shapes of one site; a generation without a cache has one for each of its steps
@@ -101,6 +101,11 @@ class View:
         """Whether the value is the activation, and as its users see it."""
         ordinary = self.raw.__class__ is Tensor and not self.raw.is_nested
         return ordinary and not self._keys and self._conversion is None
+
+    @property
+    def is_whole(self) -> bool:
+        """Of an open one, whether it is plain, and this process is known to hold all of it."""
+        return self.is_plain and self.part.shape == self.frame.shape and not is_parallel(self._module)
 
     def rows(self) -> list[tuple[Float[Tensor, "*shape d"], Frame]]:
         """The whole activation, gathered from all processes, with the features last, and its frame as it lay before.

@@ -21,6 +21,11 @@ def is_gathered_now_and_then(module: nn.Module) -> bool:
     return any(kind.__module__.startswith("torch.distributed.fsdp") for kind in type(module).__mro__)
 
 
+def is_parallel(module: nn.Module) -> bool:
+    """Whether each process may hold a part of what the module gives, as under tensor parallelism."""
+    return is_sharded(module) and not is_gathered_now_and_then(module)
+
+
 def full_shape(activation: Tensor, module: nn.Module) -> tuple[int, ...]:
     """The shape of the whole activation, of which this process may hold some features."""
     if _columns(activation, module) is not None:

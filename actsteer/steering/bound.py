@@ -119,7 +119,7 @@ def summed(view: View, constant: Tensor | None, amounts: Sequence[Amount], direc
         amounts, directions: of the rest.
     """
     frame, dtype, device, is_nested = view.frame, view.part.dtype, view.part.device, view.raw.is_nested
-    unusual = None if view.is_plain else view  # for what is kept must not hold an activation
+    unusual = None if view.is_whole else view  # for what is kept must not hold an activation
     fixed = None if constant is None or constant.ndim == 2 else frame.vectors(constant)
     terms = [_term(amount, directions[i], frame) for i, amount in enumerate(amounts) if directions is not None]
     rounded = None if fixed is None or terms else view.share(fixed.to(dtype=dtype, device=device))
@@ -218,7 +218,7 @@ def applied(
     if directions is None:
         return Bound(lambda h, now: h)
     frame, dtype, is_nested = view.frame, view.part.dtype, view.raw.is_nested
-    unusual = None if view.is_plain else view  # for what is kept must not hold an activation
+    unusual = None if view.is_whole else view  # for what is kept must not hold an activation
     wide, kind = torch.promote_types(dtype, torch.float32), view.part.device.type
     directions = directions.to(view.part.device, wide)
     known = [_known(*each, site=frame.site) for each in zip(interventions, directions, amounts, strict=True)]

@@ -302,7 +302,7 @@ class SiteEdit:
             bound, given = self._bound(view), self._given
         edited = bound.run(view.part, now)
         is_checkpointed = self._checkpointing.notice(edited)
-        keeps = view.is_plain and not is_checkpointed and not self.is_trained
+        keeps = view.is_whole and not is_checkpointed and not self.is_trained
         with lock:
             if given is self._given:
                 self._kept = (view.part.shape, view.part.dtype, bound.run, bound.shift, view.frame) if keeps else None

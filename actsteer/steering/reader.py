@@ -62,8 +62,8 @@ class GateReader:
             kept[1](last, self._passes.now)
         elif self._held() is None:
             view = self.lens.heard(module, args, last)
-            if view.is_plain and not torch.compiler.is_compiling():
-                bound = self.bind(view.open())
+            if view.is_plain and not torch.compiler.is_compiling() and view.open().is_whole:
+                bound = self.bind(view)
                 self._kept = (view.part.shape, view.part.dtype, view.part.device), bound
                 bound(view.part, self._passes.now)
             else:
@@ -72,7 +72,7 @@ class GateReader:
     def bind(self, view: View) -> Callable[[Tensor, Pass | None], Tensor]:
         """The decision on plain activations such as this one, or on this one, as a function of it."""
         frame, shape = view.frame, view.frame.shape
-        if not view.is_plain:
+        if not view.is_whole:
             return lambda h, now: self._decide(view) if (held := self._held()) is None else held
         ready, in_rows = None, len(shape) == 2
         if frame.is_last and frame.row_axis == 0 and (in_rows or (len(shape) == 3 and self._per_token)):
