@@ -391,7 +391,7 @@ model, x = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)).eval(), to
 v = fit(model, positive=[x], negative=[-x], sites="1", progress=False)
 with Steerer(model, v, c=2) as steerer, torch.no_grad():
     assert torch.equal(model(x), model[2](model[1](model[0](x)) + 0))
-    assert "hook" in steerer.explain()
+    assert "tap" in steerer.explain()
 optimize(model, [x], sites="1", loss=lambda output: output.square().mean(), steps=2, progress=False)
 sweep(model, v, c=[0, 1], evaluate=lambda model: {"mean": model(x).mean()}, progress=False)
 assert not {"transformer_lens", "transformers", "accelerate"} & set(sys.modules)
