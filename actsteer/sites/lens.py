@@ -105,7 +105,15 @@ class View:
     @property
     def is_whole(self) -> bool:
         """Of an open one, whether it is plain, and this process is known to hold all of it."""
-        return self.is_plain and self.part.shape == self.frame.shape and not is_parallel(self._module)
+        return not self._keys and self.is_bare
+
+    @property
+    def is_bare(self) -> bool:
+        """Of an open one, whether `part` is `raw`, and all of the activation, whatever it lies in."""
+        ordinary = self.raw.__class__ is Tensor and not self.raw.is_nested and self._conversion is None
+        return (
+            ordinary and self.part.shape == self.frame.shape and not is_parallel(self._module) and self.packed is None
+        )
 
     def rows(self) -> list[tuple[Float[Tensor, "*shape d"], Frame]]:
         """The whole activation, gathered from all processes, with the features last, and its frame as it lay before.

@@ -90,6 +90,8 @@ class Tap:
         if name != "forward":
             return _around(self.methods.get(name, ()), module, method, args, kwargs)
         before, after = self.before, self.after
+        if not (before or after):
+            return _around(self.around, module, method, args, kwargs)
 
         def inside(*args: Any, **kwargs: Any) -> Any:
             for callback in before:
@@ -300,9 +302,9 @@ def _around(
     kwargs: dict[str, Any],
 ) -> Any:
     """The method with callbacks around it, the last of them outermost."""
-    for callback in callbacks:
+    for callback in callbacks[:-1]:
         method = _enclosed(callback, module, method)
-    return method(*args, **kwargs)
+    return callbacks[-1](module, method, args, kwargs) if callbacks else method(*args, **kwargs)
 
 
 def _enclosed(callback: Callable[..., Any], module: nn.Module, method: Callable[..., Any]) -> Callable[..., Any]:

@@ -51,18 +51,19 @@ class GateReader:
         self._alone: Current[Tensor] = Current()  # decided while no pass of the model runs, but a part of it
         self._kept: tuple[tuple[Any, ...], Callable[[Tensor, Pass | None], Tensor]] | None = None
         self._passes, self._key = passes, key
-        self._per_token = gate.per == "token"
+        self._per_token, self._is_output = gate.per == "token", place.side == "out"
         self.is_inline = False  # whether whoever edits where it reads calls it, and nobody else asks
 
     def __call__(self, module: nn.Module, args: Any, last: Any) -> None:
         """Decide; `last` is the output, or the keyword arguments."""
         kept = None if torch.compiler.is_compiling() else self._kept
-        plain = kept is not None and last.__class__ is Tensor and not last.is_nested
-        if kept is not None and plain and (last.shape, last.dtype, last.device) == kept[0]:
-            kept[1](last, self._passes.now)
+        h = last if self._is_output else args[0] if len(args) == 1 and not last else None
+        plain = kept is not None and h.__class__ is Tensor and not h.is_nested
+        if kept is not None and plain and (h.shape, h.dtype, h.device) == kept[0]:
+            kept[1](h, self._passes.now)
         elif self._held() is None:
             view = self.lens.heard(module, args, last)
-            if view.is_plain and not torch.compiler.is_compiling() and view.open().is_whole:
+            if view.raw is h and not torch.compiler.is_compiling() and view.open().is_bare:
                 bound = self.bind(view)
                 self._kept = (view.part.shape, view.part.dtype, view.part.device), bound
                 bound(view.part, self._passes.now)
@@ -72,7 +73,7 @@ class GateReader:
     def bind(self, view: View) -> Callable[[Tensor, Pass | None], Tensor]:
         """The decision on plain activations such as this one, or on this one, as a function of it."""
         frame, shape = view.frame, view.frame.shape
-        if not view.is_whole:
+        if not view.is_bare:
             return lambda h, now: self._decide(view) if (held := self._held()) is None else held
         ready, in_rows = None, len(shape) == 2
         if frame.is_last and frame.row_axis == 0 and (in_rows or (len(shape) == 3 and self._per_token)):

@@ -112,6 +112,7 @@ class Passes:
         self.root = self if root is None else root
         self.is_read = False  # whether a gate reads at a site of these
         self.modules: list[nn.Module] = []  # those of the sites
+        self.is_used = data  # whether there are any, or may be
         self.current: Current[Pass] = Current()
         self.generation: Current[Generation] = Current() if root is None else root.generation
         self._data = data
@@ -171,17 +172,21 @@ class Passes:
 
     def begun(self, args: Sequence[Any], kwargs: Mapping[str, Any], signature: Signature) -> Pass:
         """The pass of a call, as its generation has told of it, or as its arguments do."""
-        generation, ready = self.generation.get(), None
-        if generation is not None and (ready := generation.announced.get(self.number)) is not None:
+        generation = self.generation.get()
+        found: Pass | None = None if generation is None else generation.announced.get(self.number)
+        if generation is not None and found is not None:
             generation.announced[self.number] = None
-        asks = bool(self._by_token) or self.is_read or self._data
-        if not (self.modules or self._data):  # no site has these tokens
+        elif not self.is_used:  # no site has these tokens
             return Pass(generation=generation)
-        if ready is None and not asks and (not self.sees_inputs or self._has_no_pads(args, kwargs, signature)):
-            return Pass()
-        named = signature.named(args, kwargs)
-        found = self._seen(named, generation, signature, asks=asks) if ready is None else ready
-        return found.of_answers(named) if self.whose.kind == "answers" else found
+        else:
+            asks = bool(self._by_token) or self.is_read or self._data
+            if not asks and (not self.sees_inputs or self._has_no_pads(args, kwargs, signature)):
+                return Pass()
+            first = args[0] if args else None
+            if not (self.sees_inputs or self._by_token) and isinstance(first, Tensor) and first.is_floating_point():
+                return Pass(rows=len(first) if self._in_order and first.ndim and not first.is_nested else None)
+            found = self._seen(signature.named(args, kwargs), generation, signature, asks=asks)
+        return found.of_answers(signature.named(args, kwargs)) if self.whose.kind == "answers" else found
 
     def about(self, tokens: Tokens, generation: Generation | None = None, **known: Any) -> Pass:
         """The pass with these tokens."""
@@ -327,6 +332,7 @@ def groups(
             at = encoder if own.kind == "encoder" and encoder is not None and not data else host
             made[own] = Passes(at, positions, whose=own, root=root, number=len(made), data=data)
         made[own].modules.append(place.module)
+        made[own].is_used = True
         of_site[site] = made[own]
     return tuple(made.values()), of_site
 
