@@ -57,7 +57,7 @@ class GateReader:
     def __call__(self, module: nn.Module, args: Any, last: Any) -> None:
         """Decide; `last` is the output, or the keyword arguments."""
         kept = None if torch.compiler.is_compiling() else self._kept
-        h = last if self._is_output else args[0] if len(args) == 1 and not last else None
+        h: Any = last if self._is_output else args[0] if len(args) == 1 and not last else None
         plain = kept is not None and h.__class__ is Tensor and not h.is_nested
         if kept is not None and plain and (h.shape, h.dtype, h.device) == kept[0]:
             kept[1](h, self._passes.now)

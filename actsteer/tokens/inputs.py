@@ -29,6 +29,7 @@ _PADDING = (
 _UNSURE = ("padding_mask", "pad_mask", "lengths", "input_lengths", "seq_lengths", "seq_lens")
 _CACHE = re.compile(r"^(past_key_values?|past_kv_cache|past|layer_past|cache|cache_params|kv_cache|mems|state)$")
 _HOLDS = {"batch", "inputs", "features", "encoding"}  # arguments that may be a mapping of the others
+_ENCODERS = {"input_ids", "inputs_embeds", "attention_mask", "src", "src_key_padding_mask"}
 _HINT = (
     "; use model.generate of the model that the Steerer is on, choose positions from the start of the text (an index, "
     "or a slice), or run without a cache"
@@ -307,6 +308,17 @@ def cached(cache: Any) -> int | Tensor | None:
     while isinstance(cache, tuple | list) and cache:
         cache = cache[0]
     return cache.shape[-2] if isinstance(cache, Tensor) and cache.ndim == 4 else None
+
+
+def of_the_encoder(named: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a model's inputs, what says something of the encoder's tokens."""
+    found = {name: value for name, value in named.items() if name in _ENCODERS}
+    if named.get("encoder_hidden_states") is not None:
+        return {"inputs_embeds": named["encoder_hidden_states"], "attention_mask": named.get("encoder_attention_mask")}
+    outputs = named.get("encoder_outputs")
+    if outputs is not None and not isinstance(found.get("input_ids"), Tensor):
+        found["inputs_embeds"] = first_tensor([outputs if isinstance(outputs, tuple | list) else dict(outputs)])
+    return found
 
 
 def encoder_of(model: nn.Module) -> nn.Module | None:

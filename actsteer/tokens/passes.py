@@ -22,6 +22,7 @@ from actsteer.tokens.inputs import (
     encoder_of,
     first_tensor,
     has_masks,
+    of_the_encoder,
     signature_of,
     tokens_of,
     unsure,
@@ -179,12 +180,12 @@ class Passes:
         elif not self.is_used:  # no site has these tokens
             return Pass(generation=generation)
         else:
-            asks = bool(self._by_token) or self.is_read or self._data
-            if not asks and (not self.sees_inputs or self._has_no_pads(args, kwargs, signature)):
+            asks, first = bool(self._by_token) or self._data, args[0] if args else None
+            if not (asks or self.is_read) and (not self.sees_inputs or self._has_no_pads(args, kwargs, signature)):
                 return Pass()
-            first = args[0] if args else None
-            if not (self.sees_inputs or self._by_token) and isinstance(first, Tensor) and first.is_floating_point():
+            if not (self.sees_inputs or asks) and isinstance(first, Tensor) and first.is_floating_point():
                 return Pass(rows=len(first) if self._in_order and first.ndim and not first.is_nested else None)
+            asks = asks or self.is_read
             found = self._seen(signature.named(args, kwargs), generation, signature, asks=asks)
         return found.of_answers(signature.named(args, kwargs)) if self.whose.kind == "answers" else found
 
@@ -245,7 +246,7 @@ class Passes:
             return Pass(named=named, generation=generation)
         prefix = signature.prefix(named)
         if kind in ("encoder", "memory"):
-            named, prefix = _of_the_encoder(named), ""
+            named, prefix = of_the_encoder(named), ""
         tokens = tokens_of(named, prefix=prefix, mask=self.whose.mask, strict=asks, data=self._data)
         doubt = unsure(named) if self.whose.mask is None and (tokens is None or tokens.mask is None) else None
         if tokens is None:
@@ -361,20 +362,6 @@ def _is_part(module: nn.Module, passes: Passes) -> bool:
         return False
     inside = {id(inner) for inner in module.modules()}
     return any(id(own) in inside for own in passes.modules)
-
-
-def _of_the_encoder(named: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a model's inputs, what says something of the encoder's tokens."""
-    found = {name: value for name, value in named.items() if name in _ENCODERS}
-    if named.get("encoder_hidden_states") is not None:
-        return {"inputs_embeds": named["encoder_hidden_states"], "attention_mask": named.get("encoder_attention_mask")}
-    outputs = named.get("encoder_outputs")
-    if outputs is not None and not isinstance(found.get("input_ids"), Tensor):
-        found["inputs_embeds"] = first_tensor([outputs if isinstance(outputs, tuple | list) else dict(outputs)])
-    return found
-
-
-_ENCODERS = {"input_ids", "inputs_embeds", "attention_mask", "src", "src_key_padding_mask"}
 
 
 def _is_true(mask: Any) -> bool:
