@@ -197,13 +197,9 @@ def _pre_hook(callback: Callable[..., Any]) -> Callable[..., Any]:
     return lambda module, args, *kwargs: callback(module, args, *kwargs) if kwargs else None
 
 
-def _tapped(kind: type[nn.Module]) -> type[nn.Module]:
-    """The same subclass each time, for compiled code guards on it; another once the class's forward is replaced."""
-    return _made_once(kind, inspect.getattr_static(kind, "forward"))  # type: ignore[arg-type]
-
-
 @functools.lru_cache(maxsize=1024)
-def _made_once(kind: type[nn.Module], plain: Any) -> type[nn.Module]:
+def _tapped(kind: type[nn.Module]) -> type[nn.Module]:
+    """The same subclass each time, for compiled code guards on it."""
     return _made(kind)
 
 
@@ -246,13 +242,13 @@ def _forward_of(kind: type[nn.Module]) -> Callable[..., Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         tap = self.__dict__.get(_MARK)
         if tap is None:
-            return plain(self, *args, **kwargs)
+            return kind.forward(self, *args, **kwargs)
         only = tap.only
         if only is not None:
-            output = plain(self, *args, **kwargs)
+            output = kind.forward(self, *args, **kwargs)
             edited = only(self, args, output)
             return output if edited is None else edited
-        return _called(self, "forward", functools.partial(plain, self), args, kwargs)
+        return _called(self, "forward", functools.partial(kind.forward, self), args, kwargs)
 
     return _passing_for(forward, plain)
 

@@ -110,6 +110,10 @@ def attach_all(
         for module, name, around in generate.taps(uncompiled(plan.model), plan.passes):
             put(module, name, around)
     for reader in plan.readers:
+        handles.add(reader.begin)
+        reader.begin()
+        if reader.is_inline:
+            continue
         by: tap.By = "hook"
         if backend != "hook" and choose(plan.model, reader.place, backend="auto").mechanism == "tap":
             by = "tap"
@@ -168,7 +172,9 @@ def owners_at(module: nn.Module) -> list[Steers]:
 
 def _has_passes(plan: Plan) -> bool:
     """Whether it matters what is known of a pass."""
-    return bool(plan.readers) or any(own.sees_inputs or own.positions for own in plan.passes)
+    return not all(own.is_inline for own in plan.readers) or any(
+        own.sees_inputs or own.positions for own in plan.passes
+    )
 
 
 def _check_order(edit: SiteEdit, by: tap.By) -> None:

@@ -87,6 +87,8 @@ class Amount:
                 dose = None if given else torch.zeros([1] * len(frame.shape), dtype=torch.bool, device=h.device)
             else:
                 dose = frame.needs_tokens(given, rows=now.tokens.rows)
+        elif self.is_by_token:  # its strength is younger than the pass, and waits for the next one
+            dose = torch.zeros([1] * len(frame.shape), dtype=torch.bool, device=h.device)
         if decided is None or dose is None:
             return dose if decided is None else decided
         return dose * decided.to(dose.device)
@@ -248,7 +250,8 @@ def applied(
 
     def run(h: Tensor, now: Pass | None) -> Tensor:
         if only is not None and has_no_pads(now) and not (casts and torch.is_autocast_enabled(kind)):
-            return checked(only(h), h, interventions[0])
+            edited_h = checked(only(h), h, interventions[0])
+            return edited_h if edited_h.dtype is dtype else edited_h.to(dtype)
         last = h if not turned else h.movedim(frame.axis, -1) if unusual is None else unusual.features_last()
         last = last.to(wide)
         if casts and (_is_compiling() or torch.is_autocast_enabled(kind)):

@@ -257,10 +257,7 @@ class SiteEdit:
                     output.__class__ is Tensor
                     and output.shape == shape
                     and output.dtype is dtype
-                    and (
-                        output.is_inference()
-                        or (is_outside_of_functions() and (not output.requires_grad or saves_otherwise(True) is None))
-                    )
+                    and (output.is_inference() or (is_outside_of_functions() and saves_otherwise(True) is None))
                 ):
                     if not self._asks:
                         return run(output, None) if shift is None else output + shift
@@ -270,16 +267,18 @@ class SiteEdit:
             except RuntimeError:  # the model has moved to another device, or the output is nested and has no shape
                 self._kept = None
         edited = self.edit(module, output)
-        if not module.__dict__.get("inplace") or not args or output is not args[0] or not isinstance(output, Tensor):
+        if not _is_in_place(module, output, edited):
             return edited
         self._kept = None
-        if torch.is_grad_enabled() and edited.requires_grad:  # autograd keeps what the module has written
-            return edited
         return output.copy_(edited)  # its caller may look there, and not at the result
 
     def on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The edited arguments."""
-        return tuple(self.edit(module, Arguments(args, kwargs)))
+        edited: Arguments = self.edit(module, Arguments(args, kwargs))
+        if len(args) == 1 and _is_in_place(module, args[0], edited.args[0]):
+            args[0].copy_(edited.args[0])  # the module writes there too
+            return args, kwargs
+        return tuple(edited)
 
     def edit(self, module: nn.Module, value: Any) -> Any:
         """A module's output or its `Arguments`, with the activation edited."""
@@ -389,6 +388,13 @@ class SiteEdit:
         ):
             return None
         return self.constant if axis == -1 else self.constant.view(-1, *[1] * (-axis - 1))
+
+
+def _is_in_place(module: nn.Module, activation: Any, edited: Any) -> bool:
+    """Whether the edit is to be made in place, as the module's work is; not where autograd keeps what lies there."""
+    if not module.__dict__.get("inplace") or not isinstance(activation, Tensor) or edited is activation:
+        return False
+    return not (torch.is_grad_enabled() and edited.requires_grad)
 
 
 def _may_be_checkpointed() -> bool:

@@ -212,14 +212,15 @@ def make_plan(
     for reader in distinct:
         users = [edit for edit in edits.values() if any(_asks(own, reader) for own in edit.gates.values())]
         there = (reader.place.module, reader.place.side, reader.place.path)
-        reader.is_inline = all(
+        holds = reader.gate.per != "token" and passes_of[reader.gate.site].sees_inputs  # for a generation perhaps
+        reader.is_inline = not holds and all(
             (edit.place.module, edit.place.side, edit.place.path) == there
             and all(own is reader or not _asks(own, reader) for own in edit.gates.values())
             for edit in users
         )
     for site in read:
         passes_of[site].is_read = True
-    return Plan(model, bank, edits, tuple(own for own in distinct if not own.is_inline), passes, axes)
+    return Plan(model, bank, edits, distinct, passes, axes)
 
 
 def _asks(one: Reader, reader: GateReader) -> bool:

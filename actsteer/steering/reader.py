@@ -48,7 +48,8 @@ class GateReader:
     def __init__(self, gate: Gate, place: Place, layout: Layout, passes: Passes, *, key: int) -> None:
         self.gate = gate
         self.lens = Lens(place, layout)
-        self._alone: Current[Tensor] = Current()  # decided while no pass of the model runs, but a part of it
+        self._alone: Current[tuple[object, Tensor]] = Current()  # decided while a part of the model runs by itself
+        self._block = object()  # tells what was decided in this block from what was decided in earlier ones
         self._kept: tuple[tuple[Any, ...], Callable[[Tensor, Pass | None], Tensor]] | None = None
         self._passes, self._key = passes, key
         self._per_token, self._is_output = gate.per == "token", place.side == "out"
@@ -100,10 +101,19 @@ class GateReader:
         return self._keep([self._read(rows, frame, nested=view.raw.is_nested) for rows, frame in view.rows()])
 
     def _keep(self, parts: list[Tensor]) -> Tensor:
+        if len({part.shape[1:] for part in parts}) > 1:  # per token, of rows of several lengths
+            longest = max(part.shape[1] for part in parts)
+            parts = [torch.nn.functional.pad(part, (0, longest - part.shape[1])) for part in parts]
         weights = parts[0] if len(parts) == 1 else torch.cat(parts)
-        self._alone.set(weights if self._passes.now is None and self._passes.root.now is None else None)
+        alone = self._passes.now is None and self._passes.root.now is None
+        self._alone.set((self._block, weights) if alone else None)
         self._passes.decide(self._key, weights, holds=not self._per_token)
         return weights
+
+    def begin(self) -> None:
+        """A block begins, or has ended."""
+        self._block = object()
+        self._alone.set(None)
 
     @property
     def place(self) -> Place:
@@ -113,7 +123,8 @@ class GateReader:
     def weights_for(self, site: str) -> Tensor:
         """The decision; GateError if the gate's site has not run yet in this forward pass."""
         weights = self._passes.decided(self._key)
-        weights = self._alone.get() if weights is None else weights
+        if weights is None and (alone := self._alone.get()) is not None and alone[0] is self._block:
+            weights = alone[1]
         if weights is None:
             raise GateError(
                 f"site {site!r} runs before site {self.gate.site!r}, where its gate reads; fit the gate at the steered "

@@ -41,3 +41,4 @@ class Current(Generic[T]):
         self._traced, token = before
         if token is not None:
             self._var.reset(token)
+            self._traced = self._var.get()  # and not that of another thread, which came in between

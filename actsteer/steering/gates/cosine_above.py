@@ -74,7 +74,8 @@ class CosineAbove:
         column = self._direction.like(like)[:, None] / (threshold or 1)
 
         def above(rows: Tensor) -> Tensor:
-            if self.threshold <= 0 or self.threshold != threshold:  # a row of zeros exceeds what is below 0
+            # a row of zeros exceeds what is below 0, and by what is near 0 nothing can be divided
+            if self.threshold < 1e-3 or self.threshold != threshold:
                 return self(rows)
             return (rows @ column > norms(rows)).squeeze(-1)
 

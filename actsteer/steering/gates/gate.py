@@ -170,13 +170,18 @@ def decide(gate: Gate, rows: Float[Tensor, "rows d"]) -> Tensor:
     """
     with without_autocast(rows.device.type):
         weights = gate(wide(rows))
-    if weights.shape != rows.shape[:1]:
-        raise GateError(
-            f"gate at site {gate.site!r}: expected one weight for each of {len(rows)} rows, got shape "
-            f"{tuple(weights.shape)}; return a tensor of shape (rows,)"
-        )
+    _check_shape(weights, gate, rows)
     check_weights(weights, gate)
     return weights
+
+
+def _check_shape(weights: object, gate: Gate, rows: Tensor) -> None:
+    if not isinstance(weights, Tensor) or weights.shape != rows.shape[:1]:
+        got = f"shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else f"a {type(weights).__name__}"
+        raise GateError(
+            f"gate at site {gate.site!r}: expected one weight for each of {len(rows)} rows, got {got}; return a tensor "
+            "of shape (rows,)"
+        )
 
 
 def prepared_gate(gate: Gate, like: Float[Tensor, "rows d"]) -> Callable[[Float[Tensor, "rows d"]], Tensor]:
@@ -185,6 +190,8 @@ def prepared_gate(gate: Gate, like: Float[Tensor, "rows d"]) -> Callable[[Float[
     if not isinstance(gate, PreparedGate) or like.dtype not in _WIDE or torch.compiler.is_compiling():
         return partial(decide, gate)
     ready, casts = gate.prepare(like), kind != "meta" and torch.amp.is_autocast_available(kind)
+
+    _check_shape(ready(like), gate, like)
 
     def prepared(rows: Tensor) -> Tensor:
         if casts and torch.is_autocast_enabled(kind):
