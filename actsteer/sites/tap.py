@@ -188,7 +188,7 @@ def _settle(module: nn.Module, entries: tuple[Entry, ...]) -> None:
             has_methods = any(entry.by == "tap" for entry in tap.entries)
             made = _made(plain_class(module), has_methods=has_methods)  # for compiled code, which sees no hooks
         else:
-            made = _tapped(plain_class(module))
+            made = _tapped(plain_class(module))  # type: ignore[arg-type]
         object.__setattr__(module, "__class__", made)
 
 

@@ -289,7 +289,7 @@ class SiteEdit:
             _is_compiling()  # which guards on all that it is asked here
             and self._traced_shift is not None
             and value.__class__ is Tensor
-            and not (self._asks and self._may_have_pads())
+            and not (self._asks and self.passes.may_have_pads)
         ):
             shift = self._traced_shift.to(dtype=value.dtype, device=value.device)
             fits = value.ndim >= shift.ndim if self._rank is None else value.ndim == self._rank
@@ -343,9 +343,6 @@ class SiteEdit:
         """Whether tokens of one row get different amounts of a concept."""
         by_token = self._given is not None and own in self._given.by_token
         return by_token or self._stack.concepts[own] in self.passes.positions
-
-    def _may_have_pads(self) -> bool:
-        return self.passes.sees_inputs and self.passes.may_have_pads
 
     def _now(self, frame: Frame, device: torch.device, *, runs_again: bool) -> Pass | None:
         """What is known of the pass that runs, if it matters.
