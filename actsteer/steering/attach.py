@@ -19,7 +19,7 @@ from actsteer.sites.resolve import are_there, path_to
 from actsteer.sites.shards import is_sharded
 from actsteer.sites.wrappers import uncompiled
 from actsteer.steering import in_bias
-from actsteer.steering.choose import Backend, Choice, choose
+from actsteer.steering.choose import Backend, Choice, Mechanism, choose
 from actsteer.steering.edit import Fired, SiteEdit
 from actsteer.steering.handles import Handles
 from actsteer.steering.plan import Plan
@@ -123,11 +123,11 @@ def attach_all(
         plan.hold()
     for site, edit in plan.edits.items():
         mechanism = chosen[site].mechanism
+        _check_order(edit, mechanism)
         if mechanism == "fold":
             handles.add(partial(in_bias.take_off, edit))
             in_bias.put(edit, plan.model, owner=owner)
         else:
-            _check_order(edit, mechanism)
             put_at(edit.place, edit.on_input if edit.place.side == "in" else edit.on_output, mechanism)
     if any(choice.mechanism != "fold" for choice in chosen.values()):  # a folded model may be scripted
         leave = put(uncompiled(plan.model), "after", watch.after)
@@ -177,8 +177,8 @@ def _has_passes(plan: Plan) -> bool:
     )
 
 
-def _check_order(edit: SiteEdit, by: tap.By) -> None:
-    """Steerers that nest edit in the order entered, which a hook and a tap on one module may not keep.
+def _check_order(edit: SiteEdit, by: Mechanism) -> None:
+    """Steerers that nest edit in the order entered, which a hook, a tap and a bias of one module may not keep.
 
     It matters only to edits that do not commute, which is to say, not to sums.
 
@@ -186,9 +186,9 @@ def _check_order(edit: SiteEdit, by: tap.By) -> None:
         UnsupportedModelError: the site is steered already, and this edit would come before that one.
     """
     module, side = edit.place.module, edit.place.side
-    runs_first: tap.By = "tap" if side == "out" else "hook"
+    runs_first = by == "fold" or by == ("tap" if side == "out" else "hook")
     for entry in tap.entries_of(module):
-        if entry.when != _WHEN[side] or entry.by == by or by != runs_first or not isinstance(entry.owner, Steers):
+        if entry.when != _WHEN[side] or entry.by == by or not runs_first or not isinstance(entry.owner, Steers):
             continue
         if not all(other.is_sum for other in (edit, *entry.owner.edits_at(module, side))):
             raise UnsupportedModelError(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from actsteer import ProjectionAbove, Steerer, SteeringVector, StrengthError, UnsupportedModelError, VectorBank
+from actsteer import Ablate, ProjectionAbove, Steerer, SteeringVector, StrengthError, UnsupportedModelError, VectorBank
 from tests.oracles import state
 from tests.zoo import bits, exact, normal
 
@@ -396,3 +396,14 @@ def test_a_bias_that_only_moves_is_put_back(has_bias, move, count):
     for steerer in steerers:
         steerer.detach()
     assert model[0].bias is None if before is None else torch.equal(model[0].bias, before.to(model[0].bias))
+
+
+@pytest.mark.parametrize("backend", ["tap", "hook"])
+def test_a_fold_that_would_come_before_an_earlier_edit_that_is_no_sum_is_refused(backend):
+    model, v = exact().eval().requires_grad_(False), SteeringVector({"0": torch.ones(4)})
+    folded = Steerer(model, v, c=2, backend="fold")
+    refused = pytest.raises(UnsupportedModelError, match="by fold this edit would come before that")
+    with Steerer(model, v, intervention=Ablate(), backend=backend), refused:
+        folded.attach()
+    with Steerer(model, v, c=2, backend="fold"), Steerer(model, v, intervention=Ablate(), backend=backend):
+        model(torch.ones(1, 4, dtype=torch.float64))

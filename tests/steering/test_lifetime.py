@@ -510,7 +510,7 @@ TARGETS = [
     ("torch.nn.Module.register_forward_pre_hook", 3),
     ("actsteer.sites.tap.put", 5),
     ("actsteer.sites.tap._settle", 5),
-    ("actsteer.sites.tap._made_once", 5),
+    ("actsteer.sites.tap._tapped", 5),
     ("actsteer.steering.in_bias.put", 3),
     ("actsteer.steering.in_bias._Fold.write", 3),
     ("actsteer.steering.edit.SiteEdit.set_strengths", 3),

@@ -166,10 +166,7 @@ def test_directions_asked_for_in_inference_mode_can_be_trained():
 @pytest.mark.parametrize("intervention", [None, mirror], ids=["Add", "custom"])
 @pytest.mark.parametrize(
     ("module", "site"),
-    [
-        *((module, site) for module in (nn.Identity(), nn.Dropout(0.5), nn.Flatten()) for site in ("0", "0:in")),
-        *((module, "0:in") for module in (nn.ReLU(inplace=True), nn.Dropout(0.5, inplace=True))),
-    ],
+    [(module, site) for module in (nn.Identity(), nn.Dropout(0.5), nn.Flatten()) for site in ("0", "0:in")],
     ids=str,
 )
 def test_the_callers_input_is_not_changed(backend, intervention, module, site):
@@ -188,10 +185,11 @@ def test_the_callers_input_is_not_changed(backend, intervention, module, site):
 @EAGER
 @pytest.mark.parametrize("intervention", [None, mirror], ids=["Add", "custom"])
 @pytest.mark.parametrize("module", [nn.ReLU(inplace=True), nn.Dropout(0.5, inplace=True)], ids=str)
-def test_behind_a_module_that_writes_into_its_input_the_edit_is_there_too(backend, intervention, module):
+@pytest.mark.parametrize("site", ["0", "0:in"])
+def test_behind_a_module_that_writes_into_its_input_the_edit_is_there_too(backend, intervention, module, site):
     model = nn.Sequential(module, nn.Identity()).eval()
     x = torch.tensor([[1.0, 2.0, 0.25, 4.0], [8.0, 0.5, 2.0, 1.0]])
-    with Steerer(model, SteeringVector({"0": V.abs()}), c=0.5, backend=backend, intervention=intervention):
+    with Steerer(model, SteeringVector({site: V.abs()}), c=0.5, backend=backend, intervention=intervention):
         for _ in range(3):
             expected = x + 0.5 * V.abs() if intervention is None else mirror(x, V.abs(), 0.5)
             assert torch.equal(model(x), expected)
