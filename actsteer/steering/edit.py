@@ -63,7 +63,6 @@ class SiteEdit:
         "_given",
         "_in_range",
         "_kept",
-        "_rank",
         "_stack",
         "_strengths",
         "_terms",
@@ -115,7 +114,6 @@ class SiteEdit:
         self._asks = False  # whether what is known of the pass matters
         self._kept: tuple[torch.Size, torch.dtype, Run, Tensor | None, Frame] | None = None
         """The edit of plain outputs of one shape and dtype: what it does, the constant that it adds if that is all."""
-        self._rank: int | None = None  # of outputs that are known to have the features last
         self._traced_shift: Tensor | None = None  # `constant` as compiled code adds it to whatever has that axis
         self._exported: SiteEdit | None = None  # with strengths of its own, which an exported program keeps
 
@@ -292,8 +290,7 @@ class SiteEdit:
             and not (self._asks and self.passes.may_have_pads)
         ):
             shift = self._traced_shift.to(dtype=value.dtype, device=value.device)
-            fits = value.ndim >= shift.ndim if self._rank is None else value.ndim == self._rank
-            if not value.is_nested and fits and value.shape[-shift.ndim] == shift.shape[0]:
+            if not value.is_nested and value.ndim >= shift.ndim and value.shape[-shift.ndim] == shift.shape[0]:
                 return value + shift
         view = self.lens.read(module, value).open()
         runs_again = not _is_compiling() and not view.part.is_inference() and _may_be_checkpointed()
@@ -306,9 +303,6 @@ class SiteEdit:
         is_checkpointed = self._checkpointing.notice(edited)
         keeps = view.is_whole and not is_checkpointed and not self.is_trained
         with lock:
-            if keeps and self.lens.output_axis is None and view.frame.is_last and not self.in_place:
-                self._rank = len(view.frame.shape)  # a class that leaves the axis open has shown it
-                self._traced_shift = self._traceable()
             if given is self._given:
                 self._kept = (view.part.shape, view.part.dtype, bound.run, bound.shift, view.frame) if keeps else None
         return view.write(edited)
@@ -375,7 +369,7 @@ class SiteEdit:
 
     def _traceable(self) -> Tensor | None:
         """What may be added to a plain output in compiled code without a look at anything else; it costs few guards."""
-        axis = -1 if self._rank is not None else self.lens.output_axis
+        axis = self.lens.output_axis
         if (
             axis is None
             or self.constant is None

@@ -36,7 +36,7 @@ class Reader(Protocol):
 
 @final
 class GateReader:
-    """A hook at a gate's site.
+    """What a gate decides of the activation at its site, in the pass that runs.
 
     A decision per sequence is one on its prompt. It is made in the pass that computes the prompt, and holds until the
     generation ends; a decision per token is made in every pass, for its tokens.
