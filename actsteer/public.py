@@ -51,6 +51,10 @@ from actsteer.files.formats import FORMATS as FORMATS
 from actsteer.files.formats import Format as Format
 from actsteer.folding.fold import fold as fold
 from actsteer.folding.fold import unfold as unfold
+from actsteer.sites.blocks import attention_sites as attention_sites
+from actsteer.sites.blocks import mlp_sites as mlp_sites
+from actsteer.sites.blocks import residual_sites as residual_sites
+from actsteer.sites.blocks import residual_writers as residual_writers
 from actsteer.sites.resolve import find_sites as find_sites
 from actsteer.steering.attached import detach_all as detach_all
 from actsteer.steering.attached import steerers as steerers

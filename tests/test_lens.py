@@ -20,11 +20,14 @@ from actsteer import (
     Steerer,
     SteeringNotApplied,
     SteeringVector,
+    attention_sites,
     collect,
     find_sites,
     fit,
     optimize,
     record,
+    residual_sites,
+    residual_writers,
 )
 from tests.oracles import state
 from tests.zoo import lens, normal
@@ -314,6 +317,16 @@ def test_optimize_lowers_the_loss_of_a_bridge(shared, site):
 )
 def test_patterns_select_aliases(shared, pattern, expected):
     assert find_sites(shared, pattern) == expected
+
+
+def test_the_usual_places_are_hook_points(shared):
+    assert residual_sites(shared, -1) == ("blocks.1.hook_resid_post",)
+    assert attention_sites(shared) == ("blocks.0.hook_attn_out", "blocks.1.hook_attn_out")
+    assert residual_writers(shared, 0) == ("blocks.0.hook_attn_out", "blocks.0.hook_mlp_out")
+    found = record(shared, TOKENS, sites=["blocks.0.hook_resid_pre", *residual_writers(shared)])
+    torch.testing.assert_close(
+        sum(found.values()), record(shared, TOKENS, sites=residual_sites(shared, -1))["blocks.1.hook_resid_post"]
+    )
 
 
 @pytest.mark.case(46)

@@ -12,7 +12,11 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 _EXAMPLES: dict[str, list[str]] = {  # command, a function in the file of its name -> how it is used
-    "sites": ["actsteer sites ./llama 'model.layers.*.mlp'", "actsteer sites torchvision.models:resnet18 '*.conv1'"],
+    "sites": [
+        "actsteer sites ./llama --residual",
+        "actsteer sites ./llama 'model.layers.*.mlp'",
+        "actsteer sites torchvision.models:resnet18 '**.conv1'",
+    ],
     "fit": [
         "actsteer fit -m ./llama --positive calm.txt --negative angry.txt --sites model.layers.14 -o calm.safetensors",
         "actsteer fit -m nets:build --positive nines.pt --negative rest.pt --sites 're:relu.*' -o nine.safetensors",

@@ -49,7 +49,7 @@ def record(
         ShapeError: keep_shape, and batches of other shapes, or a nested or packed activation.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
-    >>> record(model, torch.zeros(5, 2), sites="*")["1"].shape
+    >>> record(model, torch.zeros(5, 2), sites="**")["1"].shape
     torch.Size([5, 3])
     >>> record(model, torch.zeros(5, 4, 2), sites="1", keep_shape=True)["1"].shape
     torch.Size([5, 4, 3])

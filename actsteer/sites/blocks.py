@@ -1,12 +1,15 @@
-"""Blocks: the layers of a transformer, by number and by name."""
+"""Blocks: the layers of a transformer, by number and by name, and the usual places in them."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
+from inspect import signature
+from typing import TypeAlias
 
 from torch import nn
 
-from actsteer.errors import UnsupportedModelError
+from actsteer.errors import SiteNotFoundError, UnsupportedModelError
 from actsteer.sites.resolve import hook_points
 from actsteer.sites.wrappers import class_name, named_modules, unwrapped
 
@@ -29,6 +32,16 @@ _BY_TYPE = {  # a config's model_type -> where its causal language model has the
         "model.layers",
     ),
 }
+
+Blocks: TypeAlias = int | slice | Iterable[int] | None
+"""Numbers of blocks, from 0, or from -1 for the last one; None: all."""
+_ATTENTION = ("self_attn", "attn", "attention", "self_attention", "linear_attn")  # what a block calls it
+_MLP = ("mlp", "ffn", "feed_forward", "block_sparse_moe", "moe", "fc2", "linear2")  # or the last layer of it
+_HOOKS = {"attention": "hook_attn_out", "MLP": "hook_mlp_out"}  # of TransformerLens
+_POST_NORMS = (  # of blocks that norm what they add to the residual stream: behind the attention, behind the MLP
+    ("post_self_attn_layernorm", "post_mlp_layernorm"),
+    ("post_attention_layernorm", "post_feedforward_layernorm"),
+)
 
 
 def blocks_of_type(kind: str) -> str | None:
@@ -84,3 +97,123 @@ def block_of(site: str) -> tuple[str, int] | None:
         return None
     before = ":in" in found["side"] or found["side"] == ".hook_resid_pre"
     return found["blocks"], int(found["number"]) - before
+
+
+def residual_sites(model: nn.Module, blocks: Blocks = None) -> tuple[str, ...]:
+    """The residual stream behind the blocks of a transformer: the outputs of the blocks.
+
+    Args:
+        model: a transformer with one list of blocks: most of Hugging Face's, a TransformerLens model, or yours.
+        blocks: a number, several, or a slice, counted from 0, negative ones from the end; all unless given.
+
+    Raises:
+        SiteNotFoundError: there is no such block.
+        UnsupportedModelError: the model has no list of blocks, or several.
+
+    >>> class Block(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.attn, self.mlp = nn.Identity(), nn.Identity()
+    >>> model = nn.ModuleDict({"blocks": nn.ModuleList([Block(), Block(), Block()])})
+    >>> residual_sites(model), residual_sites(model, -1), attention_sites(model, range(2))
+    (('blocks.0', 'blocks.1', 'blocks.2'), ('blocks.2',), ('blocks.0.attn', 'blocks.1.attn'))
+    >>> residual_writers(model, slice(1, None))
+    ('blocks.1.attn', 'blocks.1.mlp', 'blocks.2.attn', 'blocks.2.mlp')
+    """
+    behind = ".hook_resid_post" if hook_points(model) else ""
+    return tuple(block + behind for block in _chosen(model, blocks))
+
+
+def attention_sites(model: nn.Module, blocks: Blocks = None) -> tuple[str, ...]:
+    """The outputs of the attention of the blocks; blocks that have none are left out. See `residual_sites`.
+
+    Raises:
+        SiteNotFoundError, UnsupportedModelError: as `residual_sites`; no block has an attention under a usual name.
+    """
+    return _parts(model, blocks, {"attention": _ATTENTION})
+
+
+def mlp_sites(model: nn.Module, blocks: Blocks = None) -> tuple[str, ...]:
+    """The outputs of the MLPs of the blocks, of mixtures of experts too. See `residual_sites`.
+
+    Raises:
+        SiteNotFoundError, UnsupportedModelError: as `residual_sites`; no block has an MLP under a usual name.
+    """
+    return _parts(model, blocks, {"MLP": _MLP})
+
+
+def residual_writers(model: nn.Module, blocks: Blocks = None) -> tuple[str, ...]:
+    """What is added to the residual stream in the blocks: the outputs of attention and MLP.
+
+    Where a norm stands between them and the stream, as in Gemma 2 and OLMo 2, the output of the norm.
+
+    Raises:
+        SiteNotFoundError, UnsupportedModelError: as `residual_sites`; a block lacks either under a usual name.
+    """
+    return _parts(model, blocks, {"attention": _ATTENTION, "MLP": _MLP}, writers=True)
+
+
+def _chosen(model: nn.Module, blocks: Blocks) -> list[str]:
+    """The names of the blocks that are meant."""
+    home, count = find_blocks(model)
+    if blocks is None or isinstance(blocks, slice):
+        numbers = list(range(count)[slice(None) if blocks is None else blocks])
+    else:
+        numbers = [blocks] if isinstance(blocks, int) else list(blocks)
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, int) or not -count <= number < count:
+            raise SiteNotFoundError(
+                f"block {number!r}: {class_name(model)} has the blocks 0 to {count - 1} in {home!r}, or -{count} to -1"
+            )
+    if not numbers:
+        raise SiteNotFoundError(f"no blocks are meant by {blocks!r}; {class_name(model)} has {count} in {home!r}")
+    return [f"{home}.{number}" for number in sorted({number % count for number in numbers})]
+
+
+def _parts(
+    model: nn.Module, blocks: Blocks, wanted: dict[str, tuple[str, ...]], *, writers: bool = False
+) -> tuple[str, ...]:
+    chosen, points = _chosen(model, blocks), hook_points(model)
+    if points:
+        found = [f"{block}.{_HOOKS[what]}" for block in chosen for what in wanted]
+        return tuple(name for name in found if name in points)
+    modules = dict(named_modules(model))
+    found = []
+    for block in chosen:
+        own = {what: _named(modules, block, names) for what, names in wanted.items()}
+        lacks = [what for what, name in own.items() if name is None]
+        if lacks and writers:
+            raise _unnamed(model, modules, block, lacks)
+        for name in own.values() if writers else ():
+            if name is not None and "residual" in signature(modules[name].forward).parameters:  # as BLOOM's
+                raise UnsupportedModelError(
+                    f"{class_name(model)}: {name!r} takes the residual stream and adds to it itself; name the last "
+                    "layer in it instead"
+                )
+        after = _post_norms(modules, block) if writers else {}
+        found += [after.get(what, name) for what, name in own.items() if name is not None]
+    if not found:
+        raise _unnamed(model, modules, chosen[0], list(wanted))
+    return tuple(found)
+
+
+def _named(modules: Mapping[str, nn.Module], block: str, names: Iterable[str]) -> str | None:
+    """The part of a block that has one of these names."""
+    return next((f"{block}.{name}" for name in names if f"{block}.{name}" in modules), None)
+
+
+def _unnamed(model: nn.Module, modules: Mapping[str, nn.Module], block: str, parts: list[str]) -> UnsupportedModelError:
+    children = [name for name, _ in modules[block].named_children()]
+    return UnsupportedModelError(
+        f"{class_name(model)}: no {' and no '.join(parts)} has a usual name in {block!r}, which has {children}; name "
+        "the sites instead"
+    )
+
+
+def _post_norms(modules: Mapping[str, nn.Module], block: str) -> dict[str, str]:
+    """What stands between the parts of a block and the residual stream; nothing unless there is a norm behind both."""
+    for names in _POST_NORMS:
+        after = [f"{block}.{name}" for name in names]
+        if all(name in modules for name in after):
+            return dict(zip(_HOOKS, after, strict=True))
+    return {}

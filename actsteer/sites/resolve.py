@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from fnmatch import fnmatchcase
@@ -43,13 +44,18 @@ def find_sites(model: nn.Module, sites: Sites) -> tuple[str, ...]:
 
     Args:
         model: any module; a TransformerLens model by its hook names too.
-        sites: an exact name; a glob, whose `*` crosses dots ("*.relu"); a regular expression that matches the whole
-            name ("re:layers\\\\.[0-3]\\\\.mlp"), each with a suffix or without; a module of the model; a predicate
+        sites: an exact name; a glob, as of paths, with dots: `*` stays between two dots ("layers.*.mlp"), and `**` is
+            any number of names ("**.relu", "layers.3.**"); a regular expression that matches the whole name
+            ("re:layers\\\\.[0-3]\\\\.mlp"), each with a suffix or without; a module of the model; a predicate
             `(name, module) -> bool`; or several of these. A module that has several names is found once by a pattern
-            or a predicate, and under every name when named exactly.
+            or a predicate, and under every name when named exactly. For the usual places of a transformer there are
+            `residual_sites`, `residual_writers`, `attention_sites` and `mlp_sites`.
 
     Raises:
         SiteNotFoundError: something that selects nothing; the message has the close names.
+
+    Warns:
+        UserWarning: a glob or a regular expression selects a module and modules inside it.
 
     >>> from torch import nn
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -58,17 +64,41 @@ def find_sites(model: nn.Module, sites: Sites) -> tuple[str, ...]:
     >>> find_sites(model, "[12]"), find_sites(model, "re:0|2:in"), find_sites(model, model[1])
     (('1', '2'), ('0:in', '2:in'), ('1',))
     """
+    found: dict[str, int] = {}
+    for item, own in found_by(model, sites):
+        found |= own
+        if isinstance(item, str) and (inside := _inside_one_another(item, own)) is not None:
+            warnings.warn(inside, UserWarning, stacklevel=2)
+    return tuple(sorted(found, key=found.__getitem__))
+
+
+def found_by(model: nn.Module, sites: Sites) -> list[tuple[str | nn.Module | Predicate, dict[str, int]]]:
+    """Each item of `sites`, with the sites that it selects: site -> the place of its module in the model's order."""
     modules = named_sites(model)
     order = {name: number for number, name in enumerate(modules)}
-    found: dict[str, int] = {}
+    found = []
     for item in _items(sites):
         pattern, suffix = item, ""
         if isinstance(item, str) and item not in modules:
             pattern = split_site(item)[0]
             suffix = item[len(pattern) :]
-        for name in _matched(modules, pattern, owner=class_name(model)):
-            found[name + suffix] = order[name]
-    return tuple(sorted(found, key=found.__getitem__))
+        names = _matched(modules, pattern, owner=class_name(model))
+        found.append((item, {name + suffix: order[name] for name in names}))
+    return found
+
+
+def _inside_one_another(pattern: str, found: Iterable[str]) -> str | None:
+    """What is to be said if a pattern has found a module and modules inside it; None if it has not."""
+    names = {split_site(site)[0]: site for site in found}
+    for name, site in names.items():
+        parents = [name[:place] for place, letter in enumerate(name) if letter == "." and name[:place] in names]
+        if parents:
+            return (
+                f"{pattern!r} selects {len(names)} sites, some of them inside others, as {site!r} in "
+                f"{names[parents[0]]!r}; if that is meant, give a predicate or a list; if not, `*` stays between two "
+                "dots, and residual_sites, attention_sites and mlp_sites name the usual places"
+            )
+    return None
 
 
 def select(modules: Mapping[str, nn.Module], sites: Sites, *, owner: str) -> tuple[str, ...]:
@@ -165,11 +195,39 @@ def runs_torch_code(module: nn.Module) -> bool:
 
 
 def _items(sites: Sites) -> list[str | nn.Module | Predicate]:
+    """What was given as sites, one by one."""
     if isinstance(sites, str | nn.Module) or callable(sites):
         return [sites]
+    if not isinstance(sites, Iterable):
+        raise TypeError(
+            f"sites: expected names, patterns, modules or a predicate, got {sites!r}; the site of a Sequential's "
+            f"second module is called '1', and residual_sites(model, {sites!r}) names a transformer's block"
+        )
     if items := list(sites):
         return items
     raise SiteNotFoundError("no sites were named; name one, or give a pattern or a predicate")
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a glob selects a name: `*`, `?` and `[...]` between two dots, `**` any number of names.
+
+    >>> matches("layers.3.mlp", "layers.*.mlp"), matches("layers.3.mlp.up", "layers.*"), matches("relu", "**.relu")
+    (True, False, True)
+    >>> matches("layers.3", "layers.**"), matches("layers", "layers.**")
+    (True, False)
+    """
+    return _fits(tuple(name.split(".")), tuple(pattern.split(".")))
+
+
+def _fits(names: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
+    if not patterns:
+        return not names
+    first, *rest = patterns
+    if first != "**":
+        return bool(names) and fnmatchcase(names[0], first) and _fits(names[1:], tuple(rest))
+    if not rest:
+        return bool(names)
+    return any(_fits(names[start:], tuple(rest)) for start in range(len(names)))
 
 
 def _matched(
@@ -194,7 +252,7 @@ def _matched(
             return [name]
         case str():
             patterns = (item, without_prefixes(item))
-            found = [name for name in candidates if any(fnmatchcase(name, pattern) for pattern in patterns)]
+            found = [name for name in candidates if any(matches(name, pattern) for pattern in patterns)]
         case nn.Module():
             found = [name for name, module in modules.items() if module is item or unwrapped(module) is item]
             if not found:
@@ -226,7 +284,7 @@ def _place(model: nn.Module, modules: Mapping[str, nn.Module], site: str) -> Pla
     name, side, path = (site, "out", ()) if site in modules else split_site(site)
     name = without_prefixes(name, modules)
     if name not in modules:
-        owner, several = class_name(model), [other for other in modules if other and fnmatchcase(other, name)]
+        owner, several = class_name(model), [other for other in modules if other and matches(other, name)]
         if several:
             raise SiteNotFoundError(f"site {site!r} is a pattern for {several[:8]}, and one is needed; see find_sites")
         raise SiteNotFoundError(f"{owner} has no site {site!r}. {close_names(name, modules)}")

@@ -44,7 +44,7 @@ def bank(folder):
 def test_sites_of_a_directory_without_its_weights(run, folder):
     for weights in (folder / "llama").glob("*.safetensors"):
         weights.unlink()
-    done = run("sites", "llama", "model.layers.*.mlp*")
+    done = run("sites", "llama", "model.layers.*.mlp.**")
     assert done.code == 0
     assert done.lines[0] == ["site", "class", "features"]
     assert ["model.layers.2.mlp.down_proj", "Linear", "16"] in done.lines

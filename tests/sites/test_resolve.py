@@ -1,5 +1,7 @@
 """Names -> modules: what a pattern selects, what cannot be a site, and what identifies a model."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -30,10 +32,17 @@ LEAVES = ("layers.0.0", "layers.0.1", "layers.1.0", "layers.1.1")
     [
         ("layers.0.1", ("layers.0.1",)),
         ("layers.*.1", ("layers.0.1", "layers.1.1")),
-        ("*.1", ("layers.0.1", "layers.1", "layers.1.1")),
+        ("*.1", ("layers.1",)),
+        ("*.*.1", LEAVES[1::2]),
+        ("**.0.1", ("layers.0.1",)),
+        ("layers.*.**.1", ("layers.0.1", "layers.1.1")),
+        ("**.embed", ("embed",)),
+        ("**.a", ("heads.a",)),
+        ("*", ("embed",)),
         ("layers.?", ("layers.0", "layers.1")),
         ("layers.[1].0", ("layers.1.0",)),
-        ("layers.*", ("layers.0", "layers.0.0", "layers.0.1", "layers.1", "layers.1.0", "layers.1.1")),
+        ("layers.*", ("layers.0", "layers.1")),
+        ("layers.0.**", ("layers.0.0", "layers.0.1")),
         (["layers.1.1", "embed"], ("embed", "layers.1.1")),
         (["embed", "e*", "embed"], ("embed",)),
         ((name for name in ("layers.1.0", "layers.0.0")), ("layers.0.0", "layers.1.0")),
@@ -41,7 +50,7 @@ LEAVES = ("layers.0.0", "layers.0.1", "layers.1.0", "layers.1.1")
         (lambda name, _: name.startswith("emb"), ("embed",)),
         ("", ("",)),
         ("re:layers\\.\\d", ("layers.0", "layers.1")),
-        ("re:.*\\.0", ("layers.0", "layers.0.0", "layers.1.0")),
+        ("re:.*\\.[01]\\.0", ("layers.0.0", "layers.1.0")),
         ("re:layers\\.(0|1)\\.1:in", ("layers.0.1:in", "layers.1.1:in")),
         ("re:embed|heads.a", ("embed", "heads.a")),
         (MODEL.layers[1][0], ("layers.1.0",)),
@@ -77,7 +86,35 @@ def test_an_exact_name_wins_over_the_glob_that_it_spells():
 
 
 def test_a_glob_selects_only_what_is_called():
-    assert set(resolve(MODEL, find_sites(MODEL, "*"))) == {*LEAVES, "embed", "layers.0", "layers.1", "heads.a"}
+    with pytest.warns(UserWarning, match="inside others"):
+        found = find_sites(MODEL, "**")
+    assert set(resolve(MODEL, found)) == {*LEAVES, "embed", "layers.0", "layers.1", "heads.a"}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "inside"),
+    [
+        ("**", "'layers.0.0' in 'layers.0'"),
+        ("layers.**", "'layers.0.0' in 'layers.0'"),
+        ("**.1", "'layers.1.1' in 'layers.1'"),
+        ("re:.*1", "'layers.1.1' in 'layers.1'"),
+        ("layers.**:in", "'layers.0.0:in' in 'layers.0:in'"),
+    ],
+)
+def test_a_pattern_that_selects_a_module_and_its_children_says_so(pattern, inside):
+    with pytest.warns(UserWarning, match=rf"'{re.escape(pattern)}' selects \d sites, some of them inside .*{inside}"):
+        found = find_sites(MODEL, pattern)
+    assert find_sites(MODEL, found) == found  # by name it is meant
+    assert find_sites(MODEL, lambda name, _: name in {site.split(":")[0] for site in found})
+
+
+def test_what_is_no_site_is_refused():
+    with pytest.raises(TypeError, match=r"sites: expected names, patterns, .* got 1; .*called '1'"):
+        find_sites(MODEL, 1)
+    with pytest.raises(TypeError, match="got 1"):
+        collect(nn.Sequential(nn.ReLU()), torch.zeros(2, 2), sites=1)
+    with pytest.raises(TypeError, match="got 1"):
+        Steerer(nn.Sequential(nn.ReLU()), SteeringVector({"0": torch.ones(2)}), sites=1)
 
 
 def test_hook_names_are_sites_of_a_transformer_lens_model():
@@ -126,7 +163,7 @@ def test_a_module_of_another_model_is_refused():
         find_sites(MODEL, ["embed", nn.Linear(2, 2)])
 
 
-@pytest.mark.parametrize(("site", "several"), [("layers.*", "'layers.0', 'layers.0.0'"), ("*.1:in", "'layers.0.1'")])
+@pytest.mark.parametrize(("site", "several"), [("layers.*", "'layers.0', 'layers.1'"), ("**.1:in", "'layers.0.1'")])
 def test_a_pattern_where_one_site_is_needed_names_its_matches(site, several):
     with pytest.raises(SiteNotFoundError, match=rf"site '.*' is a pattern for \[{several}.*, and one is needed"):
         resolve(MODEL, [site])

@@ -102,7 +102,7 @@ by_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @by_shape
 def test_a_wrapper_changes_no_name(wrap, key, shape):
     model = shape(wrap)
-    assert find_sites(model, "*") == NAMES
+    assert find_sites(model, lambda *_: True) == NAMES
     assert tuple(named_sites(model)) == ("", *NAMES)
     assert find_sites(model, lambda _, module: isinstance(unwrapped(module), nn.Linear)) == ("0.0", "1")
 
@@ -206,7 +206,7 @@ class Holder(nn.Module):
 
 def test_a_part_that_is_called_module_keeps_its_name():
     model = Holder()
-    assert find_sites(model, "*") == ("module", "module.0", "module.1")
+    assert find_sites(model, lambda *_: True) == ("module", "module.0", "module.1")
     assert resolve(model, ["module.1"])["module.1"].name == "module.1"
     assert find_sites(nn.DataParallel(model), "module.1") == ("module.1",)
     assert find_sites(nn.DataParallel(model), "module.module.1") == ("module.1",)
@@ -291,8 +291,10 @@ by_outer = pytest.mark.parametrize("wrap", [lambda model: model, DistributedData
 @by_outer
 def test_a_model_with_adapters_has_the_names_and_the_fingerprint_of_the_bare_one(wrap):
     model = with_lora(wrap)
-    for sites in ("*", lambda _, module: True, "re:.*"):
-        assert find_sites(model, sites) == NAMES
+    assert find_sites(model, lambda _, module: True) == NAMES
+    for sites in ("**", "re:.*"):
+        with pytest.warns(UserWarning, match="some of them inside others"):
+            assert find_sites(model, sites) == NAMES
     assert find_sites(model, "base_model.model.0.*") == ("0.0", "0.1")
     assert fingerprint(model) == fingerprint(bare())
     assert class_name(model) == "Sequential"
@@ -357,7 +359,7 @@ def test_a_model_that_peft_has_made():
         r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"
     )
     model = peft.get_peft_model(model, config).eval()
-    assert find_sites(model, "*") == find_sites(plain, "*")
+    assert find_sites(model, lambda *_: True) == find_sites(plain, lambda *_: True)
     assert fingerprint(model) == fingerprint(plain)
     v = SteeringVector({"model.layers.1": torch.arange(16.0) / 8, "model.layers.0.self_attn.q_proj": torch.ones(16)})
     with Steerer(plain, v), torch.no_grad():
