@@ -7,6 +7,7 @@ import hashlib
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from actsteer.errors import ModelMismatchError, UnsupportedModelError
 from actsteer.sites.wrappers import class_name, named_modules, unwrapped
 
-KEYS = ("model", "body", "weights", "model_type")
+KEYS = ("model", "body", "weights", "layers", "model_type")
 """What metadata says of the model."""
 
 _FINGERPRINT = re.compile(r".+:\d+:[0-9a-f]{16}")
@@ -94,9 +95,22 @@ def _sampled(parameter: Tensor) -> Tensor:
     return parameter.as_strided((min(_SAMPLES, -(-size // step)),), (step,), parameter.storage_offset())
 
 
+def layers(model: nn.Module) -> str:
+    """The classes of the layers, of modules that hold no others, and how many there are of each.
+
+    They tell apart what has the same parameters and computes something else.
+
+    >>> layers(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)))
+    'Linear:2 ReLU:1'
+    """
+    found = {id(module): module for _, module in named_modules(unwrapped(model), adapters=False)}
+    counts = Counter(class_name(module) for module in found.values() if not module._modules)
+    return " ".join(f"{name}:{count}" for name, count in sorted(counts.items()))
+
+
 def described(model: nn.Module) -> dict[str, str]:
-    """What metadata says of the model: "model", "weights" and, of a Hugging Face model, "body" and "model_type"."""
-    known = {"model": fingerprint(model), "body": body(model), "weights": weights(model)}
+    """What metadata says of the model: "model", "weights", "layers"; of a Hugging Face one "body", "model_type" too."""
+    known = {"model": fingerprint(model), "body": body(model), "weights": weights(model), "layers": layers(model)}
     known |= {"model_type": model_type(model)}
     return {key: value for key, value in known.items() if value is not None}
 
@@ -108,14 +122,14 @@ def model_type(model: nn.Module) -> str | None:
 
 
 def check(model: nn.Module, made_for: Mapping[str, str], *, what: str) -> None:
-    """Whether `made_for`, the metadata of what came from a file, means this model; what it does not say is not checked.
+    """Whether `made_for`, the metadata of a vector, means this model; what it does not say is not checked.
 
     Raises:
         ModelMismatchError: another architecture.
 
     Warns:
-        UserWarning: the same architecture with other weights, another head, or another vocabulary; or, where nothing
-            but the type of the model is known, another type.
+        UserWarning: the same architecture with other weights, layers of other classes, another head, or another
+            vocabulary; or, where nothing but the type of the model is known, another type.
     """
     meant = made_for.get("model", "")
     if not _FINGERPRINT.fullmatch(meant):
@@ -141,6 +155,16 @@ def check(model: nn.Module, made_for: Mapping[str, str], *, what: str) -> None:
             f"{what} was made for a {kind} with {count} parameters (shapes {shapes}), and the model is a {own_kind} "
             f"with {own_count} (shapes {own_shapes}); load that model, carry the vector over with align and transport, "
             "or, if you know better, make a new one of its directions: SteeringVector({site: v[site] for site in v})"
+        )
+    had_layers, has_layers = ({} if quantised else _counts(text) for text in (made_for.get("layers"), layers(model)))
+    changed = sorted(name for name in had_layers | has_layers if had_layers.get(name) != has_layers.get(name))
+    if had_layers and changed:
+        had, has = (", ".join(f"{own.get(name, 0)} {name}" for name in changed) for own in (had_layers, has_layers))
+        warnings.warn(
+            f"{what} was made for a {kind} with {had} among its layers, and the model has {has}; it may mean something "
+            "else here",
+            UserWarning,
+            stacklevel=3,
         )
     known_weights, own_weights = (
         _hash_by_dtype(made_for.get("weights")),
@@ -184,6 +208,12 @@ def _hash_of_shapes(shapes: list[tuple[str, tuple[int, ...]]]) -> str:
 def _hash_of_numbers(rows: Tensor) -> str:
     rows = rows.contiguous()
     return hashlib.sha256(ctypes.string_at(rows.data_ptr(), rows.nbytes)).hexdigest()[:16]
+
+
+def _counts(text: str | None) -> dict[str, int]:
+    """ "Linear:2 ReLU:1" -> {"Linear": 2, "ReLU": 1}."""
+    parts = (part.rpartition(":") for part in (text or "").split())
+    return {name: int(count) for name, _, count in parts if name and count.isdecimal()}
 
 
 def _hash_by_dtype(text: str | None) -> dict[str, str]:

@@ -84,7 +84,7 @@ def _where(positions: Positions) -> str:
 
 def _read(gate: Gate) -> str:
     """Where a gate reads, and where its vector was fitted."""
-    fitted = gate.fitted or "all, or not known" if isinstance(gate, Fitted) else "not known"
+    fitted = gate.metadata.get("positions", "all, or not known") if isinstance(gate, Fitted) else "not known"
     return f"        a gate reads {READS[gate.per]} at {gate.site!r}; fitted at positions: {fitted}"
 
 

@@ -19,13 +19,14 @@ from actsteer.errors import (
     UnsupportedModelError,
     close_names,
 )
+from actsteer.sites import fingerprint
 from actsteer.sites.axes import Axes, known_size, layout, layouts
 from actsteer.sites.place import Place
 from actsteer.sites.resolve import Modules, Sites, are_there, hook_points, named_sites, resolve, select
 from actsteer.sites.wrappers import unwrapped
 from actsteer.steering.checkpointing import Checkpointing
 from actsteer.steering.edit import SiteEdit
-from actsteer.steering.gates.gate import AnyGate, Combination, leaves
+from actsteer.steering.gates.gate import AnyGate, Combination, Fitted, leaves
 from actsteer.steering.interventions.ablate import Ablate
 from actsteer.steering.interventions.add import Add
 from actsteer.steering.interventions.intervention import Intervention, PerSite, check_intervention
@@ -177,6 +178,9 @@ def make_plan(
     gates = gate if isinstance(gate, Mapping) else dict.fromkeys(bank.concepts, gate) if gate is not None else {}
     _check_concepts(gates, bank, by="gate")
     single = {id(leaf): leaf for own in gates.values() for leaf in leaves(own)}
+    for leaf in single.values():
+        if isinstance(leaf, Fitted):
+            fingerprint.check(model, leaf.metadata, what=f"the gate {leaf!r}")
     read = resolve(model, [leaf.site for leaf in single.values()], modules=modules)
     everywhere = read | places
     layout_of = layouts(model, everywhere, axis=axes, row_axis=row_axis, token_axis=token_axis, modules=modules)

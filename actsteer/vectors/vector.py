@@ -47,7 +47,7 @@ class SteeringVector:
     (tensor(5.), tensor(0.))
     """
 
-    __slots__ = ("_directions", "_is_from_file", "_metadata")
+    __slots__ = ("_directions", "_metadata")
     __array_ufunc__ = None  # numpy scalars leave `scalar * vector` to us
 
     def __init__(
@@ -60,7 +60,6 @@ class SteeringVector:
         with torch.inference_mode(mode=False):  # so that they work in autograd later
             self._directions = {site: _owned(site, direction) for site, direction in directions.items()}
         self._metadata = dict(metadata or {}) | ({} if concept is None else {"concept": concept})
-        self._is_from_file = False  # and so is checked against the model that it is attached to
         for key, value in self._metadata.items():
             if not (isinstance(key, str) and isinstance(value, str)):
                 raise TypeError(f"metadata maps str to str, got {key!r}: {value!r}; convert the value with str()")
@@ -233,13 +232,13 @@ class SteeringVector:
 
     def _like(self, directions: Mapping[str, Tensor]) -> SteeringVector:
         """Other directions of the same concept and origin."""
-        return _rebuild(directions, self._metadata, self._is_from_file)
+        return SteeringVector(directions, metadata=self._metadata)
 
     def _zip(self, other: SteeringVector, function: Callable[[Tensor, Tensor], Tensor]) -> SteeringVector:
         shared = dict(self._metadata.items() & other._metadata.items())
         described = shared | axes_in((vector._directions, vector._metadata) for vector in (self, other))
         directions = {s: function(a, b) for s, a, b in self._pairs(other)}
-        return _rebuild(directions, described, self._is_from_file or other._is_from_file)
+        return SteeringVector(directions, metadata=described)
 
     def _compare(self, other: SteeringVector, same: Callable[[Tensor, Tensor], bool]) -> bool:
         sizes = all(len(d) == len(other._directions.get(s, d)) for s, d in self._directions.items())
@@ -271,18 +270,16 @@ class SteeringVector:
         return scaled / scaled.norm()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self._directions, self._metadata, self._is_from_file)
+        return _rebuild, (self._directions, self._metadata)
+
+
+def _rebuild(directions: Mapping[str, Tensor], metadata: Mapping[str, str]) -> SteeringVector:
+    return SteeringVector(directions, metadata=metadata)
 
 
 def from_file(stored: Stored) -> SteeringVector:
-    """The vector that a file holds, which remembers that it is from one."""
-    return _rebuild(stored.read(), stored.metadata, True)
-
-
-def _rebuild(directions: Mapping[str, Tensor], metadata: Mapping[str, str], is_from_file: bool) -> SteeringVector:
-    vector = SteeringVector(directions, metadata=metadata)
-    vector._is_from_file = is_from_file
-    return vector
+    """The vector that a file holds."""
+    return SteeringVector(stored.read(), metadata=stored.metadata)
 
 
 def axes_in(

@@ -19,9 +19,15 @@ from torch import nn
 from actsteer import (
     Add,
     Clamp,
+    ConceptErasure,
+    CosineAbove,
     FileFormatError,
     ModelMismatchError,
+    Not,
+    ProbeAbove,
+    ProjectionAbove,
     SiteMap,
+    Soft,
     Steerer,
     SteeringVector,
     UnsupportedModelError,
@@ -416,11 +422,49 @@ def test_what_is_derived_from_it_is_checked_too(tmp_path, derived):
         Steerer(made(2, 3, 2), derived(SteeringVector.load(tmp_path / "v.safetensors")))
 
 
-def test_what_was_not_in_a_file_is_not_checked():
-    """So that an experiment may carry a direction from one model to another."""
-    x = torch.randn(4, 2)
-    v = fit(made(2, 3, 1), positive=x, negative=-x, sites="0")
-    Steerer(made(2, 3, 2), v)
+def test_what_was_fitted_in_this_process_is_checked_as_what_is_from_a_file():
+    x, model, wider = torch.randn(4, 2), made(2, 3, 1), made(2, 3, 2)
+    v = fit(model, positive=x, negative=-x, sites="0")
+    for used in (v, 2 * v, v + v, v.unit(), pickle.loads(pickle.dumps(v)), VectorBank({"v": v}).select("v")):
+        Steerer(model, used)
+        with pytest.raises(ModelMismatchError, match="was made for a Sequential with 13 parameters"):
+            Steerer(wider, used)
+        with pytest.warns(UserWarning, match="with other weights"):
+            Steerer(made(2, 3, 1, seed=1), used)
+    edit = fit(model, positive=torch.randn(9, 2), negative=torch.randn(9, 2), sites="0", estimator=ConceptErasure())
+    with pytest.raises(ModelMismatchError):
+        Steerer(wider, edit)
+
+
+def test_the_vector_of_a_gate_is_checked_too():
+    x, model = torch.randn(4, 2), made(2, 3, 1)
+    v = fit(model, positive=x, negative=-x, sites="0")
+    plain = SteeringVector({"0": v["0"]})
+    for gate in (
+        ProjectionAbove(v, 0.0),
+        CosineAbove(v, 0.0),
+        Soft(ProbeAbove(v, offset=0.0)),
+        Not(ProbeAbove(v, offset=0.0)),
+    ):
+        Steerer(model, plain, gate=gate)
+        with pytest.raises(ModelMismatchError, match=r"the gate .* was made for a Sequential with 13 parameters"):
+            Steerer(made(2, 3, 2), plain, gate=gate)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_layers_of_the_same_sizes_are_told_apart_by_class(saved, tmp_path):
+    relu, tanh = (nn.Sequential(nn.Linear(2, 3), kind(), nn.Linear(3, 1)) for kind in (nn.ReLU, nn.Tanh))
+    tanh.load_state_dict(relu.state_dict())
+    v = fit(relu, positive=torch.ones(4, 2), negative=torch.zeros(4, 2), sites="0")
+    if saved:
+        v.save(tmp_path / "v.safetensors")
+        v = SteeringVector.load(tmp_path / "v.safetensors")
+    Steerer(relu, v)
+    Steerer(nn.DataParallel(relu), v)
+    with pytest.warns(UserWarning, match="with 1 ReLU, 0 Tanh among its layers, and the model has 0 ReLU, 1"):
+        Steerer(tanh, v)
+    with Steerer(relu, v):  # a steered module is of its class
+        Steerer(relu, v)
 
 
 def test_a_loaded_vector_is_carried_over_on_purpose(tmp_path):

@@ -216,8 +216,8 @@ def test_no_other_device_is_waited_for():
 def test_a_gate_reads_where_its_vector_was_fitted(make, positions, per):
     gate = make(vector(positions))
     assert isinstance(gate, Fitted)
-    assert (gate.per, gate.fitted) == (per, positions)
-    assert (Soft(gate).per, Soft(gate).fitted) == (per, positions)
+    assert (gate.per, gate.metadata.get("positions")) == (per, positions)
+    assert (Soft(gate).per, Soft(gate).metadata) == (per, gate.metadata)
     assert repr(gate).endswith("per='last')") == (per == "last")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
@@ -76,11 +76,11 @@ class PreparedGate(Gate, Protocol):
 
 @runtime_checkable
 class Fitted(Protocol):
-    """A gate that knows where its vector was fitted, which `explain` shows beside where it reads."""
+    """A gate whose vector was fitted: a Steerer checks that it was on this model, and `explain` shows where."""
 
     @property
-    def fitted(self) -> str | None:
-        """The positions at which its vector was fitted, as its metadata says; None: all of them, or not known."""
+    def metadata(self) -> Mapping[str, str]:
+        """The vector's metadata: "model" and the like, and "positions" where these were not all."""
         ...
 
 

@@ -31,13 +31,14 @@ class GateDirection:
         ZeroDirectionError: the direction is zero, and is to be scaled.
     """
 
-    __slots__ = ("_kept", "exact", "fitted", "site")
+    __slots__ = ("_kept", "exact", "fitted", "metadata", "site")
 
     def __init__(self, vector: SteeringVector, *, unit: bool) -> None:
         if len(vector) != 1:
             raise ShapeError(f"a gate reads one site, the vector has {vector.sites}; choose one with vector.select")
         self.site = vector.sites[0]
-        self.fitted = vector.metadata.get("positions")
+        self.metadata = vector.metadata
+        self.fitted = self.metadata.get("positions")
         with torch.inference_mode(mode=False):  # so that it works in autograd later
             self.exact = (vector.unit() if unit else vector)[self.site]
         self._kept = self.exact

@@ -62,9 +62,9 @@ class ProbeAbove:
         return self._direction.site
 
     @property
-    def fitted(self) -> str | None:
-        """The positions at which the vector was fitted; None: all of them, or not known."""
-        return self._direction.fitted
+    def metadata(self) -> dict[str, str]:
+        """That of the vector: on which model it was fitted, and at which positions."""
+        return dict(self._direction.metadata)
 
     def score(self, rows: Float[Tensor, "rows d"]) -> Float[Tensor, " rows"]:
         """The logit of each row, h · w + b, in float32 at least."""

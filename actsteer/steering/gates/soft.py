@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import final
 
 import torch
@@ -52,9 +53,9 @@ class Soft:
         return self.gate.per
 
     @property
-    def fitted(self) -> str | None:
-        """Where the vector of the gate inside was fitted, if it says so."""
-        return self.gate.fitted if isinstance(self.gate, Fitted) else None
+    def metadata(self) -> Mapping[str, str]:
+        """That of the vector of the gate inside, if it tells."""
+        return self.gate.metadata if isinstance(self.gate, Fitted) else {}
 
     def __call__(self, rows: Float[Tensor, "rows d"]) -> Float[Tensor, " rows"]:
         """A weight per row, in float32 at least."""
