@@ -3,49 +3,108 @@
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from actsteer.errors import BatchError
+from actsteer.sites.resolve import runs_torch_code
+from actsteer.sites.wrappers import named_modules
 
-Batches: TypeAlias = Tensor | Iterable[Any]
-"""One tensor, split by `batch_size`; or an iterable of model inputs: a tensor, a tuple of positional arguments, or a
-mapping of keyword arguments such as a tokenizer's output."""
+Batches: TypeAlias = Tensor | Mapping[str, Any] | Iterable[Any]
+"""What a model is fed, everywhere: a tensor, which is split by `batch_size`; a mapping of keyword arguments such as a
+tokenizer's output, or a tuple of positional arguments, which are one call; or an iterable of these, a call each."""
 
 
-def iterate(
-    batches: Batches, *, batch_size: int, progress: bool, label: str, may_be_empty: bool = False
-) -> Iterator[Any]:
-    """The batches one by one, behind a progress bar that shows the rows per second.
+def inputs(batches: Batches, *, batch_size: int, are_labelled: bool = False) -> Iterable[Any]:
+    """The calls that are meant, each a tensor, a tuple or a mapping; of an iterable each is checked as it comes.
+
+    Args:
+        are_labelled: whether the labels are still to be taken out of the batches.
 
     Raises:
-        BatchError: no batches, a batch size below 1, or one batch where several are expected.
+        BatchError: what cannot be fed to a model, with what to give instead.
     """
     if batch_size < 1:
         raise BatchError(f"batch_size: expected 1 or more, got {batch_size}")
-    if isinstance(batches, Mapping):
-        raise BatchError("batches: expected an iterable of inputs, got one mapping; wrap it in a list: [batch]")
-    if isinstance(batches, str) or not isinstance(batches, Iterable):
-        raise BatchError(f"batches: expected a tensor or an iterable of inputs, got {type(batches).__name__}")
     if isinstance(batches, Tensor):
-        batches = torch.split(batches, batch_size) if batches.ndim and len(batches) else ()
-    total = len(batches) if isinstance(batches, Sized) else None
+        return torch.split(batches, batch_size) if batches.ndim and len(batches) else ()
+    if isinstance(batches, Mapping | tuple):
+        return [batches]
+    _check_kind(batches, "batches", "a tensor, a mapping, a tuple or an iterable of inputs")
+    if not isinstance(batches, Iterable):
+        raise BatchError(f"batches: expected a tensor or an iterable of inputs, got {type(batches).__name__}")
+    return batches if are_labelled or not isinstance(batches, DataLoader) else map(_alone, batches)
+
+
+def _alone(batch: Any) -> Any:
+    """What a DataLoader gives, if it is one input: who looks after (x, y) would not have y taken for an argument."""
+    if isinstance(batch, tuple | list) and len(batch) > 1:
+        kinds = ", ".join(type(part).__name__ for part in batch)
+        raise BatchError(
+            f"batches: the DataLoader gives {len(batch)} things for each batch ({kinds}), and the model would be "
+            "called with all of them. Give the inputs alone, [x for x, y in loader], and labels as by= or targets=; if "
+            "all are arguments, say so with tuples, [tuple(own) for own in loader], or a mapping from its collate_fn"
+        )
+    return batch
+
+
+def _check_kind(batch: Any, what: str, expected: str) -> None:
+    """Raise BatchError for what looks like an input and is none."""
+    if isinstance(batch, str):
+        raise BatchError(
+            f"{what}: expected {expected}, got the text {batch[:40]!r}; for texts there are text_batches(tokenizer, "
+            "texts) and fit_pairs(model, tokenizer, pairs) in actsteer.integrations.transformers"
+        )
+    if hasattr(batch, "__array__") and not isinstance(batch, Tensor):
+        raise BatchError(f"{what}: expected {expected}, got a {type(batch).__name__}; give torch.as_tensor of it")
+    if hasattr(batch, "apply_chat_template"):
+        raise BatchError(f"{what}: expected {expected}, got a tokenizer; give what it makes of texts")
+
+
+def iterate(
+    batches: Batches,
+    *,
+    batch_size: int,
+    progress: bool,
+    label: str,
+    may_be_empty: bool = False,
+    are_labelled: bool = False,
+) -> Iterator[Any]:
+    """The calls one by one, behind a progress bar that shows the rows per second; see `inputs`.
+
+    Raises:
+        BatchError: no batches, or what `inputs` refuses.
+    """
+    calls = inputs(batches, batch_size=batch_size, are_labelled=are_labelled)
+    known = batches if isinstance(calls, map) else calls
     rows, empty = 0, True
+    total = len(known) if isinstance(known, Sized) else None
     with tqdm(total=total, desc=label, unit="batch", disable=not progress, delay=2.0) as bar:
-        for batch in batches:
+        for batch in calls:
             empty = False
             yield batch
             rows += rows_in(batch)
             bar.update()
             if elapsed := bar.format_dict["elapsed"] or 0:
-                bar.set_postfix_str(f"{rows / elapsed:,.0f} rows/s", refresh=False)
+                bar.set_postfix_str(f"{rate(rows / elapsed)} rows/s", refresh=False)
     if empty and not may_be_empty:
         raise BatchError("batches: there are none; is the generator used up, or the tensor empty?")
+
+
+def rate(per_second: float) -> str:
+    """How many in a second, with a decimal where there are few.
+
+    >>> rate(12345.6), rate(3.25), rate(0.04)
+    ('12,346', '3.2', '0.04')
+    """
+    return f"{per_second:,.0f}" if per_second >= 10 else f"{per_second:.1f}" if per_second >= 1 else f"{per_second:.2g}"
 
 
 @runtime_checkable
@@ -68,9 +127,8 @@ def share(batches: Batches, shard: tuple[int, int], *, batch_size: int) -> Batch
         raise BatchError(f"shard: expected (i, n) with i from 0 to n - 1, got {shard}")
     if isinstance(batches, Shares):
         return batches.share(number, of)
-    if isinstance(batches, Tensor):
-        return torch.split(batches, batch_size)[number::of] if len(batches) else ()
-    return list(batches[number::of]) if isinstance(batches, list | tuple) else islice(batches, number, None, of)
+    calls = inputs(batches, batch_size=batch_size, are_labelled=True)  # which `iterate` looks at again
+    return list(calls[number::of]) if isinstance(calls, list | tuple) else islice(calls, number, None, of)
 
 
 def arguments(batch: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
@@ -79,6 +137,7 @@ def arguments(batch: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
     Raises:
         BatchError: it is none.
     """
+    _check_kind(batch, "a batch", "a tensor, a tuple of positional or a mapping of keyword arguments")
     if not isinstance(batch, Tensor | tuple | list | Mapping):
         raise BatchError(
             f"expected a tensor, a tuple of positional or a mapping of keyword arguments, got {type(batch).__name__}"
@@ -99,6 +158,30 @@ def call(model: nn.Module, batch: Any) -> Any:
     except TypeError:
         _check_fits(model, positional, keywords)
         raise
+    except (RuntimeError, ValueError, IndexError) as error:
+        if type(error) not in (RuntimeError, ValueError, IndexError):  # ours, or one that says more than its message
+            raise
+        if (where := _refused_by(model, error)) is not None:
+            raise BatchError(f"a batch does not fit the model: {where}: {error}") from error
+        raise
+
+
+def _refused_by(model: nn.Module, error: Exception) -> str | None:
+    """The module of torch's in which an error was raised, and what it was given; None if it was raised elsewhere."""
+    module, given = None, []
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        own = frame.f_locals.get("self")
+        if isinstance(own, nn.Module):
+            module = own
+            if frame.f_code.co_name == "forward":
+                names = frame.f_code.co_varnames[1 : frame.f_code.co_argcount]
+                given = [value for name in names if isinstance(value := frame.f_locals.get(name), Tensor)]
+    if module is None or not runs_torch_code(module):
+        return None
+    name = next((name for name, own in named_modules(model) if own is module), "")
+    shown = ", ".join(f"{str(own.dtype)[6:]} of shape {tuple(own.shape)}" for own in given)
+    kind = next((str(own.dtype)[6:] for own in module.parameters(recurse=False)), "")
+    return f"site {name!r}, a {kind + ' ' * bool(kind)}{module}, was given {shown or 'no tensor'}"
 
 
 def _check_fits(model: nn.Module, positional: Sequence[Any], keywords: Mapping[str, Any]) -> None:
@@ -107,7 +190,8 @@ def _check_fits(model: nn.Module, positional: Sequence[Any], keywords: Mapping[s
     except TypeError as error:
         raise BatchError(
             f"a batch of {len(positional)} positional and {sorted(keywords)} keyword arguments does not fit "
-            f"{type(model).__name__}.forward: {error}; feed the inputs alone, and give labels as targets= to optimize"
+            f"{type(model).__name__}.forward: {error}; feed the inputs alone, and give labels as targets= to optimize. "
+            "A tuple is one call's arguments; for several calls give a list, as in list(x.split(256))"
         ) from error
 
 

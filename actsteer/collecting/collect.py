@@ -102,7 +102,8 @@ def collect(
     collects its own share, which may be empty, and `all_reduce` brings them together.
 
     Args:
-        batches: an iterable of model inputs, or one tensor that is split by `batch_size`.
+        batches: one tensor, which is split by `batch_size`; a mapping of keyword arguments, such as a tokenizer's
+            output, or a tuple of positional ones, which are one call; or an iterable of these, a call each.
         sites: names, globs or a predicate, as for `find_sites`.
         covariance: also keep the (d, d) scatter: O(d^2) memory instead of O(d); with "diagonal" the variance of each
             feature alone, in O(d).
@@ -147,7 +148,14 @@ def collect(
         observation = Observation(model, names, **where, positions=positions, stop=stop)
         is_share = shard is not None or not is_alone()  # which may be empty
         own = batches if shard is None else share(batches, shard, batch_size=batch_size)
-        stream = iterate(own, batch_size=batch_size, progress=progress, label="collect", may_be_empty=is_share)
+        stream = iterate(
+            own,
+            batch_size=batch_size,
+            progress=progress,
+            label="collect",
+            may_be_empty=is_share,
+            are_labelled=isinstance(by, int | str),
+        )
         pairs: Iterable[tuple[Any, Any]] = ((batch, None) for batch in stream) if by is None else labelled(stream, by)
         if checkpoint is not None:
             job: dict[str, Any] = fingerprint.described(model) | described(positions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from time import monotonic
 from typing import Any, cast
 
 import torch
@@ -72,7 +73,8 @@ def optimize(
         sites: names, globs or a predicate; one direction, or edit, is trained at each.
         loss: `loss(output)`, or `loss(output, target)`; 0-dim. The target comes from `targets`; without them it is
             the batch itself.
-        targets: what `loss` compares with, one for each row of a tensor or for each batch of an iterable.
+        targets: what `loss` compares with, one for each row of a tensor, for each batch of an iterable, or for the one
+            call that a mapping or a tuple is.
         train: a SteeringVector, from which training starts; a site that it lacks starts at zero, as all do where
             nothing is given. Or a LowRank edit: `LowRank(rank=4)` starts where it changes nothing, one that has sites
             starts there.
@@ -132,6 +134,7 @@ def optimize(
         if best is not None:
             best.has_passed(measured)  # the start may be best
         bar = trange(steps, desc="optimize", unit="step", disable=not progress, delay=2.0)
+        due = monotonic() + 2.0
         for step in bar:
             if step:
                 pair = next(stream)
@@ -154,8 +157,9 @@ def optimize(
             schedule.step()
             if ball is not None:
                 ball.confine()
-            if progress and step % 10 == 0 and bar.format_dict["elapsed"] > bar.delay:
-                bar.set_postfix(loss=f"{float(value):.4g}", refresh=False)
+            if progress and (now := monotonic()) >= due:  # reading the loss waits for the device
+                bar.set_postfix(loss=f"{float(value.detach()):.4g}", refresh=False)
+                due = now + 0.2
             if best is not None and (step + 1) % max(1, steps // CHECKS) == 0 and best.has_passed(measured):
                 break
     if best is not None:

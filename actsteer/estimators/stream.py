@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import zip_longest
 from typing import Any, TypeAlias
 
@@ -16,7 +16,7 @@ from actsteer.errors import BatchError, LossError
 Loss: TypeAlias = Callable[..., Tensor]
 """`loss(output)` or `loss(output, target)`, 0-dim."""
 Targets: TypeAlias = Tensor | Iterable[Any]
-"""One for each row of a tensor, or for each batch of an iterable."""
+"""One for each row of a tensor, for each batch of an iterable, or for the one call that a mapping or a tuple is."""
 
 
 def endless(
@@ -37,6 +37,8 @@ def endless(
 def once(batches: Batches, targets: Targets | None, *, batch_size: int) -> Iterator[tuple[Any, Any]]:
     """Pairs (batch, target), in their order; without targets, the batch is the target."""
     whole = iterate(batches, batch_size=batch_size, progress=False, label="")
+    if isinstance(batches, Mapping | tuple) and targets is not None:  # one call, and what goes with it
+        targets = [targets]
     if targets is None:
         yield from ((batch, batch) for batch in whole)
         return
@@ -50,6 +52,8 @@ def once(batches: Batches, targets: Targets | None, *, batch_size: int) -> Itera
 
 def check_pairing(batches: Batches, targets: Targets | None) -> None:
     """Raise BatchError unless the targets are of the batches' kind and number."""
+    if isinstance(batches, Mapping | tuple):
+        return
     if isinstance(batches, Tensor) != isinstance(targets, Tensor) and targets is not None:
         raise BatchError("targets: expected a tensor for batches in one tensor, and an iterable for an iterable")
     if isinstance(batches, Tensor) and isinstance(targets, Tensor) and len(batches) != len(targets):

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from actsteer.collecting.batches import call
+from actsteer.collecting.batches import Batches, call
 from actsteer.collecting.eval_mode import buffers_kept, eval_mode
 from actsteer.errors import AttachedError, NotFoldable
 from actsteer.folding import pretrained
@@ -31,6 +31,7 @@ from actsteer.sites.resolve import Sites, resolve
 from actsteer.sites.shards import is_gathered_now_and_then
 from actsteer.sites.wrappers import named_modules, unwrapped
 from actsteer.steering import in_bias
+from actsteer.steering.attached import steerers
 from actsteer.steering.interventions.intervention import Edit
 from actsteer.steering.interventions.replace import Replace
 from actsteer.steering.plan import Interventions
@@ -48,7 +49,7 @@ def fold(
     vectors: SteeringVector | VectorBank | Edit,
     c: Strengths = 1.0,
     *,
-    verify_on: Any,
+    verify_on: Batches,
     intervention: Interventions | None = None,
     sites: Sites | None = None,
     axis: Axes | None = None,
@@ -69,13 +70,13 @@ def fold(
     Args:
         model: any `nn.Module`; it is not changed, unless `inplace`.
         vectors, c, intervention, sites, axis: as for `Steerer`, with one strength for all rows.
-        verify_on: a batch of inputs, on which it is proved: a tensor, a tuple or a mapping. Pads, as its attention_mask
-            shows them, are left out; folded weights steer them too, which changes no answer at a token.
+        verify_on: inputs, on which it is proved: a tensor, a tuple or a mapping, or an iterable of these. Pads, as an
+            attention_mask shows them, are left out; folded weights steer them too, which changes no answer at a token.
         inplace: change the model itself, until `unfold`.
 
     Raises:
         NotFoldable: no layer can carry it, with the name of what stands between; the model is as it was.
-        AttachedError: `inplace`, while the fold backend has changed the model's biases.
+        AttachedError: a Steerer is attached to the model: inside its block, say.
         And what `Steerer` raises.
 
     Warns:
@@ -101,6 +102,7 @@ def fold(
     maps = {site: own for site, own in maps.items() if not own.is_identity}
     if (name := next((n for n, m in named_modules(model) if is_gathered_now_and_then(m)), None)) is not None:
         raise NotFoldable(f"{name or 'the model'}: its parameters are sharded; fold the model before FSDP shards it")
+    _check_unsteered(model)
     if inplace:
         _check_free(model)
     target = model if inplace else _copied(model)
@@ -147,6 +149,14 @@ def unfold(model: nn.Module) -> None:
     undone.pop().run()
 
 
+def _check_unsteered(model: nn.Module) -> None:
+    if attached := [own for own in steerers(model) if isinstance(own, Steerer)]:
+        raise AttachedError(
+            f"the model is being steered, by {attached[0]!r}, and the fold would not have that; leave the block, or "
+            "detach it, and fold then"
+        )
+
+
 def _check_free(model: nn.Module) -> None:
     if any(in_bias.is_folded(module) for module in model.modules()):
         raise AttachedError("a Steerer with backend='fold' is attached to this model; detach it first")
@@ -167,7 +177,11 @@ class _Folding:
         self._batch = proof.batches[0]
         self._trace = Trace(target, resolve(target, maps), self._batch)
         self.idle = self._trace.idle
-        """The layers that had no part in the pass."""
+        """The layers that had no part in any pass."""
+        for batch in proof.batches[1:]:
+            if self.idle:
+                also = set(Trace(target, {}, batch).idle)
+                self.idle = [name for name in self.idle if name in also]
         self._why: defaultdict[str, list[str]] = defaultdict(list)
         self._ways = {site: self._ways_of(site) for site in self._trace.in_order()}
 

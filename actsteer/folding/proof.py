@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from actsteer.collecting.batches import call
+from actsteer.collecting.batches import Batches, call, iterate
 from actsteer.collecting.eval_mode import eval_mode
 from actsteer.errors import NotFoldable
 from actsteer.folding.unpadded import at_tokens, named, unpadded
@@ -22,17 +23,23 @@ class Proof:
     """What a steered model gives on a batch, and how far rounding at its sites moves that.
 
     Args:
-        batch: as for `fold`; of texts with pads the rows are taken one by one.
+        verify_on: as for `fold`; of texts with pads the rows are taken one by one.
 
     Raises:
         NotFoldable: the model gives other outputs each time, or the steering changes nothing that could be checked.
     """
 
-    def __init__(self, steerer: Steerer, batch: Any) -> None:
-        batch = named(steerer.model, batch)
-        self.batches = unpadded(batch)
-        self._padded = None if self.batches[0] is batch else batch
+    def __init__(self, steerer: Steerer, verify_on: Batches) -> None:
         model = steerer.model
+        self.batches: list[Any] = []
+        self._padded: list[Mapping[str, Any]] = []
+        for given in _whole(verify_on):
+            batch = named(model, given)
+            rows = unpadded(batch)
+            self.batches += rows
+            self._padded += [batch] * (not rows or rows[0] is not batch)
+        if not self.batches:
+            raise NotFoldable("verify_on has no inputs, or none with a token; nothing can be proved")
         plain = self._outputs(model)
         with steerer:
             self._expected, again = self._outputs(model), self._outputs(model)
@@ -67,7 +74,12 @@ class Proof:
         """Of every row without its pads; and of all rows with them, where there are tokens."""
         found = [tensor for batch in self.batches for tensor in outputs(model, batch)]
         self._alone = len(found)
-        return found if self._padded is None else found + at_tokens(outputs(model, self._padded), self._padded)
+        return found + [one for padded in self._padded for one in at_tokens(outputs(model, padded), padded)]
+
+
+def _whole(verify_on: Batches) -> Iterable[Any]:
+    """The calls that are meant; a tensor is one."""
+    return [verify_on] if isinstance(verify_on, Tensor) else iterate(verify_on, batch_size=1, progress=False, label="")
 
 
 class Rounding:

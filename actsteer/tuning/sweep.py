@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from actsteer.errors import StrengthError
 from actsteer.sites.axes import Axes
 from actsteer.sites.resolve import Sites
 from actsteer.steering.choose import Backend
@@ -25,7 +27,7 @@ def sweep(
     vectors: SteeringVector | VectorBank | Edit,
     *,
     c: Iterable[Strengths],
-    evaluate: Callable[[nn.Module], Mapping[str, Any]],
+    evaluate: Callable[[nn.Module], Mapping[str, Any] | float | Tensor],
     intervention: Interventions | None = None,
     gate: Gates | None = None,
     positions: AllPositions | None = None,
@@ -38,23 +40,28 @@ def sweep(
     strict: bool = True,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Evaluate the steered model at each strength: rows `{"c": c, **evaluate(model)}`, in the order of `c`.
+    """Evaluate the steered model at each strength: rows `{"c": c, **metrics}`, in the order of `c`.
 
     The Steerer is attached once, and only its strength changes between the rows.
 
     Args:
         c: the strengths, each as for `Steerer`.
-        evaluate: metrics of the model that it is given; a metric is not called "c".
+        evaluate: makes metrics of the model that it is given: name -> metric, none of them called "c", or one number,
+            which is then called "value".
 
     Raises:
-        as `Steerer`; ValueError if `evaluate` returns a metric called "c".
+        as `Steerer`; ValueError if `evaluate` returns a metric called "c", TypeError if it returns no metrics.
 
     >>> import torch
     >>> v = SteeringVector({"0": torch.tensor([1.0, 0.0])})
     >>> sweep(nn.Sequential(nn.ReLU()), v, c=[0, 2], evaluate=lambda m: {"sum": m(torch.zeros(1, 2)).sum().item()})
     [{'c': 0, 'sum': 0.0}, {'c': 2, 'sum': 2.0}]
+    >>> sweep(nn.Sequential(nn.ReLU()), v, c=[3], evaluate=lambda m: m(torch.zeros(1, 2)).sum())
+    [{'c': 3, 'value': 3.0}]
     """
     rows: list[dict[str, Any]] = []
+    if not isinstance(c, Iterable) or isinstance(c, str | Mapping):
+        raise StrengthError(f"c: expected several strengths, as in c=[0, 1, 2], got {c!r}")
     strengths = list(c)
     steerer = Steerer(
         model,
@@ -73,8 +80,20 @@ def sweep(
     with steerer:
         for strength in tqdm(strengths, desc="sweep", disable=not progress, delay=2.0):
             steerer.c = strength
-            metrics = evaluate(model)
+            metrics = _metrics(evaluate(model))
             if "c" in metrics:
                 raise ValueError("evaluate: 'c' is the strength's own column; give the metric another name")
             rows.append({"c": strength, **metrics})
     return rows
+
+
+def _metrics(found: Any) -> Mapping[str, Any]:
+    """Metrics by name; one number is called "value"."""
+    if isinstance(found, Mapping):
+        return found
+    if isinstance(found, Real) or (isinstance(found, Tensor) and found.ndim == 0):
+        return {"value": found.item() if isinstance(found, Tensor) else found}
+    raise TypeError(
+        f"evaluate: expected one number, or a mapping name -> metric, got {type(found).__name__}"
+        + (f" of shape {tuple(found.shape)}" if isinstance(found, Tensor) else "")
+    )

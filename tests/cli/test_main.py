@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from actsteer import BatchError
+
 COMMANDS = ("sites", "fit", "show", "generate", "convert", "fold", "verify")
 
 
@@ -173,9 +175,10 @@ def test_what_a_model_raises_is_one_line_or_on_demand_all_of_it(run, monkeypatch
     ]
     done = run(*command)
     assert done.code == 1
-    assert done.err.startswith("error: RuntimeError: mat1 and mat2 shapes cannot be multiplied")
+    assert done.err.startswith("error: a batch does not fit the model: site '0', a float32 Linear(in_features=")
+    assert "mat1 and mat2 shapes cannot be multiplied" in done.err and "linear.py" not in done.err
     monkeypatch.setenv("ACTSTEER_TRACEBACK", "1")
-    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+    with pytest.raises(BatchError, match="mat1 and mat2"):
         run(*command)
 
 

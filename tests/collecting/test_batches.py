@@ -1,5 +1,7 @@
 """Batches: every form of data becomes the same calls, and the model is left as it was found."""
 
+from collections import UserDict
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from actsteer import BatchError, collect
+from actsteer import BatchError, SteeringVector, collect, discover, fit, fold, optimize, record
 from actsteer.collecting.batches import call, iterate
 from actsteer.collecting.eval_mode import eval_mode
 from tests.oracles import state
@@ -18,6 +20,17 @@ X = torch.arange(12.0).reshape(6, 2)
 
 def listed(batches, batch_size=4):
     return list(iterate(batches, batch_size=batch_size, progress=False, label=""))
+
+
+class Shifted(nn.Module):
+    """The same with a layer behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.site, self.head = Sum(), nn.Linear(2, 1)
+
+    def forward(self, x, y=0):
+        return self.head(self.site(x, y))
 
 
 class Sum(nn.Module):
@@ -38,9 +51,9 @@ def test_one_tensor_is_split_by_batch_size_in_order(rows, batch_size):
 
 FORMS = {
     "list": [X[:4], X[4:]],
-    "tuple": (X[:4], X[4:]),
     "loader": DataLoader(X, batch_size=4),
-    "split": X.split(4),
+    "split": list(X.split(4)),
+    "loader of one": [batch[0] for batch in DataLoader(TensorDataset(X), batch_size=4)],
 }
 
 
@@ -103,7 +116,7 @@ def test_afterwards_the_model_is_as_it_was_found_however_it_ends(frozen, error):
 
 
 # --- errors ------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("empty", [[], (), X[:0], torch.tensor(1.0), iter([])])
+@pytest.mark.parametrize("empty", [[], X[:0], torch.tensor(1.0), iter([])])
 def test_no_batches_are_an_error(empty):
     with pytest.raises(BatchError, match="batches: there are none; is the generator used up, or the tensor empty"):
         listed(empty)
@@ -122,20 +135,112 @@ def test_a_batch_size_is_positive(batch_size):
         listed(X, batch_size)
 
 
-def test_one_mapping_asks_for_a_list():
-    with pytest.raises(
-        BatchError, match=r"expected an iterable of inputs, got one mapping; wrap it in a list: \[batch\]"
-    ):
-        listed({"x": X})
+class Tokenizer:
+    def apply_chat_template(self): ...
+
+    def __iter__(self): ...
 
 
-@pytest.mark.parametrize(("batches", "kind"), [("text", "str"), (3, "int"), (None, "NoneType"), (Sum(), "Sum")])
-def test_what_is_no_iterable_of_inputs_is_named(batches, kind):
-    with pytest.raises(BatchError, match=f"batches: expected a tensor or an iterable of inputs, got {kind}"):
+@pytest.mark.parametrize(
+    ("batches", "said"),
+    [
+        (3, "int"),
+        (None, "NoneType"),
+        (Sum(), "Sum"),
+        ("text", r"the text 'text'; for texts there are text_batches\(tokenizer, texts\) and fit_pairs"),
+        (X.numpy(), "a ndarray; give torch.as_tensor of it"),
+        (Tokenizer(), "a tokenizer; give what it makes of texts"),
+    ],
+)
+def test_what_is_no_input_and_no_iterable_of_inputs_is_named(batches, said):
+    with pytest.raises(BatchError, match=f"batches: expected a tensor.* got {said}"):
         listed(batches)
 
 
-@pytest.mark.parametrize(("batch", "kind"), [("text", "str"), (np.ones(2), "ndarray"), (3, "int"), (None, "NoneType")])
+@pytest.mark.parametrize(
+    "batch", [X, (X, X), {"x": X, "y": X}, UserDict(x=X, y=X)], ids=["tensor", "tuple", "dict", "encoding"]
+)
+def test_there_is_one_rule_for_inputs_everywhere(batch):
+    """One input is one, and an iterable is of inputs, whoever is given them."""
+    model, v = Shifted(), SteeringVector({"site": torch.ones(2)})
+    many = [batch, batch]
+    for one, several in ((batch, many), (batch, iter(many))):
+        count = collect(model, one, sites="site")["site"].count
+        assert (count, collect(model, several, sites="site")["site"].count) == (6, 12)
+    assert len(record(model, batch, sites="site")["site"]) * 2 == len(record(model, many, sites="site")["site"]) == 12
+    assert fit(model, positive=batch, negative=many, sites="site")["site"].tolist() == [0.0, 0.0]
+    options = {"sites": "site", "loss": lambda output: output.square().mean(), "steps": 2}
+    for data in (batch, many):
+        optimize(model, data, retain=data, validation=data, **options)
+        discover(model, data, site="site", target="head", norm=1.0, steps=2)
+        fold(model, v, verify_on=data)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_what_a_loader_pairs_with_the_inputs_is_not_taken_for_an_argument(size):
+    loader = DataLoader(TensorDataset(*[X] * size), batch_size=3)
+    said = rf"the DataLoader gives {size} things for each batch \(.*Tensor\), and the model would be called with all"
+    for model in (Sum(), nn.Identity()):
+        with pytest.raises(BatchError, match=said):
+            collect(nn.Sequential(model), loader, sites="0")
+    with pytest.raises(BatchError, match=said):
+        optimize(nn.Sequential(nn.Identity()), loader, sites="0", loss=torch.mean)
+    with pytest.raises(BatchError, match=said):
+        fit(nn.Sequential(nn.Identity()), positive=loader, negative=X, sites="0")
+
+
+def test_what_a_loader_gives_is_an_argument_where_that_is_said():
+    pairs = TensorDataset(X, X)
+    by_name = DataLoader(
+        pairs,
+        batch_size=3,
+        collate_fn=lambda rows: {"x": torch.stack([x for x, _ in rows]), "y": torch.stack([y for _, y in rows])},
+    )
+    for batches in ([tuple(batch) for batch in DataLoader(pairs, batch_size=3)], by_name):
+        assert torch.equal(record(Shifted(), batches, sites="site")["site"], 3 * X)
+    labelled = DataLoader(TensorDataset(X, torch.arange(6)), batch_size=3)
+    assert collect(Shifted(), labelled, by=1, sites="site")[4]["site"].mean.tolist() == X[4].tolist()
+
+
+MISFITS = {
+    "width": (
+        torch.zeros(3, 5),
+        r"site 'inner.0', a float32 Linear\(in_features=2.*given float32 of shape \(3, 5\): mat1",
+    ),
+    "dtype": (X.double(), r"site 'inner.0', a float32 Linear.* given float64 of shape \(6, 2\): .*dtype"),
+    "integers": (X.long(), r"site 'inner.0', a float32 Linear.* given int64 of shape \(6, 2\)"),
+}
+
+
+@pytest.mark.parametrize(("batch", "said"), MISFITS.values(), ids=MISFITS)
+def test_a_batch_that_does_not_fit_names_the_module_that_refuses_it(batch, said):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+
+        def forward(self, x):
+            return self.inner(x)
+
+    for verb in (collect, record):
+        with pytest.raises(BatchError, match=f"a batch does not fit the model: {said}"):
+            verb(Model(), batch, sites="inner.1")
+    with pytest.raises(BatchError, match=said):
+        optimize(Model(), batch, sites="inner.1", loss=torch.mean)
+
+
+def test_an_error_of_a_users_module_is_its_own():
+    class Picky(nn.Module):
+        def forward(self, x):
+            raise RuntimeError("not today")
+
+    with pytest.raises(RuntimeError, match=r"^not today$"):
+        collect(nn.Sequential(Picky(), nn.Identity()), X, sites="1")
+
+
+@pytest.mark.parametrize(
+    ("batch", "kind"), [("text", "the text"), (np.ones(2), "a ndarray"), (3, "int"), (None, "NoneType")]
+)
 def test_what_is_no_batch_is_named(batch, kind):
     with pytest.raises(BatchError, match=f"a tuple of positional or a mapping of keyword arguments, got {kind}"):
         call(Sum(), batch)

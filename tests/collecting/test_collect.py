@@ -150,7 +150,7 @@ FORMS = {
     "list of rows of one": [(X[:2],), (X[2:], 0.0)],
     "list of dicts": [{"x": X[:2]}, {"x": X[2:], "shift": 0.0}],
     "loader of inputs": DataLoader(X, batch_size=2),
-    "loader of tuples": DataLoader(TensorDataset(X, torch.zeros(3, 2)), batch_size=2),
+    "list of a loader's tuples": [tuple(b) for b in DataLoader(TensorDataset(X, torch.zeros(3, 2)), batch_size=2)],
 }
 
 

@@ -8,7 +8,17 @@ from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import tests.collecting.again_indirectly  # noqa: F401  (adds to AGAIN)
-from actsteer import StatisticsError, Steerer, SteeringVector, collect, collect_differences, collect_pairs, fit, record
+from actsteer import (
+    BatchError,
+    StatisticsError,
+    Steerer,
+    SteeringVector,
+    collect,
+    collect_differences,
+    collect_pairs,
+    fit,
+    record,
+)
 from tests.collecting.again import AGAIN, Parts
 
 X = torch.arange(8.0).reshape(4, 2) / 8
@@ -338,9 +348,9 @@ def test_hooks_of_the_user_that_ran_before_the_site_ran():
     assert ran == ["a", "b"] * 3
 
 
-def test_an_error_of_the_model_before_the_site_is_its_own():
+def test_after_an_error_of_the_model_before_the_site_all_is_as_before():
     model = Chain().eval()
-    with pytest.raises(RuntimeError, match="mat1"):
+    with pytest.raises(BatchError, match=r"site 'a', a float32 Linear.* was given .* \(3, 5\): mat1"):
         collect(model, torch.zeros(3, 5), sites="b", progress=False)
     assert collect(model, X, sites="b", progress=False)["b"].count == 4
 

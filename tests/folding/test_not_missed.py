@@ -167,9 +167,13 @@ def small():
 def test_the_fold_backend_and_a_fold_in_place_do_not_mix():
     model, v, w = small(), SteeringVector({"2": direction(3)}), SteeringVector({"1": direction(6)})
     plain = model(X)
-    with Steerer(model, v, backend="fold"), pytest.raises(AttachedError, match="backend='fold' is attached"):
-        fold(model, w, verify_on=X, inplace=True)
-    assert torch.equal(model(X), plain)
+    for backend in ("fold", "auto", "buffer"):
+        for inplace in (True, False):
+            with Steerer(model, v, backend=backend, strict=False):
+                said = r"is being steered, by Steerer\(.*; leave the block, or detach it"
+                with pytest.raises(AttachedError, match=said):
+                    fold(model, w, verify_on=X, inplace=inplace)
+        assert torch.equal(model(X), plain)
     fold(model, w, verify_on=X, inplace=True)
     with Steerer(model, v, backend="fold"), pytest.raises(AttachedError, match="backend='fold' is attached"):
         unfold(model)
