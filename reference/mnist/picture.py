@@ -93,13 +93,16 @@ def play(data: Mnist, *, seed: int, budget: Budget) -> Scene:
 def draw(scene: Scene) -> Figure:
     """Left to right: the data, the activation with c·v added under it as in a sum, the answers before and after."""
     strips = {"activation": scene.activation, "added": scene.added, "steered": scene.steered}
-    figure = Figure(figsize=(9, 4.3), layout="constrained")
+    figure = Figure(
+        figsize=(9, 4.3)
+    )  # a solved layout would differ in its last bits, and the ids in the file with them
     panels = figure.subplot_mosaic(
         [["image", ".", "activation", ".", "before"],
          ["image", ".", "added", ".", "change"],
          ["words", ".", "steered", ".", "after"]],
         width_ratios=[1.7, 0.35, 4.2, 0.3, 2.4],
         height_ratios=[_height(values) for values in strips.values()],  # so that the strips have one scale
+        gridspec_kw={"left": 0.01, "right": 0.99, "top": 0.94, "bottom": 0.06, "hspace": 0.42, "wspace": 0.05},
     )  # fmt: skip
     for name in ("image", "words", "change"):
         panels[name].set_axis_off()
