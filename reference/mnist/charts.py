@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from math import ceil, floor, log10
 from typing import Any
 
@@ -20,7 +21,7 @@ def methods(document: Mapping[str, Any]) -> Figure:
     ordered = sorted(document["methods"].items(), key=lambda item: float(item[1]["overall"]["mean"]))
     figure = Figure(figsize=(9, 1.2 + 0.62 * len(ordered)), layout="constrained")
     axes = figure.subplots()
-    for offset, (key, color) in zip((0.27, 0, -0.27), SCORES.items(), strict=True):
+    bars = [
         axes.barh(
             [place + offset for place in range(len(ordered))],
             [scores[key]["mean"] for _, scores in ordered],
@@ -30,17 +31,22 @@ def methods(document: Mapping[str, Any]) -> Figure:
             label=key,
             error_kw={"ecolor": ink(), "capsize": 2, "elinewidth": 1},
         )
-    lines = [("unsteered", document["unsteered"], UNSTEERED, "--")]
+        for offset, (key, color) in zip((0.27, 0, -0.27), SCORES.items(), strict=True)
+    ]
+    marks = [("unsteered", document["unsteered"], UNSTEERED, "--")]
     if "ceiling" in document:
-        lines.append(("trained on all ten digits", document["ceiling"], ink(), ":"))
-    for name, scores, color, style in lines:
-        mean = scores["overall"]["mean"]
+        marks.append(("trained on all ten digits", document["ceiling"], ink(), ":"))
+    means = [scores["overall"]["mean"] for _, scores, _, _ in marks]
+    lines = [
         axes.axvline(mean, color=color, linestyle=style, linewidth=1.5, label=f"{name}, overall: {mean:.3f}")
+        for mean, (name, _, color, style) in zip(means, marks, strict=True)
+    ]
     axes.set_yticks(range(len(ordered)), [name for name, _ in ordered])
     axes.set_xlabel("accuracy")
     axes.set_xlim(*holding([scores[key] for _, scores in ordered for key in SCORES]))
     axes.set_ylim(-0.5, len(ordered) - 0.5)
-    figure.legend(loc="outside upper center", ncols=3)
+    columns = zip_longest(bars, lines)  # as a legend is filled: the bars are its first row, the lines its second
+    figure.legend(handles=[h for pair in columns for h in pair if h], loc="outside upper center", ncols=3)
     return figure
 
 
@@ -103,7 +109,8 @@ def holding(scores: Sequence[Mapping[str, float]]) -> tuple[float, float]:
     """Limits of an axis that hold 0, 1 and every bar with its error; retained can exceed 1."""
     low = min(0.0, *(s["mean"] - s["std"] for s in scores))
     high = max(1.0, *(s["mean"] + s["std"] for s in scores))
-    return 1.02 * low, 1.02 * high
+    room = 0.02 * (high - low)
+    return low - room if low < 0 else low, high + room
 
 
 def linear_up_to(strengths: Sequence[float]) -> float:

@@ -15,12 +15,13 @@ METHODS = {
     "mean_difference": "the same difference with one number per unit, as the published text says.",
     "mapped_mean_difference": """B's mean on 9 minus its mean on the rest, carried into A's basis by a linear map fitted
     between the two models' activations.""",
-    "mapped_gate": """a trained vector at the last layer, added where the direction in which another model tells nines,
-    carried into A's basis by a map fitted on 0-8 alone, says 9.""",
+    "mapped_gate": """a trained vector at the last layer, added where another model's own direction for nines, carried
+    into A's basis by a map fitted on 0-8 alone, finds one.""",
     "autoencoder_teacher": "constant vectors at all four layers, trained on what the published B takes for a nine.",
     "expert_teacher": """the same on the verdicts of a network trained to tell 9 from the rest, and gated vectors on
     top.""",
-    "low_rank": "a trained edit of low rank at all four layers: how much it adds depends linearly on the activation.",
+    "low_rank": """a trained edit of rank 1 (for two digits, of rank 4) at all four layers: how much it adds depends
+    linearly on the activation.""",
     "gradient": "one constant vector at each of the four layers, trained by gradient with the weights frozen.",
     "gated": """a trained vector at the last layer for each new digit, added where a linear discriminant there finds the
     digit.""",
@@ -36,8 +37,10 @@ METHODS = {
     "ceiling": "the same network trained on all ten digits, unsteered: for scale.",
 }
 
-TERMS = {
+HERE = {
     "cross": {
+        "layer_mean": """B's mean activations on 9 minus A's on 0-8, averaged over units to one number per layer, as the
+        published notebooks compute it.""",
         "A": "the model that is steered, trained on the digits 0-8.",
         "the published B": """an autoencoder with A's hidden layers and 784 outputs, trained on images of 9 alone to
         reproduce them (mean squared error).""",
@@ -46,9 +49,10 @@ TERMS = {
         "sigma": "the standard deviation of the Gaussian noise on the training images; pixels have mean 0, std 1."
     },
 }
+"""What a name means in one experiment alone."""
 
 
 def lines(experiment: str, methods: list[str]) -> dict[str, str]:
     """Each method of an experiment's table, and what else its text takes for known."""
-    named = {name: METHODS[name] for name in methods} | TERMS.get(experiment, {})
+    named = {name: METHODS[name] for name in methods} | HERE.get(experiment, {})
     return {name: " ".join(line.split()) for name, line in named.items()}

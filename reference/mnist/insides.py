@@ -35,7 +35,7 @@ def radar(portrait: Mapping[str, Any]) -> Figure:
         web.fill(angles, [*lengths, lengths[0]], color=color, alpha=0.15)
         places = [index + offset for index in range(len(layers))]
         drawn = bars.bar(places, means[name], 0.38, color=color, label=label)
-        bars.bar_label(drawn, [f"{mean:.2f}".replace("-", "−") for mean in means[name]], padding=2)
+        bars.bar_label(drawn, [_signed(mean) for mean in means[name]], padding=2)
     ticks = MaxNLocator(4).tick_values(0, max(max(values) for values in means.values()))
     web.set_ylim(0, ticks[-1])
     web.set_yticks(ticks[1:-1])
@@ -111,7 +111,7 @@ def cosines(cosines: Mapping[str, Any]) -> Figure:
         image = axes.imshow(matrix, vmin=-1, vmax=1, cmap=signs())
         for row, values in enumerate(matrix):
             for column, value in enumerate(values):
-                axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=_on(image.to_rgba(value)))
+                axes.text(column, row, _signed(value), ha="center", va="center", color=_on(image.to_rgba(value)))
         axes.set_xticks(range(len(concepts)), concepts)
         axes.set_yticks(range(len(concepts)), concepts)
         axes.set_title(name)
@@ -133,6 +133,10 @@ def histograms(histograms: Mapping[str, Mapping[str, Sequence[float]]]) -> Figur
     panels[0].set_ylabel("share of units")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure
+
+
+def _signed(value: float) -> str:
+    return f"{value:.2f}".replace("-", "−")
 
 
 def _on(color: Any) -> str:

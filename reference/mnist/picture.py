@@ -93,9 +93,7 @@ def play(data: Mnist, *, seed: int, budget: Budget) -> Scene:
 def draw(scene: Scene) -> Figure:
     """Left to right: the data, the activation with c·v added under it as in a sum, the answers before and after."""
     strips = {"activation": scene.activation, "added": scene.added, "steered": scene.steered}
-    figure = Figure(
-        figsize=(9, 4.3)
-    )  # a solved layout would differ in its last bits, and the ids in the file with them
+    figure = Figure(figsize=(9, 4.3))  # no solved layout: its last bits differ, and with them the ids in the file
     panels = figure.subplot_mosaic(
         [["image", ".", "activation", ".", "before"],
          ["image", ".", "added", ".", "change"],
