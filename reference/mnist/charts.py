@@ -77,7 +77,7 @@ def noise(document: Mapping[str, Any]) -> Figure:
     ordered = sorted(clean, key=lambda method: -float(clean[method]["overall"]["mean"]))
     rows = ceil(len(ordered) / 4)
     figure = Figure(figsize=(11, 0.7 + 2.3 * rows), layout="constrained")
-    panels = figure.subplots(rows, 4, sharex=True, sharey=True, squeeze=False).flat
+    panels = list(figure.subplots(rows, 4, sharex=True, sharey=True, squeeze=False).flat)
     for axes, method in zip(panels, ordered, strict=False):
         for key, color in SCORES.items():
             scores = [at["methods"][method][key] for at in sigmas.values()]
@@ -95,7 +95,7 @@ def noise(document: Mapping[str, Any]) -> Figure:
         axes.set_title(method)
         axes.set_xticks(places, list(sigmas))
         axes.grid(axis="y")
-    for axes in panels:
+    for axes in panels[len(ordered) :]:
         axes.set_axis_off()
     figure.supxlabel("sigma of the noise on the training images", fontsize="medium")
     figure.supylabel("test accuracy", fontsize="medium")

@@ -62,21 +62,20 @@ def main(
 
 def play(data: Mnist, *, seed: int, budget: Budget) -> Scene:
     """Train the network on 0-8 and a vector on all digits, and follow the first held-out 9 that it turns right."""
-    study = Study(
-        train_classifier(data.train.of(*range(NEW)), seed=seed, epochs=budget.epochs), data, (NEW,), seed, budget
-    )
+    model = train_classifier(data.train.of(*range(NEW)), seed=seed, epochs=budget.epochs)
+    study = Study(model, data, (NEW,), seed, budget)
     vector = study.trained(data.train, sites=[SITE])
     edit = Edit(vector, C)
     own = data.held_out.of(NEW)
     with torch.inference_mode():
-        before = study.model(own.x)
-        with steered(study.model, [edit]):
-            after = study.model(own.x)
+        before = model(own.x)
+        with steered(model, [edit]):
+            after = model(own.x)
     chosen = first_turned(own.y, before=before, after=after)
     x = own.x[chosen : chosen + 1]
-    activation = record(study.model, x, sites=SITE, progress=False)[SITE][0]
-    with steered(study.model, [edit]):
-        moved = record(study.model, x, sites=SITE, progress=False)[SITE][0]
+    activation = record(model, x, sites=SITE, progress=False)[SITE][0]
+    with steered(model, [edit]):
+        moved = record(model, x, sites=SITE, progress=False)[SITE][0]
     return Scene(
         digit=int(own.y[chosen]),
         image=x.reshape(28, 28).tolist(),

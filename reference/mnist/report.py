@@ -25,14 +25,17 @@ TITLES = {
 
 def sections(results: Results) -> list[dict[str, Any]]:
     """One table per experiment: title, columns, rows of cells, and a line on each name in it."""
+    tables = {
+        name: _noise_table(document) if name == "noise" else _table(document) for name, document in results.items()
+    }
     return [
         {
             "experiment": name,
-            "title": _title(document),
-            **(_noise_table(document) if name == "noise" else _table(document)),
-            "lines": lines(name, list(_rows(document["sigma"]["0.0"] if name == "noise" else document))),
+            "title": _title(results[name]),
+            **table,
+            "lines": lines(name, [row[0].partition(":")[0] for row in table["rows"]]),
         }
-        for name, document in results.items()
+        for name, table in tables.items()
     ]
 
 
@@ -63,11 +66,6 @@ def _base64(path: Path) -> str:
     return base64.b64encode(path.read_bytes()).decode()
 
 
-def _rows(document: Mapping[str, Any]) -> dict[str, Any]:
-    ceiling = {"ceiling": document["ceiling"]} if "ceiling" in document else {}
-    return {"unsteered": document["unsteered"], **document["methods"], **ceiling}
-
-
 def _title(document: Mapping[str, Any]) -> str:
     seeds = len(document["seeds"])
     return f"{TITLES[document['experiment']]} ({document['data']} data, {seeds} seed{'s' if seeds > 1 else ''})"
@@ -75,11 +73,12 @@ def _title(document: Mapping[str, Any]) -> str:
 
 def _table(document: Mapping[str, Any]) -> dict[str, Any]:
     digits = list(document["unsteered"]["acquired_by_digit"])
+    ceiling = {"ceiling": document["ceiling"]} if "ceiling" in document else {}
     columns = ["method", "overall", "retained", "acquired", *([f"of {d}" for d in digits] if len(digits) > 1 else [])]
     rows = [
         [name, *(cell(scores[key]) for key in ("overall", "retained", "acquired"))]
         + ([cell(scores["acquired_by_digit"][digit]) for digit in digits] if len(digits) > 1 else [])
-        for name, scores in _rows(document).items()
+        for name, scores in {"unsteered": document["unsteered"], **document["methods"], **ceiling}.items()
     ]
     return {"columns": columns, "rows": rows}
 

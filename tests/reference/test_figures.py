@@ -122,6 +122,15 @@ def test_there_is_one_standard_deviation_that_with_n_minus_1():
     assert np.ptp(charts.curves([RUNS[0]["curves"]]).axes[0].collections[2].get_paths()[0].vertices[:, 1]) == 0
 
 
+def test_the_noise_has_a_panel_for_each_method_with_every_sigma_and_no_empty_one():
+    panels = [axes for axes in PLOTS["noise"]().axes if axes.axison]
+    assert [axes.get_title() for axes in panels] == ["low_rank", "gradient", "layer_mean"]
+    for axes in panels:
+        assert [container.get_label() for container in axes.containers] == ["acquired", "retained", "overall"]
+        assert all(list(container.lines[0].get_xdata()) == list(SIGMAS) for container in axes.containers)
+        assert axes.get_ylim()[1] > 1.15 + stdev([1, 1.3])
+
+
 @pytest.mark.parametrize(("panel", "strengths"), [(0, STRENGTHS), (1, GRADIENT)], ids=["powers", "steps"])
 def test_every_strength_is_marked_where_it_was_measured_and_can_be_told_from_its_neighbours(panel, strengths):
     figure = PLOTS["curves"]()
@@ -251,4 +260,4 @@ def test_cross_model_steering_says_what_the_published_b_is():
 
 def test_the_noise_table_has_a_line_for_every_method_and_for_sigma():
     (section,) = sections({"noise": NOISE})
-    assert {*OVERALL, "unsteered", "sigma"} <= section["lines"].keys()
+    assert list(section["lines"]) == ["unsteered", *OVERALL, "sigma"]
