@@ -67,7 +67,7 @@ def run(data: Mnist, *, seed: int, budget: Budget) -> dict[str, Any]:
         "unsteered": study.report(),
         "methods": {name: study.report(*chosen) for name, chosen in edits.items()},
         "curves": curves,
-        "portrait": portrait(study, edits["expert_teacher"]),
+        "portrait": portrait(study, edits, "expert_teacher"),
     }
 
 

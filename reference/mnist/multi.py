@@ -52,7 +52,7 @@ def run(data: Mnist, *, seed: int, budget: Budget) -> dict[str, Any]:
         "unsteered": study.report(),
         "methods": {name: study.report(*chosen) for name, chosen in edits.items()},
         "dependence": study.dependence(low_rank),
-        "portrait": portrait(study, edits["gated_joint"]),
+        "portrait": portrait(study, edits, "gated_joint"),
         "cosines": {
             "concepts": list(NEW),
             "mean_difference": _cosines(edits["mean_difference"][0].vectors),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,11 +15,12 @@ from reference.mnist.study import Edit, Study, steered
 BINS = 40
 
 
-def portrait(study: Study, edits: Sequence[Edit]) -> dict[str, Any]:
-    """Mean activation per layer, histograms and the logits of one example, before and after steering.
+def portrait(study: Study, methods: Mapping[str, Sequence[Edit]], method: str) -> dict[str, Any]:
+    """Mean activation per layer, histograms and the logits of one example, before and after steering by one method.
 
-    Drawn from held-out images of the new digits; the example is the first that steering turns from wrong to right.
+    Drawn from held-out images of the new digits.
     """
+    edits = methods[method]
     own = study.data.held_out.of(*study.new)
     with torch.inference_mode():
         logits = {"unsteered": study.model(own.x)}
@@ -28,9 +29,9 @@ def portrait(study: Study, edits: Sequence[Edit]) -> dict[str, Any]:
     before = record(study.model, own.x, sites=SITES, progress=False)
     with steered(study.model, edits):
         after = record(study.model, own.x, sites=SITES, progress=False)
-    right = {name: found.argmax(dim=1) == own.y for name, found in logits.items()}
-    example = int((right["steered"] & ~right["unsteered"]).int().argmax())
+    example = first_turned(own.y, before=logits["unsteered"], after=logits["steered"])
     return {
+        "method": method,
         "layer means": {
             name: [float(acts[site].mean()) for site in SITES]
             for name, acts in {"unsteered": before, "steered": after}.items()
@@ -42,6 +43,12 @@ def portrait(study: Study, edits: Sequence[Edit]) -> dict[str, Any]:
             "logits": {name: found[example].tolist() for name, found in logits.items()},
         },
     }
+
+
+def first_turned(truth: Tensor, *, before: Tensor, after: Tensor) -> int:
+    """The first image that steering turns from wrong to right; the first of all if there is none."""
+    was, is_now = (logits.argmax(dim=1) == truth for logits in (before, after))
+    return int((is_now & ~was).int().argmax())
 
 
 def _histograms(before: Tensor, after: Tensor) -> dict[str, list[float]]:

@@ -1,4 +1,4 @@
-"""The report: tables and figures in one self-contained HTML file, each with an honest reading."""
+"""The report: tables and figures in one self-contained HTML file, each with an honest reading, for either page."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from reference.mnist.figures import Drawn
+from reference.mnist.glossary import COLUMNS, lines
 from reference.mnist.reading import readings
+from reference.mnist.style import LOOKS
 from reference.mnist.suite import Results
 
 TITLES = {
@@ -21,33 +24,46 @@ TITLES = {
 
 
 def sections(results: Results) -> list[dict[str, Any]]:
-    """One table per experiment: title, columns, rows of cells."""
+    """One table per experiment: title, columns, rows of cells, and a line on each name in it."""
+    tables = {
+        name: _noise_table(document) if name == "noise" else _table(document) for name, document in results.items()
+    }
     return [
         {
             "experiment": name,
-            "title": _title(document),
-            **(_noise_table(document) if name == "noise" else _table(document)),
+            "title": _title(results[name]),
+            **table,
+            "lines": lines(name, [row[0].partition(":")[0] for row in table["rows"]]),
         }
-        for name, document in results.items()
+        for name, table in tables.items()
     ]
 
 
-def write_report(results: Results, figures: Mapping[str, Sequence[tuple[str, Path]]], out: Path) -> Path:
-    """Write `report.html`; `figures` maps an experiment to its (caption, PNG) pairs."""
+def write_report(results: Results, figures: Mapping[str, Sequence[Drawn]], out: Path) -> Path:
+    """Write `report.html`, with the figures of each experiment in it."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     embedded = {
-        name: [(caption, base64.b64encode(path.read_bytes()).decode()) for caption, path in pairs]
-        for name, pairs in figures.items()
+        name: [(figure.caption, {page: _base64(path) for page, path in figure.paths.items()}) for figure in drawn]
+        for name, drawn in figures.items()
     }
     first = next(iter(results.values()))
     text = environment.get_template("report.html.j2").render(
-        sections=sections(results), figures=embedded, readings=readings(results), first=first
+        sections=sections(results),
+        figures=embedded,
+        readings=readings(results),
+        first=first,
+        columns=COLUMNS,
+        looks=LOOKS,
     )
     path = out / "report.html"
     path.write_text(text)
     return path
+
+
+def _base64(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()
 
 
 def _title(document: Mapping[str, Any]) -> str:
@@ -57,11 +73,12 @@ def _title(document: Mapping[str, Any]) -> str:
 
 def _table(document: Mapping[str, Any]) -> dict[str, Any]:
     digits = list(document["unsteered"]["acquired_by_digit"])
+    ceiling = {"ceiling": document["ceiling"]} if "ceiling" in document else {}
     columns = ["method", "overall", "retained", "acquired", *([f"of {d}" for d in digits] if len(digits) > 1 else [])]
     rows = [
         [name, *(cell(scores[key]) for key in ("overall", "retained", "acquired"))]
         + ([cell(scores["acquired_by_digit"][digit]) for digit in digits] if len(digits) > 1 else [])
-        for name, scores in {"unsteered": document["unsteered"], **document["methods"]}.items()
+        for name, scores in {"unsteered": document["unsteered"], **document["methods"], **ceiling}.items()
     ]
     return {"columns": columns, "rows": rows}
 
@@ -79,5 +96,5 @@ def _noise_table(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def cell(score: Mapping[str, Any]) -> str:
-    """Mean ± standard deviation over the seeds."""
+    """Mean ± standard deviation (n - 1) over the seeds."""
     return f"{score['mean']:.3f} ± {score['std']:.3f}"

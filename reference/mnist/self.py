@@ -50,7 +50,7 @@ def run(data: Mnist, *, seed: int, budget: Budget, sigma: float = 0.0) -> dict[s
         "methods": {name: study.report(*chosen) for name, chosen in edits.items()},
         "dependence": study.dependence(low_rank),
         "curves": curves,
-        "portrait": portrait(study, edits["gated_gradient"]) | {"logits of v": _logits_of(model, v_mean)},
+        "portrait": portrait(study, edits, "gated_gradient") | {"logits of v": _logits_of(model, v_mean)},
     }
 
 

@@ -85,9 +85,20 @@ def test_the_report_is_self_contained_and_shows_every_figure_and_table(results):
     out, _ = results
     report = (out / "report.html").read_text()
     figures = list(out.glob("*.png"))
-    assert len(figures) >= 16 and report.count("data:image/png;base64,") == len(figures)
-    assert not re.findall(r'(?:src|href)="(?!data:)', report)
+    assert len(figures) >= 2 * 16 and report.count("data:image/png;base64,") == len(figures)
+    assert not re.findall(r'(?:src|srcset|href)="(?!data:)', report)
     assert report.count("<table>") == 4 and "{" not in re.sub(r"<style>.*</style>", "", report, flags=re.S)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", ["cross", "self", "multi", "noise"])
+def test_every_method_of_the_results_has_a_line_in_the_report(results, experiment):
+    out, _ = results
+    document = json.loads((out / f"{experiment}.json").read_text())
+    methods = document["sigma"]["0.5"]["methods"] if experiment == "noise" else document["methods"]
+    section = (out / "report.html").read_text().split("<h2>")[1 + suite.EXPERIMENTS.index(experiment)]
+    described = re.findall(r"<li><b>(.*?)</b>: \S", section)
+    assert len(methods) > 5 and {"unsteered", *methods} <= set(described)
 
 
 @pytest.mark.slow
