@@ -95,8 +95,6 @@ def fit(
             f"{estimator}: it gives an edit, {type(vector).__name__}, and a file holds vectors; call fit in Python",
             param_hint="--estimator",
         )
-    if not float(vector.norm()):
-        screen.complain("warning", "the vector is zero: both sides are alike at these sites")
     vector.save(output, model=known)
     describe(VectorBank({vector.concept or "vector": vector}))
     screen.say(f"written to {output}")

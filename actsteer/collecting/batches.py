@@ -171,6 +171,8 @@ def _refused_by(model: nn.Module, error: Exception) -> str | None:
     module, given = None, []
     for frame, _ in traceback.walk_tb(error.__traceback__):
         own = frame.f_locals.get("self")
+        if not frame.f_globals.get("__name__", "").startswith("torch."):  # a callback there, not the module itself
+            module = None
         if isinstance(own, nn.Module):
             module = own
             if frame.f_code.co_name == "forward":

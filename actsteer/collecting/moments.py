@@ -155,6 +155,16 @@ class Moments:
         return self.scatter.div_(self._degrees("covariance"))
 
     @property
+    def typical_norm(self) -> float:
+        """The root of the mean of ‖x‖², sqrt(‖mean‖² + tr S / n): how large a typical activation is.
+
+        Raises:
+            StatisticsError: no variance was collected, or there are no rows.
+        """
+        squares = self._sums().second.diagonal() if self._squares is None else self._squares
+        return float((self.mean.square().sum() + squares.sum() / self.count).sqrt())
+
+    @property
     def scatter(self) -> Float[Tensor, "d d"]:
         """The sum of (x - mean)(x - mean)ᵀ over the rows, shape (d, d)."""
         return whole(self._sums().second)

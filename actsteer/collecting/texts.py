@@ -95,6 +95,10 @@ def text_batches(
     ...     batch["input_ids"].tolist(), batch["attention_mask"].tolist()
     ([[1, 2, 3], [2, 0, 0]], [[1, 1, 1], [1, 0, 0]])
     """
+    if isinstance(tokenizer, nn.Module):
+        raise TypeError(
+            f"expected a tokenizer, got the model {type(tokenizer).__name__}; text_batches(tokenizer, texts)"
+        )
     if batch_size < 1:
         raise BatchError(f"batch_size: expected 1 or more, got {batch_size}")
     if truncation is not None and truncation < 1:

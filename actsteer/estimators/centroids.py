@@ -6,6 +6,7 @@ from typing import final
 
 from actsteer.collecting.classes import ClassStatistics
 from actsteer.errors import StatisticsError
+from actsteer.estimators.estimator import shown
 from actsteer.estimators.mean_difference import MeanDifference
 from actsteer.vectors.bank import VectorBank
 from actsteer.vectors.vector import SteeringVector
@@ -24,12 +25,14 @@ class Centroids:
     >>> import torch
     >>> from actsteer.collecting.moments import Moments
     >>> from actsteer.collecting.statistics import Statistics
-    >>> rows = enumerate(torch.tensor([[0.0], [2.0], [4.0]]))
+    >>> rows = enumerate(torch.tensor([[0.0], [2.0], [5.0]]))
     >>> stats = ClassStatistics({digit: Statistics({"2": Moments.of(row[None])}) for digit, row in rows})
     >>> bank = Centroids()(stats)
     >>> bank.concepts, bank["2"]["2"]
-    (('0', '1', '2'), tensor([3.]))
+    (('0', '1', '2'), tensor([4.]))
     """
+
+    __repr__ = shown
 
     def __call__(self, classes: ClassStatistics) -> VectorBank:
         """The bank of all classes, in the order of the labels."""

@@ -12,7 +12,7 @@ from actsteer.collecting.classes import ClassStatistics
 from actsteer.collecting.moments import Moments, wider
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import StatisticsError
-from actsteer.estimators.estimator import Reads, check_alike
+from actsteer.estimators.estimator import Reads, check_alike, shown
 from actsteer.steering.interventions.low_rank import LowRank
 
 
@@ -43,6 +43,8 @@ class ConceptErasure:
     """
 
     reads: Reads = "covariance"
+
+    __repr__ = shown
 
     def __init__(self, *, tolerance: float = 1e-10) -> None:
         if not 0 <= tolerance < 1:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import Any, Literal, Protocol, TypeAlias, cast, get_args, runtime_checkable
 
 import torch
@@ -121,11 +123,29 @@ def estimate(
     directions: dict[str, Tensor] = {}
     for site in positive:
         directions[site] = direction(positive[site], negative[site]).to(torch.get_default_dtype())
-    return SteeringVector(directions, metadata=described(estimator, positive=positive, negative=negative))
+    found = SteeringVector(directions, metadata=described(estimator, positive=positive, negative=negative))
+    warn_of_zeros(found, stacklevel=4)
+    return found
+
+
+def warn_of_zeros(found: SteeringVector, *, stacklevel: int) -> None:
+    """Warn where a direction is zero, with which nothing is steered."""
+    if zeros := [site for site in found if not bool(found[site].any())]:
+        where = "these sites" if len(zeros) == len(found) else f"{zeros[:8]}"
+        warnings.warn(f"the vector is zero: both sides are alike at {where}", UserWarning, stacklevel=stacklevel)
+
+
+def shown(self: object) -> str:
+    """The repr of an estimator, as it was made: Class(argument=value)."""
+    names = [name for name in signature(type(self)).parameters if hasattr(self, name)]
+    return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
 
 def check_alike(positive: Statistics, negative: Statistics) -> None:
     """Raise unless both sides were collected at the same sites of the same sizes, and are finite."""
+    for side, given in (("positive", positive), ("negative", negative)):
+        if not isinstance(given, Statistics):
+            raise TypeError(f"{side}: expected Statistics, as collect gives them, got {type(given).__name__}; see fit")
     if set(positive) != set(negative):
         raise SiteNotFoundError(
             f"positive has the sites {positive.sites}, negative {negative.sites}; collect both at the same sites"

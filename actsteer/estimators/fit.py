@@ -18,6 +18,7 @@ from actsteer.estimators.estimator import (
     check_estimator,
     described,
     name_of,
+    warn_of_zeros,
     with_metadata,
 )
 from actsteer.estimators.mean_difference import MeanDifference
@@ -109,6 +110,8 @@ def _checked(estimator: Estimator[Result], found: Any) -> Result:
             f"{type(estimator).__name__}: expected a SteeringVector, or an edit such as LowRank, got "
             f"{type(found).__name__}"
         )
+    if isinstance(found, SteeringVector) and ":" in name_of(estimator):  # ours have said it themselves
+        warn_of_zeros(found, stacklevel=4)
     return cast("Result", found)
 
 

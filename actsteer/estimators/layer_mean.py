@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import final
 
 from actsteer.collecting.statistics import Statistics
-from actsteer.estimators.estimator import Reads, estimate
+from actsteer.estimators.estimator import Reads, estimate, shown
 from actsteer.vectors.vector import SteeringVector
 
 
@@ -24,6 +24,8 @@ class LayerMean:
     """
 
     reads: Reads = "means"
+
+    __repr__ = shown
 
     def __call__(self, *, positive: Statistics, negative: Statistics) -> SteeringVector:
         """The vector of layer means at every site."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from actsteer.errors import ShapeError, SiteNotFoundError, StatisticsError
-from actsteer.estimators.estimator import Reads, name_of
+from actsteer.estimators.estimator import Reads, name_of, shown
 from actsteer.estimators.newton import Recorded, newton, no_convergence
 from actsteer.estimators.rows import Rows
 from actsteer.vectors.vector import SteeringVector
@@ -46,6 +46,8 @@ class LogisticDirection:
     """
 
     reads: Reads = "rows"
+
+    __repr__ = shown
 
     def __init__(self, *, C: float = 1.0, streamed: bool = False, steps: int = 100, tolerance: float = 1e-8) -> None:  # noqa: N803
         if not (math.isfinite(C) and C > 0):

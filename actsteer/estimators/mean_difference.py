@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import final
 
 from actsteer.collecting.statistics import Statistics
-from actsteer.estimators.estimator import Reads, estimate
+from actsteer.estimators.estimator import Reads, estimate, shown
 from actsteer.vectors.vector import SteeringVector
 
 
@@ -23,6 +23,8 @@ class MeanDifference:
     """
 
     reads: Reads = "means"
+
+    __repr__ = shown
 
     def __call__(self, *, positive: Statistics, negative: Statistics) -> SteeringVector:
         """The vector of mean differences at every site."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from actsteer.collecting.moments import Moments
 from actsteer.collecting.statistics import Statistics
-from actsteer.estimators.estimator import check_alike, described
+from actsteer.estimators.estimator import check_alike, described, shown
 from actsteer.steering.interventions.affine import Affine
 
 Matched: TypeAlias = Literal["means", "variances", "covariance"]
@@ -43,9 +43,12 @@ class MomentMatching:
             [8.]])
     """
 
+    __repr__ = shown
+
     def __init__(self, *, match: Matched = "covariance") -> None:
         if match not in get_args(Matched):
             raise ValueError(f"match: expected one of {', '.join(map(repr, get_args(Matched)))}, got {match!r}")
+        self.match = match
         self.reads: Matched = match
 
     def __call__(self, *, positive: Statistics, negative: Statistics) -> Affine:

@@ -11,7 +11,7 @@ from torch import Tensor
 from actsteer.collecting.moments import Moments
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import ShapeError, SiteNotFoundError, StatisticsError, close_names
-from actsteer.estimators.estimator import Reads, check_finite, with_metadata
+from actsteer.estimators.estimator import Reads, check_finite, shown, with_metadata
 from actsteer.steering.interventions.low_rank import LowRank
 from actsteer.vectors.vector import SteeringVector
 
@@ -47,6 +47,8 @@ class NullSpace:
     """
 
     reads: Reads = "covariance"
+
+    __repr__ = shown
 
     def __init__(self, vector: SteeringVector, *, tolerance: float = 1e-6, ridge: float = 1e-6) -> None:
         if not (0 <= tolerance < 1 and ridge > 0):

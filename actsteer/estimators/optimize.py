@@ -104,6 +104,8 @@ def optimize(
     >>> bool((v["0"] - 1).abs().max() < 1e-2)
     True
     """
+    if not callable(loss):
+        raise TypeError(f"loss: expected a function of the output, or of output and target, got {loss!r}")
     given = SteeringVector({}) if train is None else train
     _check(given, steps=steps, lr=lr, max_norm=max_norm, l2=l2)
     kept = retain if isinstance(retain, Retain | None) else Retain(retain)

@@ -10,7 +10,7 @@ from torch import Tensor
 from actsteer.collecting.moments import Moments
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import StatisticsError
-from actsteer.estimators.estimator import Reads, estimate
+from actsteer.estimators.estimator import Reads, estimate, shown
 from actsteer.vectors.vector import SteeringVector
 
 
@@ -36,6 +36,8 @@ class PrincipalDirection:
     >>> PrincipalDirection()(positive=next(sides), negative=next(sides))["2"].round(decimals=2)
     tensor([1.0000, 0.0100])
     """
+
+    __repr__ = shown
 
     def __init__(self, *, paired: bool = False) -> None:
         self.paired = paired

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from actsteer.collecting.moments import Moments
 from actsteer.collecting.statistics import Statistics
-from actsteer.estimators.estimator import Reads, estimate, solved
+from actsteer.estimators.estimator import Reads, estimate, shown, solved
 from actsteer.vectors.vector import SteeringVector
 
 
@@ -34,6 +34,8 @@ class RidgeDirection:
     """
 
     reads: Reads = "covariance"
+
+    __repr__ = shown
 
     def __init__(self, *, alpha: float = 1.0) -> None:
         if not (math.isfinite(alpha) and alpha >= 0):

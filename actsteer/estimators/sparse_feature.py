@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from actsteer.collecting.moments import Moments
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import ShapeError, StatisticsError
-from actsteer.estimators.estimator import Reads, estimate
+from actsteer.estimators.estimator import Reads, estimate, shown
 from actsteer.vectors.vector import SteeringVector
 
 
@@ -37,6 +37,8 @@ class SparseFeature:
     """
 
     reads: Reads = "means"
+
+    __repr__ = shown
 
     def __init__(self, autoencoder: Tensor | nn.Module | Mapping[str, Any], *, feature: int | None = None) -> None:
         self._decoder = _decoder(autoencoder)

@@ -9,7 +9,7 @@ from torch import Tensor
 from actsteer.collecting.moments import Moments
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import StatisticsError
-from actsteer.estimators.estimator import Reads, estimate, solved
+from actsteer.estimators.estimator import Reads, estimate, shown, solved
 from actsteer.vectors.vector import SteeringVector
 
 
@@ -37,6 +37,8 @@ class WhitenedMeanDifference:
     """
 
     reads: Reads = "covariance"
+
+    __repr__ = shown
 
     def __init__(self, *, shrinkage: float | None = None) -> None:
         if shrinkage is not None and not 0.0 <= shrinkage <= 1.0:

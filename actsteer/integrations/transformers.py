@@ -64,6 +64,8 @@ def fit_pairs(
 
     Source: contrastive activation addition (CAA), Rimsky et al. 2023.
     """
+    if not isinstance(model, nn.Module) and isinstance(tokenizer, nn.Module):
+        raise TypeError("model and tokenizer are swapped: fit_pairs(model, tokenizer, pairs)")
     if not pairs or any(isinstance(pair, str) or len(pair) != 2 for pair in pairs):
         raise BatchError("pairs: expected one or more of (positive text, negative text)")
     device = input_device(model)

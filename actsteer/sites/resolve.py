@@ -200,8 +200,8 @@ def _items(sites: Sites) -> list[str | nn.Module | Predicate]:
         return [sites]
     if not isinstance(sites, Iterable):
         raise TypeError(
-            f"sites: expected names, patterns, modules or a predicate, got {sites!r}; the site of a Sequential's "
-            f"second module is called '1', and residual_sites(model, {sites!r}) names a transformer's block"
+            f"sites: expected names, patterns, modules or a predicate, got {sites!r}; a Sequential's second module is "
+            "called '1', and residual_sites(model, 1) names a transformer's second block"
         )
     if items := list(sites):
         return items

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol, final, runtime_checkable
+from typing import Any, Protocol, TypeVar, final, runtime_checkable
 
 import torch
 from torch import nn
@@ -37,6 +37,9 @@ class Steers(Protocol):
     def edits_at(self, module: nn.Module, side: Side) -> list[SiteEdit]:
         """Its edits of what a module takes, or gives."""
         ...
+
+
+Owner = TypeVar("Owner", bound=Steers)
 
 
 @final
@@ -168,6 +171,13 @@ def owners_at(module: nn.Module) -> list[Steers]:
         return []
     owners = [entry.owner for entry in entries] + in_bias.owners_at(module)
     return [owner for owner in dict.fromkeys(owners) if isinstance(owner, Steers)]
+
+
+def others_at(edit: SiteEdit, *, but: Owner) -> list[Owner]:
+    """The other Steerers that edit what this edit edits."""
+    module, side = edit.place.module, edit.place.side
+    same = [owner for owner in owners_at(module) if owner is not but and isinstance(owner, type(but))]
+    return [owner for owner in same if owner.edits_at(module, side)]
 
 
 def _has_passes(plan: Plan) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +15,23 @@ from actsteer.steering.choose import Choice
 from actsteer.steering.edit import SiteEdit
 from actsteer.steering.gates.gate import Fitted, Gate, leaves
 from actsteer.steering.gates.gate_direction import READS
+from actsteer.steering.interventions.add import Add
 from actsteer.steering.interventions.chain import Chain
 from actsteer.steering.interventions.intervention import Intervention, PerSite
 from actsteer.steering.interventions.keep_norm import KeepNorm
 from actsteer.steering.strength import PerConcept, Schedule
 from actsteer.tokens.positions import Positions
 from actsteer.vectors.bank import VectorBank
+
+
+@final
+class Explanation(str):
+    """What a Steerer would do, in words; shown as it reads."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 def explain(
@@ -29,9 +41,11 @@ def explain(
     choices: Mapping[str, Choice],
     strengths: PerConcept,
     others: Mapping[str, Sequence[Steers]],
-) -> str:
+    norms: Mapping[str, float],
+) -> Explanation:
     """One paragraph per site: the activation, the axis, the backend and why; each concept, in the order in which they
-    edit, with its intervention and strength; how far the concepts overlap, and which of them do not commute."""
+    edit, with its intervention, its strength and, where the typical ‖h‖ is known, what share of it ‖c·v‖ is; how far
+    the concepts overlap, and which of them do not commute."""
     lines = [f"{class_name(model)}: {len(edits)} site{'s' * (len(edits) != 1)}, in this order"]
     for site, edit in edits.items():
         side = "input" if edit.place.side == "in" else "output"
@@ -52,11 +66,23 @@ def explain(
             kind = _named(edit.interventions[own])
             positions = edit.passes.positions.get(index)
             where = "" if positions is None else f", at {_where(positions)}"
-            lines.append(f"    {bank.concepts[index]}: {kind}, c = {c}, norm {norm:.4g}{gated}{where}")
+            share = _share(edit.interventions[own], strength, norm, norms.get(site))
+            lines.append(f"    {bank.concepts[index]}: {kind}, c = {c}, norm {norm:.4g}{share}{gated}{where}")
             lines += [] if reader is None else [_read(leaf) for leaf in leaves(reader.gate)]
         lines += _overlaps(edit, [bank.concepts[index] for index in edit.concepts])
         lines += _others(edit, others[site])
-    return "\n".join(lines)
+    return Explanation("\n".join(lines))
+
+
+def _share(
+    intervention: Intervention | PerSite, strength: Tensor | Schedule, norm: float, typical: float | None
+) -> str:
+    """How large what is added is, beside the activation."""
+    if not typical or not isinstance(strength, Tensor) or not isinstance(intervention, Add) or intervention.relative:
+        return ""
+    largest = float(strength.abs().max()) if strength.numel() else 0.0
+    upto = "up to " if strength.ndim else ""
+    return f", ‖c·v‖ {upto}{largest * norm / typical:.2g} of the typical ‖h‖ {typical:.3g}"
 
 
 def _named(intervention: Intervention | PerSite) -> str:

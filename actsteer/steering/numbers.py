@@ -30,6 +30,8 @@ def bound(number: float, name: str) -> float:
 
 
 def _float(number: float, name: str) -> float:
+    if isinstance(number, str):
+        raise TypeError(f"{name}: expected a number, got {number!r}")
     try:
         return float(number)
     except OverflowError:

@@ -29,7 +29,7 @@ from actsteer.steering.edit import SiteEdit
 from actsteer.steering.gates.gate import AnyGate, Combination, Fitted, leaves
 from actsteer.steering.interventions.ablate import Ablate
 from actsteer.steering.interventions.add import Add
-from actsteer.steering.interventions.intervention import Intervention, PerSite, check_intervention
+from actsteer.steering.interventions.intervention import Edit, Intervention, PerSite, check_intervention
 from actsteer.steering.reader import CombinedReader, GateReader, Reader
 from actsteer.steering.strength import PerConcept, strength_at
 from actsteer.tokens.passes import Passes, groups
@@ -98,6 +98,18 @@ class Plan:
             raise
         self._strengths = strengths
 
+    @property
+    def active(self) -> list[int]:
+        """The concepts that have a strength."""
+        return [] if self._strengths is None else self._strengths.active()
+
+    def expect(self) -> None:
+        """Forget what has run and where."""
+        for edit in self.edits.values():
+            edit.expect()
+        for passes in self.passes:
+            passes.is_met = dict.fromkeys(passes.positions, False)
+
     def silence(self) -> None:
         """Strength 0 at every site, in the shapes of the present ones."""
         if self._strengths is not None:
@@ -154,6 +166,38 @@ class Plan:
             for index, direction in zip(edit.concepts, edit.directions, strict=True):
                 rows[self.bank.concepts[index]][site] = direction
         return VectorBank({name: SteeringVector(own, metadata=self.bank[name].metadata) for name, own in rows.items()})
+
+
+def bank_of(
+    vectors: SteeringVector | VectorBank | Edit, intervention: Interventions | None, model: nn.Module
+) -> tuple[VectorBank, Interventions | None]:
+    """What is to be added, as a bank, and how.
+
+    Raises:
+        TypeError: it is none of these.
+    """
+    if isinstance(vectors, Edit):
+        if intervention is not None:
+            raise TypeError(f"{vectors!r} says itself how it edits; leave intervention= out")
+        intervention, vectors = vectors, vectors.constant
+    if isinstance(vectors, SteeringVector):
+        vectors = VectorBank({vectors.concept or "vector": vectors})
+    if not isinstance(vectors, VectorBank):
+        swapped = isinstance(vectors, nn.Module) and not isinstance(model, nn.Module)
+        raise TypeError(
+            f"expected a SteeringVector, a VectorBank, or an edit such as LowRank, got {type(vectors).__name__}"
+            + "; model and vectors are swapped: Steerer(model, vectors)" * swapped
+        )
+    return vectors, intervention
+
+
+def is_alike(one: tuple[Any, VectorBank, Mapping[str, Any]], other: tuple[Any, VectorBank, Mapping[str, Any]]) -> bool:
+    """Whether two Steerers do the same, by the arguments that each is made with: model, bank, options."""
+    (bank, options), (theirs, others) = one[1:], other[1:]
+    said = [repr({n: own for n, own in given.items() if n not in ("backend", "strict")}) for given in (options, others)]
+    if said[0] != said[1] or bank.concepts != theirs.concepts:
+        return False
+    return bank is theirs or all(bank[name].equal(theirs[name]) for name in bank)
 
 
 def make_plan(
@@ -314,6 +358,8 @@ def _places(model: nn.Module, bank: VectorBank, sites: Sites | None, modules: Mo
 
 def _axes(bank: VectorBank, places: Mapping[str, Place], axis: Axes | None) -> Mapping[str, int]:
     """Site -> feature axis: what was asked for now or, failing that, when the vectors were collected."""
+    if not isinstance(axis, int | Mapping | None):
+        raise TypeError(f"axis: expected an int or a mapping site -> int, got {axis!r}")
     given = dict.fromkeys(places, axis) if isinstance(axis, int) else dict(axis or {})
     rest = [site for site in places if site not in given]
     collected = axes_of_bank(bank, rest)

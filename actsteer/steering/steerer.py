@@ -10,23 +10,27 @@ from typing import Any, final
 
 from torch import Tensor, nn
 
+from actsteer.collecting.batches import Batches
+from actsteer.collecting.statistics import Statistics
 from actsteer.errors import AttachedError, UnsupportedModelError
 from actsteer.sites.axes import Axes
 from actsteer.sites.place import Side
 from actsteer.sites.resolve import Sites
 from actsteer.sites.tap import lock
-from actsteer.steering.attach import Watch, attach_all, check_applied, choices, owners_at
+from actsteer.steering.attach import Watch, attach_all, check_applied, choices, others_at, owners_at
+from actsteer.steering.check import checked
 from actsteer.steering.checkpointing import Checkpointing
 from actsteer.steering.choose import Backend, Choice, check
 from actsteer.steering.edit import SiteEdit
-from actsteer.steering.explain import explain
+from actsteer.steering.explain import Explanation, explain
 from actsteer.steering.handles import Handles
 from actsteer.steering.interventions.intervention import Edit
-from actsteer.steering.plan import AllPositions, Gates, Interventions, make_plan
+from actsteer.steering.plan import AllPositions, Gates, Interventions, bank_of, is_alike, make_plan
 from actsteer.steering.scope import Presence, Scope
-from actsteer.steering.strength import Strength, Strengths, strengths_of
+from actsteer.steering.silence import unused
+from actsteer.steering.strength import Strengths, kept, strengths_of
 from actsteer.tokens.whose import Masks
-from actsteer.vectors.bank import VectorBank
+from actsteer.vectors.bank import VectorBank, of_any_model
 from actsteer.vectors.vector import SteeringVector
 
 
@@ -79,9 +83,9 @@ class Steerer:
         PositionsError, GateError: in a forward pass, where positions, or what a gate reads, cannot be known.
 
     Warns:
-        UserWarning: on entering, on leaving and where `c` is set, between a forward pass under gradient checkpointing
-            and its backward pass; on leaving, where another `forward` covers what was steered, or a folded bias has
-            other numbers, which stay.
+        UserWarning: the model did not run in the block, or, for positions="generated", nothing was generated in it; `c`
+            is set, or a block entered or left, between a forward pass under gradient checkpointing and its backward
+            pass; on leaving, another `forward` covers what was steered, or a folded bias has other numbers, which stay.
 
     A module with `inplace=True` whose result the caller drops is steered where no gradient is recorded.
 
@@ -96,6 +100,11 @@ class Steerer:
     >>> bool((steered - model(x) == torch.tensor([[3.0, 0.0]])).all())
     True
     """
+
+    __slots__ = (
+        *("__weakref__", "_attached", "_c", "_checkpointing", "_chosen", "_given", "_installed", "_norms", "_places"),
+        *("_plan", "_presence", "_strengths", "_watch", "bank", "model"),
+    )
 
     def __init__(
         self,
@@ -115,43 +124,20 @@ class Steerer:
         scope: Scope = "process",
         strict: bool = True,
     ) -> None:
-        if isinstance(vectors, Edit):
-            if intervention is not None:
-                raise TypeError(f"{vectors!r} says itself how it edits; leave intervention= out")
-            intervention, vectors = vectors, vectors.constant
-        if isinstance(vectors, SteeringVector):
-            vectors = VectorBank({vectors.concept or "vector": vectors})
-        if not isinstance(vectors, VectorBank):
-            raise TypeError(
-                "expected a SteeringVector, a VectorBank, or an edit such as LowRank, got " + type(vectors).__name__
-            )
         check(backend, scope)
+        self.bank, intervention = bank_of(vectors, intervention, model)
         self.model = model
-        self.bank = vectors
-        self._places = {concept: place for place, concept in enumerate(vectors)}
-        self._intervention: Interventions | None = intervention
-        self._gate = gate
-        self._positions = positions
-        self._tells = {"row_axis": row_axis, "token_axis": token_axis, "mask": mask}
-        self._backend, self._scope, self._strict = backend, scope, strict
-        self._attached, self._installed = Handles(), Handles()
+        self._places = {concept: place for place, concept in enumerate(self.bank)}
+        steers: dict[str, Any] = {"intervention": intervention, "gate": gate, "positions": positions}
+        steers |= {"row_axis": row_axis, "token_axis": token_axis, "mask": mask}
+        self._given = steers | {"backend": backend, "scope": scope, "strict": strict}
         self._checkpointing = Checkpointing(model, one_context=scope == "context")
-        self._plan = make_plan(
-            model,
-            vectors,
-            intervention=intervention,
-            gate=gate,
-            positions=positions,
-            sites=sites,
-            axis=axis,
-            row_axis=row_axis,
-            token_axis=token_axis,
-            mask=mask,
-            checkpointing=self._checkpointing,
-        )
+        self._plan = make_plan(model, self.bank, **steers, sites=sites, axis=axis, checkpointing=self._checkpointing)
+        self._attached, self._installed = Handles(), Handles()
         self._watch = Watch()
         self._presence: Presence | None = None
         self._chosen: Mapping[str, Choice] = {}  # what was attached
+        self._norms: Mapping[str, float] = {}  # site -> the typical ‖h‖, where it is known
         self.c = c
         self.choices()  # a backend that cannot serve a site raises here
 
@@ -163,14 +149,14 @@ class Steerer:
     @c.setter
     def c(self, c: Strengths) -> None:
         strengths = strengths_of(c, self._places)
-        kept = {name: _kept(own) for name, own in c.items()} if isinstance(c, Mapping) else _kept(c)
+        kept_c = {name: kept(own) for name, own in c.items()} if isinstance(c, Mapping) else kept(c)
         with lock:
             if self._attached:
                 self._checkpointing.leave("with another strength", "before c is set")
             if not self._installed or self._attached:  # what is installed and not attached stays at 0
                 self._plan.set_strengths(strengths)
             self._strengths = strengths
-            self._c = MappingProxyType(kept) if isinstance(kept, dict) else kept
+            self._c = MappingProxyType(kept_c) if isinstance(kept_c, dict) else kept_c
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -192,6 +178,11 @@ class Steerer:
         """Site -> feature axis, where it was given now or with the vectors."""
         return self._plan.axis
 
+    @property
+    def _tells(self) -> dict[str, Any]:
+        """What was said of where rows and tokens are."""
+        return {name: self._given[name] for name in ("row_axis", "token_axis", "mask")}
+
     def on(self, model: nn.Module, *, sites: Sequence[str]) -> Steerer:
         """The same steering, of another model of this architecture, at some of the sites."""
         axes = {site: axis for site, axis in self.axes.items() if site in sites}
@@ -199,8 +190,7 @@ class Steerer:
             name: {site: said for site, said in own.items() if site in sites} if isinstance(own, Mapping) else own
             for name, own in self._tells.items()
         }
-        own = {name: SteeringVector({s: v[s] for s in v}, metadata=v.metadata) for name, v in self.bank.items()}
-        return Steerer(model, VectorBank(own), **(self._arguments()[2] | tells | {"sites": sites, "axis": axes}))
+        return Steerer(model, of_any_model(self.bank), **self._arguments()[2] | tells | {"sites": sites, "axis": axes})
 
     def choices(self) -> dict[str, Choice]:
         """Site -> the backend that would serve it now, and why.
@@ -208,15 +198,50 @@ class Steerer:
         Raises:
             UnsupportedModelError: one was asked for that would not be honoured there.
         """
-        return choices(self._plan, backend=self._backend)
+        return choices(self._plan, backend=self._given["backend"])
 
-    def explain(self) -> str:
-        """Print, and return, what would be edited where: by which backend, along which axis, with which strength."""
+    def explain(self) -> Explanation:
+        """What would be edited where: by which backend, along which axis, with which strength.
+
+        Where `check` was told how large the activations are, it says what share of them ‖c·v‖ is.
+
+        >>> Steerer(nn.Sequential(nn.Linear(2, 2)), SteeringVector({"0": Tensor([3.0, 4.0])}, concept="nine")).explain()
+        Sequential: 1 site, in this order
+        '0': the output of Linear, 2 features
+            axis: -1
+            backend: tap (a call of the module's forward)
+            nine: Add, c = 1, norm 5
+        """
         chosen = self._chosen if self._attached or self._installed else self.choices()
-        others = {site: self._others_at(edit) for site, edit in self.edits.items()}
-        text = explain(self.model, self.bank, self.edits, chosen, self._strengths, others)
-        print(text)
-        return text
+        others = {site: others_at(edit, but=self) for site, edit in self.edits.items()}
+        return explain(self.model, self.bank, self.edits, chosen, self._strengths, others, self._norms)
+
+    def check(self, inputs: Batches | Statistics, *, batch_size: int = 256) -> Explanation:
+        """What `explain` says, and how large the activations of the unsteered model are, beside what is added.
+
+        Args:
+            inputs: on which the model runs, as for `collect`; the first call shows the reach of the edits too. Or
+                `Statistics` with variances, with which it does not run.
+
+        Raises:
+            AttachedError: it is attached; check it before the block.
+
+        Warns:
+            UserWarning: a site on which nothing depends that the model returns; an `Ablate` that moves all activations
+                far, for they do not lie about 0 along the direction.
+
+        >>> steerer = Steerer(nn.Sequential(nn.Identity()), SteeringVector({"0": Tensor([3.0, 4.0])}), c=2)
+        >>> print(steerer.check(Tensor([[0.0, 20.0]])).splitlines()[-1])
+            vector: Add, c = 2, norm 5, ‖c·v‖ 0.5 of the typical ‖h‖ 20
+        """
+        if self._attached:
+            raise AttachedError(f"{self!r} is attached, and what is checked is the unsteered model; leave the block")
+        where = self._tells | {"axis": self.axes}
+        found = checked(self.model, self.edits, inputs, batch_size=batch_size, where=where)
+        self._norms = {site: seen.norm for site, seen in found.seen.items()}
+        for message in found.warnings(self.edits, self.bank.concepts):
+            warnings.warn(message, UserWarning, stacklevel=2)
+        return self.explain()
 
     def requires_grad_(self) -> dict[str, Tensor]:
         """Ask for gradients to the directions: site -> (k, d), a leaf with a row for each concept that steers there.
@@ -255,13 +280,12 @@ class Steerer:
             if self._attached:
                 raise AttachedError(f"{self!r} is attached already; detach it, or make a second Steerer")
             try:
-                for edit in self.edits.values():
-                    edit.expect()
+                self._plan.expect()
                 self._checkpointing.forget()
                 self._watch.ran = False
                 if not self._installed:
                     self._put(self._attached)
-                if self._backend == "buffer":
+                if self._given["backend"] == "buffer":
                     self._attached.add(self._plan.silence)
                     self._plan.set_strengths(self._strengths)
             except BaseException:
@@ -279,7 +303,7 @@ class Steerer:
         """
         if self._remove():
             self._checkpointing.leave()
-            if self._strict and self._watch.ran:
+            if self._given["strict"] and self._watch.ran:
                 check_applied(self._plan)
 
     def install(self) -> Steerer:
@@ -289,7 +313,7 @@ class Steerer:
         compiled again; until `uninstall`.
         """
         with lock:
-            if self._backend != "buffer" or self._installed or self._attached:
+            if self._given["backend"] != "buffer" or self._installed or self._attached:
                 raise AttachedError(f"{self!r}: install is for a buffer backend that is neither installed nor attached")
             try:
                 self._put(self._installed)
@@ -313,10 +337,20 @@ class Steerer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.detach()
-        else:
+        if kind is not None:
             self._remove()
+            return
+        was_attached, by = self.attached, self._chosen
+        self.detach()
+        if self._given["strict"] and was_attached and self._given["backend"] != "buffer":
+            for message in unused(self._plan, by, ran=self._watch.ran):
+                warnings.warn(message, UserWarning, stacklevel=2)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        try:
+            object.__setattr__(self, name, value)
+        except AttributeError:
+            raise AttributeError(f"a Steerer has no {name!r} to be set, but c, its strength; did you mean c?") from None
 
     def __repr__(self) -> str:
         return f"Steerer({type(self.model).__name__}, concepts={self.bank.concepts}, sites={self.sites}, c={self._c})"
@@ -329,54 +363,28 @@ class Steerer:
 
     def _arguments(self) -> tuple[nn.Module, VectorBank, dict[str, Any]]:
         c = dict(self._c) if isinstance(self._c, Mapping) else self._c
-        options: dict[str, Any] = {"c": c, "intervention": self._intervention, "gate": self._gate, "sites": self.sites}
-        options |= {"positions": self._positions, **self._tells}
-        options |= {"axis": self._plan.axis, "backend": self._backend, "scope": self._scope, "strict": self._strict}
+        options = self._given | {"c": c, "sites": self.sites, "axis": self.axes}
         trained = any(edit.is_trained for edit in self.edits.values())
         return self.model, self.vectors if trained else self.bank, options
 
     def _put(self, handles: Handles) -> None:
         self._plan.find_again()
         self._chosen = self.choices()
-        others = [own for edit in self.edits.values() for own in self._others_at(edit)]
-        if any(self._is_like(other) for other in dict.fromkeys(others)):
-            warnings.warn(
-                f"{self!r}: an equal Steerer is attached already, and this one steers once more; if a cell of a "
-                "notebook ran twice, call actsteer.detach_all(model) first",
-                UserWarning,
-                stacklevel=4,
-            )
+        others = dict.fromkeys(own for edit in self.edits.values() for own in others_at(edit, but=self))
+        if any(own._is_here and is_alike(self._arguments(), own._arguments()) for own in others):
+            said = "an equal Steerer is attached already, and this one steers once more; if a notebook's cell ran twice"
+            warnings.warn(f"{self!r}: {said}, call actsteer.detach_all(model) first", UserWarning, stacklevel=4)
         for other in dict.fromkeys(owner for module in self.model.modules() for owner in owners_at(module)):
             if isinstance(other, Steerer):
                 other._checkpointing.leave("with another steering too", "before the block")
-        self._presence = Presence() if self._scope == "context" else None
-        attach_all(
-            handles,
-            self._plan,
-            self._watch,
-            self._chosen,
-            backend=self._backend,
-            presence=self._presence,
-            owner=self,
-        )
+        self._presence = Presence() if self._given["scope"] == "context" else None
+        how: dict[str, Any] = {"backend": self._given["backend"], "presence": self._presence, "owner": self}
+        attach_all(handles, self._plan, self._watch, self._chosen, **how)
 
-    def _others_at(self, edit: SiteEdit) -> list[Steerer]:
-        """The other Steerers that edit what this edit edits."""
-        module, side = edit.place.module, edit.place.side
-        owners = [owner for owner in owners_at(module) if isinstance(owner, Steerer)]
-        return [owner for owner in owners if owner is not self and owner.edits_at(module, side)]
-
-    def _is_like(self, other: Steerer) -> bool:
-        """Whether another one does the same."""
-
-        def options(of: Steerer) -> str:
-            given = (of._c, of._intervention, of._gate, of._positions, of._tells)
-            return repr((of.sites, of.bank.concepts, *given))
-
-        is_elsewhere = other._presence is not None and not other._presence.is_here
-        if options(self) != options(other) or self._scope != other._scope or is_elsewhere:
-            return False
-        return self.bank is other.bank or all(self.bank[name].equal(other.bank[name]) for name in self.bank)
+    @property
+    def _is_here(self) -> bool:
+        """Whether it steers in this context, if it is attached."""
+        return self._presence is None or self._presence.is_here
 
     def _remove(self) -> bool:
         with lock:
@@ -388,8 +396,3 @@ class Steerer:
 def _rebuilt(model: nn.Module, bank: VectorBank, options: dict[str, Any]) -> Steerer:
     """A Steerer of the same kind, not attached."""
     return Steerer(model, bank, **options)
-
-
-def _kept(c: Strength) -> Strength:
-    """A strength that the caller cannot change any more."""
-    return c.detach().clone() if isinstance(c, Tensor) else c

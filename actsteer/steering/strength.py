@@ -168,6 +168,11 @@ def without_autocast(kind: str) -> AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False) if casts else nullcontext()
 
 
+def kept(c: Strength) -> Strength:
+    """A strength that the caller cannot change any more."""
+    return c.detach().clone() if isinstance(c, Tensor) else c
+
+
 def strengths_of(c: Strengths, concepts: Mapping[str, int]) -> PerConcept:
     """The strength of each concept; `concepts` has the place of each.
 
@@ -232,9 +237,11 @@ def _checked(strength: object, where: str) -> float | Tensor | Schedule:
     if not isinstance(strength, Tensor):
         if callable(strength):
             return strength
+        several = isinstance(strength, Sequence) and not isinstance(strength, str)
+        hint = "; torch.tensor of it is one strength per row, and sweep(model, v, c=...) goes over several"
         raise StrengthError(
             f"{where}: expected a number or a tensor of shape (), (B,) or (B, S), or a callable of the generation "
-            f"step, got {strength!r}"
+            f"step, got {strength!r}{hint if several or hasattr(strength, '__array__') else ''}"
         )
     if strength.ndim > 2 or strength.is_complex() or strength.dtype is torch.bool:
         raise StrengthError(

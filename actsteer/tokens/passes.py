@@ -112,6 +112,7 @@ class Passes:
         self.host, self.positions, self.whose, self.number = host, positions or {}, whose, number
         self.root = self if root is None else root
         self.is_read = False  # whether a gate reads at a site of these
+        self.is_met = dict.fromkeys(self.positions, False)  # whether there may have been tokens at these positions
         self.modules: list[nn.Module] = []  # those of the sites
         self.is_used = data  # whether there are any, or may be
         self.current: Current[Pass] = Current()
@@ -292,6 +293,8 @@ class Passes:
         positions = self.positions.get(place)
         is_whole = place not in self._by_column and place not in self._first and not has_pads
         alike = all_or_none(positions, tokens) if is_whole and positions is not None else None
+        if alike is not False and place in self.is_met:
+            self.is_met[place] = True
         if alike is not None:
             return alike
         where = None if positions is None else chosen(positions, tokens)

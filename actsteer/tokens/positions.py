@@ -21,6 +21,10 @@ Positions: TypeAlias = Words | int | Sequence[int] | slice | Tensor | Callable[[
 
 def check(positions: Positions, *, steers: bool) -> None:
     """Raise TypeError or ValueError unless these are positions that data has or, with `steers`, that can be steered."""
+    if hasattr(positions, "__array__") and not isinstance(positions, Tensor):
+        raise TypeError(
+            f"positions: expected a tensor for a mask, got {type(positions).__name__}; give torch.as_tensor of it"
+        )
     match positions:
         case str() if positions not in get_args(Words):
             words = ", ".join(map(repr, get_args(Words)))

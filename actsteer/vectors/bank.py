@@ -51,6 +51,8 @@ class VectorBank:
     __slots__ = ("_axis_keys", "_stacks", "_vectors")
 
     def __init__(self, vectors: Mapping[str, SteeringVector]) -> None:
+        if not isinstance(vectors, Mapping):
+            raise TypeError(f"a bank is made of a mapping concept -> SteeringVector, got {type(vectors).__name__}")
         for concept, vector in vectors.items():
             if not (isinstance(concept, str) and isinstance(vector, SteeringVector)):
                 raise TypeError(f"a bank maps str to SteeringVector, got {concept!r}: {type(vector).__name__}")
@@ -190,7 +192,8 @@ class VectorBank:
         return VectorBank(
             {
                 concept: SteeringVector(
-                    dict(zip(sizes, residual.split(list(sizes.values())), strict=True)), metadata=vector.metadata
+                    dict(zip(sizes, residual.split(list(sizes.values())), strict=True)),
+                    metadata=vector.metadata,
                 )
                 for residual, (concept, vector) in zip(residuals, self.items(), strict=True)
             }
@@ -296,6 +299,14 @@ def axes_of_bank(bank: VectorBank, sites: Iterable[str]) -> dict[str, str]:
         return {}
     described = (({site for site, _, _ in _sizes(vector)}, metadata_of(vector)) for vector in bank._vectors.values())
     return axes_in(described, asked)
+
+
+def of_any_model(bank: VectorBank) -> VectorBank:
+    """The same vectors, which do not say any more for which model they were made."""
+    kept = {
+        name: {key: own for key, own in v.metadata.items() if key not in fingerprint.KEYS} for name, v in bank.items()
+    }
+    return VectorBank({name: SteeringVector({s: v[s] for s in v}, metadata=kept[name]) for name, v in bank.items()})
 
 
 def metadata_in(bank: VectorBank) -> dict[str, Mapping[str, str]]:

@@ -57,6 +57,10 @@ class SteeringVector:
         concept: str | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
+        if not isinstance(directions, Mapping):
+            raise TypeError(
+                f"expected a mapping site -> direction, as {{'1': tensor}}, got {type(directions).__name__}"
+            )
         with torch.inference_mode(mode=False):  # so that they work in autograd later
             self._directions = {site: _owned(site, direction) for site, direction in directions.items()}
         self._metadata = dict(metadata or {}) | ({} if concept is None else {"concept": concept})
@@ -311,7 +315,9 @@ def _owned(site: str, direction: Tensor) -> Tensor:
     if not isinstance(site, str):
         raise TypeError(f"a site is a module's name, a str; got {site!r}")
     if not isinstance(direction, Tensor):
-        raise TypeError(f"site {site!r}: expected a tensor of shape (d,), got {type(direction).__name__}")
+        raise TypeError(
+            f"site {site!r}: expected a tensor of shape (d,), got {type(direction).__name__}; torch.as_tensor makes one"
+        )
     if (problem := not_dense(direction)) is not None:
         raise ShapeError(
             f"site {site!r}: expected a 1-D floating tensor of shape (d,), got {direction.dtype}: {problem}"

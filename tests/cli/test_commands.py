@@ -103,6 +103,7 @@ def test_fit_on_texts_is_fit(run, folder):
         (["--batch-size", "1"], {"positions": "last"}),
     ],
 )
+@pytest.mark.filterwarnings("ignore:the vector is zero")  # of the first token of all texts
 def test_positions_and_batches(run, folder, options, keywords):
     files = ["--positive", "love.txt", "--negative", "hate.txt"]
     assert run("fit", "-m", "llama", *files, "--sites", SITE, "-o", "v.safetensors", *options).code == 0

@@ -160,6 +160,7 @@ def test_what_is_no_input_and_no_iterable_of_inputs_is_named(batches, said):
 @pytest.mark.parametrize(
     "batch", [X, (X, X), {"x": X, "y": X}, UserDict(x=X, y=X)], ids=["tensor", "tuple", "dict", "encoding"]
 )
+@pytest.mark.filterwarnings("ignore:the vector is zero")
 def test_there_is_one_rule_for_inputs_everywhere(batch):
     """One input is one, and an iterable is of inputs, whoever is given them."""
     model, v = Shifted(), SteeringVector({"site": torch.ones(2)})

@@ -55,6 +55,7 @@ def _vectors_in_float64():
 
 # --- the formulas ------------------------------------------------------------------------------------------------
 @given(sides())
+@pytest.mark.filterwarnings("ignore:the vector is zero")
 def test_mean_difference_is_the_difference_of_the_means(data):
     positive, negative = data
     expected = moments(positive)[0] - moments(negative)[0]
@@ -62,6 +63,7 @@ def test_mean_difference_is_the_difference_of_the_means(data):
 
 
 @given(sides())
+@pytest.mark.filterwarnings("ignore:the vector is zero")
 def test_layer_mean_is_one_number_the_mean_over_all_features(data):
     positive, negative = data
     found = direction(LayerMean(), positive, negative)
@@ -70,6 +72,7 @@ def test_layer_mean_is_one_number_the_mean_over_all_features(data):
 
 
 @given(sides(), st.sampled_from([0.0, 0.125, 0.5, 1.0]))
+@pytest.mark.filterwarnings("ignore:the vector is zero")
 def test_whitened_mean_difference_is_scikit_learn_s_discriminant(data, shrinkage):
     found = direction(WhitenedMeanDifference(shrinkage=shrinkage), *data)
     expected = discriminant(*data, shrinkage)
@@ -77,6 +80,7 @@ def test_whitened_mean_difference_is_scikit_learn_s_discriminant(data, shrinkage
 
 
 @given(sides())
+@pytest.mark.filterwarnings("ignore:the vector is zero")
 def test_the_default_shrinkage_is_that_of_ledoit_and_wolf(data):
     positive, negative = data
     rho = ledoit_wolf_of_classes(positive, negative)
@@ -101,6 +105,7 @@ def test_isotropic_data_of_few_features_is_shrunk_all_the_way(d):
 # --- the laws ----------------------------------------------------------------------------------------------------
 @every_estimator
 @given(data=sides())
+@pytest.mark.filterwarnings("ignore:the vector is zero")
 def test_swapping_the_sides_flips_the_sign(estimator, data):
     positive, negative = data
     assert_allclose(direction(estimator, positive, negative), -direction(estimator, negative, positive), atol=1e-9)
@@ -108,6 +113,7 @@ def test_swapping_the_sides_flips_the_sign(estimator, data):
 
 @every_estimator
 @given(data=sides(), shift=eighths(D))
+@pytest.mark.filterwarnings("ignore:the vector is zero")
 def test_a_shift_of_both_sides_changes_nothing(estimator, data, shift):
     positive, negative = data
     shifted = direction(estimator, positive + shift, negative + shift)
@@ -116,6 +122,7 @@ def test_a_shift_of_both_sides_changes_nothing(estimator, data, shift):
 
 @every_estimator
 @given(data=sides(), seed=st.integers(0, 99))
+@pytest.mark.filterwarnings("ignore:the vector is zero")
 def test_the_order_of_the_rows_does_not_matter(estimator, data, seed):
     positive, negative = data
     order = torch.randperm(len(positive), generator=torch.Generator().manual_seed(seed))
@@ -126,11 +133,13 @@ def test_the_order_of_the_rows_does_not_matter(estimator, data, seed):
 
 @every_estimator
 @given(data=sides())
+@pytest.mark.filterwarnings("ignore:the vector is zero")
 def test_the_same_data_on_both_sides_gives_zero(estimator, data):
     assert_allclose(direction(estimator, data[0], data[0]), 0, atol=1e-12)
 
 
 @given(sides(), st.sampled_from([-2.0, 0.5, 4.0]))
+@pytest.mark.filterwarnings("ignore:the vector is zero")
 def test_scaling_the_activations_scales_a_mean_and_divides_a_whitened_one(data, scale):
     positive, negative = data
     for estimator, power in ((MeanDifference(), 1), (LayerMean(), 1), (WhitenedMeanDifference(), -1)):

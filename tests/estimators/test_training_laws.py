@@ -352,6 +352,7 @@ def test_discover_refuses_a_target_that_does_not_move():
         discover(dead, X, site="0", target="2", norm=1.0, steps=2, progress=False)
 
 
+@pytest.mark.filterwarnings("ignore:.* did not run in the block")
 def test_what_discover_finds_says_which_model_it_is_from():
     found = discover(network(), X, site="1", target="4", norm=1.0, steps=2, progress=False)["0"]
     assert found.metadata["model"] == trained(steps=1).metadata["model"]

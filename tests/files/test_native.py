@@ -452,6 +452,7 @@ def test_the_vector_of_a_gate_is_checked_too():
 
 
 @pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.filterwarnings("ignore:.* did not run in the block")
 def test_layers_of_the_same_sizes_are_told_apart_by_class(saved, tmp_path):
     relu, tanh = (nn.Sequential(nn.Linear(2, 3), kind(), nn.Linear(3, 1)) for kind in (nn.ReLU, nn.Tanh))
     tanh.load_state_dict(relu.state_dict())

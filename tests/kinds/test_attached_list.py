@@ -76,6 +76,7 @@ def test_a_model_s_list_is_its_own():
 @pytest.mark.parametrize(
     "options", [{"scope": "context"}, {"gate": ProjectionAbove(V, 0.0)}, {"intervention": Ablate()}]
 )
+@pytest.mark.filterwarnings("ignore:.* did not run in the block")
 def test_every_kind_is_listed(options):
     model = small()
     with Steerer(model, V, **options) as steerer:

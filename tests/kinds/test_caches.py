@@ -133,6 +133,7 @@ def test_what_is_empty_is_no_cache(backend, name):
 @every_backend
 @pytest.mark.parametrize("value", [True, False, None])
 @pytest.mark.parametrize("name", ["use_cache", "cache", "use_kv_cache", "return_cache"])
+@pytest.mark.filterwarnings("ignore:.* did not run in the block")
 def test_a_switch_is_no_cache(backend, value, name):
     """`cache=True` asks for one, and holds nothing."""
     model = reader(name)

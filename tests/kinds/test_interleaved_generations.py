@@ -177,6 +177,7 @@ def test_strengths_per_row_are_those_of_each_stream_s_rows(backend):
 
 @every_backend
 @pytest.mark.parametrize("positions", ["prompt", "generated"])
+@pytest.mark.filterwarnings("ignore:positions=.generated.")
 def test_a_stream_that_began_in_the_block_is_plain_after_it(backend, positions):
     model = Writer()
     with Steerer(model, V, positions=positions, backend=backend):

@@ -83,6 +83,7 @@ def test_detach_reports_it_too():
     ids=str,
 )
 @EAGER
+@pytest.mark.filterwarnings("ignore:.* did not run in the block")
 def test_nothing_is_reported_where_nothing_was_lost_or_nobody_asks(paths, options, backend):
     assert not steered(Fork(), *paths, backend=backend, **options).attached
 
@@ -92,6 +93,7 @@ def test_another_error_is_not_hidden():
         steered(Fork(), "left", "error")
 
 
+@pytest.mark.filterwarnings("ignore:.* did not run in the block")
 def test_a_forward_that_failed_is_no_forward():
     with Steerer(Fork(), V) as steerer, pytest.raises(RuntimeError, match="forward failed"):
         steerer.model(X, "error")
@@ -109,6 +111,7 @@ def test_a_forward_that_failed_does_not_hide_one_that_ran():
 
 @EAGER
 @pytest.mark.parametrize("installed", [False, True], ids=["", "installed"])
+@pytest.mark.filterwarnings("ignore:.* did not run in the block")
 def test_what_ran_in_an_earlier_block_or_between_blocks_does_not_count(backend, installed):
     model = Fork()
     steerer = Steerer(model, V, backend=backend)

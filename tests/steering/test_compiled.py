@@ -623,6 +623,7 @@ class Fork(nn.Module):
         return self.site(x) if through else x * 1
 
 
+@pytest.mark.filterwarnings("ignore:.* did not run in the block")
 def test_in_compiled_code_too_a_site_that_does_not_run_raises_every_time():
     model = Fork()
     call = torch.compile(model, backend="eager")

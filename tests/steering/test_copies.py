@@ -142,6 +142,7 @@ def test_a_copy_inside_nested_blocks_is_the_plain_one(duplicate):
 
 @pytest.mark.case(34, 33)
 @copied
+@pytest.mark.filterwarnings("ignore:.* did not run in the block")
 def test_the_users_own_hooks_are_copied_and_stay(duplicate):
     model = exact()
     model[1].register_forward_hook(double)
@@ -171,6 +172,7 @@ def test_a_copy_of_a_module_with_a_fused_kernel_is_the_plain_one(backend):
 
 
 @pytest.mark.case(34)
+@pytest.mark.filterwarnings("ignore:.* did not run in the block")
 def test_a_copy_can_be_compiled_at_once():
     model = exact()
     with steerer_of(model, {}):

@@ -302,6 +302,7 @@ class Unused(nn.Module):
 @pytest.mark.case(16)
 @pytest.mark.parametrize("backend", ["auto", "hook", "tap", "buffer"])
 @pytest.mark.parametrize("site", ["unused", "read"])
+@pytest.mark.filterwarnings("ignore:.* did not run in the block")
 def test_a_module_that_is_not_called_raises(site, backend):
     model = Unused()
     steerer = Steerer(model, SteeringVector({site: D}), backend=backend)

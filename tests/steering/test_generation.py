@@ -226,6 +226,7 @@ def test_a_failure_leaves_nothing_behind(model):
     assert torch.equal(generate(model), plain)
 
 
+@pytest.mark.filterwarnings("ignore:.* did not run in the block")
 def test_steerers_may_leave_in_any_order(model):
     plain = generate(model)
     first, second = Steerer(model, V, positions="generated"), Steerer(model, -1 * V, positions="prompt")

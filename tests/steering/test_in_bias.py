@@ -399,6 +399,7 @@ def test_a_bias_that_only_moves_is_put_back(has_bias, move, count):
 
 
 @pytest.mark.parametrize("backend", ["tap", "hook"])
+@pytest.mark.filterwarnings("ignore:.* did not run in the block")
 def test_a_fold_that_would_come_before_an_earlier_edit_that_is_no_sum_is_refused(backend):
     model, v = exact().eval().requires_grad_(False), SteeringVector({"0": torch.ones(4)})
     folded = Steerer(model, v, c=2, backend="fold")

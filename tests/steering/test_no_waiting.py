@@ -65,6 +65,7 @@ class Model(nn.Module):
 @torch.no_grad()
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.filterwarnings("ignore:positions=.generated.")
 def test_no_number_is_asked_for(way, masked):
     model = Model().double().to("meta")
     inputs = {"input_ids": IDS} | ({"attention_mask": torch.ones_like(IDS)} if masked else {})

@@ -86,12 +86,14 @@ every_place = pytest.mark.parametrize(("positions", "where"), PLACES.values(), i
 
 
 @every_place
+@pytest.mark.filterwarnings("ignore:positions=.generated.")
 def test_what_is_chosen_is_steered_and_nothing_else(positions, where):
     assert torch.equal(steered(IDENTITY, X, c=3, positions=positions), X + 3 * where[..., None] * V["0"])
 
 
 @every_place
 @pytest.mark.parametrize("intervention", [Ablate(), Clamp(2.0), Chain(Ablate(), Clamp(1.0))], ids=str)
+@pytest.mark.filterwarnings("ignore:positions=.generated.")
 def test_every_intervention_has_positions(positions, where, intervention):
     everywhere = steered(IDENTITY, X, c=0.75, intervention=intervention)
     found = steered(IDENTITY, X, c=0.75, intervention=intervention, positions=positions)
@@ -99,6 +101,7 @@ def test_every_intervention_has_positions(positions, where, intervention):
 
 
 @every_place
+@pytest.mark.filterwarnings("ignore:positions=.generated.")
 def test_an_edit_has_positions(positions, where):
     parts = (normal(2, D, seed=5), normal(2, D, seed=6), normal(2, seed=7))
     edit = LowRank({"0": parts})
@@ -109,6 +112,7 @@ def test_an_edit_has_positions(positions, where):
 
 @every_place
 @pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.filterwarnings("ignore:positions=.generated.")
 def test_positions_of_sequences_that_come_first_or_second(positions, where, batch_first):
     model = encoder(batch_first=batch_first)
     v = SteeringVector({"layers.0": normal(D, seed=3)})
@@ -120,6 +124,7 @@ def test_positions_of_sequences_that_come_first_or_second(positions, where, batc
 
 @every_place
 @pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.filterwarnings("ignore:positions=.generated.")
 def test_positions_of_a_recurrent_network(positions, where, batch_first):
     model = recurrent(nn.GRU, batch_first=batch_first)
     site = next(name for name, module in model.named_modules() if isinstance(module, nn.GRU))

@@ -211,6 +211,7 @@ def test_a_direction_that_is_not_used_is_not_asked_for_and_a_refused_strength_ch
         assert torch.equal(model(H), expected)
 
 
+@pytest.mark.filterwarnings("ignore:.* did not run in the block")
 def test_a_concept_without_strength_is_not_read_from_its_file(tmp_path):
     bank = VectorBank({"a": SteeringVector({"0": V}), "none": SteeringVector({"0": 0 * V})})
     bank.save(tmp_path / "bank.safetensors")

@@ -210,6 +210,7 @@ def test_a_tensor_of_strengths_is_copied():
         assert torch.equal(model(X), by_hand(exact(), X, {"1": V["1"]}))
 
 
+@pytest.mark.filterwarnings("ignore:.* did not run in the block")
 def test_a_mapping_of_strengths_cannot_be_changed_without_effect():
     steerer = Steerer(exact(), V, c={"nine": 1.0})
     with steerer:

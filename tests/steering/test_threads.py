@@ -164,6 +164,7 @@ def test_a_forward_of_another_dtype_in_another_thread_does_not_change_this_one()
 @pytest.mark.case(44)
 @pytest.mark.parametrize("scope", ["process", "context"])
 @pytest.mark.parametrize("backend", ["hook", "tap"])
+@pytest.mark.filterwarnings("ignore:.* did not run in the block")
 def test_a_model_that_ran_in_another_thread_alone_raises_no_alarm(scope, backend):
     model = exact()
     with Steerer(model, V, scope=scope, backend=backend):
@@ -171,6 +172,7 @@ def test_a_model_that_ran_in_another_thread_alone_raises_no_alarm(scope, backend
 
 
 @pytest.mark.case(44)
+@pytest.mark.filterwarnings("ignore:.* did not run in the block")
 def test_with_scope_context_another_threads_other_path_counts_not():
     class Fork(nn.Module):
         def __init__(self):
@@ -288,6 +290,7 @@ def test_asyncio_tasks_in_turns_have_each_their_own_steering(options, v):
 
 
 @pytest.mark.case(44)
+@pytest.mark.filterwarnings("ignore:.* did not run in the block")
 def test_a_task_that_is_made_inside_the_block_is_steered_until_the_block_ends():
     model, plain = exact(), exact()(X)
 

@@ -189,6 +189,7 @@ def test_a_new_strength_scales_the_gradient_of_trained_directions():
 
 
 @pytest.mark.case(27)
+@pytest.mark.filterwarnings("ignore:.* did not run in the block")
 def test_training_the_vector_leaves_the_bank_as_it_was():
     bank = VectorBank({"a": V})
     with Steerer(exact(), bank) as steerer:
@@ -651,6 +652,7 @@ def test_a_block_that_is_entered_before_the_backward_pass_is_warned_about(reentr
 @reentrant
 @pytest.mark.parametrize("site", ["0:in", "1", "3", "4", ""])
 @pytest.mark.parametrize("segments", [1, 2, 5])
+@pytest.mark.filterwarnings("ignore:.* did not run in the block")
 def test_a_checkpointed_sequence_is_steered_in_every_part(reentrant, site, segments):
     model, x = exact().train(), X.clone().requires_grad_()
     v = SteeringVector({site: DIRECTION})

@@ -145,6 +145,7 @@ def test_pads_are_not_steered(case, backend, positions):
 
 @known
 @pytest.mark.parametrize("positions", ["all", "last", "mean", 0, slice(0, 2)], ids=str)
+@pytest.mark.filterwarnings("ignore:the vector is zero")
 def test_pads_are_not_collected_recorded_or_fitted(case, positions):
     model, given, how, v, real = made(case)
     (site,) = v.sites
@@ -201,6 +202,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.filterwarnings("ignore:.* did not run in the block")
 def test_what_does_not_say_where_the_pads_are_is_refused_and_mask_is_named(case, backend):
     model, given = REFUSED[case]
     with torch.no_grad(), Steerer(model, V, backend=backend), pytest.raises(ActsteerError, match="mask="):

@@ -44,6 +44,7 @@ def metrics(model):
     ],
     ids=["plain", "sites", "intervention", "gate", "axis", "axis of each site"],
 )
+@pytest.mark.filterwarnings("ignore:.* did not run in the block")
 def test_each_row_is_the_model_steered_with_that_strength_alone(vectors, strengths, options):
     model, rows = exact(), []
     for c in strengths:

@@ -36,8 +36,9 @@ class Soft:
     __slots__ = ("gate", "width")
 
     def __init__(self, gate: ScoredGate, *, width: float = 1.0) -> None:
-        if not isinstance(gate, ScoredGate):
-            raise TypeError(f"expected a gate with a score and a threshold, got {type(gate).__name__}")
+        if isinstance(gate, type) or not isinstance(gate, ScoredGate):
+            got = f"the class {gate.__name__}; call it first" if isinstance(gate, type) else type(gate).__name__
+            raise TypeError(f"expected a gate with a score and a threshold, got {got}")
         self.gate, self.width = gate, finite(width, "width")
         if self.width <= 0:
             raise ValueError(f"width: expected a number above 0, got {width}")

@@ -114,6 +114,9 @@ class Affine:
 
 
 def _owned(site: str, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    if not (isinstance(weight, Tensor) and isinstance(bias, Tensor)):
+        kinds = f"{type(weight).__name__} and {type(bias).__name__}"
+        raise TypeError(f"site {site!r}: expected two tensors, W and b, got {kinds}; give torch.as_tensor of them")
     shapes = tuple(weight.shape), tuple(bias.shape)
     if bias.ndim != 1 or shapes[0] != (len(bias), len(bias)):
         raise ShapeError(f"site {site!r}: expected W (d, d) and b (d,), got shapes {shapes}")

@@ -68,6 +68,10 @@ class Replace:
         if not activations:
             raise ShapeError("expected one site or more, got none")
         for site, values in activations.items():
+            if not isinstance(values, Tensor):
+                raise TypeError(
+                    f"site {site!r}: expected a tensor, got {type(values).__name__}; give torch.as_tensor of it"
+                )
             if not values.ndim or not values.is_floating_point() or not bool(values.isfinite().all()):
                 raise ShapeError(
                     f"site {site!r}: expected finite floating values, (d,) or (..., d), got {tuple(values.shape)}"

@@ -1,0 +1,210 @@
+"""check: what a pass over inputs tells of a steering: how large the activations are, and whether an edit arrives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node, saved_tensors_hooks
+
+from actsteer.collecting.batches import Batches, call, iterate
+from actsteer.collecting.eval_mode import buffers_kept, eval_mode
+from actsteer.collecting.moments import Moments
+from actsteer.collecting.observe import Observation, Step
+from actsteer.collecting.statistics import Statistics
+from actsteer.sites import tap
+from actsteer.sites.containers import tensors_in
+from actsteer.sites.lens import Lens
+from actsteer.steering.edit import SiteEdit
+from actsteer.steering.interventions.ablate import Ablate
+
+FAR = 3.0
+"""Standard deviations from 0 from which on a mean projection is far from it."""
+
+Edits: TypeAlias = Mapping[str, SiteEdit]
+_Outputs: TypeAlias = list[tuple[Tensor, Node | None]]
+"""The tensors that a model returns, each with what made it."""
+
+
+@dataclass
+class Seen:
+    """Sums over the activations of one site, as they come: rows, ‖h‖², and for each direction h·u and (h·u)²."""
+
+    count: int = 0
+    square: float = 0.0
+    along: dict[int, tuple[float, float]] = field(default_factory=dict)
+
+    @property
+    def norm(self) -> float:
+        """The typical ‖h‖: the root of the mean of its square."""
+        return math.sqrt(self.square / self.count) if self.count else 0.0
+
+    def projection(self, own: int) -> tuple[float, float]:
+        """The mean and the standard deviation of h·u, for one direction."""
+        total, square = self.along[own]
+        mean = total / self.count
+        return mean, math.sqrt(max(0.0, square / self.count - mean * mean))
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was seen at every site, and which of them the model's answers do not depend on."""
+
+    seen: Mapping[str, Seen]
+    unreached: Sequence[str]
+
+    def warnings(self, edits: Edits, concepts: Sequence[str]) -> Iterator[str]:
+        """What the user is to be warned of."""
+        for site in self.unreached:
+            yield (
+                f"site {site!r}: nothing that the model returns depends on it, but the activation itself; an edit "
+                "there changes no answer; choose an earlier site, or the tensor that is read, by a key"
+            )
+        for site, edit in edits.items():
+            for own, index in enumerate(edit.concepts):
+                if isinstance(intervention := edit.interventions[own], Ablate) and own in self.seen[site].along:
+                    mean, spread = self.seen[site].projection(own)
+                    if intervention.around is None and abs(mean) > FAR * spread:
+                        yield far_from_zero(site, concepts[index], f"at {mean:.3g} ± {spread:.2g}")
+
+
+def far_from_zero(site: str, concept: str, where: str) -> str:
+    """That an ablation takes the activations of a site far away from where they are."""
+    return (
+        f"site {site!r}: along {concept!r} the activations lie {where}, and Ablate sets all of them to 0, which is far "
+        "from there; Ablate(around={site: mean}), with the mean activation, sets them to their mean instead"
+    )
+
+
+def checked(
+    model: nn.Module, edits: Edits, inputs: Batches | Statistics, *, batch_size: int, where: Mapping[str, Any]
+) -> Check:
+    """What all inputs tell of the activations, and the first call of the edits' reach."""
+    if isinstance(inputs, Statistics):
+        return Check({site: _summed(inputs[site], _units(edit)) for site, edit in edits.items()}, [])
+    calls = list(iterate(inputs, batch_size=batch_size, progress=False, label=""))
+    seen = {site: Seen() for site in edits}
+    units = {site: _units(edit) for site, edit in edits.items()}
+
+    def keep(site: str, rows: Tensor, owners: Tensor) -> None:
+        own, exact = seen[site], rows.double()
+        own.count += len(rows)
+        own.square += float(exact.square().sum())
+        for index, unit in units[site].items():
+            along = exact @ unit.to(exact)
+            total, square = own.along.get(index, (0.0, 0.0))
+            own.along[index] = total + float(along.sum()), square + float(along.square().sum())
+
+    Observation(model, edits, **where, positions="all", stop=True).run(Step(batch, keep) for batch in calls)
+    return Check(seen, unreached(model, edits, calls[0]))
+
+
+def _summed(moments: Moments, units: Mapping[int, Tensor]) -> Seen:
+    """The sums that moments hold; along directions, where they have the covariance."""
+    count, mean = moments.count, moments.mean
+    along: dict[int, tuple[float, float]] = {}
+    for index, unit in units.items() if moments.has_covariance else ():
+        own = unit.to(mean)
+        square = (own @ moments.scatter @ own) + count * (mean @ own).square()
+        along[index] = float(count * (mean @ own)), float(square)
+    return Seen(count, count * moments.typical_norm**2, along)
+
+
+def unreached(model: nn.Module, edits: Edits, batch: Any) -> list[str]:
+    """The sites on which nothing depends that the model returns, but the activation itself.
+
+    One pass shows it, by what autograd sees. Where that is nothing it is tried: a site is not reached if the answers
+    stay the same, bit for bit, though other numbers stand there.
+    """
+    made: dict[str, set[Node]] = {}
+
+    def mark(site: str, raw: Tensor) -> Tensor:
+        marked = raw + torch.zeros((), dtype=raw.dtype, device=raw.device, requires_grad=True)
+        made.setdefault(site, set()).update([] if marked.grad_fn is None else [marked.grad_fn])
+        return marked
+
+    with torch.inference_mode(mode=False), torch.enable_grad(), saved_tensors_hooks(_forget, _forget):
+        if any(parameter.is_inference() for parameter in model.parameters()):
+            return []  # nothing can be traced
+        plain = _outputs(model, edits, batch, mark)
+    doubtful = [site for site, nodes in made.items() if not _depends(plain, nodes)]
+    return [site for site in doubtful if not _moves(model, {site: edits[site]}, batch, plain, made[site])]
+
+
+def _depends(outputs: _Outputs, nodes: set[Node]) -> bool:
+    """Whether an output comes from these nodes: the first of all, or another that is not one of them."""
+    return any(
+        node is not None and (index == 0 or node not in nodes) and bool(nodes & _behind(node))
+        for index, (_, node) in enumerate(outputs)
+    )
+
+
+@torch.no_grad()
+def _moves(model: nn.Module, edit: Edits, batch: Any, plain: _Outputs, nodes: set[Node]) -> bool:
+    """Whether other numbers at the site make other outputs, the activation itself aside; true if it did not run."""
+    generator, ran = torch.Generator().manual_seed(0), []
+
+    def scramble(site: str, raw: Tensor) -> Tensor:
+        ran.append(site)
+        noise = torch.randn(raw.shape, generator=generator).to(raw)
+        return raw + noise * raw.square().mean().sqrt().clamp(min=1.0)
+
+    moved = _outputs(model, edit, batch, scramble)
+    return (
+        not ran
+        or len(moved) != len(plain)
+        or any(
+            one.shape != other.shape or not torch.equal(one.nan_to_num(), other.nan_to_num())
+            for (one, node), (other, _) in zip(plain, moved, strict=True)
+            if node not in nodes
+        )
+    )
+
+
+def _outputs(model: nn.Module, edits: Edits, batch: Any, change: Callable[[str, Tensor], Tensor]) -> _Outputs:
+    """What the model returns where the activations are changed."""
+    with ExitStack() as stack:
+        stack.enter_context(eval_mode(model))
+        stack.enter_context(buffers_kept(model))
+        for site, edit in edits.items():
+            is_input = edit.place.side == "in"
+            when: tap.When = "before" if is_input else "after"
+            callback = partial(_changed, edit.lens, partial(change, site), is_input)
+            stack.callback(tap.take_off, edit.place.module, when, callback)
+            tap.put(edit.place.module, when, callback, owner=None)
+        return [(tensor.detach().clone(), tensor.grad_fn) for tensor in tensors_in(call(model, batch))]
+
+
+def _changed(
+    lens: Lens, change: Callable[[Tensor], Tensor], is_input: bool, module: nn.Module, args: Any, value: Any
+) -> Any:
+    view = lens.heard(module, args, value)
+    whole = view.write_raw(change(view.raw))
+    return tuple(whole) if is_input else whole
+
+
+def _behind(node: Node) -> set[Node]:
+    """All that a node was made from, itself included."""
+    found, stack = {node}, [node]
+    while stack:
+        for other, _ in stack.pop().next_functions:
+            if other is not None and other not in found:
+                found.add(other)
+                stack.append(other)
+    return found
+
+
+def _units(edit: SiteEdit) -> dict[int, Tensor]:
+    """The directions that are not zero, at norm 1."""
+    rows = edit.directions.detach().double()
+    return {own: row / row.norm() for own, row in enumerate(rows) if bool(row.any())}
+
+
+def _forget(_: Any) -> Any:
+    return None
