@@ -20,7 +20,7 @@ from actsteer.private_names import OLDEST, PARTS, refuse_older
 ROOT = Path(actsteer.__file__).parent.parent
 FILES = sorted(path for path in (ROOT / "actsteer").rglob("*.py") if path.name != "private_names.py")
 OLDEST_TORCH = ".".join(map(str, OLDEST))
-PYTHONS = {"_fields", "_replace", "_getframe"}  # which Python documents
+PYTHONS = {"_exit", "_fields", "_replace", "_getframe"}  # which Python documents
 NAMED = {word for part in PARTS for word in part.split(".")}
 PRIVATE = re.compile(r"_[a-z]\w*|[a-z_.]+\._[a-z][\w.]*")
 

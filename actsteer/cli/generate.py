@@ -1,4 +1,4 @@
-"""generate: a prompt's continuations, steered beside plain."""
+"""generate: a prompt's continuations, plain and then steered, as they are made."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.table import Table
 
 from actsteer.cli import banks, models, options, screen
 from actsteer.cli.options import BankPath, Chat, Concepts, Device, DtypeName, ModelName, StrengthTexts, TrustRemoteCode
@@ -31,7 +30,10 @@ def generate(
     dtype: DtypeName = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Generate text at every strength asked for, side by side with c = 0, the model as it is."""
+    """Generate text with c = 0, the model as it is, and then at every strength asked for.
+
+    A text is printed while it is made, under its strength.
+    """
     strengths: list[Any] = [0.0, *options.strengths(c)]
     where = options.positions(positions)
     banks.check(bank)
@@ -41,30 +43,39 @@ def generate(
     vectors = banks.read(bank, loaded.model, concept)
     tokenizer = loaded.tokenizer()
     every = [Steerer(loaded.model, vectors, c=own, positions=where) for own in strengths[1:]]  # before any work
-    for prompt in prompts:
-        texts = []
-        for steerer in (None, *every):
+    for number, prompt in enumerate(prompts):
+        (batch,) = text_batches(tokenizer, [prompt], chat=chat, device=input_device(loaded.model))
+        if not number and every and not getattr(loaded.model.config, "is_encoder_decoder", False):
+            every[0].check(batch)  # which warns where nothing would come of it
+        screen.head(prompt)
+        for own, steerer in zip(strengths, (None, *every), strict=True):
+            screen.head(f"c = {_shown(own)}")
             torch.manual_seed(seed)
             with ExitStack() as stack:
                 if steerer is not None:
                     stack.enter_context(steerer)
-                texts.append(_continued(loaded.model, tokenizer, prompt, max_new_tokens, temperature, chat=chat))
-        table = Table(title=screen.plain(prompt), title_justify="left")
-        for own in strengths:
-            table.add_column(screen.plain(f"c = {_shown(own)}"), overflow="fold", ratio=1)
-        table.add_row(*(screen.plain(text, keep="\n") for text in texts))
-        screen.out.print(table)
+                _continue(loaded.model, tokenizer, batch, max_new_tokens, temperature)
+            screen.say("")
 
 
-def _continued(model: Any, tokenizer: Any, prompt: str, length: int, temperature: float, *, chat: bool) -> str:
-    (batch,) = text_batches(tokenizer, [prompt], chat=chat, device=input_device(model))
+def _continue(model: Any, tokenizer: Any, batch: Any, length: int, temperature: float) -> None:
+    from transformers import TextStreamer
+
+    class Printed(TextStreamer):
+        """What prints a text word by word, as all else is printed here."""
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            screen.write(text + "\n" * stream_end)
+
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     drawn = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     plain = {} if temperature else {"temperature": None, "top_p": None, "top_k": None}
-    ids = model.generate(**batch, **drawn, **plain, max_new_tokens=length, pad_token_id=pad)
-    start = 0 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
-    text: str = tokenizer.decode(ids[0, start:], skip_special_tokens=True)
-    return text
+    has_beams = (model.generation_config.num_beams or 1) > 1  # of which none is the text before the end
+    streamer = None if has_beams else Printed(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    ids = model.generate(**batch, **drawn, **plain, max_new_tokens=length, pad_token_id=pad, streamer=streamer)
+    if has_beams:
+        start = 1 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
+        screen.write(tokenizer.decode(ids[0, start:], skip_special_tokens=True) + "\n")
 
 
 def _shown(c: float | dict[str, float]) -> str:

@@ -1,59 +1,21 @@
-"""main: the entry point. What goes wrong is one line on stderr, and an exit code: 1, or 2 for wrong usage."""
+"""main: the entry point. An interrupt is an exit code, 130, and no traceback, while all is imported too."""
 
 from __future__ import annotations
 
-import os
 import sys
-import traceback
-import warnings
-from typing import Any
 
-from actsteer.errors import ActsteerError
-
-_TRACEBACK = "ACTSTEER_TRACEBACK"
+from actsteer.cli.interrupts import CODE, Interrupts
 
 
 def main() -> None:
     """Run the command line."""
+    interrupts = Interrupts()
     try:
-        _run()
+        interrupts.listen()
+        from actsteer.cli.run import run
+
+        run(interrupts)
     except KeyboardInterrupt:
-        sys.exit(130)  # as a shell has it
-
-
-def _run() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal without Unicode
-    if not sys.stderr.isatty() and "COLUMNS" not in os.environ:
-        os.environ.setdefault("TERMINAL_WIDTH", "160")  # of typer's messages
-    try:
-        from actsteer.cli import screen
-        from actsteer.cli.app import app
-    except ImportError as error:
-        if (error.name or "").partition(".")[0] not in ("typer", "rich"):
-            raise
-        sys.exit("the command line needs typer and rich; pip install 'actsteer[cli]'")
-
-    def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        screen.complain("warning", str(message))
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("default", UserWarning)
-        warnings.showwarning = show
-        try:
-            app()
-        except Exception as error:
-            if os.environ.get(_TRACEBACK):
-                raise
-            screen.complain("error", _described(error))
-            sys.exit(1)
-
-
-def _described(error: Exception) -> str:
-    """The message; of what is not one of this library's errors also its kind, and where it was raised."""
-    if isinstance(error, ActsteerError | OSError) or "actsteer[" in str(error):
-        return str(error)
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{where}; with {_TRACEBACK}=1 in the environment, all of the traceback"
+        sys.exit(CODE)
+    finally:
+        interrupts.came = True  # what is left is Python's own end, for which nobody waits

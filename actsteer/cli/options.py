@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 import typer
 
@@ -35,7 +35,12 @@ READ: Any = {"exists": True, "dir_okay": False, "readable": True, "show_default"
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Texts, or rows, at a time.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Apply the tokenizer's chat template.")]
 Device = Annotated[str | None, typer.Option("--device", help="Where to run; an accelerator if there is one.")]
-DtypeName = Annotated[Dtype, typer.Option("--dtype", help="In which dtype to load a Hugging Face model.")]
+DtypeName = Annotated[
+    Dtype,  # whose names, as they stand, are wider than what is said of every option
+    typer.Option(
+        "--dtype", metavar="<dtype>", help=f"In which dtype to load a Hugging Face model: {', '.join(get_args(Dtype))}."
+    ),
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the code that comes with a Hugging Face model.")
 ]

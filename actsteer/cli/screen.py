@@ -1,9 +1,10 @@
-"""Screen: where tables and texts are printed; a line of a table stays a line, however narrow the terminal is."""
+"""Screen: where tables and texts are printed."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -13,7 +14,7 @@ _WIDE, _UNENDING = 160, 10_000
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
 
 out = Console(highlight=False)
-_tables = Console(highlight=False, width=_UNENDING)  # what is too wide goes on in the next line, and is not cut
+_tables = Console(highlight=False, width=_UNENDING)
 err = Console(stderr=True, highlight=False)
 for console in (out, err):
     if not console.is_terminal and "COLUMNS" not in os.environ:
@@ -30,6 +31,16 @@ def say(text: str) -> None:
     out.print(plain(text), soft_wrap=True)
 
 
+def head(text: str) -> None:
+    """A line above what it names."""
+    out.print(plain(text), soft_wrap=True, style="bold")
+
+
+def write(text: str) -> None:
+    """A part of a text, whose lines stay lines, at once."""
+    out.print(plain(text, keep="\n"), soft_wrap=True, end="")
+
+
 def complain(kind: str, text: str) -> None:
     """ "error: ..." or "warning: ..." on stderr."""
     style = "bold red" if kind == "error" else "bold yellow"
@@ -37,11 +48,19 @@ def complain(kind: str, text: str) -> None:
 
 
 def table(*columns: str, rows: Iterable[Iterable[object]], numbers: Iterable[str] = ()) -> None:
-    """A table without lines, the columns that are `numbers` set to the right."""
-    right = set(numbers)
+    """A table without lines, the columns that are `numbers` set to the right; nothing of it is cut.
+
+    In a terminal what is too wide for its column goes on below it. Elsewhere a row is a line, however wide, for what
+    reads it line by line.
+    """
+    right, folds = set(numbers), out.is_terminal
     made = Table(box=None, pad_edge=False)
     for column in columns:
-        made.add_column(column, justify="right" if column in right else "left", no_wrap=True, header_style="bold")
+        justify: Literal["left", "right"] = "right" if column in right else "left"
+        made.add_column(column, justify=justify, no_wrap=not folds, overflow="fold", header_style="bold")
     for row in rows:
         made.add_row(*(plain(cell) for cell in row))
-    _tables.print(made, crop=False, soft_wrap=True)
+    if folds:
+        out.print(made)
+    else:
+        _tables.print(made, crop=False, soft_wrap=True)

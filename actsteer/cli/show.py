@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import combinations
 from typing import Annotated
 
@@ -36,11 +37,10 @@ def describe(bank: VectorBank) -> None:
         for site in vector
     ]
     screen.table("concept", "site", "features", "norm", rows=rows, numbers=["features", "norm"])
-    kept = ("estimator", "intervention", "model", "model_type")
-    origins = {c: ", ".join(f"{k}: {v.metadata[k]}" for k in kept if k in v.metadata) for c, v in bank.items()}
-    if any(origins.values()):
+    origins = {concept: _origin(vector.metadata) for concept, vector in bank.items()}
+    if told := [name for name in _origin({}) if any(own[name] for own in origins.values())]:
         screen.say("")
-        screen.table("concept", "made by", rows=origins.items())
+        screen.table("concept", *told, rows=[(concept, *map(own.get, told)) for concept, own in origins.items()])
     present = bank.select(*(concept for concept, vector in bank.items() if float(vector.norm()) > 0))
     if len(present) < 2:
         return
@@ -55,3 +55,9 @@ def describe(bank: VectorBank) -> None:
     screen.table("interference", "with", "cosine", rows=rows_, numbers=["cosine"])
     if len(pairs) > _PAIRS:
         screen.say(f"and {len(pairs) - _PAIRS} pairs that interfere less")
+
+
+def _origin(metadata: Mapping[str, str]) -> dict[str, str]:
+    """How a vector was made; the model by its fingerprint, which says its class, or else by its type."""
+    told = {name: metadata.get(name, "") for name in ("estimator", "intervention", "model")}
+    return told | {"model": told["model"] or metadata.get("model_type", "")}

@@ -55,6 +55,7 @@ def verify(
     if on is None:
         return
     batch = one_batch(on, loaded, chat=chat)
+    steerer.check(batch)  # which warns where nothing would come of it
     plain = outputs(loaded.model, batch)
     with steerer:  # which raises if a site does not run
         steered = outputs(loaded.model, batch)

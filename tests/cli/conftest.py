@@ -1,6 +1,7 @@
 """A folder with a tiny language model, its tokenizer, texts and a torch model; and the installed command."""
 
 import shutil
+import signal
 from importlib.metadata import entry_points
 
 import pytest
@@ -137,12 +138,14 @@ def run(folder, monkeypatch, capsys):
         monkeypatch.setattr("sys.argv", ["actsteer", *map(str, arguments)])
         monkeypatch.setattr("sys.path", [*__import__("sys").path])
         capsys.readouterr()
+        handler = signal.getsignal(signal.SIGINT)
         try:
             script.load()()
             code = 0
         except SystemExit as left:
             code = left.code or 0
         finally:
+            signal.signal(signal.SIGINT, handler)  # of pytest, which goes on
             __import__("sys").modules.pop("nets", None)
         return Done(code, capsys.readouterr())
 

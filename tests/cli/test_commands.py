@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from actsteer import MeanDifference, Steerer, SteeringVector, VectorBank, collect, fit
+from actsteer.cli import screen
 from actsteer.collecting.texts import text_batches
 from tests.cli.test_main import shell
 
@@ -160,7 +161,9 @@ def test_fit_with_an_estimator_of_the_users(run, folder, name):
     found = SteeringVector.load(folder / "v.safetensors", nets.build())
     assert found.equal(expected) and found.concept == "right"
     assert found.metadata["estimator"] == "own.estimators:Signs"
-    assert "estimator: own.estimators:Signs" in run("show", "v.safetensors").out
+    assert ["right", "own.estimators:Signs", "Sequential:67:"] in [
+        [*line[:2], line[2][:14]] for line in run("show", "v.safetensors").lines if len(line) == 3
+    ]
 
 
 @pytest.mark.parametrize(
@@ -343,14 +346,13 @@ def continued(folder, prompt, bank, c, **options):
     return own.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def cells(done):
-    """The columns of every table, heads and texts."""
-    lines = [line.replace("┃", "│") for line in done.out.splitlines()]
-    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
+def texts(done):
+    """The lines that say something: prompts, strengths, and what was made of them."""
+    return [line.strip() for line in done.out.splitlines() if line.strip()]
 
 
 @pytest.mark.parametrize("options", [[], ["--positions", "prompt"]])
-def test_generate_side_by_side(run, folder, bank, options):
+def test_generate_plain_and_then_at_every_strength(run, folder, bank, options):
     done = run(
         "generate",
         "-m",
@@ -369,12 +371,13 @@ def test_generate_side_by_side(run, folder, bank, options):
     )
     assert done.code == 0, done.err
     where = {"positions": options[-1]} if options else {}
-    expected = [["c = 0", "c = 2", "c = -4"]]
+    expected = []
     for prompt in ("I love", "this day"):
-        expected += [[continued(folder, prompt, bank, c, **where) for c in (0.0, 2.0, -4.0)], expected[0]]
-    assert cells(done) == [expected[0], *expected[1:-1]]
-    assert "I love" in done.out.splitlines()[0]
-    assert len(set(expected[1])) > 1
+        expected.append(prompt)
+        for c in (0.0, 2.0, -4.0):
+            expected += [f"c = {c:g}", continued(folder, prompt, bank, c, **where)]
+    assert texts(done) == expected
+    assert len(set(expected[2:7:2])) > 1
 
 
 def test_generate_with_a_strength_for_each_concept(run, folder, bank):
@@ -382,14 +385,73 @@ def test_generate_with_a_strength_for_each_concept(run, folder, bank):
         "generate", "-m", "llama", "-b", "bank.safetensors", "-c", "love=3", "-c", "calm=-2", "I", "--max-new-tokens", 5
     )
     both = {"love": 3.0, "calm": -2.0}
-    assert cells(done) == [
-        ["c = 0", "c = love 3, calm -2"],
-        [continued(folder, "I", bank, 0.0), continued(folder, "I", bank, both)],
-    ]
+    plain, steered = continued(folder, "I", bank, 0.0), continued(folder, "I", bank, both)
+    assert texts(done) == ["I", "c = 0", plain, "c = love 3, calm -2", steered]
     done = run(
         "generate", "-m", "llama", "-b", "bank.safetensors", "--concept", "calm", "-c", "1", "I", "--max-new-tokens", 5
     )
-    assert cells(done)[1][1] == continued(folder, "I", bank.select("calm"), 1.0)
+    assert texts(done)[-1] == continued(folder, "I", bank.select("calm"), 1.0)
+
+
+def test_what_is_made_is_printed_while_it_is_made(run, folder, bank, monkeypatch):
+    whole = continued(folder, "I", bank, 0.0)
+    own, parts = screen.write, []
+
+    def write(text):
+        own(text)
+        parts.append(text)
+        if len("".join(parts).split()) == 3:
+            raise KeyboardInterrupt  # before the fourth word
+
+    monkeypatch.setattr(screen, "write", write)
+    done = run("generate", "-m", "llama", "-b", "bank.safetensors", "-c", "1", "I", "--max-new-tokens", 5)
+    assert done.code == 130
+    assert texts(done) == ["I", "c = 0", " ".join(whole.split()[:3])]
+    assert len(whole.split()) > 3
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_what_is_printed_is_the_text_with_its_lines_and_without_what_controls(run, folder, bank, beams):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = [f"w{i}{ending}" for i, ending in enumerate(4 * ["\x1b[31m", "\n", "!\r", "é"])]
+    odd = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({w: i for i, w in enumerate(words)}, words[0])))
+    odd.save_pretrained(folder / "llama")
+    model = causal(folder)
+    model.generation_config.num_beams = beams
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    model.save_pretrained(folder / "llama")
+    done = run("generate", "-m", "llama", "-b", "bank.safetensors", "-c", "8", words[0], "--max-new-tokens", 12)
+    assert done.code == 0, done.err
+    ids = torch.tensor([[0]])
+    expected = f"{words[0]}\n"
+    for c in (0.0, 8.0):
+        with Steerer(model, bank, c=c):
+            made = model.generate(ids, attention_mask=ids + 1, max_new_tokens=12, do_sample=False)
+        expected += f"c = {c:g}\n{odd.decode(made[0, 1:])}\n\n"
+    assert done.out == expected.replace("\x1b", "\\x1b").replace("\r", "\\x0d")
+    assert "\\x1b" in done.out
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_decoder_s_own_start_is_no_text(run, folder, beams):
+    model = t5(folder)
+    model.generation_config.num_beams = beams
+    model.generation_config.decoder_start_token_id = model.config.decoder_start_token_id = 3  # a word like others
+    model.save_pretrained(folder / "t5")
+    v = SteeringVector({"encoder.block.0.layer.1.DenseReluDense.wi": torch.ones(24)})
+    v.save(folder / "v.safetensors", model=model)
+    done = run("generate", "-m", "t5", "-b", "v.safetensors", "-c", "2", "I love", "--max-new-tokens", 4)
+    assert done.code == 0, done.err
+    ids, expected = tokenizer(folder)("I love", return_tensors="pt")["input_ids"], ["I love"]
+    for c in (0.0, 2.0):
+        with Steerer(model, v, c=c):
+            made = model.generate(ids, attention_mask=ids * 0 + 1, max_new_tokens=4, do_sample=False)
+        expected += [f"c = {c:g}", tokenizer(folder).decode(made[0, 1:], skip_special_tokens=True)]
+    assert texts(done) == [line for line in expected if line]
 
 
 def test_generate_at_a_temperature_repeats_with_its_seed(run, bank):
@@ -755,14 +817,21 @@ def test_nothing_that_is_read_is_written_over(run, folder, bank):
     assert (folder / "bank.safetensors").read_bytes() == content
 
 
-def test_an_encoder_and_decoder_from_fit_to_verify(run, folder):
+def t5(folder):
+    """A folder with an encoder and decoder, and the model."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)
     sizes = {"vocab_size": 16, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
     config = T5Config(**sizes, decoder_start_token_id=0, pad_token_id=2, eos_token_id=None)
-    T5ForConditionalGeneration(config).save_pretrained(folder / "t5")
+    model = T5ForConditionalGeneration(config).eval()
+    model.save_pretrained(folder / "t5")
     tokenizer(folder).save_pretrained(folder / "t5")
+    return model
+
+
+def test_an_encoder_and_decoder_from_fit_to_verify(run, folder):
+    t5(folder)
     for site in ("encoder.block.0.layer.1.DenseReluDense.wi", "decoder.block.0"):
         files = ["--positive", "love.txt", "--negative", "hate.txt", "--sites", f"{site}{':out.0' * (site[0] == 'd')}"]
         done = run("fit", "-m", "t5", *files, "-o", "v.safetensors")

