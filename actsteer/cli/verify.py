@@ -55,7 +55,6 @@ def verify(
     if on is None:
         return
     batch = one_batch(on, loaded, chat=chat)
-    steerer.check(batch)  # which warns where nothing would come of it
     plain = outputs(loaded.model, batch)
     with steerer:  # which raises if a site does not run
         steered = outputs(loaded.model, batch)
@@ -65,6 +64,7 @@ def verify(
         raise typer.Exit(1)
     moved = max((apart for one, other in pairs if (apart := distance(one, other)) != float("inf")), default=0.0)
     screen.say(f"runs: every site on {on}; the outputs move by up to {moved:.3g}")
+    steerer.check(batch)  # which warns of a site that no answer depends on
     if folded is None:
         return
     same = models.folded(folded, loaded, device=device, dtype=dtype, trust_remote_code=trust_remote_code)

@@ -54,6 +54,9 @@ class ClassStatistics(Mapping[Label, Statistics]):
         """What the classes share; see `Statistics.metadata`."""
         return self._first.metadata
 
+    def _ipython_key_completions_(self) -> list[Label]:
+        return list(self._classes)
+
     def __getitem__(self, label: Label) -> Statistics:
         if label not in self._classes:
             near = close_names(str(label), map(str, self._classes))

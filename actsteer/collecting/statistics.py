@@ -59,6 +59,9 @@ class Statistics:
     def __iter__(self) -> Iterator[str]:
         return iter(self._moments)
 
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self._moments)
+
     def __len__(self) -> int:
         return len(self._moments)
 

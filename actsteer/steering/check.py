@@ -123,15 +123,14 @@ def unreached(model: nn.Module, edits: Edits, batch: Any) -> list[str]:
     stay the same, bit for bit, though other numbers stand there.
     """
     made: dict[str, set[Node]] = {}
+    follows = not any(parameter.is_inference() for parameter in model.parameters())
 
     def mark(site: str, raw: Tensor) -> Tensor:
-        marked = raw + torch.zeros((), dtype=raw.dtype, device=raw.device, requires_grad=True)
+        marked = raw + torch.zeros((), dtype=raw.dtype, device=raw.device, requires_grad=follows)
         made.setdefault(site, set()).update([] if marked.grad_fn is None else [marked.grad_fn])
         return marked
 
-    with torch.inference_mode(mode=False), torch.enable_grad(), saved_tensors_hooks(_forget, _forget):
-        if any(parameter.is_inference() for parameter in model.parameters()):
-            return []  # nothing can be traced
+    with torch.inference_mode(mode=False), torch.set_grad_enabled(follows), saved_tensors_hooks(_forget, _forget):
         plain = _outputs(model, edits, batch, mark)
     doubtful = [site for site, nodes in made.items() if not _depends(plain, nodes)]
     return [site for site in doubtful if not _moves(model, {site: edits[site]}, batch, plain, made[site])]
@@ -145,6 +144,7 @@ def _depends(outputs: _Outputs, nodes: set[Node]) -> bool:
     )
 
 
+@torch.inference_mode(mode=False)
 @torch.no_grad()
 def _moves(model: nn.Module, edit: Edits, batch: Any, plain: _Outputs, nodes: set[Node]) -> bool:
     """Whether other numbers at the site make other outputs, the activation itself aside; true if it did not run."""

@@ -93,6 +93,7 @@ class VectorBank:
         return tuple(self._stacks)
 
     def __getitem__(self, concept: str) -> SteeringVector:
+        """The vector of a concept."""
         self._known(concept)
         return read(self._vectors, concept)
 
@@ -103,7 +104,11 @@ class VectorBank:
         return len(self._vectors)
 
     def __contains__(self, concept: object) -> bool:
+        """Whether there is a vector of this concept."""
         return concept in self._vectors
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self._vectors)
 
     def items(self) -> ItemsView[str, SteeringVector]:
         """The pairs (concept, vector)."""

@@ -54,6 +54,9 @@ class SiteMap:
         """The transposed map, from the other model's sites: what carries a probe back, for x·(W w) = (x W)·w."""
         return SiteMap({target: (site, weight.T) for site, (target, weight) in self._maps.items()})
 
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self._maps)
+
     def __getitem__(self, site: str) -> tuple[str, Float[Tensor, "d other"]]:
         if site not in self._maps:
             raise SiteNotFoundError(f"no map from site {site!r}. {close_names(site, self._maps)}")

@@ -94,13 +94,19 @@ class SteeringVector:
         return self._directions[site]
 
     def __iter__(self) -> Iterator[str]:
+        """The names of the sites, in the order given."""
         return iter(self._directions)
 
     def __len__(self) -> int:
+        """The number of sites."""
         return len(self._directions)
 
     def __contains__(self, site: object) -> bool:
+        """Whether there is a direction at `site`."""
         return site in self._directions
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self._directions)
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{site!r}: {len(direction)}" for site, direction in self._directions.items())
@@ -108,16 +114,19 @@ class SteeringVector:
 
     # --- the vector space ----------------------------------------------------------------------------------------
     def __add__(self, other: object) -> SteeringVector:
+        """The sum, site by site; a site that one side lacks counts as zero."""
         if not isinstance(other, SteeringVector):
             return NotImplemented
         return self._zip(other, torch.add)
 
     def __sub__(self, other: object) -> SteeringVector:
+        """The difference, site by site; a site that one side lacks counts as zero."""
         if not isinstance(other, SteeringVector):
             return NotImplemented
         return self._zip(other, torch.sub)
 
     def __mul__(self, scalar: object) -> SteeringVector:
+        """Every direction times a number."""
         if (factor := _number(scalar)) is None:
             return NotImplemented
         return self._map(lambda direction: direction * factor)
@@ -125,6 +134,7 @@ class SteeringVector:
     __rmul__ = __mul__
 
     def __truediv__(self, scalar: object) -> SteeringVector:
+        """Every direction divided by a number; ZeroDivisionError by zero."""
         if (divisor := _number(scalar)) is None:
             return NotImplemented
         if divisor == 0.0:
@@ -132,6 +142,7 @@ class SteeringVector:
         return self._map(lambda direction: direction / divisor)
 
     def __neg__(self) -> SteeringVector:
+        """Every direction the other way round."""
         return self._map(torch.neg)
 
     def __matmul__(self, other: object) -> Float[Tensor, ""]:
