@@ -720,6 +720,42 @@ def test_verify_finds_an_edit_that_never_runs(run, folder):
     assert "the model ran, but these sites did not" in done.err
 
 
+SPARE = """
+from torch import nn
+
+
+class Spare(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.spare = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        self.spare(x)
+        return self.used(x)
+"""
+
+
+def test_verify_warns_of_an_edit_that_no_answer_depends_on(run, folder):
+    (folder / "spare.py").write_text(SPARE)
+    for site, warns in (("spare", True), ("used", False)):
+        SteeringVector({site: torch.ones(4)}).save(folder / f"{site}.safetensors")
+        done = run("verify", f"{site}.safetensors", "-m", "spare:Spare", "--on", "right.pt")
+        assert done.code == 0
+        assert ("warning: site 'spare': nothing that the model returns depends on it" in done.err) == warns
+
+
+def test_generate_checks_the_reach_of_the_edits(run, folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Steerer, "check", lambda self, inputs: seen.append((self.sites, set(inputs))))
+    bank = VectorBank({"love": SteeringVector({"model.layers.1": torch.ones(16)})})
+    bank.save(folder / "own.safetensors")
+    done = run(
+        "generate", "-m", "llama", "-b", "own.safetensors", "-c", "1", "-c", "2", "I", "we", "--max-new-tokens", 2
+    )
+    assert done.code == 0
+    assert seen == [(("model.layers.1",), {"input_ids", "attention_mask"})]
+
+
 # --- what a new user ran into ----------------------------------------------------------------------------------------
 def test_a_fold_that_makes_infinities_is_refused(run, folder, bank):
     done = run("fold", "-m", "llama", "-b", "bank.safetensors", "-c", "1e39", "--verify-on", "love.txt", "-o", "big")

@@ -76,6 +76,23 @@ def test_blocks_attention_mlp_and_norms_of_a_llama(run):
     assert told(run("sites", "llama", "model.layers.1:in")) == {}
 
 
+def test_the_residual_stream_alone(run):
+    done = run("sites", "llama", "--residual")
+    assert [line[0] for line in done.lines[1:]] == [f"model.layers.{number}" for number in range(len(done.lines) - 1)]
+    assert len(done.lines) > 2 and {line[2] for line in done.lines[1:]} == {"16"}
+    done = run("sites", "llama", "model.layers.[01]", "--residual")
+    assert [line[0] for line in done.lines[1:]] == ["model.layers.0", "model.layers.1"]
+    assert run("sites", "nets:build", "--residual").code == 1
+
+
+def test_a_star_stays_between_two_dots(run):
+    every, blocks = run("sites", "llama").lines[1:], run("sites", "llama", "model.layers.*").lines[1:]
+    assert [line[0] for line in blocks] == [
+        line[0] for line in every if line[0].count(".") == 2 and "layers" in line[0]
+    ]
+    assert run("sites", "llama", "**").lines[1:] == every
+
+
 def test_of_a_multimodal_model_the_text_config_tells(run, folder):
     text = llama(kind="Llama", vocab_size=16).config
     vision = transformers.CLIPVisionConfig(

@@ -1,11 +1,14 @@
 """optimize: the loss falls, the model stays, and a seed decides everything."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional
+from tqdm import tqdm
 
 from actsteer import (
     ActsteerError,
@@ -44,6 +47,26 @@ def model():
 def train(model, batches=X, *, sites="2", loss=to_one, steps=5, seed=0, **options):
     generator = torch.Generator().manual_seed(seed)
     return optimize(model, batches, sites=sites, loss=loss, steps=steps, generator=generator, progress=False, **options)
+
+
+def test_the_bar_shows_the_loss_of_now_however_slow_the_steps_are(model, monkeypatch):
+    """At a second a step, as of a large model, it would be that of ten steps ago."""
+    clock, shown = iter(range(1000)), []
+    module = sys.modules["actsteer.estimators.optimize"]
+    monkeypatch.setattr(module, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(tqdm, "set_postfix", lambda self, *_, loss, **__: shown.append(float(loss)))
+    seen = []
+
+    def loss(output):
+        seen.append((output - 1).square().mean())
+        return seen[-1]
+
+    optimize(model, X, sites="2", loss=loss, steps=12, lr=0.1, batch_size=12, progress=True)
+    assert shown == [float(f"{float(value.detach()):.4g}") for value in seen[-len(shown) :]]
+    assert len(shown) >= 10
+    shown.clear()
+    optimize(model, X, sites="2", loss=loss, steps=3, progress=False)
+    assert not shown
 
 
 def loss_under(model, v, loss=to_one):

@@ -1,5 +1,6 @@
 """sweep: one row of metrics per strength, each as if it had been steered alone."""
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
@@ -53,6 +54,27 @@ def test_each_row_is_the_model_steered_with_that_strength_alone(vectors, strengt
     before = state(model)
     assert sweep(model, vectors, c=iter(strengths), evaluate=metrics, progress=False, **options) == rows
     assert state(model) == before
+
+
+@pytest.mark.parametrize("number", [3, 2.5, torch.tensor(2.5), torch.tensor(3), np.float64(2.5)])
+def test_a_metric_that_is_one_number_is_called_value(number):
+    def evaluate(model):
+        model(normal(2, 4))
+        return number
+
+    rows = sweep(exact(), V, c=[0.0, 1.0], evaluate=evaluate, progress=False)
+    assert rows == [{"c": 0.0, "value": float(number)}, {"c": 1.0, "value": float(number)}]
+    assert not any(isinstance(row["value"], torch.Tensor) for row in rows)
+
+
+@pytest.mark.parametrize("wrong", [None, "0.5", torch.ones(2), [1.0]])
+def test_what_is_no_metric_is_refused(wrong):
+    def evaluate(model):
+        model(normal(2, 4))
+        return wrong
+
+    with pytest.raises(TypeError, match="evaluate: expected one number, or a mapping name -> metric, got"):
+        sweep(exact(), V, c=[0.0], evaluate=evaluate, progress=False)
 
 
 def test_a_row_has_the_strength_first_as_it_was_given():
