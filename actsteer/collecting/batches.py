@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import suppress
 from itertools import islice
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from actsteer.errors import BatchError
+from actsteer.sites.axes import sizes_of
 from actsteer.sites.resolve import runs_torch_code
 from actsteer.sites.wrappers import named_modules
 
@@ -35,12 +37,27 @@ def inputs(batches: Batches, *, batch_size: int, are_labelled: bool = False) -> 
         raise BatchError(f"batch_size: expected 1 or more, got {batch_size}")
     if isinstance(batches, Tensor):
         return torch.split(batches, batch_size) if batches.ndim and len(batches) else ()
+    if isinstance(batches, tuple) and _are_parts(batches):
+        raise BatchError(
+            f"batches: a tuple is the arguments of one call, and these {len(batches)} are parts of one tensor, as "
+            "split and chunk give them; for several calls give a list, list(x.split(256)), for one [(a, b)]"
+        )
     if isinstance(batches, Mapping | tuple):
         return [batches]
     _check_kind(batches, "batches", "a tensor, a mapping, a tuple or an iterable of inputs")
     if not isinstance(batches, Iterable):
         raise BatchError(f"batches: expected a tensor or an iterable of inputs, got {type(batches).__name__}")
     return batches if are_labelled or not isinstance(batches, DataLoader) else map(_alone, batches)
+
+
+def _are_parts(batches: tuple[Any, ...]) -> bool:
+    """Whether these are several parts of one tensor."""
+    if len(batches) < 2 or not all(type(own) is Tensor and own.layout is torch.strided for own in batches):
+        return False
+    if any(own.is_meta or own.is_nested for own in batches):
+        return False
+    places = {(own.untyped_storage().data_ptr(), own.storage_offset()) for own in batches}
+    return len({storage for storage, _ in places}) == 1 and len(places) == len(batches)
 
 
 def _alone(batch: Any) -> Any:
@@ -85,7 +102,9 @@ def iterate(
     calls = inputs(batches, batch_size=batch_size, are_labelled=are_labelled)
     known = batches if isinstance(calls, map) else calls
     rows, empty = 0, True
-    total = len(known) if isinstance(known, Sized) else None
+    total = None
+    with suppress(TypeError):  # a DataLoader has a length, and none where its dataset has not
+        total = len(known) if isinstance(known, Sized) else None
     with tqdm(total=total, desc=label, unit="batch", disable=not progress, delay=2.0) as bar:
         for batch in calls:
             empty = False
@@ -116,7 +135,7 @@ class Shares(Protocol):
         ...
 
 
-def share(batches: Batches, shard: tuple[int, int], *, batch_size: int) -> Batches:
+def share(batches: Batches, shard: tuple[int, int], *, batch_size: int, are_labelled: bool = False) -> Batches:
     """The i-th of n parts of the batches, for shard = (i, n): every n-th from the i-th, unless they are `Shares`.
 
     Raises:
@@ -127,7 +146,7 @@ def share(batches: Batches, shard: tuple[int, int], *, batch_size: int) -> Batch
         raise BatchError(f"shard: expected (i, n) with i from 0 to n - 1, got {shard}")
     if isinstance(batches, Shares):
         return batches.share(number, of)
-    calls = inputs(batches, batch_size=batch_size, are_labelled=True)  # which `iterate` looks at again
+    calls = inputs(batches, batch_size=batch_size, are_labelled=are_labelled)
     return list(calls[number::of]) if isinstance(calls, list | tuple) else islice(calls, number, None, of)
 
 
@@ -142,6 +161,8 @@ def arguments(batch: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
         raise BatchError(
             f"expected a tensor, a tuple of positional or a mapping of keyword arguments, got {type(batch).__name__}"
         )
+    if isinstance(batch, Mapping) and isinstance(ids := batch.get("input_ids"), list):
+        raise BatchError(f"a batch: input_ids is a list of {len(ids)}; call the tokenizer with return_tensors='pt'")
     positional = () if isinstance(batch, Mapping) else (batch,) if isinstance(batch, Tensor) else batch
     return positional, batch if isinstance(batch, Mapping) else {}
 
@@ -167,8 +188,8 @@ def call(model: nn.Module, batch: Any) -> Any:
 
 
 def _refused_by(model: nn.Module, error: Exception) -> str | None:
-    """The module of torch's in which an error was raised, and what it was given; None if it was raised elsewhere."""
-    module, given = None, []
+    """The module of torch's, one of the model's, that raised this, if the tensor that it was given does not fit it."""
+    module, given = None, None
     for frame, _ in traceback.walk_tb(error.__traceback__):
         own = frame.f_locals.get("self")
         if not frame.f_globals.get("__name__", "").startswith("torch."):  # a callback there, not the module itself
@@ -177,13 +198,23 @@ def _refused_by(model: nn.Module, error: Exception) -> str | None:
             module = own
             if frame.f_code.co_name == "forward":
                 names = frame.f_code.co_varnames[1 : frame.f_code.co_argcount]
-                given = [value for name in names if isinstance(value := frame.f_locals.get(name), Tensor)]
-    if module is None or not runs_torch_code(module):
+                found = (frame.f_locals.get(name) for name in names)
+                given = next((value for value in found if isinstance(value, Tensor)), None)
+    name = next((name for name, own in named_modules(model) if own is module), None)
+    if module is None or name is None or given is None or not runs_torch_code(module) or _fits(module, given):
         return None
-    name = next((name for name, own in named_modules(model) if own is module), "")
-    shown = ", ".join(f"{str(own.dtype)[6:]} of shape {tuple(own.shape)}" for own in given)
-    kind = next((str(own.dtype)[6:] for own in module.parameters(recurse=False)), "")
-    return f"site {name!r}, a {kind + ' ' * bool(kind)}{module}, was given {shown or 'no tensor'}"
+    kind = next((f"{str(own.dtype)[6:]} " for own in module.parameters(recurse=False)), "")
+    return f"site {name!r}, a {kind}{module}, was given {str(given.dtype)[6:]} of shape {tuple(given.shape)}"
+
+
+def _fits(module: nn.Module, given: Tensor) -> bool:
+    """Whether a tensor has the width and the dtype that a module takes, as far as its class tells."""
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        is_index = not (given.is_floating_point() or given.is_complex())
+        return is_index and (not given.numel() or int(given.max()) < module.num_embeddings)
+    weight = next(module.parameters(recurse=False), None)
+    takes = sizes_of(module)
+    return (weight is None or weight.dtype == given.dtype) and (takes is None or takes[0] in given.shape)
 
 
 def _check_fits(model: nn.Module, positional: Sequence[Any], keywords: Mapping[str, Any]) -> None:

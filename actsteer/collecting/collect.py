@@ -147,14 +147,15 @@ def collect(
         where: dict[str, Any] = {"axis": axis, "row_axis": row_axis, "token_axis": token_axis, "mask": mask}
         observation = Observation(model, names, **where, positions=positions, stop=stop)
         is_share = shard is not None or not is_alone()  # which may be empty
-        own = batches if shard is None else share(batches, shard, batch_size=batch_size)
+        takes_out = isinstance(by, int | str)  # the labels, of what a loader gives
+        own = batches if shard is None else share(batches, shard, batch_size=batch_size, are_labelled=takes_out)
         stream = iterate(
             own,
             batch_size=batch_size,
             progress=progress,
             label="collect",
             may_be_empty=is_share,
-            are_labelled=isinstance(by, int | str),
+            are_labelled=takes_out,
         )
         pairs: Iterable[tuple[Any, Any]] = ((batch, None) for batch in stream) if by is None else labelled(stream, by)
         if checkpoint is not None:

@@ -23,6 +23,7 @@ from actsteer.folding.layers import kind_of, obstacle, write_input, write_output
 from actsteer.folding.proof import Proof
 from actsteer.folding.trace import Run, Trace
 from actsteer.folding.undo import Undo
+from actsteer.sites import fingerprint
 from actsteer.sites.axes import Axes, Layout
 from actsteer.sites.lens import Lens
 from actsteer.sites.listen import listen
@@ -105,6 +106,7 @@ def fold(
     _check_unsteered(model)
     if inplace:
         _check_free(model)
+    before = fingerprint.described(model)
     target = model if inplace else _copied(model)
     undo = Undo()
     if maps:
@@ -127,6 +129,7 @@ def fold(
                 UserWarning,
                 stacklevel=2,
             )
+    fingerprint.remember(target, before)
     if inplace:
         undo.leave()
         _folded.setdefault(model, []).append(undo)

@@ -66,8 +66,12 @@ def fit_pairs(
     """
     if not isinstance(model, nn.Module) and isinstance(tokenizer, nn.Module):
         raise TypeError("model and tokenizer are swapped: fit_pairs(model, tokenizer, pairs)")
-    if not pairs or any(isinstance(pair, str) or len(pair) != 2 for pair in pairs):
-        raise BatchError("pairs: expected one or more of (positive text, negative text)")
+    sides = isinstance(pairs, tuple) and len(pairs) == 2 and all(isinstance(side, list) for side in pairs)
+    if sides or not pairs or any(isinstance(pair, str) or len(pair) != 2 for pair in pairs):
+        raise BatchError(
+            "pairs: expected one or more of (positive text, negative text); of two lists that is "
+            "list(zip(positives, negatives))"
+        )
     device = input_device(model)
     where: dict[str, Any] = {"axis": axis, "row_axis": row_axis, "token_axis": token_axis, "mask": mask}
     positive, negative = (

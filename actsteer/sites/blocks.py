@@ -159,6 +159,8 @@ def _chosen(model: nn.Module, blocks: Blocks) -> list[str]:
     if blocks is None or isinstance(blocks, slice):
         numbers = list(range(count)[slice(None) if blocks is None else blocks])
     else:
+        if not isinstance(blocks, int | Iterable):
+            raise TypeError(f"blocks: expected a number, several, or a slice, got {blocks!r}")
         numbers = [blocks] if isinstance(blocks, int) else list(blocks)
     for number in numbers:
         if isinstance(number, bool) or not isinstance(number, int) or not -count <= number < count:

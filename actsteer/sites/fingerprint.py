@@ -8,8 +8,9 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ KEYS = ("model", "body", "weights", "layers", "model_type")
 
 _FINGERPRINT = re.compile(r".+:\d+:[0-9a-f]{16}")
 _SAMPLES = 16  # of every parameter
+_ALIKE = re.compile("Dropout|DropPath|Identity|BatchNorm")
 _HELD_BY = {  # a dtype -> the dtypes to which its numbers can be rounded, itself first
     torch.float64: (torch.float64, torch.float32, torch.bfloat16, torch.float16),
     torch.float32: (torch.float32, torch.bfloat16, torch.float16),
@@ -98,18 +100,49 @@ def _sampled(parameter: Tensor) -> Tensor:
 def layers(model: nn.Module) -> str:
     """The classes of the layers, of modules that hold no others, and how many there are of each.
 
-    They tell apart what has the same parameters and computes something else.
+    They tell apart what has the same parameters and computes something else; what does not in evaluation, dropout and
+    the kinds of BatchNorm, is not counted.
 
     >>> layers(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)))
     'Linear:2 ReLU:1'
     """
     found = {id(module): module for _, module in named_modules(unwrapped(model), adapters=False)}
     counts = Counter(class_name(module) for module in found.values() if not module._modules)
-    return " ".join(f"{name}:{count}" for name, count in sorted(counts.items()))
+    return " ".join(f"{name}:{count}" for name, count in sorted(counts.items()) if not _ALIKE.search(name))
 
 
 def described(model: nn.Module) -> dict[str, str]:
-    """What metadata says of the model: "model", "weights", "layers"; of a Hugging Face one "body", "model_type" too."""
+    """What metadata says of the model: "model", "weights", "layers"; of a Hugging Face one "body", "model_type" too.
+
+    What a steering has written into its weights does not count: `remember` tells what it was before.
+    """
+    host = unwrapped(model)
+    now, before = _written.get(host, (None, {}))
+    if before and now is None:
+        return dict(before)
+    found = _found(host)
+    return dict(before) if found == now else found
+
+
+def remember(model: nn.Module, before: Mapping[str, str], *, attached: bool = False) -> Callable[[], None]:
+    """A steering has been written into the model's weights, and this is how it was described before.
+
+    That holds for as long as the weights are as they are now; or, where the steering is attached, until it is forgotten
+    by what is returned.
+    """
+    host = unwrapped(model)
+    _written[host] = (None if attached else _found(host), dict(before))
+
+    def forget() -> None:
+        _written.pop(host, None)
+
+    return forget
+
+
+_written: WeakKeyDictionary[nn.Module, tuple[dict[str, str] | None, dict[str, str]]] = WeakKeyDictionary()
+
+
+def _found(model: nn.Module) -> dict[str, str]:
     known = {"model": fingerprint(model), "body": body(model), "weights": weights(model), "layers": layers(model)}
     known |= {"model_type": model_type(model)}
     return {key: value for key, value in known.items() if value is not None}
@@ -122,33 +155,41 @@ def model_type(model: nn.Module) -> str | None:
 
 
 def check(model: nn.Module, made_for: Mapping[str, str], *, what: str) -> None:
-    """Whether `made_for`, the metadata of a vector, means this model; what it does not say is not checked.
+    """Whether `made_for`, the metadata of a vector, means this model, as `check_each` has it."""
+    check_each(model, [(what, made_for)])
+
+
+def check_each(model: nn.Module, made_for: Iterable[tuple[str, Mapping[str, str]]]) -> None:
+    """Whether each (what, metadata of a vector) means this model; what metadata does not say is not checked.
 
     Raises:
         ModelMismatchError: another architecture.
 
     Warns:
-        UserWarning: the same architecture with other weights, layers of other classes, another head, or another
-            vocabulary; or, where nothing but the type of the model is known, another type.
+        UserWarning: the same architecture with other weights, without layers of a class that it had, another head, or
+            another vocabulary; or, where nothing but the type of the model is known, another type.
     """
-    meant = made_for.get("model", "")
-    if not _FINGERPRINT.fullmatch(meant):
-        theirs, ours = made_for.get("model_type"), model_type(model)
-        if theirs and ours and theirs != ours:
+    distinct = {tuple(map(meant.get, KEYS)): (what, meant) for what, meant in made_for}
+    known = [own for own in distinct.values() if _FINGERPRINT.fullmatch(own[1].get("model", ""))]
+    present = described(model) if known else {}
+    for what, meant in distinct.values():
+        if (what, meant) in known:
+            _check(model, present, meant, what)
+        elif (theirs := meant.get("model_type")) and (ours := model_type(model)) and theirs != ours:
             warnings.warn(f"{what} was made for a {theirs}, the model is a {ours}", UserWarning, stacklevel=3)
-        return
-    present = fingerprint(model)
-    kind, count, shapes = meant.rsplit(":", 2)
-    own_kind, own_count, own_shapes = present.rsplit(":", 2)
+
+
+def _check(model: nn.Module, present: Mapping[str, str], meant: Mapping[str, str], what: str) -> None:
+    kind, count, shapes = meant["model"].rsplit(":", 2)
+    own_kind, own_count, own_shapes = present["model"].rsplit(":", 2)
     quantised = bool(getattr(unwrapped(model), "is_quantized", False))  # whose parameters are packed
     if kind != own_kind or (not quantised and (count, shapes) != (own_count, own_shapes)):
-        known = made_for.get("body")
-        if known is not None and known == body(model):
+        if meant.get("body") is not None and meant["body"] == present.get("body"):
             warnings.warn(
                 f"{what} was made for a {kind} with {count} parameters, the model is a {own_kind} with {own_count}: "
                 "only the head or the vocabulary differ; it may mean something else here",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
             return
         raise ModelMismatchError(
@@ -156,26 +197,25 @@ def check(model: nn.Module, made_for: Mapping[str, str], *, what: str) -> None:
             f"with {own_count} (shapes {own_shapes}); load that model, carry the vector over with align and transport, "
             "or, if you know better, make a new one of its directions: SteeringVector({site: v[site] for site in v})"
         )
-    had_layers, has_layers = ({} if quantised else _counts(text) for text in (made_for.get("layers"), layers(model)))
-    changed = sorted(name for name in had_layers | has_layers if had_layers.get(name) != has_layers.get(name))
-    if had_layers and changed:
-        had, has = (", ".join(f"{own.get(name, 0)} {name}" for name in changed) for own in (had_layers, has_layers))
+    if quantised:
+        return
+    had, has = _counts(meant.get("layers")), _counts(present.get("layers"))
+    if gone := [name for name in had if has.get(name, 0) < had[name]]:  # what was added, a loss perhaps, is no matter
+        changed = sorted({*gone, *(name for name in has if has[name] > had.get(name, 0))})
+        then, now = (", ".join(f"{own.get(name, 0)} {name}" for name in changed) for own in (had, has))
         warnings.warn(
-            f"{what} was made for a {kind} with {had} among its layers, and the model has {has}; it may mean something "
-            "else here",
+            f"{what} was made for a {kind} with {then} among its layers, and the model has {now}; it may mean "
+            "something else here",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
-    known_weights, own_weights = (
-        _hash_by_dtype(made_for.get("weights")),
-        {} if quantised else _hash_by_dtype(weights(model)),
-    )
-    shared = next((name for name in known_weights if name in own_weights), None)
-    if shared is not None and known_weights[shared] != own_weights[shared]:
+    hashes, own_hashes = _hash_by_dtype(meant.get("weights")), _hash_by_dtype(present.get("weights"))
+    shared = next((name for name in hashes if name in own_hashes), None)
+    if shared is not None and hashes[shared] != own_hashes[shared]:
         warnings.warn(
             f"{what} was made for a {kind} of this architecture with other weights; it may mean something else here",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -95,8 +95,8 @@ def _inside_one_another(pattern: str, found: Iterable[str]) -> str | None:
         if parents:
             return (
                 f"{pattern!r} selects {len(names)} sites, some of them inside others, as {site!r} in "
-                f"{names[parents[0]]!r}; if that is meant, give a predicate or a list; if not, `*` stays between two "
-                "dots, and residual_sites, attention_sites and mlp_sites name the usual places"
+                f"{names[parents[0]]!r}; if all are meant, name them, or give a predicate; if not, residual_sites, "
+                "attention_sites and mlp_sites name the usual places"
             )
     return None
 
@@ -196,8 +196,13 @@ def runs_torch_code(module: nn.Module) -> bool:
 
 def _items(sites: Sites) -> list[str | nn.Module | Predicate]:
     """What was given as sites, one by one."""
-    if isinstance(sites, str | nn.Module) or callable(sites):
+    if isinstance(sites, str | nn.Module) or (callable(sites) and not isinstance(sites, type)):
         return [sites]
+    if isinstance(sites, type):
+        raise TypeError(
+            f"sites: got the class {sites.__name__}; its modules are lambda name, module: isinstance(module, "
+            f"{sites.__name__})"
+        )
     if not isinstance(sites, Iterable):
         raise TypeError(
             f"sites: expected names, patterns, modules or a predicate, got {sites!r}; a Sequential's second module is "
@@ -264,7 +269,9 @@ def _matched(
         case _:
             raise TypeError(f"a site is a module's name, a str, a module, or a predicate; got {item!r}")
     if not found:
-        raise SiteNotFoundError(f"{owner} has no site {item!r}. {close_names(str(item), candidates)}")
+        across = [name for name in candidates if isinstance(item, str) and "*" in item and fnmatchcase(name, item)]
+        hint = f"`*` stays between two dots, and `**` does not: {across[:3]}" if across else ""
+        raise SiteNotFoundError(f"{owner} has no site {item!r}. {hint or close_names(str(item), candidates)}")
     if every:
         return found
     seen: dict[int, str] = {}

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from actsteer.errors import SteeringNotApplied, UnsupportedModelError
-from actsteer.sites import tap
+from actsteer.sites import fingerprint, tap
 from actsteer.sites.listen import likely_cause
 from actsteer.sites.place import Place, Side
 from actsteer.sites.resolve import are_there, path_to
@@ -124,6 +124,8 @@ def attach_all(
     if backend == "buffer":
         handles.add(plan.release)
         plan.hold()
+    if any(choice.mechanism == "fold" for choice in chosen.values()):
+        handles.add(fingerprint.remember(plan.model, fingerprint.described(plan.model), attached=True))
     for site, edit in plan.edits.items():
         mechanism = chosen[site].mechanism
         _check_order(edit, mechanism)
@@ -199,6 +201,8 @@ def _check_order(edit: SiteEdit, by: Mechanism) -> None:
     runs_first = by == "fold" or by == ("tap" if side == "out" else "hook")
     for entry in tap.entries_of(module):
         if entry.when != _WHEN[side] or entry.by == by or not runs_first or not isinstance(entry.owner, Steers):
+            continue
+        if entry.callback is tap.idle:  # which keeps a fused kernel away, and edits nothing
             continue
         if not all(other.is_sum for other in (edit, *entry.owner.edits_at(module, side))):
             raise UnsupportedModelError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
@@ -21,11 +21,12 @@ from actsteer.collecting.statistics import Statistics
 from actsteer.sites import tap
 from actsteer.sites.containers import tensors_in
 from actsteer.sites.lens import Lens
-from actsteer.steering.edit import SiteEdit
+from actsteer.steering.edit import SiteEdit, is_in_place
 from actsteer.steering.interventions.ablate import Ablate
 
 FAR = 3.0
 """Standard deviations from 0 from which on a mean projection is far from it."""
+_DRAWS = (1.0, 1.0, 1.0, 10.0, 10.0, 10.0, 100.0, 100.0)  # of numbers at a site, beside the activation
 
 Edits: TypeAlias = Mapping[str, SiteEdit]
 _Outputs: TypeAlias = list[tuple[Tensor, Node | None]]
@@ -70,7 +71,7 @@ class Check:
             for own, index in enumerate(edit.concepts):
                 if isinstance(intervention := edit.interventions[own], Ablate) and own in self.seen[site].along:
                     mean, spread = self.seen[site].projection(own)
-                    if intervention.around is None and abs(mean) > FAR * spread:
+                    if intervention.around is None and self.seen[site].count > 1 and abs(mean) > FAR * spread:
                         yield far_from_zero(site, concepts[index], f"at {mean:.3g} ± {spread:.2g}")
 
 
@@ -101,7 +102,8 @@ def checked(
             total, square = own.along.get(index, (0.0, 0.0))
             own.along[index] = total + float(along.sum()), square + float(along.square().sum())
 
-    Observation(model, edits, **where, positions="all", stop=True).run(Step(batch, keep) for batch in calls)
+    with buffers_kept(model):
+        Observation(model, edits, **where, positions="all", stop=True).run(Step(batch, keep) for batch in calls)
     return Check(seen, unreached(model, edits, calls[0]))
 
 
@@ -123,17 +125,20 @@ def unreached(model: nn.Module, edits: Edits, batch: Any) -> list[str]:
     stay the same, bit for bit, though other numbers stand there.
     """
     made: dict[str, set[Node]] = {}
-    follows = not any(parameter.is_inference() for parameter in model.parameters())
 
     def mark(site: str, raw: Tensor) -> Tensor:
-        marked = raw + torch.zeros((), dtype=raw.dtype, device=raw.device, requires_grad=follows)
+        marked = raw + torch.zeros((), dtype=raw.dtype, device=raw.device, requires_grad=True)
         made.setdefault(site, set()).update([] if marked.grad_fn is None else [marked.grad_fn])
         return marked
 
-    with torch.inference_mode(mode=False), torch.set_grad_enabled(follows), saved_tensors_hooks(_forget, _forget):
-        plain = _outputs(model, edits, batch, mark)
-    doubtful = [site for site, nodes in made.items() if not _depends(plain, nodes)]
-    return [site for site in doubtful if not _moves(model, {site: edits[site]}, batch, plain, made[site])]
+    seen: _Outputs = []
+    with ExitStack() as stack:
+        for block in (suppress(Exception), torch.inference_mode(mode=False), torch.enable_grad()):
+            stack.enter_context(block)
+        stack.enter_context(saved_tensors_hooks(_forget, _forget))
+        seen = _outputs(model, edits, batch, mark)  # unless it cannot, and then autograd does not tell
+    doubtful = [site for site in edits if not _depends(seen, made.get(site, set()))]
+    return [site for site in doubtful if not _moves(model, {site: edits[site]}, batch, seen, made.get(site, set()))]
 
 
 def _depends(outputs: _Outputs, nodes: set[Node]) -> bool:
@@ -146,25 +151,32 @@ def _depends(outputs: _Outputs, nodes: set[Node]) -> bool:
 
 @torch.inference_mode(mode=False)
 @torch.no_grad()
-def _moves(model: nn.Module, edit: Edits, batch: Any, plain: _Outputs, nodes: set[Node]) -> bool:
-    """Whether other numbers at the site make other outputs, the activation itself aside; true if it did not run."""
+def _moves(model: nn.Module, edit: Edits, batch: Any, seen: _Outputs, nodes: set[Node]) -> bool:
+    """Whether other numbers at the site make other outputs, the activation itself aside, or that cannot be told.
+
+    They are drawn several times, larger and larger, for an answer may be one of a few.
+    """
     generator, ran = torch.Generator().manual_seed(0), []
 
-    def scramble(site: str, raw: Tensor) -> Tensor:
+    def scramble(size: float, site: str, raw: Tensor) -> Tensor:
         ran.append(site)
         noise = torch.randn(raw.shape, generator=generator).to(raw)
-        return raw + noise * raw.square().mean().sqrt().clamp(min=1.0)
+        return raw + size * noise * raw.square().mean().sqrt().clamp(min=1.0)
 
-    moved = _outputs(model, edit, batch, scramble)
-    return (
-        not ran
-        or len(moved) != len(plain)
-        or any(
-            one.shape != other.shape or not torch.equal(one.nan_to_num(), other.nan_to_num())
-            for (one, node), (other, _) in zip(plain, moved, strict=True)
-            if node not in nodes
-        )
-    )
+    plain = [tensor for tensor, _ in _outputs(model, edit, batch, partial(scramble, 0.0))]
+    if not ran or not plain:
+        return True
+    itself = [len(seen) == len(plain) and node in nodes for _, node in seen] or [False] * len(plain)
+    for size in _DRAWS:
+        moved = [tensor for tensor, _ in _outputs(model, edit, batch, partial(scramble, size))]
+        shapes = [[own.shape for own in outputs] for outputs in (plain, moved)]
+        if shapes[0] != shapes[1] or not all(
+            torch.equal(one.nan_to_num(), other.nan_to_num())
+            for one, other, is_it in zip(plain, moved, itself, strict=False)
+            if not is_it
+        ):
+            return True
+    return False
 
 
 def _outputs(model: nn.Module, edits: Edits, batch: Any, change: Callable[[str, Tensor], Tensor]) -> _Outputs:
@@ -186,6 +198,8 @@ def _changed(
 ) -> Any:
     view = lens.heard(module, args, value)
     whole = view.write_raw(change(view.raw))
+    if is_in_place(module, value, whole):
+        return value.copy_(whole)  # its caller may look there
     return tuple(whole) if is_input else whole
 
 

@@ -265,7 +265,7 @@ class SiteEdit:
             except RuntimeError:  # the model has moved to another device, or the output is nested and has no shape
                 self._kept = None
         edited = self.edit(module, output)
-        if not _is_in_place(module, output, edited):
+        if not is_in_place(module, output, edited):
             return edited
         self._kept = None
         return output.copy_(edited)  # its caller may look there, and not at the result
@@ -273,7 +273,7 @@ class SiteEdit:
     def on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The edited arguments."""
         edited: Arguments = self.edit(module, Arguments(args, kwargs))
-        if len(args) == 1 and _is_in_place(module, args[0], edited.args[0]):
+        if len(args) == 1 and is_in_place(module, args[0], edited.args[0]):
             args[0].copy_(edited.args[0])  # the module writes there too
             return args, kwargs
         return tuple(edited)
@@ -381,7 +381,7 @@ class SiteEdit:
         return self.constant if axis == -1 else self.constant.view(-1, *[1] * (-axis - 1))
 
 
-def _is_in_place(module: nn.Module, activation: Any, edited: Any) -> bool:
+def is_in_place(module: nn.Module, activation: Any, edited: Any) -> bool:
     """Whether the edit is to be made in place, as the module's work is; not where autograd keeps what lies there."""
     if not module.__dict__.get("inplace") or not isinstance(activation, Tensor) or edited is activation:
         return False

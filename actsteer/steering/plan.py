@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, combinations
+from os import PathLike
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from actsteer.tokens.passes import Passes, groups
 from actsteer.tokens.positions import Positions
 from actsteer.tokens.positions import check as check_positions
 from actsteer.tokens.whose import Masks, said_of
-from actsteer.vectors.bank import VectorBank, axes_of_bank, check_model, metadata_in, stack_of
+from actsteer.vectors.bank import VectorBank, axes_of_bank, metadata_in, stack_of
 from actsteer.vectors.vector import SteeringVector
 
 Gates = AnyGate | Mapping[str, AnyGate]
@@ -183,10 +184,15 @@ def bank_of(
     if isinstance(vectors, SteeringVector):
         vectors = VectorBank({vectors.concept or "vector": vectors})
     if not isinstance(vectors, VectorBank):
-        swapped = isinstance(vectors, nn.Module) and not isinstance(model, nn.Module)
+        hint = ""
+        if isinstance(vectors, nn.Module) and not isinstance(model, nn.Module):
+            hint = "; model and vectors are swapped: Steerer(model, vectors)"
+        elif isinstance(vectors, Tensor | Mapping):
+            hint = "; make one of it: SteeringVector({site: tensor})"
+        elif isinstance(vectors, str | PathLike):
+            hint = "; read the file: SteeringVector.load(path), or VectorBank.load(path)"
         raise TypeError(
-            f"expected a SteeringVector, a VectorBank, or an edit such as LowRank, got {type(vectors).__name__}"
-            + "; model and vectors are swapped: Steerer(model, vectors)" * swapped
+            "expected a SteeringVector, a VectorBank, or an edit such as LowRank, got " + type(vectors).__name__ + hint
         )
     return vectors, intervention
 
@@ -194,10 +200,19 @@ def bank_of(
 def is_alike(one: tuple[Any, VectorBank, Mapping[str, Any]], other: tuple[Any, VectorBank, Mapping[str, Any]]) -> bool:
     """Whether two Steerers do the same, by the arguments that each is made with: model, bank, options."""
     (bank, options), (theirs, others) = one[1:], other[1:]
-    said = [repr({n: own for n, own in given.items() if n not in ("backend", "strict")}) for given in (options, others)]
-    if said[0] != said[1] or bank.concepts != theirs.concepts:
+    asked = options.keys() - {"backend", "strict"}
+    if bank.concepts != theirs.concepts or not all(_is_same(options[name], others[name]) for name in asked):
         return False
     return bank is theirs or all(bank[name].equal(theirs[name]) for name in bank)
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two options say the same; an object that has no == of its own by what it shows."""
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_is_same(one[name], other[name]) for name in one)
+    return one is other or repr(one) == repr(other)
 
 
 def make_plan(
@@ -217,14 +232,13 @@ def make_plan(
     """Everything resolved and checked, as far as that is possible before the model runs."""
     modules = named_sites(model)
     places = _places(model, bank, sites, modules)
-    check_model(model, bank)
     axes = _axes(bank, places, axis)
     gates = gate if isinstance(gate, Mapping) else dict.fromkeys(bank.concepts, gate) if gate is not None else {}
     _check_concepts(gates, bank, by="gate")
     single = {id(leaf): leaf for own in gates.values() for leaf in leaves(own)}
-    for leaf in single.values():
-        if isinstance(leaf, Fitted):
-            fingerprint.check(model, leaf.metadata, what=f"the gate {leaf!r}")
+    made_for = [(f"the vector {concept!r}", metadata) for concept, metadata in metadata_in(bank).items()]
+    made_for += [(f"the gate {leaf!r}", leaf.metadata) for leaf in single.values() if isinstance(leaf, Fitted)]
+    fingerprint.check_each(model, made_for)
     read = resolve(model, [leaf.site for leaf in single.values()], modules=modules)
     everywhere = read | places
     layout_of = layouts(model, everywhere, axis=axes, row_axis=row_axis, token_axis=token_axis, modules=modules)

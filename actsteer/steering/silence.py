@@ -15,6 +15,8 @@ def unused(plan: Plan, chosen: Mapping[str, Choice], *, ran: bool) -> Iterator[s
     Args:
         ran: whether the model ran in the block.
     """
+    if not plan.active:
+        return
     seen = {site: edit.fired for site, edit in plan.edits.items() if chosen[site].mechanism != "fold"}
     if chosen and not ran and seen.keys() == plan.edits.keys() and all(fired is Fired.NO for fired in seen.values()):
         yield (
@@ -28,6 +30,7 @@ def unused(plan: Plan, chosen: Mapping[str, Choice], *, ran: bool) -> Iterator[s
         was_met = any(passes.is_met.get(concept, False) for passes in plan.passes)
         if isinstance(own := positions.get(concept), str) and own == "generated" and not was_met:
             yield (
-                f"positions='generated' of {plan.bank.concepts[concept]!r}: nothing was generated in the block, and a "
-                "plain forward pass is all prompt, so that it steered nothing; use model.generate, or other positions"
+                f"positions='generated' of {plan.bank.concepts[concept]!r}: nothing was generated in the block that "
+                "the model went on from, so that it steered nothing: a plain forward pass is all prompt, and so is the "
+                "one that makes the first new token; generate more with model.generate, or choose other positions"
             )

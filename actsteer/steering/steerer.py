@@ -347,10 +347,12 @@ class Steerer:
                 warnings.warn(message, UserWarning, stacklevel=2)
 
     def __setattr__(self, name: str, value: object) -> None:
-        try:
+        if name == "c" or name.startswith("_") or not hasattr(self, "_watch"):
             object.__setattr__(self, name, value)
-        except AttributeError:
-            raise AttributeError(f"a Steerer has no {name!r} to be set, but c, its strength; did you mean c?") from None
+        elif name in ("model", "bank") or name in self._arguments()[2]:
+            raise AttributeError(f"{name} cannot be changed, c can; make a new Steerer with another {name}")
+        else:
+            raise AttributeError(f"a Steerer has no {name!r} to be set, but c, its strength; did you mean c?")
 
     def __repr__(self) -> str:
         return f"Steerer({type(self.model).__name__}, concepts={self.bank.concepts}, sites={self.sites}, c={self._c})"

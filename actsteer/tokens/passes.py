@@ -292,9 +292,10 @@ class Passes:
     def _dose(self, place: int, tokens: Tokens, generation: Generation | None, *, has_pads: bool) -> Tensor | bool:
         positions = self.positions.get(place)
         is_whole = place not in self._by_column and place not in self._first and not has_pads
-        alike = all_or_none(positions, tokens) if is_whole and positions is not None else None
-        if alike is not False and place in self.is_met:
+        known = None if positions is None else all_or_none(positions, tokens)
+        if known is not False and place in self.is_met:
             self.is_met[place] = True
+        alike = known if is_whole else None
         if alike is not None:
             return alike
         where = None if positions is None else chosen(positions, tokens)

@@ -63,6 +63,8 @@ def sweep(
     if not isinstance(c, Iterable) or isinstance(c, str | Mapping):
         raise StrengthError(f"c: expected several strengths, as in c=[0, 1, 2], got {c!r}")
     strengths = list(c)
+    if not strengths:
+        return []
     steerer = Steerer(
         model,
         vectors,

@@ -256,8 +256,8 @@ class VectorBank:
         Nothing in a file is executed, and one of ours with any altered bit is refused. A file that is replaced
         meanwhile is read whole, as it was or as it is. Of a file over 16 MB, or with more than 1000 directions, each
         vector is read, and verified, when it is asked for. A vector that knows its model, from a file or not, is
-        checked when it is attached: a model of another architecture raises; one with other weights, layers of other
-        classes, another head, or another vocabulary warns.
+        checked when it is attached: a model of another architecture raises; one with other weights, without
+        layers of a class that it had, with another head, or another vocabulary warns.
 
         Besides `.safetensors` and `.gguf` (llama.cpp, repeng, EasySteer) it reads `.svec` (conditional activation
         steering), the `.safetensors` of steering-lite, and `.pt` files of tensors alone (CAA, RepE, and others).
@@ -317,16 +317,6 @@ def of_any_model(bank: VectorBank) -> VectorBank:
 def metadata_in(bank: VectorBank) -> dict[str, Mapping[str, str]]:
     """Concept -> the metadata of its vector, which is not read for it."""
     return {concept: metadata_of(vector) for concept, vector in bank._vectors.items()}
-
-
-def check_model(model: nn.Module, bank: VectorBank) -> None:
-    """Raise, or warn, where a vector was made for another model; see `sites.fingerprint.check`."""
-    found = {
-        tuple(map(metadata_of(vector).get, fingerprint.KEYS)): (concept, metadata_of(vector))
-        for concept, vector in bank._vectors.items()
-    }
-    for concept, metadata in found.values():
-        fingerprint.check(model, metadata, what=f"the vector {concept!r}")
 
 
 def metadata_of(vector: SteeringVector | Stored) -> Mapping[str, str]:

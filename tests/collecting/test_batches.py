@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from actsteer import BatchError, SteeringVector, collect, discover, fit, fold, optimize, record
 from actsteer.collecting.batches import call, iterate
@@ -266,3 +266,81 @@ def test_a_type_error_inside_the_model_is_the_model_s_own():
 
     with pytest.raises(TypeError, match="unsupported operand"):
         collect(Broken(), torch.zeros(1, 2), sites="inner")
+
+
+# --- what looks like something else -----------------------------------------------------------------------------------
+class Masked(nn.Module):
+    """A model whose second argument is a mask, as most language models have one."""
+
+    def __init__(self):
+        super().__init__()
+        self.site = nn.Embedding(50, 4)
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.site(input_ids)
+
+
+PARTS = {
+    "split": lambda ids: ids.split(4),
+    "chunk": lambda ids: ids.chunk(2),
+    "unbind": lambda ids: ids.unbind(0),
+    "in inference mode": torch.inference_mode()(lambda ids: (ids + 0).split(4)),
+}
+
+
+@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
+def test_parts_of_one_tensor_in_a_tuple_are_not_taken_for_arguments(parts):
+    ids = torch.arange(40).reshape(8, 5)
+    said = "a tuple is the arguments of one call, and these [28] are parts of one tensor, as split"
+    for verb in (collect, record):
+        with pytest.raises(BatchError, match=said):
+            verb(Masked(), parts(ids), sites="site")
+    with pytest.raises(BatchError, match=said):
+        fit(Masked(), positive=parts(ids), negative=ids, sites="site")
+    with pytest.raises(BatchError, match=said):
+        fold(Masked(), SteeringVector({"site": torch.ones(4)}), verify_on=parts(ids))
+    assert collect(Masked(), list(ids.split(4)), sites="site")["site"].count == 40
+    assert collect(Masked(), [ids.split(4)], sites="site")["site"].count == 20  # said to be arguments
+    assert collect(Masked(), (ids, torch.ones_like(ids)), sites="site")["site"].count == 40
+
+
+def test_a_share_of_a_loader_is_as_strict_as_all_of_it():
+    loader = DataLoader(TensorDataset(X, X), batch_size=2)
+    with pytest.raises(BatchError, match="the DataLoader gives 2 things"):
+        collect(Shifted(), loader, sites="site", shard=(0, 2))
+    labelled = DataLoader(TensorDataset(X, torch.arange(6)), batch_size=2)
+    assert collect(Shifted(), labelled, by=1, sites="site", shard=(0, 2)).keys() == {0, 1, 4, 5}
+
+
+def test_a_loader_whose_dataset_has_no_length():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield from X
+
+    assert collect(Shifted(), DataLoader(Stream(), batch_size=4), sites="site")["site"].count == 6
+
+
+def test_a_tokenizers_lists_are_refused_with_what_to_ask_it_for():
+    with pytest.raises(BatchError, match="input_ids is a list of 1; call the tokenizer with return_tensors='pt'"):
+        collect(Masked(), {"input_ids": [[1, 2]], "attention_mask": [[1, 1]]}, sites="site")
+
+
+# --- errors that have nothing to do with the batch ---------------------------------------------------------------
+def test_only_what_the_batch_does_not_fit_is_named():
+    """A hook's, a gate's or an estimator's own layers, and what runs out of memory, raise as they do."""
+    other = nn.Linear(7, 7)
+    hooked = Shifted()
+    hooked.site.register_forward_hook(lambda *_: other(torch.zeros(2, 5)))
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        collect(hooked, X, sites="head")
+
+    class Full(nn.Module):
+        def forward(self, x):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        collect(nn.Sequential(Full()), X, sites="0")
+    with pytest.raises(BatchError, match=r"site 'site', a float32 Embedding\(50, 4\), was given float32 of shape"):
+        collect(Masked(), X, sites="site")
+    with pytest.raises(BatchError, match=r"site 'site', .*was given int64 of shape .*index out of range"):
+        collect(Masked(), torch.full((2, 2), 50), sites="site")

@@ -486,3 +486,17 @@ def test_a_vector_from_a_file_is_folded_too(tmp_path):
     model = mlp()
     fit(model, positive=X, negative=-X, sites=["1", "3"], concept="c").save(tmp_path / "v.safetensors")
     same(model, SteeringVector.load(tmp_path / "v.safetensors"), X)
+
+
+@pytest.mark.parametrize("site", ["layers.1.linear1", "layers.1.linear2"])
+def test_inside_a_fused_layer_of_torchs_transformer(site):
+    """A hook that does nothing keeps the fused kernel away; it is no edit before which another would come."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, norm_first=True)
+    model, x = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval(), torch.randn(5, 3, 4)
+    v = SteeringVector({site: torch.linspace(-1, 1, 8 if site.endswith("linear1") else 4)})
+    folded = fold(model, v, verify_on=x)
+    with Steerer(model, v):
+        torch.testing.assert_close(model(x), folded(x))
+    with Steerer(model, v), Steerer(model, v, intervention=Ablate()):
+        model(x)

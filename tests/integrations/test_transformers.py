@@ -259,3 +259,10 @@ def test_a_tokenizer_s_own_batches_count_real_tokens_alone(side):
         own = record(model, [dict(batch)], sites="model.layers.2", positions=positions)["model.layers.2"]
         expected = record(model, alone, sites="model.layers.2", positions=positions)["model.layers.2"]
         torch.testing.assert_close(own, expected, atol=1e-9, rtol=1e-9)
+
+
+def test_two_lists_are_no_pairs():
+    positives, negatives = ["we said good", "loved it"], ["we said bad", "hated it"]
+    with pytest.raises(BatchError, match=r"of two lists that is list\(zip\(positives, negatives\)\)"):
+        fit_pairs(causal("llama"), tokenizer(), (positives, negatives), sites=site("llama"))
+    fit_pairs(causal("llama"), tokenizer(), list(zip(positives, negatives, strict=True)), sites=site("llama"))

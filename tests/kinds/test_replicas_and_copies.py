@@ -115,6 +115,7 @@ def test_a_replica_has_the_pads_of_its_own_rows(backend):
 
 @every_backend
 @pytest.mark.parametrize("positions", ["last", 0, "generated"])
+@pytest.mark.filterwarnings("ignore:positions=.generated.")
 def test_a_replica_has_the_positions_of_its_own_rows(backend, positions):
     model, tokens = Text(), ids(2, 3)
     mask = torch.tensor([[1, 1, 0], [0, 1, 1]])

@@ -108,7 +108,18 @@ def test_a_pattern_that_selects_a_module_and_its_children_says_so(pattern, insid
     assert find_sites(MODEL, lambda name, _: name in {site.split(":")[0] for site in found})
 
 
+def test_a_star_that_would_have_to_cross_a_dot_says_so():
+    with pytest.raises(
+        SiteNotFoundError, match=r"`\*` stays between two dots, and `\*\*` does not: \['layers.0.1', 'la"
+    ):
+        find_sites(MODEL, "layers*1")
+
+
 def test_what_is_no_site_is_refused():
+    with pytest.raises(
+        TypeError, match=r"got the class ReLU; its modules are lambda name, module: isinstance\(module, R"
+    ):
+        find_sites(MODEL, nn.ReLU)
     with pytest.raises(TypeError, match=r"sites: expected names, patterns, .* got 1; .*called '1'"):
         find_sites(MODEL, 1)
     with pytest.raises(TypeError, match="got 1"):

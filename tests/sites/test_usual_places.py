@@ -91,7 +91,7 @@ def test_blocks_are_numbered_from_either_end():
 def test_a_block_that_is_not_there_is_refused(blocks):
     for places in (residual_sites, residual_writers):
         with pytest.raises(
-            (SiteNotFoundError, TypeError), match=r"has the blocks 0 to 2 in 'model.layers', or -3 to -1|float"
+            (SiteNotFoundError, TypeError), match=r"has the blocks 0 to 2 in 'model.layers', or -3 to -1|got 1.0"
         ):
             places(build("llama"), blocks)
 

@@ -176,6 +176,124 @@ def test_a_way_that_loses_all_is_warned_about():
         Steerer(Unseen(lambda h: h.shape[0] * torch.ones(2)), SteeringVector({"site": torch.ones(3)})).check(X)
 
 
+class Answer:
+    """A class of the user's, which nothing can open."""
+
+    def __init__(self, value):
+        self.value = value
+
+
+OPAQUE = {
+    "a class": Answer,
+    "a list": lambda h: (2 * h).tolist(),
+    "an array": lambda h: (2 * h).detach().numpy(),
+    "a number": lambda h: h.sum().item(),
+    "nothing": lambda h: None,
+    "a distribution": lambda h: torch.distributions.Categorical(logits=h),
+}
+
+
+@pytest.mark.parametrize("way", OPAQUE.values(), ids=OPAQUE)
+def test_where_no_answer_can_be_looked_at_nothing_is_said(way):
+    Steerer(Unseen(way), SteeringVector({"site": torch.ones(3)})).check(X)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_an_answer_that_is_one_of_two_is_tried_more_than_once(seed):
+    x = torch.randn(1, 3, generator=torch.Generator().manual_seed(seed))
+    for way in (lambda h: h[:, :2].argmax(dim=1), lambda h: (h.sum(dim=1).sigmoid() > 0.5).float()):
+        Steerer(Unseen(way), SteeringVector({"site": torch.ones(3)})).check(x)
+
+
+class Forces(nn.Module):
+    """The gradient of an energy, as of molecules."""
+
+    def __init__(self):
+        super().__init__()
+        self.site = nn.Linear(3, 3)
+
+    def forward(self, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return -torch.autograd.grad(self.site(x).square().sum(), x)[0]
+
+
+class Written(nn.Module):
+    """What lies in a tensor that it was given to write to."""
+
+    def __init__(self):
+        super().__init__()
+        self.site, self.out = nn.Identity(), torch.empty(len(X), 3)
+
+    def forward(self, x):
+        return torch.mul(self.site(x).detach(), 2.0, out=self.out).clone()
+
+
+@pytest.mark.parametrize("model", [Forces(), Written()], ids=["forces", "out="])
+def test_a_model_that_cannot_be_traced_is_tried(model):
+    Steerer(model, SteeringVector({"site": torch.ones(3)})).check(X)
+
+
+def test_inputs_of_inference_mode_are_no_hindrance():
+    with torch.inference_mode():
+        x = X + 0
+        with pytest.warns(UserWarning, match="'spare': nothing"):
+            Steerer(Both(), SteeringVector({"spare": torch.ones(3), "used": torch.ones(3)})).check(x)
+    with pytest.warns(UserWarning, match="'spare': nothing"):
+        Steerer(Both(), SteeringVector({"spare": torch.ones(3), "used": torch.ones(3)})).check(x)
+
+
+def test_a_result_that_is_dropped_where_the_module_works_in_place_is_reached():
+    class Dropped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.relu = nn.ReLU(inplace=True)
+
+        def forward(self, x):
+            h = 2 * x
+            self.relu(h)
+            return h
+
+    Steerer(Dropped(), SteeringVector({"relu": torch.ones(3)})).check(X)
+
+
+def test_a_site_that_nobody_reads_is_told_whatever_kernels_run():
+    """Grad mode and no_grad take other kernels, whose rounding is no evidence."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        lstm = nn.LSTM(3, 4, num_layers=3, batch_first=True)
+        layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+        model = nn.ModuleDict(
+            {"lstm": lstm, "encoder": nn.TransformerEncoder(layer, 2), "dead": nn.Linear(4, 4)}
+        ).eval()
+        model.forward = lambda x, m=model: m["encoder"](m["lstm"](x)[0] + 0 * m["dead"](m["lstm"](x)[0]).detach())
+        used = SteeringVector({"encoder.layers.0": torch.ones(4)})
+        Steerer(model, used).check(X[:, None])
+        with pytest.warns(UserWarning, match="site 'dead': nothing"):
+            Steerer(model, SteeringVector({"dead": torch.ones(4)})).check(X[:, None])
+
+
+def test_buffers_that_a_pass_writes_are_as_they_were():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.site = nn.Identity()
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x):
+            self.seen += 1
+            return self.site(x)
+
+    model = Counting()
+    Steerer(model, SteeringVector({"site": torch.ones(3)})).check([X, X])
+    assert model.seen == 0
+
+
+def test_a_single_row_says_nothing_of_where_the_rest_lie():
+    model, v = nn.Sequential(nn.Identity()), SteeringVector({"0": torch.tensor([0.0, 2.0, 0.0])})
+    Steerer(model, v, intervention=Ablate()).check(X[:1] + 20)
+
+
 @pytest.mark.parametrize("scope", ["inference", "no_grad", "plain"])
 def test_a_check_works_in_any_mode_of_autograd(scope):
     modes = {"inference": torch.inference_mode, "no_grad": torch.no_grad, "plain": torch.enable_grad}

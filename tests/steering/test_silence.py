@@ -69,6 +69,12 @@ def test_compiled_code_counts_as_a_run():
     torch.compiler.reset()
 
 
+def test_no_word_at_strength_zero():
+    with Steerer(exact(), V, c=0.0):
+        pass
+    assert sweep(exact(), V, c=[], evaluate=lambda model: 0.0) == []
+
+
 def test_a_sweep_whose_metric_does_not_run_the_model():
     with pytest.warns(UserWarning, match="did not run in the block"):
         sweep(exact(), V, c=[0, 1], evaluate=lambda model: 0.0)
@@ -114,6 +120,15 @@ def test_one_token_alone_is_a_prompt_too():
         model.generate(TOKENS[:, :1], max_new_tokens=1, do_sample=False, pad_token_id=0)
 
 
+def test_pads_make_no_difference_to_what_is_said():
+    model, mask = small_gpt2(), torch.ones_like(TOKENS)
+    mask[0, :2] = 0
+    with pytest.warns(UserWarning, match="nothing was generated"), Steerer(model, W, positions="generated"):
+        model(input_ids=TOKENS, attention_mask=mask)
+    with Steerer(model, W, positions="generated"):
+        model.generate(TOKENS, attention_mask=mask, max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0)
+
+
 # --- a direction of norm 0 -------------------------------------------------------------------------------------------
 class Half:
     reads = "means"
@@ -143,7 +158,8 @@ def test_a_strength_under_another_name_is_refused(name):
         AttributeError, match=rf"a Steerer has no '{name}' to be set, but c, its strength; did you mean c?"
     ):
         setattr(steerer, name, 2.0)
-    with pytest.raises(AttributeError):
-        steerer.sites = ("3",)
+    for option in ("sites", "gate", "positions", "intervention", "model", "bank"):
+        with pytest.raises(AttributeError, match=f"{option} cannot be changed, c can; make a new Steerer with another"):
+            setattr(steerer, option, None)
     steerer.c = 2.0
     assert steerer.c == 2.0 and issubclass(ActsteerError, Exception)
