@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Annotated, Any
 
 import torch
@@ -11,7 +11,7 @@ import typer
 from actsteer.cli import banks, models, options, screen
 from actsteer.cli.options import BankPath, Chat, Concepts, Device, DtypeName, ModelName, StrengthTexts, TrustRemoteCode
 from actsteer.collecting.texts import input_device, text_batches
-from actsteer.errors import UnsupportedModelError
+from actsteer.errors import ActsteerError, UnsupportedModelError
 from actsteer.steering.steerer import Steerer
 
 
@@ -46,7 +46,8 @@ def generate(
     for number, prompt in enumerate(prompts):
         (batch,) = text_batches(tokenizer, [prompt], chat=chat, device=input_device(loaded.model))
         if not number and every and not getattr(loaded.model.config, "is_encoder_decoder", False):
-            every[0].check(batch)  # which warns where nothing would come of it
+            with suppress(ActsteerError):  # which the generation itself will raise
+                every[0].check(batch)  # and this warns where nothing would come of it
         screen.head(prompt)
         for own, steerer in zip(strengths, (None, *every), strict=True):
             screen.head(f"c = {_shown(own)}")

@@ -176,7 +176,7 @@ def check_each(model: nn.Module, made_for: Iterable[tuple[str, Mapping[str, str]
         if (what, meant) in known:
             _check(model, present, meant, what)
         elif (theirs := meant.get("model_type")) and (ours := model_type(model)) and theirs != ours:
-            warnings.warn(f"{what} was made for a {theirs}, the model is a {ours}", UserWarning, stacklevel=3)
+            warnings.warn(f"{what} was made for a {theirs}, the model is a {ours}", UserWarning, stacklevel=4)
 
 
 def _check(model: nn.Module, present: Mapping[str, str], meant: Mapping[str, str], what: str) -> None:
@@ -189,7 +189,7 @@ def _check(model: nn.Module, present: Mapping[str, str], meant: Mapping[str, str
                 f"{what} was made for a {kind} with {count} parameters, the model is a {own_kind} with {own_count}: "
                 "only the head or the vocabulary differ; it may mean something else here",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
             return
         raise ModelMismatchError(
@@ -207,7 +207,7 @@ def _check(model: nn.Module, present: Mapping[str, str], meant: Mapping[str, str
             f"{what} was made for a {kind} with {then} among its layers, and the model has {now}; it may mean "
             "something else here",
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     hashes, own_hashes = _hash_by_dtype(meant.get("weights")), _hash_by_dtype(present.get("weights"))
     shared = next((name for name in hashes if name in own_hashes), None)
@@ -215,7 +215,7 @@ def _check(model: nn.Module, present: Mapping[str, str], meant: Mapping[str, str
         warnings.warn(
             f"{what} was made for a {kind} of this architecture with other weights; it may mean something else here",
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

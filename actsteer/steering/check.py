@@ -138,7 +138,12 @@ def unreached(model: nn.Module, edits: Edits, batch: Any) -> list[str]:
         stack.enter_context(saved_tensors_hooks(_forget, _forget))
         seen = _outputs(model, edits, batch, mark)  # unless it cannot, and then autograd does not tell
     doubtful = [site for site in edits if not _depends(seen, made.get(site, set()))]
-    return [site for site in doubtful if not _moves(model, {site: edits[site]}, batch, seen, made.get(site, set()))]
+    silent: list[str] = []
+    for site in doubtful:
+        with suppress(Exception):  # of a model in which nothing can be tried, nothing is known
+            if not _moves(model, {site: edits[site]}, batch, seen, made.get(site, set())):
+                silent.append(site)
+    return silent
 
 
 def _depends(outputs: _Outputs, nodes: set[Node]) -> bool:

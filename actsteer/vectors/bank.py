@@ -256,8 +256,8 @@ class VectorBank:
         Nothing in a file is executed, and one of ours with any altered bit is refused. A file that is replaced
         meanwhile is read whole, as it was or as it is. Of a file over 16 MB, or with more than 1000 directions, each
         vector is read, and verified, when it is asked for. A vector that knows its model, from a file or not, is
-        checked when it is attached: a model of another architecture raises; one with other weights, without
-        layers of a class that it had, with another head, or another vocabulary warns.
+        checked when it is attached: a model of another architecture raises; one with other weights, without layers of
+        a class that it had, or, of Hugging Face, with another head or vocabulary warns.
 
         Besides `.safetensors` and `.gguf` (llama.cpp, repeng, EasySteer) it reads `.svec` (conditional activation
         steering), the `.safetensors` of steering-lite, and `.pt` files of tensors alone (CAA, RepE, and others).
