@@ -178,7 +178,9 @@ def _parts(
     chosen, points = _chosen(model, blocks), hook_points(model)
     if points:
         found = [f"{block}.{_HOOKS[what]}" for block in chosen for what in wanted]
-        return tuple(name for name in found if name in points)
+        if missing := [name for name in found if name not in points]:
+            raise UnsupportedModelError(f"{class_name(model)} has no hook points {missing[:3]}; name the sites instead")
+        return tuple(found)
     modules = dict(named_modules(model))
     found = []
     for block in chosen:
