@@ -8,6 +8,7 @@ ActsteerError
 ├── ZeroDirectionError       (ValueError)    a direction of norm zero where one is needed
 ├── StrengthError            (ValueError)    a strength c that cannot be applied
 ├── BatchError               (ValueError)    batches that cannot be fed to the model
+│   └── InputError           (RuntimeError)  a batch whose width or dtype a module of the model refuses
 ├── LossError                (ValueError)    a loss that cannot be minimised
 ├── StatisticsError          (ValueError)    statistics that lack what is asked of them
 ├── FileFormatError          (ValueError)    a file that is corrupt, foreign or of a newer version
@@ -54,6 +55,10 @@ class StrengthError(ActsteerError, ValueError):
 
 class BatchError(ActsteerError, ValueError):
     """Batches that cannot be fed to the model."""
+
+
+class InputError(BatchError, RuntimeError):
+    """A batch whose width or dtype a module of the model refuses."""
 
 
 class LossError(ActsteerError, ValueError):

@@ -16,6 +16,7 @@ from actsteer.errors import ConceptNotFoundError as ConceptNotFoundError
 from actsteer.errors import DistributedError as DistributedError
 from actsteer.errors import FileFormatError as FileFormatError
 from actsteer.errors import GateError as GateError
+from actsteer.errors import InputError as InputError
 from actsteer.errors import LossError as LossError
 from actsteer.errors import ModelMismatchError as ModelMismatchError
 from actsteer.errors import NotFoldable as NotFoldable

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from actsteer.errors import BatchError
-from actsteer.sites.axes import sizes_of
+from actsteer.errors import ActsteerError, BatchError, InputError
 from actsteer.sites.resolve import runs_torch_code
-from actsteer.sites.wrappers import named_modules
+from actsteer.sites.wrappers import class_name, named_modules
 
 Batches: TypeAlias = Tensor | Mapping[str, Any] | Iterable[Any]
 """What a model is fed, everywhere: a tensor, which is split by `batch_size`; a mapping of keyword arguments such as a
-tokenizer's output, or a tuple of positional arguments, which are one call; or an iterable of these, a call each."""
+tokenizer's output, or a tuple of positional arguments, which are one call; or an iterable of these, a call each. What
+`split` or `chunk` makes of one tensor is an iterable, though it is a tuple."""
 
 
 def inputs(batches: Batches, *, batch_size: int, are_labelled: bool = False) -> Iterable[Any]:
@@ -37,12 +37,7 @@ def inputs(batches: Batches, *, batch_size: int, are_labelled: bool = False) -> 
         raise BatchError(f"batch_size: expected 1 or more, got {batch_size}")
     if isinstance(batches, Tensor):
         return torch.split(batches, batch_size) if batches.ndim and len(batches) else ()
-    if isinstance(batches, tuple) and _are_parts(batches):
-        raise BatchError(
-            f"batches: a tuple is the arguments of one call, and these {len(batches)} are parts of one tensor, as "
-            "split and chunk give them; for several calls give a list, list(x.split(256)), for one [(a, b)]"
-        )
-    if isinstance(batches, Mapping | tuple):
+    if is_one_call(batches):
         return [batches]
     _check_kind(batches, "batches", "a tensor, a mapping, a tuple or an iterable of inputs")
     if not isinstance(batches, Iterable):
@@ -50,8 +45,13 @@ def inputs(batches: Batches, *, batch_size: int, are_labelled: bool = False) -> 
     return batches if are_labelled or not isinstance(batches, DataLoader) else map(_alone, batches)
 
 
+def is_one_call(batches: Batches) -> bool:
+    """Whether these are the arguments of one call: a mapping, or a tuple that is not the parts of one tensor."""
+    return isinstance(batches, Mapping) or (isinstance(batches, tuple) and not _are_parts(batches))
+
+
 def _are_parts(batches: tuple[Any, ...]) -> bool:
-    """Whether these are several parts of one tensor."""
+    """Whether these are several parts of one tensor, as `split` and `chunk` give them."""
     if len(batches) < 2 or not all(type(own) is Tensor and own.layout is torch.strided for own in batches):
         return False
     if any(own.is_meta or own.is_nested for own in batches):
@@ -172,6 +172,7 @@ def call(model: nn.Module, batch: Any) -> Any:
 
     Raises:
         BatchError: the batch is none of these, or does not fit what the model's forward takes.
+        InputError: a module of the model refuses what comes to it, for its width or dtype.
     """
     positional, keywords = arguments(batch)
     try:
@@ -179,12 +180,10 @@ def call(model: nn.Module, batch: Any) -> Any:
     except TypeError:
         _check_fits(model, positional, keywords)
         raise
-    except (RuntimeError, ValueError, IndexError) as error:
-        if type(error) not in (RuntimeError, ValueError, IndexError):  # ours, or one that says more than its message
+    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+        if isinstance(error, ActsteerError) or (where := _refused_by(model, error)) is None:
             raise
-        if (where := _refused_by(model, error)) is not None:
-            raise BatchError(f"a batch does not fit the model: {where}: {error}") from error
-        raise
+        raise InputError(f"a batch does not fit the model: {where}: {error}") from error
 
 
 def _refused_by(model: nn.Module, error: Exception) -> str | None:
@@ -204,17 +203,38 @@ def _refused_by(model: nn.Module, error: Exception) -> str | None:
     if module is None or name is None or given is None or not runs_torch_code(module) or _fits(module, given):
         return None
     kind = next((f"{str(own.dtype)[6:]} " for own in module.parameters(recurse=False)), "")
-    return f"site {name!r}, a {kind}{module}, was given {str(given.dtype)[6:]} of shape {tuple(given.shape)}"
+    shown = f"{class_name(module)}({module.extra_repr()})"
+    return f"site {name!r}, a {kind}{shown}, was given {str(given.dtype)[6:]} of shape {tuple(given.shape)}"
 
 
 def _fits(module: nn.Module, given: Tensor) -> bool:
     """Whether a tensor has the width and the dtype that a module takes, as far as its class tells."""
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        is_index = not (given.is_floating_point() or given.is_complex())
-        return is_index and (not given.numel() or int(given.max()) < module.num_embeddings)
-    weight = next(module.parameters(recurse=False), None)
-    takes = sizes_of(module)
-    return (weight is None or weight.dtype == given.dtype) and (takes is None or takes[0] in given.shape)
+        if given.dtype not in (torch.int32, torch.int64) or not given.numel():
+            return given.dtype in (torch.int32, torch.int64)
+        return int(given.min()) >= 0 and int(given.max()) < module.num_embeddings
+    weight = getattr(module, "weight", next(module.parameters(), None))
+    casts = torch.is_autocast_enabled(given.device.type)
+    if isinstance(weight, Tensor) and weight.dtype != given.dtype and not casts:
+        return False
+    match module:
+        case nn.Linear():
+            width, axis = module.in_features, -1
+        case nn.RNNBase() | nn.RNNCellBase():
+            width, axis = module.input_size, -1
+        case nn.LayerNorm() | nn.RMSNorm():
+            return given.shape[-len(module.normalized_shape) :] == tuple(module.normalized_shape)
+        case nn.modules.conv._ConvNd():
+            width, axis = module.in_channels, -len(module.kernel_size) - 1
+        case nn.modules.batchnorm._NormBase():
+            width, axis = module.num_features, 1
+        case nn.GroupNorm():
+            width, axis = module.num_channels, 1
+        case nn.MultiheadAttention():
+            width, axis = module.embed_dim, -1
+        case _:
+            return True
+    return -given.ndim <= axis < given.ndim and given.shape[axis] == width
 
 
 def _check_fits(model: nn.Module, positional: Sequence[Any], keywords: Mapping[str, Any]) -> None:
@@ -224,7 +244,7 @@ def _check_fits(model: nn.Module, positional: Sequence[Any], keywords: Mapping[s
         raise BatchError(
             f"a batch of {len(positional)} positional and {sorted(keywords)} keyword arguments does not fit "
             f"{type(model).__name__}.forward: {error}; feed the inputs alone, and give labels as targets= to optimize. "
-            "A tuple is one call's arguments; for several calls give a list, as in list(x.split(256))"
+            "A tuple is the arguments of one call; for several calls give a list"
         ) from error
 
 

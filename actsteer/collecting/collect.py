@@ -103,7 +103,8 @@ def collect(
 
     Args:
         batches: one tensor, which is split by `batch_size`; a mapping of keyword arguments, such as a tokenizer's
-            output, or a tuple of positional ones, which are one call; or an iterable of these, a call each.
+            output, or a tuple of positional ones, which are one call; or an iterable of these, a call each, as what
+            `split` makes of a tensor.
         sites: names, globs or a predicate, as for `find_sites`.
         covariance: also keep the (d, d) scatter: O(d^2) memory instead of O(d); with "diagonal" the variance of each
             feature alone, in O(d).

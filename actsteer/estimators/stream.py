@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from itertools import zip_longest
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from actsteer.collecting.batches import Batches, iterate
+from actsteer.collecting.batches import Batches, is_one_call, iterate
 from actsteer.errors import BatchError, LossError
 
 Loss: TypeAlias = Callable[..., Tensor]
@@ -37,7 +37,7 @@ def endless(
 def once(batches: Batches, targets: Targets | None, *, batch_size: int) -> Iterator[tuple[Any, Any]]:
     """Pairs (batch, target), in their order; without targets, the batch is the target."""
     whole = iterate(batches, batch_size=batch_size, progress=False, label="")
-    if isinstance(batches, Mapping | tuple) and targets is not None:  # one call, and what goes with it
+    if is_one_call(batches) and targets is not None:  # and this is what goes with it
         targets = [targets]
     if targets is None:
         yield from ((batch, batch) for batch in whole)
@@ -52,7 +52,7 @@ def once(batches: Batches, targets: Targets | None, *, batch_size: int) -> Itera
 
 def check_pairing(batches: Batches, targets: Targets | None) -> None:
     """Raise BatchError unless the targets are of the batches' kind and number."""
-    if isinstance(batches, Mapping | tuple):
+    if is_one_call(batches):
         return
     if isinstance(batches, Tensor) != isinstance(targets, Tensor) and targets is not None:
         raise BatchError("targets: expected a tensor for batches in one tensor, and an iterable for an iterable")

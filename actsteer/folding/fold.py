@@ -23,7 +23,6 @@ from actsteer.folding.layers import kind_of, obstacle, write_input, write_output
 from actsteer.folding.proof import Proof
 from actsteer.folding.trace import Run, Trace
 from actsteer.folding.undo import Undo
-from actsteer.sites import fingerprint
 from actsteer.sites.axes import Axes, Layout
 from actsteer.sites.lens import Lens
 from actsteer.sites.listen import listen
@@ -68,6 +67,8 @@ def fold(
     pass cannot show is not proved: a branch that other inputs take (layers that did not run are warned about), what a
     comparison decides, or a call that goes past the layer, as `inputs_embeds` goes past an embedding.
 
+    For vectors that know their model the copy is that model still; what `deepcopy` or a file makes of it is not.
+
     Args:
         model: any `nn.Module`; it is not changed, unless `inplace`.
         vectors, c, intervention, sites, axis: as for `Steerer`, with one strength for all rows.
@@ -106,7 +107,6 @@ def fold(
     _check_unsteered(model)
     if inplace:
         _check_free(model)
-    before = fingerprint.described(model)
     target = model if inplace else _copied(model)
     undo = Undo()
     if maps:
@@ -129,7 +129,6 @@ def fold(
                 UserWarning,
                 stacklevel=2,
             )
-    fingerprint.remember(target, before)
     if inplace:
         undo.leave()
         _folded.setdefault(model, []).append(undo)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from actsteer.errors import NotFoldable
 from actsteer.files.sealed import digest
+from actsteer.sites import fingerprint
 
 
 class Undo:
@@ -26,6 +28,8 @@ class Undo:
         for key in keys:
             own = module._parameters.get(key)
             value = None if own is None else own.detach().clone()
+            if fingerprint.remember(module, key):
+                self.then(partial(fingerprint.forget, module, key))
             self.then(lambda key=key, own=own, value=value: _restore(module, key, own, value))  # type: ignore[misc]
             self._kept.append((module, name, key))
             if key == "bias" and own is None:

@@ -224,11 +224,11 @@ def known_size(place: Place) -> int | None:
     """The number of features at a place, where the module's class tells before it has run."""
     if len(place.path) > 1 or place.path not in ((), ("0",)):
         return None
-    sizes = sizes_of(unwrapped(place.module))
+    sizes = _sizes(unwrapped(place.module))
     return None if sizes is None else sizes[place.side == "out"] or None  # 0: a lazy module's, until it is called
 
 
-def sizes_of(module: nn.Module) -> tuple[int, int] | None:
+def _sizes(module: nn.Module) -> tuple[int, int] | None:
     """How many features a module takes and gives."""
     match module:
         case nn.Linear():
@@ -253,7 +253,7 @@ def _evidence(model: nn.Module, place: Place) -> tuple[tuple[tuple[int, int], ..
         found: dict[tuple[int, int], None] = {}
         for _, module in named_modules(outer):
             axis = _class_axis(module)
-            sizes = None if axis is None else sizes_of(module)
+            sizes = None if axis is None else _sizes(module)
             if axis is not None and sizes is not None:
                 found[axis, sizes[0]] = found[axis, sizes[1]] = None
         if found:

@@ -88,6 +88,21 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             stack += reversed(_parts(part).values())
 
 
+def is_opaque(value: Any) -> bool:
+    """Whether there is something in a module's output that `tensors_in` cannot look into: a number, or an object."""
+    stack, seen = [value], set[int]()
+    while stack:
+        part = stack.pop()
+        if isinstance(part, Tensor | str | None) or id(part) in seen:
+            continue
+        seen.add(id(part))
+        parts = _parts(part)
+        if not parts and not (isinstance(part, tuple | list | Mapping) and not len(part)):
+            return True
+        stack += parts.values()
+    return False
+
+
 def _parts(value: Any) -> dict[Any, Any]:
     """Key -> part, one level deep; none of what is no container."""
     if isinstance(value, Arguments):

@@ -8,7 +8,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -61,7 +61,7 @@ def body(model: nn.Module) -> str | None:
     first, last = _parameter_ids(inputs), _parameter_ids(outputs)
     shapes = [
         (name, tuple(parameter.shape[1:]) if id(parameter) in first else tuple(parameter.shape))
-        for name, parameter in _parameters(inner, adapters=False)
+        for name, parameter, _ in _parameters(inner, adapters=False)
         if id(parameter) in first or id(parameter) not in last
     ]
     return f"{class_name(inner)}:{_hash_of_shapes(shapes)}"
@@ -74,11 +74,11 @@ def weights(model: nn.Module) -> str | None:
     """
     samples: list[Tensor] = []
     common: set[torch.dtype] = set(_HELD_BY)
-    for _, parameter in _parameters(model):
+    for _, parameter, before in _parameters(model):
         if type(parameter) not in (Tensor, nn.Parameter) or parameter.is_meta:
             return None  # sharded, offloaded, fake, not made yet
         if parameter.dtype in _HELD_BY:
-            samples.append(_sampled(parameter.detach()))
+            samples.append(_sampled(parameter.detach()) if before is None else before.to(parameter))
             common &= set(_HELD_BY[parameter.dtype])
     if not samples or not common:
         return None
@@ -112,40 +112,34 @@ def layers(model: nn.Module) -> str:
 
 
 def described(model: nn.Module) -> dict[str, str]:
-    """What metadata says of the model: "model", "weights", "layers"; of a Hugging Face one "body", "model_type" too.
-
-    What a steering has written into its weights does not count: `remember` tells what it was before.
-    """
-    host = unwrapped(model)
-    now, before = _written.get(host, (None, {}))
-    if before and now is None:
-        return dict(before)
-    found = _found(host)
-    return dict(before) if found == now else found
-
-
-def remember(model: nn.Module, before: Mapping[str, str], *, attached: bool = False) -> Callable[[], None]:
-    """A steering has been written into the model's weights, and this is how it was described before.
-
-    That holds for as long as the weights are as they are now; or, where the steering is attached, until it is forgotten
-    by what is returned.
-    """
-    host = unwrapped(model)
-    _written[host] = (None if attached else _found(host), dict(before))
-
-    def forget() -> None:
-        _written.pop(host, None)
-
-    return forget
-
-
-_written: WeakKeyDictionary[nn.Module, tuple[dict[str, str] | None, dict[str, str]]] = WeakKeyDictionary()
-
-
-def _found(model: nn.Module) -> dict[str, str]:
+    """What metadata says of the model: "model", "weights", "layers"; of a Hugging Face one "body", "model_type" too."""
     known = {"model": fingerprint(model), "body": body(model), "weights": weights(model), "layers": layers(model)}
     known |= {"model_type": model_type(model)}
     return {key: value for key, value in known.items() if value is not None}
+
+
+def remember(module: nn.Module, key: str) -> bool:
+    """A steering is about to write into a parameter, which from now on is described as it was before.
+
+    Returns:
+        Whether that is new, and to be forgotten once the steering is taken out; what is written into a parameter that a
+        fold has written into already is taken out of that.
+    """
+    known = _before.setdefault(module, {})
+    if key in known:
+        return False
+    parameter = module._parameters.get(key)
+    known[key] = None if parameter is None or is_lazy(parameter) else _sampled(parameter.detach()).clone()
+    return True
+
+
+def forget(module: nn.Module, key: str) -> None:
+    """The parameter is as it was before."""
+    _before.get(module, {}).pop(key, None)
+
+
+_before: WeakKeyDictionary[nn.Module, dict[str, Tensor | None]] = WeakKeyDictionary()
+"""Module -> some numbers of the parameters that a steering has written into, as they were; None: there was none."""
 
 
 def model_type(model: nn.Module) -> str | None:
@@ -219,22 +213,27 @@ def _check(model: nn.Module, present: Mapping[str, str], meant: Mapping[str, str
         )
 
 
-def _parameters(model: nn.Module, *, adapters: bool = True) -> list[tuple[str, Tensor]]:
-    """Every parameter with its first name, a shared one once; of layers with adapters only what was there before."""
+def _parameters(model: nn.Module, *, adapters: bool = True) -> list[tuple[str, Tensor, Tensor | None]]:
+    """Every parameter with its first name, a shared one once, and some of its numbers before a steering wrote into it.
+
+    Of layers with adapters only what was there before, if so asked; what a steering has made is left out.
+    """
     host = unwrapped(model)
-    found: dict[int, tuple[str, Tensor]] = {}
+    found: dict[int, tuple[str, Tensor, Tensor | None]] = {}
     for name, module in named_modules(host, adapters=adapters):
+        written = _before.get(module, {}) if _before else {}
         for key, parameter in module._parameters.items():
-            if parameter is not None:
-                found.setdefault(id(parameter), (f"{name}.{key}" if name else key, parameter))
+            before = written.get(key)
+            if parameter is not None and (before is not None or key not in written):
+                found.setdefault(id(parameter), (f"{name}.{key}" if name else key, parameter, before))
     return list(found.values())
 
 
 def _shapes(model: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
     found = _parameters(model, adapters=False)
-    if lazy := [name for name, parameter in found if is_lazy(parameter)]:
+    if lazy := [name for name, parameter, _ in found if is_lazy(parameter)]:
         raise UnsupportedModelError(f"the shapes of {lazy} are not known yet; run {class_name(model)} on a batch first")
-    return [(name, tuple(parameter.shape)) for name, parameter in found]
+    return [(name, tuple(parameter.shape)) for name, parameter, _ in found]
 
 
 def _parameter_ids(module: nn.Module | None) -> set[int]:

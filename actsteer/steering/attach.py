@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from actsteer.errors import SteeringNotApplied, UnsupportedModelError
-from actsteer.sites import fingerprint, tap
+from actsteer.sites import tap
 from actsteer.sites.listen import likely_cause
 from actsteer.sites.place import Place, Side
 from actsteer.sites.resolve import are_there, path_to
@@ -124,8 +124,6 @@ def attach_all(
     if backend == "buffer":
         handles.add(plan.release)
         plan.hold()
-    if any(choice.mechanism == "fold" for choice in chosen.values()):
-        handles.add(fingerprint.remember(plan.model, fingerprint.described(plan.model), attached=True))
     for site, edit in plan.edits.items():
         mechanism = chosen[site].mechanism
         _check_order(edit, mechanism)

@@ -18,8 +18,9 @@ from actsteer.collecting.eval_mode import buffers_kept, eval_mode
 from actsteer.collecting.moments import Moments
 from actsteer.collecting.observe import Observation, Step
 from actsteer.collecting.statistics import Statistics
+from actsteer.errors import OutputError
 from actsteer.sites import tap
-from actsteer.sites.containers import tensors_in
+from actsteer.sites.containers import is_opaque, tensors_in
 from actsteer.sites.lens import Lens
 from actsteer.steering.edit import SiteEdit, is_in_place
 from actsteer.steering.interventions.ablate import Ablate
@@ -64,8 +65,8 @@ class Check:
         """What the user is to be warned of."""
         for site in self.unreached:
             yield (
-                f"site {site!r}: nothing that the model returns depends on it, but the activation itself; an edit "
-                "there changes no answer; choose an earlier site, or the tensor that is read, by a key"
+                f"site {site!r}: nothing that the model returns depends on it, but the activation itself; on these "
+                "inputs an edit there changes no answer; choose an earlier site, or the tensor that is read, by a key"
             )
         for site, edit in edits.items():
             for own, index in enumerate(edit.concepts):
@@ -137,13 +138,13 @@ def unreached(model: nn.Module, edits: Edits, batch: Any) -> list[str]:
             stack.enter_context(block)
         stack.enter_context(saved_tensors_hooks(_forget, _forget))
         seen = _outputs(model, edits, batch, mark)  # unless it cannot, and then autograd does not tell
-    doubtful = [site for site in edits if not _depends(seen, made.get(site, set()))]
-    silent: list[str] = []
-    for site in doubtful:
-        with suppress(Exception):  # of a model in which nothing can be tried, nothing is known
-            if not _moves(model, {site: edits[site]}, batch, seen, made.get(site, set())):
-                silent.append(site)
-    return silent
+    trial = _Trial(model, batch, seen, made)
+    doubtful = {site: edit for site, edit in edits.items() if not _depends(seen, made.get(site, set()))}
+    with suppress(Exception):  # of a model in which nothing can be tried, nothing is known
+        if len(doubtful) > 1 and not trial.moves(doubtful):
+            return list(doubtful)
+        return [site for site, edit in doubtful.items() if not trial.moves({site: edit})]
+    return []
 
 
 def _depends(outputs: _Outputs, nodes: set[Node]) -> bool:
@@ -154,34 +155,44 @@ def _depends(outputs: _Outputs, nodes: set[Node]) -> bool:
     )
 
 
-@torch.inference_mode(mode=False)
-@torch.no_grad()
-def _moves(model: nn.Module, edit: Edits, batch: Any, seen: _Outputs, nodes: set[Node]) -> bool:
-    """Whether other numbers at the site make other outputs, the activation itself aside, or that cannot be told.
+class _Trial:
+    """Other numbers at sites, and whether other answers come of it.
 
-    They are drawn several times, larger and larger, for an answer may be one of a few.
+    Args:
+        seen, made: what a pass has shown that autograd followed, and what each activation was made by in it.
     """
-    generator, ran = torch.Generator().manual_seed(0), []
 
-    def scramble(size: float, site: str, raw: Tensor) -> Tensor:
-        ran.append(site)
-        noise = torch.randn(raw.shape, generator=generator).to(raw)
-        return raw + size * noise * raw.square().mean().sqrt().clamp(min=1.0)
+    def __init__(self, model: nn.Module, batch: Any, seen: _Outputs, made: Mapping[str, set[Node]]) -> None:
+        self._model, self._batch, self._seen, self._made = model, batch, seen, made
+        self._generator = torch.Generator().manual_seed(0)
 
-    plain = [tensor for tensor, _ in _outputs(model, edit, batch, partial(scramble, 0.0))]
-    if not ran or not plain:
-        return True
-    itself = [len(seen) == len(plain) and node in nodes for _, node in seen] or [False] * len(plain)
-    for size in _DRAWS:
-        moved = [tensor for tensor, _ in _outputs(model, edit, batch, partial(scramble, size))]
-        shapes = [[own.shape for own in outputs] for outputs in (plain, moved)]
-        if shapes[0] != shapes[1] or not all(
-            torch.equal(one.nan_to_num(), other.nan_to_num())
-            for one, other, is_it in zip(plain, moved, itself, strict=False)
-            if not is_it
-        ):
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
+    def moves(self, edits: Edits) -> bool:
+        """Whether the outputs change, the activations themselves aside, or whether that cannot be told.
+
+        Numbers are drawn several times, larger and larger, for an answer may be one of a few.
+        """
+        ran: set[str] = set()
+
+        def scramble(size: float, site: str, raw: Tensor) -> Tensor:
+            ran.add(site)
+            noise = torch.randn(raw.shape, generator=self._generator).to(raw)
+            return raw + size * noise * raw.square().mean().sqrt().clamp(min=1.0)
+
+        plain = [tensor for tensor, _ in _outputs(self._model, edits, self._batch, partial(scramble, 0.0))]
+        if ran != edits.keys() or not plain:
             return True
-    return False
+        nodes = set[Node]().union(*(self._made.get(site, set()) for site in edits))
+        itself = [node in nodes for _, node in self._seen] if len(self._seen) == len(plain) else [False] * len(plain)
+        for size in _DRAWS:
+            moved = [tensor for tensor, _ in _outputs(self._model, edits, self._batch, partial(scramble, size))]
+            if [own.shape for own in plain] != [own.shape for own in moved]:
+                return True
+            answers = [pair for pair, is_it in zip(zip(plain, moved, strict=True), itself, strict=True) if not is_it]
+            if not all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in answers):
+                return True
+        return False
 
 
 def _outputs(model: nn.Module, edits: Edits, batch: Any, change: Callable[[str, Tensor], Tensor]) -> _Outputs:
@@ -195,7 +206,10 @@ def _outputs(model: nn.Module, edits: Edits, batch: Any, change: Callable[[str, 
             callback = partial(_changed, edit.lens, partial(change, site), is_input)
             stack.callback(tap.take_off, edit.place.module, when, callback)
             tap.put(edit.place.module, when, callback, owner=None)
-        return [(tensor.detach().clone(), tensor.grad_fn) for tensor in tensors_in(call(model, batch))]
+        output = call(model, batch)
+        if is_opaque(output):
+            raise OutputError(f"a {type(output).__name__} holds what is no tensor, and cannot be compared")
+        return [(tensor.detach().clone(), tensor.grad_fn) for tensor in tensors_in(output)]
 
 
 def _changed(

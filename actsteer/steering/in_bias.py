@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from actsteer.errors import UnsupportedModelError
 from actsteer.private_names import has_frozen_weights
+from actsteer.sites import fingerprint
 from actsteer.sites.shards import is_sharded
 from actsteer.sites.tap import lock, plain_class
 from actsteer.steering.edit import Fired, SiteEdit
@@ -102,6 +103,7 @@ class _Fold:
         self._module = module
         bias = module._parameters["bias"]
         self._original: Tensor | None = None if bias is None else bias.detach().clone()
+        self._is_first = fingerprint.remember(module, "bias")
         self._written: dict[SiteEdit, Any] = {}  # those that may be in the bias still
         self._holder: Tensor | None = None  # the bias that was written into
         self._is_lost = False  # whether somebody else has written into it
@@ -126,6 +128,8 @@ class _Fold:
         self.edits.pop(edit, None)
         self._write()
         self._written = dict(self.edits)
+        if not self.edits and self._is_first:
+            fingerprint.forget(self._module, "bias")
         if not self.edits and self._holder is not None:
             self._holder.__dict__.pop(_HELD, None)
 

@@ -9,6 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from actsteer.errors import PositionsError
 from actsteer.sites.wrappers import named_modules
 from actsteer.tokens.generation import Generation
 from actsteer.tokens.inputs import as_mask, cache_in, cached, signature_of
@@ -60,7 +61,7 @@ class _Teller:
         """What transformers calls before each pass: tell of the tokens that the pass is about to compute."""
         inputs = method(*args, **kwargs)
         generation = self._current.get()
-        if generation is None or (tokens := self._tokens(module, args, kwargs, inputs)) is None:
+        if generation is None or (tokens := self._tokens(module, args, kwargs, inputs, generation)) is None:
             return inputs
         if kwargs.get("is_first_iteration") and tokens.start == 0:
             generation.begin_window(tokens.rows)
@@ -78,7 +79,9 @@ class _Teller:
             )
         return inputs
 
-    def _tokens(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Any) -> Tokens | None:
+    def _tokens(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Any, generation: Generation
+    ) -> Tokens | None:
         """The tokens of the pass with these inputs, among all columns so far."""
         prefix = signature_of(module).prefix(inputs)
         fed = next(
@@ -93,10 +96,15 @@ class _Teller:
         if mask is not None:
             total = mask.shape[1]
         elif kwargs.get("next_sequence_length") is not None and isinstance(ids, Tensor):
-            total = ids.shape[1]
+            embeds = kwargs.get("inputs_embeds")
+            if kwargs.get("is_first_iteration") and isinstance(embeds, Tensor) and not ids.shape[1]:
+                generation.embedded = embeds.shape[1]
+            total = generation.embedded + ids.shape[1]
         else:
             seen = cached(cache_in(kwargs)[1])
             total = length + (int(seen) if seen is not None else 0)
+        if total < length:
+            raise PositionsError(f"a pass of {length} tokens in a text of {total}; where they stand is not known")
         batch = None
         if self._needs_inputs and isinstance(ids, Tensor) and ids.shape[1] == total:
             whole = torch.ones_like(ids) if mask is None else mask

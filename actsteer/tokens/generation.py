@@ -30,6 +30,7 @@ class Generation:
         self._is_given, self._rows = prompt is not None, rows
         self.keeps_rows = True  # whether its rows are those that it began with
         self.decisions: dict[int, Tensor] = {}
+        self.embedded = 0  # the columns of a prompt that came as embeddings alone, without ids
         self.announces = False  # whether it tells of each of its passes beforehand
         self.announced: dict[int, Any] = {}  # number of the passes -> the one that comes next
         self.others: dict[int, tuple[Any, Generation]] = {}  # id of a cache -> it, and the other text that it holds

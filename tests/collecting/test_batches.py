@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from actsteer import BatchError, SteeringVector, collect, discover, fit, fold, optimize, record
-from actsteer.collecting.batches import call, iterate
+from actsteer.collecting.batches import _fits, call, iterate
 from actsteer.collecting.eval_mode import eval_mode
 from tests.oracles import state
 
@@ -51,8 +51,9 @@ def test_one_tensor_is_split_by_batch_size_in_order(rows, batch_size):
 
 FORMS = {
     "list": [X[:4], X[4:]],
+    "tuple": (X[:4], X[4:]),
     "loader": DataLoader(X, batch_size=4),
-    "split": list(X.split(4)),
+    "split": X.split(4),
     "loader of one": [batch[0] for batch in DataLoader(TensorDataset(X), batch_size=4)],
 }
 
@@ -288,19 +289,22 @@ PARTS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:the vector is zero")
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
-def test_parts_of_one_tensor_in_a_tuple_are_not_taken_for_arguments(parts):
+def test_parts_of_one_tensor_are_batches_and_not_arguments(parts):
+    """They come in a tuple; the second is no mask of the first."""
     ids = torch.arange(40).reshape(8, 5)
-    said = "a tuple is the arguments of one call, and these [28] are parts of one tensor, as split"
     for verb in (collect, record):
-        with pytest.raises(BatchError, match=said):
-            verb(Masked(), parts(ids), sites="site")
-    with pytest.raises(BatchError, match=said):
-        fit(Masked(), positive=parts(ids), negative=ids, sites="site")
-    with pytest.raises(BatchError, match=said):
-        fold(Masked(), SteeringVector({"site": torch.ones(4)}), verify_on=parts(ids))
-    assert collect(Masked(), list(ids.split(4)), sites="site")["site"].count == 40
-    assert collect(Masked(), [ids.split(4)], sites="site")["site"].count == 20  # said to be arguments
+        found, whole = (verb(Masked(), data, sites="site")["site"] for data in (parts(ids), ids))
+        assert len(found) == len(whole) if verb is record else found.count == whole.count == 40
+    vector = fit(Masked(), positive=parts(ids), negative=ids, sites="site")
+    assert (vector.metadata["positive count"], vector.metadata["negative count"]) == ("40", "40")
+    targets = parts(torch.zeros(8, 5, 4))
+    if targets[0].is_inference():
+        return
+    options = {"sites": "site", "loss": nn.functional.mse_loss, "steps": 3}
+    optimize(Masked(), parts(ids), targets=targets, **options)
+    assert collect(Masked(), [(ids[:4], ids[4:])], sites="site")["site"].count == 20  # said to be arguments
     assert collect(Masked(), (ids, torch.ones_like(ids)), sites="site")["site"].count == 40
 
 
@@ -344,3 +348,32 @@ def test_only_what_the_batch_does_not_fit_is_named():
         collect(Masked(), X, sites="site")
     with pytest.raises(BatchError, match=r"site 'site', .*was given int64 of shape .*index out of range"):
         collect(Masked(), torch.full((2, 2), 50), sites="site")
+
+
+WIDTHS = {
+    "Linear, as many rows as features": (nn.Linear(8, 4), torch.zeros(8, 5)),
+    "Conv2d, channels last": (nn.Conv2d(3, 4, 3), torch.zeros(3, 8, 8, 3)[:, :, :7]),
+    "LSTM": (nn.LSTM(5, 4, batch_first=True), torch.zeros(2, 3, 7)),
+    "GRUCell": (nn.GRUCell(5, 4), torch.zeros(2, 7)),
+    "LayerNorm": (nn.LayerNorm((3, 5)), torch.zeros(2, 3, 4)),
+    "BatchNorm": (nn.BatchNorm1d(4), torch.zeros(2, 5)),
+    "GroupNorm": (nn.GroupNorm(2, 4), torch.zeros(2, 6, 3)),
+    "a padded label": (nn.Embedding(9, 4), torch.tensor([[1, -100]])),
+    "bytes": (nn.Embedding(9, 4), torch.zeros(2, 2, dtype=torch.uint8)),
+    "no parameter of its own": (nn.utils.parametrizations.weight_norm(nn.Linear(8, 4, bias=False)), X.double()),
+}
+
+
+@pytest.mark.parametrize(("module", "given"), WIDTHS.values(), ids=WIDTHS)
+def test_what_a_module_cannot_take_is_named_and_is_a_runtime_error_still(module, given):
+    for kind in (BatchError, RuntimeError):
+        with pytest.raises(kind, match=r"a batch does not fit the model: site '0', a .*was given .* of shape"):
+            collect(nn.Sequential(module, nn.Identity()), given, sites="1")
+
+
+def test_under_autocast_a_dtype_is_no_evidence():
+    linear = nn.Linear(2, 2)
+    assert not _fits(linear, X.bfloat16())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert _fits(linear, X.bfloat16())
+        assert not _fits(linear, torch.zeros(2, 3))

@@ -31,6 +31,7 @@ class Counting(nn.Module):
 FORMS = {
     "tensor": lambda: X,
     "list": lambda: list(X.split(1)),
+    "tuple": lambda: X.split(1),
     "generator": lambda: (row for row in X.split(1)),
     "loader": lambda: DataLoader(X, batch_size=1),
     "map": lambda: map(torch.clone, X.split(1)),

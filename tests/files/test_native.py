@@ -33,9 +33,12 @@ from actsteer import (
     UnsupportedModelError,
     VectorBank,
     fit,
+    fold,
+    unfold,
 )
 from actsteer.files import sealed
 from actsteer.files.opened import Opened
+from actsteer.sites import fingerprint
 from tests.strategies import STORED, stored_banks
 
 BANK = VectorBank({"nine": SteeringVector({"2": torch.tensor([1.0, -2.0])}, concept="nine")})
@@ -434,6 +437,78 @@ def test_what_was_fitted_in_this_process_is_checked_as_what_is_from_a_file():
     edit = fit(model, positive=torch.randn(9, 2), negative=torch.randn(9, 2), sites="0", estimator=ConceptErasure())
     with pytest.raises(ModelMismatchError):
         Steerer(wider, edit)
+
+
+def test_what_steering_writes_into_the_weights_does_not_count():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 3, bias=False), nn.Linear(3, 3, bias=False), nn.Linear(3, 1))
+    x = torch.randn(9, 2)
+    v, w = (fit(model, positive=x, negative=-x, sites=site) for site in ("0", "1"))
+    folded = fold(model, v, verify_on=x)
+    Steerer(folded, w)
+    twice = fold(folded, w, verify_on=x)
+    with Steerer(model, v), Steerer(model, w):
+        assert torch.allclose(model(x), twice(x), atol=1e-5)
+    with Steerer(model, v, backend="fold") as steerer:
+        Steerer(model, w, gate=ProjectionAbove(w, 0.0))
+        steerer.c = 2.0
+        inside = fit(model, positive=x, negative=-x, sites="1")
+        model(x)
+    Steerer(model, inside)
+    fold(model, v, verify_on=x, inplace=True)
+    Steerer(model, w)
+    unfold(model)
+    Steerer(model, w)
+    for kind in (torch.float16, torch.bfloat16):
+        Steerer(fold(model, v, verify_on=x).to(kind), w)
+    with Steerer(folded.eval(), v, backend="fold"):
+        folded(x)
+    Steerer(folded, w)
+    with torch.no_grad():
+        folded[2].weight += 1  # a training since
+    with pytest.warns(UserWarning, match="with other weights"):
+        Steerer(folded, w)
+
+
+def test_folds_may_be_taken_out_in_any_order():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(2, 3, bias=False), nn.Linear(3, 3, bias=False)), torch.randn(9, 2)
+    v, w = (fit(model, positive=x, negative=-x, sites=site) for site in ("0", "1"))
+    first, second = (Steerer(model, own, backend="fold") for own in (v, w))
+    first.attach()
+    second.attach()
+    first.detach()
+    Steerer(model, v)
+    second.detach()
+    Steerer(model, v)
+    fold(model, v, verify_on=x, inplace=True)
+    fold(model, w, verify_on=x, inplace=True)
+    unfold(model)
+    Steerer(model, v)
+    fold(model, w, verify_on=x)
+    unfold(model)
+    Steerer(model, v)
+    assert not any(fingerprint._before.get(module) for module in model.modules())
+
+
+def test_a_lazy_layer_elsewhere_is_no_hindrance():
+    x = torch.randn(5, 4)
+    for backend in ("fold", "tap"):
+        model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.LazyLinear(3, bias=False)).eval()
+        with Steerer(model, SteeringVector({"0": torch.ones(4)}), backend=backend):
+            model(x)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.LazyLinear(3)).eval()
+    fold(model, SteeringVector({"0": torch.ones(4)}), verify_on=x, inplace=True)
+
+
+@pytest.mark.parametrize("added", [nn.CrossEntropyLoss(), nn.Dropout(), nn.Softmax(dim=-1)])
+def test_what_was_added_or_is_the_same_in_evaluation_is_no_other_layer(added):
+    model, x = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Dropout()).eval(), torch.randn(4, 2)
+    v = fit(model, positive=x, negative=-x, sites="0")
+    model.add_module("added", added)
+    Steerer(model, v)
+    model[2] = nn.Identity()
+    Steerer(nn.SyncBatchNorm.convert_sync_batchnorm(model), v)
 
 
 def test_the_vector_of_a_gate_is_checked_too():

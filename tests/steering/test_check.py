@@ -198,6 +198,18 @@ def test_where_no_answer_can_be_looked_at_nothing_is_said(way):
     Steerer(Unseen(way), SteeringVector({"site": torch.ones(3)})).check(X)
 
 
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda h: {"mask": torch.ones(3), "out": Answer(h)},
+        lambda h: (h.argmax(-1).tolist(), torch.ones(3)),
+        lambda h: {"score": h.sum().item(), "x": torch.ones(3)},
+    ],
+)
+def test_where_a_part_of_the_answer_cannot_be_looked_at_nothing_is_said(way):
+    Steerer(Unseen(lambda h: way(h.detach())), SteeringVector({"site": torch.ones(3)})).check(X)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_an_answer_that_is_one_of_two_is_tried_more_than_once(seed):
     x = torch.randn(1, 3, generator=torch.Generator().manual_seed(seed))

@@ -178,6 +178,19 @@ def test_embeddings_may_be_the_prompt(model, positions):
         assert torch.equal(model.generate(inputs_embeds=embeddings, attention_mask=MASK, **options), expected)
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("mask", [None, torch.ones_like(IDS)], ids=["no mask", "ones"])
+@pytest.mark.parametrize("positions", [None, "prompt", "generated", "last", 5, 6, 7, slice(2, 8)], ids=str)
+def test_embeddings_without_pads_may_be_the_prompt(model, positions, mask, use_cache):
+    """Then no mask tells how long it is, and no ids stand for it."""
+    embeddings, options = model.get_input_embeddings()(IDS), {"max_new_tokens": NEW, "do_sample": False}
+    options |= {"pad_token_id": 0, "use_cache": use_cache}
+    for c in (1.0, lambda step: 1.0 + step):
+        with Steerer(model, V, positions=positions, c=c):
+            expected = model.generate(IDS, attention_mask=torch.ones_like(IDS), **options)[:, IDS.shape[1] :]
+            assert torch.equal(model.generate(inputs_embeds=embeddings, attention_mask=mask, **options), expected)
+
+
 @pytest.mark.parametrize("positions", ["all", "generated", "last", 0, slice(7, None)], ids=str)
 def test_going_on_from_a_cache_is_a_longer_prompt(model, positions):
     """All that is there when `generate` is called is its prompt."""
