@@ -20,6 +20,8 @@ def check(path: str) -> None:
     Raises:
         typer.BadParameter: there is none.
     """
+    if Path(path).is_dir():
+        raise typer.BadParameter(f"{path}: it is a folder; name a file in it", param_hint="bank")
     if not glob.has_magic(path) and not Path(path).is_file():
         raise typer.BadParameter(f"{path}: there is no such file", param_hint="bank")
 

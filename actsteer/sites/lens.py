@@ -188,10 +188,11 @@ class Frame:
             ShapeError: it has others.
         """
         if self.row_axis is None or self.token_axis is None or self.row_axis == self.axis:
+            told = "there are none" if len(self.shape) < 3 else "the positions cannot be told"
+            hint = f"pass token_axis={{{self.site!r}: 1}} or another one, or " if len(self.shape) > 2 else ""
             raise ShapeError(
                 f"site {self.site!r}: expected an activation of shape (rows, positions, d), got {self.shape}, in which "
-                f"the positions cannot be told; pass token_axis={{{self.site!r}: 1}} or another one, or steer another "
-                "site, or all positions"
+                f"{told}; {hint}steer another site, or all positions"
             )
         return self.shape[self.row_axis], self.shape[self.token_axis]
 

@@ -355,7 +355,7 @@ def _places(model: nn.Module, bank: VectorBank, sites: Sites | None, modules: Mo
         raise SiteNotFoundError("the vectors have no sites, so there is nothing to add")
     places = resolve(model, bank.sites, modules=modules)
     if sites is not None:
-        chosen = select({site: place.module for site, place in places.items()}, sites, owner="the vectors")
+        chosen = select({site: place.module for site, place in places.items()}, sites, owner="the bank")
         places = {site: places[site] for site in chosen}
     there: dict[tuple[int, str], list[Place]] = {}
     for place in places.values():

@@ -983,3 +983,9 @@ def test_a_truncated_checkpoint_is_no_traceback(run, folder, bank):
     assert done.code == 2
     assert "llama: " in done.err
     assert "Traceback" not in done.err
+
+
+def test_a_folder_is_no_file_of_vectors(run):
+    done = run("show", "llama")
+    assert done.code == 2
+    assert "it is a folder; name a file in it" in " ".join(done.err.replace("│", " ").split())

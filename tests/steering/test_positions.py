@@ -412,3 +412,11 @@ def test_an_index_past_the_end_is_refused_unless_the_text_may_go_on(language_mod
             run()
     inputs = {"input_ids": IDS, "attention_mask": REAL.long()}
     assert not gap(language_model, BLOCK, inputs, positions=7).any()  # a cache may be handed on
+
+
+def test_an_activation_without_positions_is_told_so_and_no_axis_is_offered():
+    model = nn.Sequential(nn.Linear(4, 4))
+    steerer = Steerer(model, SteeringVector({"0": torch.ones(4)}), positions="last", strict=False)
+    said = r"got \(6, 4\), in which there are none; steer another site, or all positions"
+    with steerer, pytest.raises(ShapeError, match=said):
+        model(torch.zeros(6, 4))
