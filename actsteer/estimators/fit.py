@@ -69,7 +69,7 @@ def fit(
         TypeError: what is no estimator, or gives neither a vector nor an edit.
 
     >>> import torch
-    >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
     >>> fit(model, positive=torch.ones(4, 2), negative=torch.zeros(4, 2), sites="1", concept="one").concept
     'one'
     """
