@@ -164,21 +164,19 @@ def check_each(model: nn.Module, made_for: Iterable[tuple[str, Mapping[str, str]
             another vocabulary; or, where nothing but the type of the model is known, another type.
     """
     distinct = {tuple(map(meant.get, KEYS)): (what, meant) for what, meant in made_for}
-    known = [own for own in distinct.values() if _FINGERPRINT.fullmatch(own[1].get("model", ""))]
-    present = described(model) if known else {}
     for what, meant in distinct.values():
-        if (what, meant) in known:
-            _check(model, present, meant, what)
+        if _FINGERPRINT.fullmatch(meant.get("model", "")):
+            _check(model, meant, what)
         elif (theirs := meant.get("model_type")) and (ours := model_type(model)) and theirs != ours:
             warnings.warn(f"{what} was made for a {theirs}, the model is a {ours}", UserWarning, stacklevel=4)
 
 
-def _check(model: nn.Module, present: Mapping[str, str], meant: Mapping[str, str], what: str) -> None:
+def _check(model: nn.Module, meant: Mapping[str, str], what: str) -> None:
     kind, count, shapes = meant["model"].rsplit(":", 2)
-    own_kind, own_count, own_shapes = present["model"].rsplit(":", 2)
+    own_kind, own_count, own_shapes = fingerprint(model).rsplit(":", 2)
     quantised = bool(getattr(unwrapped(model), "is_quantized", False))  # whose parameters are packed
     if kind != own_kind or (not quantised and (count, shapes) != (own_count, own_shapes)):
-        if meant.get("body") is not None and meant["body"] == present.get("body"):
+        if meant.get("body") is not None and meant["body"] == body(model):
             warnings.warn(
                 f"{what} was made for a {kind} with {count} parameters, the model is a {own_kind} with {own_count}: "
                 "only the head or the vocabulary differ; it may mean something else here",
@@ -193,7 +191,7 @@ def _check(model: nn.Module, present: Mapping[str, str], meant: Mapping[str, str
         )
     if quantised:
         return
-    had, has = _counts(meant.get("layers")), _counts(present.get("layers"))
+    had, has = _counts(meant.get("layers")), _counts(layers(model) if "layers" in meant else None)
     if gone := [name for name in had if has.get(name, 0) < had[name]]:  # what was added, a loss perhaps, is no matter
         changed = sorted({*gone, *(name for name in has if has[name] > had.get(name, 0))})
         then, now = (", ".join(f"{own.get(name, 0)} {name}" for name in changed) for own in (had, has))
@@ -203,7 +201,7 @@ def _check(model: nn.Module, present: Mapping[str, str], meant: Mapping[str, str
             UserWarning,
             stacklevel=5,
         )
-    hashes, own_hashes = _hash_by_dtype(meant.get("weights")), _hash_by_dtype(present.get("weights"))
+    hashes, own_hashes = _hash_by_dtype(meant.get("weights")), _hash_by_dtype(weights(model))
     shared = next((name for name in hashes if name in own_hashes), None)
     if shared is not None and hashes[shared] != own_hashes[shared]:
         warnings.warn(
@@ -220,8 +218,9 @@ def _parameters(model: nn.Module, *, adapters: bool = True) -> list[tuple[str, T
     """
     host = unwrapped(model)
     found: dict[int, tuple[str, Tensor, Tensor | None]] = {}
+    every: Mapping[nn.Module, Mapping[str, Tensor | None]] = _before if len(_before) else {}
     for name, module in named_modules(host, adapters=adapters):
-        written = _before.get(module, {}) if _before else {}
+        written = every.get(module, {})
         for key, parameter in module._parameters.items():
             before = written.get(key)
             if parameter is not None and (before is not None or key not in written):
