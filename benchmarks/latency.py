@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from actsteer import Moments, Steerer, SteeringVector, VectorBank, collect
+from actsteer import Moments, Steerer, SteeringVector, VectorBank, collect, fit
 from benchmarks.extraction import blocks_of, language_model
 from benchmarks.memory import peak
 from benchmarks.overhead import described
@@ -72,6 +72,8 @@ def main(
 def few_concepts(model: nn.Module, sites: list[str], *, rounds: int) -> list[Row]:
     """One vector with all the sites, against plain hooks and plain products."""
     v = vector(sites, width(model))
+    positive, negative = torch.ones(2, 8, dtype=torch.long), torch.zeros(2, 8, dtype=torch.long)
+    fitted = fit(model, positive=positive, negative=negative, sites=sites, progress=False)
     steerer, directions = Steerer(model, v, c=1.0), [v[site] for site in sites]
     shifts = [torch.empty_like(direction) for direction in directions]
     strengths = [torch.tensor(1.0), torch.tensor(2.0)]
@@ -94,6 +96,14 @@ def few_concepts(model: nn.Module, sites: list[str], *, rounds: int) -> list[Row
     registering, products = "register and remove hooks, by name", "one `torch.mul(out=)` per site"
     return [
         compare("construct", lambda: Steerer(model, v, c=1.0), hooked, registering, "15", rounds=rounds, times=10),
+        compare(
+            "construct, of a vector that knows its model",
+            lambda: Steerer(model, fitted, c=1.0),
+            lambda: Steerer(model, v, c=1.0),
+            "of one that does not",
+            rounds=rounds,
+            times=10,
+        ),
         compare("attach and detach", steered, hooked, registering, "8", rounds=rounds, times=10),
         compare("`c = x`", set_c, multiplied, products, "4", rounds=rounds, times=10),
     ]

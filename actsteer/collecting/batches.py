@@ -61,7 +61,11 @@ def _are_parts(batches: tuple[Any, ...]) -> bool:
 
 
 def _alone(batch: Any) -> Any:
-    """What a DataLoader gives, if it is one input: who looks after (x, y) would not have y taken for an argument."""
+    """A batch of a DataLoader, unchanged.
+
+    Raises:
+        BatchError: it has several parts. A model is called with all parts of a batch, and y of (x, y) is no argument.
+    """
     if isinstance(batch, tuple | list) and len(batch) > 1:
         kinds = ", ".join(type(part).__name__ for part in batch)
         raise BatchError(
@@ -187,7 +191,10 @@ def call(model: nn.Module, batch: Any) -> Any:
 
 
 def _refused_by(model: nn.Module, error: Exception) -> str | None:
-    """The module of torch's, one of the model's, that raised this, if the tensor that it was given does not fit it."""
+    """Which layer of the model raised this, and what it was given; None unless its input has a wrong width or dtype.
+
+    Only a layer whose `forward` is torch's own is named: what others take cannot be known.
+    """
     module, given = None, None
     for frame, _ in traceback.walk_tb(error.__traceback__):
         own = frame.f_locals.get("self")

@@ -105,8 +105,6 @@ def fold(
     if (name := next((n for n, m in named_modules(model) if is_gathered_now_and_then(m)), None)) is not None:
         raise NotFoldable(f"{name or 'the model'}: its parameters are sharded; fold the model before FSDP shards it")
     _check_unsteered(model)
-    if inplace:
-        _check_free(model)
     target = model if inplace else _copied(model)
     undo = Undo()
     if maps:
@@ -152,7 +150,7 @@ def unfold(model: nn.Module) -> None:
 
 
 def _check_unsteered(model: nn.Module) -> None:
-    if attached := [own for own in steerers(model) if isinstance(own, Steerer)]:
+    if attached := steerers(model):
         raise AttachedError(
             f"the model is being steered, by {attached[0]!r}, and the fold would not have that; leave the block, or "
             "detach it, and fold then"

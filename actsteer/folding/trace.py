@@ -22,6 +22,7 @@ from actsteer.sites.containers import Arguments, tensors_in
 from actsteer.sites.lens import Lens
 from actsteer.sites.place import Place
 from actsteer.sites.wrappers import named_modules
+from actsteer.steering.check import forget
 
 _VIEWS = frozenset(
     f"{name}Backward0"
@@ -62,7 +63,7 @@ class Trace:
         with ExitStack() as stack:
             stack.enter_context(eval_mode(model))
             stack.enter_context(_gradients(model))
-            stack.enter_context(saved_tensors_hooks(_forget, _forget))  # there is no backward pass
+            stack.enter_context(saved_tensors_hooks(forget, forget))  # there is no backward pass
             inputs = {site: place for site, place in places.items() if place.side == "in"}
             for site, place in inputs.items():  # before the module's own inputs are looked at
                 _put(stack, place.module, "before", self._noticing(site, place))
@@ -229,10 +230,6 @@ def _unused(model: nn.Module, read_by: Mapping[Node, object]) -> Iterator[tuple[
         own = [p for p in module._parameters.values() if p is not None and p.is_floating_point()]
         if own and not any(id(p) in used for p in own):
             yield name, module
-
-
-def _forget(_: Any) -> Any:
-    return None
 
 
 @contextmanager

@@ -119,11 +119,10 @@ def described(model: nn.Module) -> dict[str, str]:
 
 
 def remember(module: nn.Module, key: str) -> bool:
-    """A steering is about to write into a parameter, which from now on is described as it was before.
+    """Keep what a parameter is like before a steering writes into it: fingerprints are made of that from now on.
 
     Returns:
-        Whether that is new, and to be forgotten once the steering is taken out; what is written into a parameter that a
-        fold has written into already is taken out of that.
+        Whether nothing was kept of it before; whoever is told True calls `forget` once its own writing is undone.
     """
     known = _before.setdefault(module, {})
     if key in known:

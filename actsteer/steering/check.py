@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -15,7 +15,7 @@ from torch.autograd.graph import Node, saved_tensors_hooks
 
 from actsteer.collecting.batches import Batches, call, iterate
 from actsteer.collecting.eval_mode import buffers_kept, eval_mode
-from actsteer.collecting.moments import Moments
+from actsteer.collecting.moments import Moments, exact
 from actsteer.collecting.observe import Observation, Step
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import OutputError
@@ -34,24 +34,17 @@ _Outputs: TypeAlias = list[tuple[Tensor, Node | None]]
 """The tensors that a model returns, each with what made it."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Seen:
-    """Sums over the activations of one site, as they come: rows, ‖h‖², and for each direction h·u and (h·u)²."""
+    """How large the activations of one site are, and where they lie along each direction u.
 
-    count: int = 0
-    square: float = 0.0
-    along: dict[int, tuple[float, float]] = field(default_factory=dict)
+    Args:
+        norm: the typical ‖h‖, the root of the mean of its square; 0 if there are no rows.
+        along: the mean and the standard deviation of h·u; empty if there are fewer than two rows, or no covariance.
+    """
 
-    @property
-    def norm(self) -> float:
-        """The typical ‖h‖: the root of the mean of its square."""
-        return math.sqrt(self.square / self.count) if self.count else 0.0
-
-    def projection(self, own: int) -> tuple[float, float]:
-        """The mean and the standard deviation of h·u, for one direction."""
-        total, square = self.along[own]
-        mean = total / self.count
-        return mean, math.sqrt(max(0.0, square / self.count - mean * mean))
+    norm: float
+    along: Mapping[int, tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -71,13 +64,13 @@ class Check:
         for site, edit in edits.items():
             for own, index in enumerate(edit.concepts):
                 if isinstance(intervention := edit.interventions[own], Ablate) and own in self.seen[site].along:
-                    mean, spread = self.seen[site].projection(own)
-                    if intervention.around is None and self.seen[site].count > 1 and abs(mean) > FAR * spread:
+                    mean, spread = self.seen[site].along[own]
+                    if intervention.around is None and abs(mean) > FAR * spread:
                         yield far_from_zero(site, concepts[index], f"at {mean:.3g} ± {spread:.2g}")
 
 
 def far_from_zero(site: str, concept: str, where: str) -> str:
-    """That an ablation takes the activations of a site far away from where they are."""
+    """The warning that Ablate at this site sets the activations to a value far from their own."""
     return (
         f"site {site!r}: along {concept!r} the activations lie {where}, and Ablate sets all of them to 0, which is far "
         "from there; Ablate(around={site: mean}), with the mean activation, sets them to their mean instead"
@@ -87,36 +80,45 @@ def far_from_zero(site: str, concept: str, where: str) -> str:
 def checked(
     model: nn.Module, edits: Edits, inputs: Batches | Statistics, *, batch_size: int, where: Mapping[str, Any]
 ) -> Check:
-    """What all inputs tell of the activations, and the first call of the edits' reach."""
-    if isinstance(inputs, Statistics):
-        return Check({site: _summed(inputs[site], _units(edit)) for site, edit in edits.items()}, [])
-    calls = list(iterate(inputs, batch_size=batch_size, progress=False, label=""))
-    seen = {site: Seen() for site in edits}
+    """Run all inputs to see how large the activations are, and the first call to see which sites are not reached.
+
+    Statistics are read instead, without a pass; they do not tell which sites are reached.
+    """
     units = {site: _units(edit) for site, edit in edits.items()}
+    if isinstance(inputs, Statistics):
+        return Check({site: _seen_in(inputs[site], units[site]) for site in edits}, [])
+    calls = list(iterate(inputs, batch_size=batch_size, progress=False, label=""))
+    sums = {site: Moments.empty(len(units[site]) + 1, covariance="diagonal") for site in edits}
 
     def keep(site: str, rows: Tensor, owners: Tensor) -> None:
-        own, exact = seen[site], rows.double()
-        own.count += len(rows)
-        own.square += float(exact.square().sum())
-        for index, unit in units[site].items():
-            along = exact @ unit.to(exact)
-            total, square = own.along.get(index, (0.0, 0.0))
-            own.along[index] = total + float(along.sum()), square + float(along.square().sum())
+        own = exact(rows)
+        columns = [*(own @ unit.to(own) for unit in units[site].values()), own.square().sum(dim=1)]
+        sums[site].update(torch.stack(columns, dim=1))
 
     with buffers_kept(model):
         Observation(model, edits, **where, positions="all", stop=True).run(Step(batch, keep) for batch in calls)
-    return Check(seen, unreached(model, edits, calls[0]))
+    return Check({site: _seen_by(sums[site], list(units[site])) for site in edits}, unreached(model, edits, calls[0]))
 
 
-def _summed(moments: Moments, units: Mapping[int, Tensor]) -> Seen:
-    """The sums that moments hold; along directions, where they have the covariance."""
-    count, mean = moments.count, moments.mean
+def _seen_by(columns: Moments, own: Sequence[int]) -> Seen:
+    """From the moments of h·u, a column for each direction, and of ‖h‖², the last."""
+    if not columns.count:
+        return Seen(0.0, {})
+    *means, square = columns.mean.tolist()
+    if columns.count < 2:
+        return Seen(math.sqrt(square), {})
+    *spreads, _ = columns.variance.sqrt().tolist()
+    return Seen(math.sqrt(square), dict(zip(own, zip(means, spreads, strict=True), strict=True)))
+
+
+def _seen_in(moments: Moments, units: Mapping[int, Tensor]) -> Seen:
+    """From the moments of h itself."""
     along: dict[int, tuple[float, float]] = {}
-    for index, unit in units.items() if moments.has_covariance else ():
-        own = unit.to(mean)
-        square = (own @ moments.scatter @ own) + count * (mean @ own).square()
-        along[index] = float(count * (mean @ own)), float(square)
-    return Seen(count, count * moments.typical_norm**2, along)
+    if moments.has_covariance and moments.count > 1:
+        mean, covariance = moments.mean, moments.covariance
+        for own, unit in ((own, unit.to(mean)) for own, unit in units.items()):
+            along[own] = float(mean @ unit), math.sqrt(max(0.0, float(unit @ covariance @ unit)))
+    return Seen(moments.typical_norm, along)
 
 
 def unreached(model: nn.Module, edits: Edits, batch: Any) -> list[str]:
@@ -136,7 +138,7 @@ def unreached(model: nn.Module, edits: Edits, batch: Any) -> list[str]:
     with ExitStack() as stack:
         for block in (suppress(Exception), torch.inference_mode(mode=False), torch.enable_grad()):
             stack.enter_context(block)
-        stack.enter_context(saved_tensors_hooks(_forget, _forget))
+        stack.enter_context(saved_tensors_hooks(forget, forget))
         seen = _outputs(model, edits, batch, mark)  # unless it cannot, and then autograd does not tell
     trial = _Trial(model, batch, seen, made)
     doubtful = {site: edit for site, edit in edits.items() if not _depends(seen, made.get(site, set()))}
@@ -239,5 +241,6 @@ def _units(edit: SiteEdit) -> dict[int, Tensor]:
     return {own: row / row.norm() for own, row in enumerate(rows) if bool(row.any())}
 
 
-def _forget(_: Any) -> Any:
+def forget(_: Any) -> Any:
+    """Keep nothing for a backward pass, of a graph that is only looked at."""
     return None

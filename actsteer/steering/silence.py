@@ -10,7 +10,9 @@ from actsteer.steering.plan import Plan
 
 
 def unused(plan: Plan, chosen: Mapping[str, Choice], *, ran: bool) -> Iterator[str]:
-    """Why a block that has ended may have steered nothing; what cannot be seen, as of a bias, is not said.
+    """The warnings due at the end of a block: that the model did not run in it, or that nothing was generated.
+
+    Whether an edit that is written into a bias has run cannot be seen, and is not warned of.
 
     Args:
         ran: whether the model ran in the block.

@@ -197,8 +197,7 @@ class VectorBank:
         return VectorBank(
             {
                 concept: SteeringVector(
-                    dict(zip(sizes, residual.split(list(sizes.values())), strict=True)),
-                    metadata=vector.metadata,
+                    dict(zip(sizes, residual.split(list(sizes.values())), strict=True)), metadata=vector.metadata
                 )
                 for residual, (concept, vector) in zip(residuals, self.items(), strict=True)
             }

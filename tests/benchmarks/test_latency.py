@@ -22,7 +22,7 @@ def test_every_row_is_printed_and_written(tmp_path):
     found = json.loads(out.read_text())
     assert "--concepts 20" in found["command"] and found["versions"]["torch"] == torch.__version__
     names = [row["name"] for row in found["rows"]]
-    assert len(set(names)) == len(names) == 17
+    assert len(set(names)) == len(names) == 18
     assert all(row["found"]["lower"] <= row["found"]["median"] <= row["found"]["upper"] for row in found["rows"])
     assert all(name.split(",")[0] in result.output for name in names)
     assert table([], title="").row_count == 0

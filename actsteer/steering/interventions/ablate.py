@@ -65,7 +65,7 @@ class Ablate:
     def __call__(
         self, activation: Float[Tensor, "*batch d"], direction: Float[Tensor, " d"], c: Float[Tensor, ...]
     ) -> Float[Tensor, "*batch d"]:
-        """h - c · (h·u) u."""
+        """h - c · ((h - μ)·u) u, with μ = 0 unless `around` gives it."""
         along = unit(direction)
         component = activation @ along[:, None]
         if self.around is not None:
@@ -77,7 +77,7 @@ class Ablate:
     def prepare(
         self, direction: Float[Tensor, " d"], c: Float[Tensor, ""]
     ) -> Callable[[Float[Tensor, "*batch d"]], Float[Tensor, "*batch d"]]:
-        """h + (h·u) (-c u), with u and -c u computed here."""
+        """h + ((h - μ)·u) (-c u), with u, μ·u and -c u computed here."""
         along = nonzero_unit(direction, by=self)
         column, change = along[:, None], -c * along
         if self.around is not None:
