@@ -12,19 +12,24 @@ SCRIPT = Path(sys.executable).with_name("actsteer")
 WAITS = "import time; print('here', flush=True); time.sleep(60)"
 
 
-def started(folder, code, *, module, ignoring=False):
-    """The installed script, which makes a model of this module, once it has said that it is here."""
-    (folder / f"{module}.py").write_text(code)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
-    process = subprocess.Popen(
-        [SCRIPT, "sites", "mine:build"],
+def launched(folder, *arguments, handler=signal.SIG_DFL, **options):
+    """The installed script, with this handler of Ctrl-C: a shell that runs the tests with `&` has it ignored."""
+    return subprocess.Popen(
+        [SCRIPT, *arguments],
         cwd=folder,
-        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if ignoring else None,
+        preexec_fn=None if sys.platform == "win32" else lambda: signal.signal(signal.SIGINT, handler),
+        **options,
     )
+
+
+def started(folder, code, *, module, handler=signal.SIG_DFL):
+    """The installed script, which makes a model of this module, once it has said that it is here."""
+    (folder / f"{module}.py").write_text(code)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+    process = launched(folder, "sites", "mine:build", handler=handler, env=environment)
     assert process.stdout.readline() == "here\n"
     process.send_signal(signal.SIGINT)
     return process
@@ -97,9 +102,7 @@ def test_after_the_command_it_waits_for_nothing_either(tmp_path):
         ]
     )
     (tmp_path / "mine.py").write_text(code)
-    process = subprocess.Popen(
-        [SCRIPT, "sites", "mine:build", ""], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = launched(tmp_path, "sites", "mine:build", "")
     assert "here\n" in iter(process.stdout.readline, "")
     process.send_signal(signal.SIGINT)
     assert ended(process) == (130, "", "")
@@ -110,6 +113,6 @@ def test_after_the_command_it_waits_for_nothing_either(tmp_path):
 def test_where_they_are_ignored_they_stay_ignored(tmp_path):
     waits = WAITS.replace("60", "0.2")
     code = f"{waits}\nfrom torch import nn\nbuild = nn.Sequential(nn.Linear(2, 3))"
-    code, out, err = ended(started(tmp_path, code, module="mine", ignoring=True))
+    code, out, err = ended(started(tmp_path, code, module="mine", handler=signal.SIG_IGN))
     assert (code, err) == (0, "")
     assert "Linear" in out
