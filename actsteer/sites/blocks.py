@@ -143,14 +143,24 @@ def mlp_sites(model: nn.Module, blocks: Blocks = None) -> tuple[str, ...]:
 
 
 def residual_writers(model: nn.Module, blocks: Blocks = None) -> tuple[str, ...]:
-    """What is added to the residual stream in the blocks: the outputs of attention and MLP.
+    """What the residual stream is the sum of: the outputs of attention and MLP in the blocks.
 
-    Where a norm stands between them and the stream, as in Gemma 2 and OLMo 2, the output of the norm.
+    Where a norm stands between them and the stream, as in Gemma 2 and OLMo 2, the output of the norm. Unless `blocks`
+    are chosen, the input of the first block too, which is what the embeddings write: then it is the whole stream.
 
     Raises:
         SiteNotFoundError, UnsupportedModelError: as `residual_sites`; a block lacks either under a usual name.
+
+    >>> attn, mlp = nn.Identity(), nn.Identity()
+    >>> model = nn.ModuleDict({"h": nn.ModuleList([nn.ModuleDict({"attn": attn, "mlp": mlp})])})
+    >>> residual_writers(model), residual_writers(model, 0)
+    (('h.0:in', 'h.0.attn', 'h.0.mlp'), ('h.0.attn', 'h.0.mlp'))
     """
-    return _parts(model, blocks, {"attention": _ATTENTION, "MLP": _MLP}, writers=True)
+    found = _parts(model, blocks, {"attention": _ATTENTION, "MLP": _MLP}, writers=True)
+    if blocks is not None:
+        return found
+    first = _chosen(model, 0)[0]
+    return (f"{first}.hook_resid_pre" if hook_points(model) else f"{first}:in", *found)
 
 
 def _chosen(model: nn.Module, blocks: Blocks) -> list[str]:

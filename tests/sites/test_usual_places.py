@@ -58,12 +58,15 @@ def test_what_the_writers_write_is_what_the_residual_stream_gains(model):
     half = len(writers) // 2
     torch.testing.assert_close(start + sum(written[site] for site in writers[:half]), between)
     torch.testing.assert_close(start + sum(written.values()), end)
+    whole = record(model, [{"input_ids": IDS}], sites=residual_writers(model), progress=False)
+    torch.testing.assert_close(sum(whole.values()), end)
 
 
 def test_there_is_one_of_each_for_every_block_and_they_can_be_steered(model):
     places = {f.__name__: f(model) for f in (residual_sites, attention_sites, mlp_sites)}
     assert {len(found) for found in places.values()} == {3}
-    assert len(residual_writers(model)) == 6
+    assert len(residual_writers(model, slice(None))) == 6
+    assert residual_writers(model) == (f"{residual_sites(model, 0)[0]}:in", *residual_writers(model, slice(None)))
     plain = model(IDS).logits
     for site, *_ in places.values():
         with Steerer(model, SteeringVector({site: torch.linspace(-3, 3, 8)})):
