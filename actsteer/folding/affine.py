@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,25 +14,52 @@ from actsteer.errors import NotFoldable
 from actsteer.steering.bound import edited_by
 from actsteer.steering.edit import SiteEdit
 
+_FIRST, _ROWS = 16, 256  # how many random rows are tried first; how many rows of the identity are edited at once
+
 
 @dataclass(frozen=True)
 class AffineMap:
-    """h -> M h + m in float64; `weight` M (d, d) is None for the identity."""
+    """h -> h + U A h + m in float64: M = 1 + U A, with `adds` U (d, r), `reads` A (r, d) and `bias` m.
 
-    weight: Float[Tensor, "d d"] | None
+    The columns of U are orthonormal, and r is the rank of M - 1, 0 where a constant is added and 1 where one direction
+    is ablated; or d, where that is not small.
+    """
+
+    adds: Float[Tensor, "d r"]
+    reads: Float[Tensor, "r d"]
     bias: Float[Tensor, " d"]
+
+    @property
+    def mixes(self) -> bool:
+        """Whether it does more than add a constant."""
+        return len(self.reads) > 0
 
     @property
     def is_identity(self) -> bool:
         """Whether it changes nothing."""
-        return self.weight is None and not bool(self.bias.any())
+        return not self.mixes and not bool(self.bias.any())
 
-    def is_settled_by(self, other: AffineMap) -> bool:
-        """Whether what the other map has given stays as it is under this one: both are one projection."""
-        if self.weight is None or other.weight is None or bool(self.bias.any()) or bool(other.bias.any()):
-            return False
-        twice = self.weight @ self.weight
-        return torch.allclose(self.weight, other.weight, atol=1e-9) and torch.allclose(twice, self.weight, atol=1e-9)
+    @property
+    def is_projection(self) -> bool:
+        """Whether what it has given stays as it is when it comes again: M M = M, that is A + A U A = 0, and m = 0."""
+        twice = self.reads + (self.reads @ self.adds) @ self.reads
+        return self.mixes and not bool(self.bias.any()) and bool((twice.abs() <= 1e-9).all())
+
+    def __call__(self, rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        """What becomes of the rows."""
+        return rows + (rows @ self.reads.T) @ self.adds.T + self.bias
+
+    def after(self, weight: Tensor, *, axis: int) -> Tensor:
+        """M W, where the axis of a weight is that of the outputs."""
+        read = torch.tensordot(self.reads.to(weight), weight, ([1], [axis]))
+        moved: Tensor = weight + torch.tensordot(self.adds.to(weight), read, ([1], [0])).movedim(0, axis)
+        return moved
+
+    def before(self, weight: Tensor, *, axis: int) -> Tensor:
+        """W M, where the axis of a weight is that of the inputs."""
+        added = torch.tensordot(weight, self.adds.to(weight), ([axis], [0]))
+        moved: Tensor = weight + torch.tensordot(added, self.reads.to(weight), ([-1], [0])).movedim(-1, axis)
+        return moved
 
 
 def affine_maps(edits: Mapping[str, SiteEdit], strengths: Sequence[Tensor]) -> dict[str, AffineMap]:
@@ -43,36 +71,93 @@ def affine_maps(edits: Mapping[str, SiteEdit], strengths: Sequence[Tensor]) -> d
     return {site: _map(site, edit, [strengths[index] for index in edit.concepts]) for site, edit in edits.items()}
 
 
+def same_projections(maps: Mapping[str, AffineMap]) -> dict[str, frozenset[str]]:
+    """Site -> the sites that have the same projection, itself among them; itself alone, where it has none.
+
+    Two maps are the same if they make the same of one random row, which others do with probability 0.
+    """
+    images: dict[str, tuple[int, float, Tensor]] = {}
+    for site, own in maps.items():
+        if own.is_projection:
+            row = torch.randn(1, len(own.bias), generator=_seeded(), dtype=torch.float64)
+            image = own(row.to(own.bias)).cpu()
+            images[site] = (len(own.bias), float((row * image).sum()), image)
+    groups: list[list[str]] = []
+    for site in sorted(images, key=lambda site: images[site][:2]):  # so that the same ones are neighbours
+        size, _, image = images[site]
+        alike = groups and images[groups[-1][0]]
+        if alike and alike[0] == size and torch.allclose(alike[2], image, atol=1e-9):
+            groups[-1].append(site)
+        else:
+            groups.append([site])
+    alone = {site: frozenset([site]) for site in maps}
+    return alone | {site: group for group in map(frozenset, groups) for site in group}
+
+
 @torch.no_grad()
 def _map(site: str, edit: SiteEdit, strengths: Sequence[Tensor]) -> AffineMap:
     directions = edit.directions.detach().double()
+    d = directions.shape[1]
     if edit.is_sum:  # of plain Add
         c = torch.stack([strength.to(directions) for strength in strengths])
-        return AffineMap(None, c @ directions)
+        return AffineMap(directions.new_zeros(d, 0), directions.new_zeros(0, d), c @ directions)
 
     def apply(rows: Tensor) -> Tensor:
         for intervention, direction, strength in zip(edit.interventions, directions, strengths, strict=True):
             rows = edited_by(intervention, rows, direction, strength.to(directions))
         return rows
 
-    d = directions.shape[1]
     bias = apply(directions.new_zeros(1, d))[0]
-    weight = (apply(torch.eye(d).to(directions)) - bias).T
-    if not _holds(apply, weight, bias):
+    adds = _span(lambda rows: apply(rows) - bias - rows, bias)
+    reads = torch.cat([(apply(rows) - bias - rows) @ adds for rows in _identity(bias)]).T
+    found = AffineMap(adds, reads, bias)
+    if not _holds(apply, found):
         names = ", ".join(sorted({type(own).__name__ for own in edit.interventions}))
         raise NotFoldable(
             f"site {site!r}: {names} is not an affine map of the activation, and weights can carry no other; "
             "keep the Steerer"
         )
-    return AffineMap(weight, bias)
+    return found
 
 
-def _holds(apply: Callable[[Tensor], Tensor], weight: Tensor, bias: Tensor) -> bool:
+def _span(change: Callable[[Tensor], Tensor], bias: Float[Tensor, " d"]) -> Float[Tensor, "d r"]:
+    """An orthonormal basis of all that a linear map gives: what it makes of r random rows spans it, almost surely."""
+    d, generator = len(bias), _seeded()
+    count = min(_FIRST, d)
+    while True:
+        rows = torch.randn(count, d, generator=generator, dtype=torch.float64)
+        made = change(rows.to(bias)).nan_to_num(0, 0, 0)  # such a map does not hold
+        _, sizes, basis = torch.linalg.svd(made, full_matrices=False)
+        noise = 1e-13 * d**0.5 * max(1.0, float(sizes[0]), float(bias.abs().max()))
+        rank = int((sizes > noise).sum())
+        if rank < count:
+            found: Tensor = basis[:rank].T
+            return found
+        if 4 * count >= d:
+            return torch.eye(d).to(bias)
+        count *= 4
+
+
+def _identity(like: Float[Tensor, " d"]) -> Iterator[Float[Tensor, "n d"]]:
+    """The rows of the identity matrix, some at a time: the whole of it is large."""
+    d = len(like)
+    for start in range(0, d, _ROWS):
+        rows = like.new_zeros(min(_ROWS, d - start), d)
+        rows.diagonal(start).fill_(1.0)
+        yield rows
+
+
+def _holds(apply: Callable[[Tensor], Tensor], found: AffineMap) -> bool:
     """Whether it is M h + m for rows of all sizes, too."""
-    generator = torch.Generator().manual_seed(0)
+    generator = _seeded()
     for scale in (1e-9, 1e-3, 1.0, 1e3, 1e9):
-        rows = scale * torch.randn(8, len(bias), generator=generator, dtype=torch.float64).to(bias.device)
-        expected = rows @ weight.T + bias
-        if not torch.allclose(apply(rows), expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max())):
+        rows = scale * torch.randn(8, len(found.bias), generator=generator, dtype=torch.float64).to(found.bias.device)
+        expected = found(rows)
+        size = float(expected.abs().max())
+        if not math.isfinite(size) or not torch.allclose(apply(rows), expected, rtol=1e-9, atol=1e-9 * size):
             return False
     return True
+
+
+def _seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)

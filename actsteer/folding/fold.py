@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
+from itertools import chain
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -18,9 +19,10 @@ from actsteer.collecting.batches import Batches, call
 from actsteer.collecting.eval_mode import buffers_kept, eval_mode
 from actsteer.errors import AttachedError, NotFoldable
 from actsteer.folding import pretrained
-from actsteer.folding.affine import AffineMap, affine_maps
-from actsteer.folding.layers import kind_of, obstacle, write_input, write_output
+from actsteer.folding.affine import AffineMap, affine_maps, same_projections
+from actsteer.folding.layers import changed_by, obstacle, write_input, write_output
 from actsteer.folding.proof import Proof
+from actsteer.folding.ties import Ties
 from actsteer.folding.trace import Run, Trace
 from actsteer.folding.undo import Undo
 from actsteer.sites.axes import Axes, Layout
@@ -53,6 +55,7 @@ def fold(
     intervention: Interventions | None = None,
     sites: Sites | None = None,
     axis: Axes | None = None,
+    untie: bool = False,
     inplace: bool = False,
 ) -> Model:
     """A copy of the model whose weights carry the steering: it runs anywhere, at no cost, without this library.
@@ -61,6 +64,7 @@ def fold(
     one that writes to it; or, behind a nonlinearity, into the biases of the layers that read it, b + W (c v). What
     mixes features, as `Ablate` does, goes into the weights, (I - c v vᵀ) W with v of norm 1, of all layers that the
     activation is the sum of. Any affine edit can be folded: `LowRank`, `Affine`, `Replace`, `Clamp` to one value.
+    `Ablate` at all `residual_writers(model)` takes a direction out of the whole residual stream.
 
     It is not assumed that this is the same. One pass shows which layers make and read the activation, and then the
     outputs on `verify_on` must be those of the hooked model, as near as rounding at the sites lets them be. What the
@@ -74,6 +78,8 @@ def fold(
         vectors, c, intervention, sites, axis: as for `Steerer`, with one strength for all rows.
         verify_on: inputs, on which it is proved: a tensor, a tuple or a mapping, or an iterable of these. Pads, as an
             attention_mask shows them, are left out; folded weights steer them too, which changes no answer at a token.
+        untie: where the weight of an embedding, or of a head, has to change that both share, give the head, an
+            `nn.Linear`, weights of its own; the config of a Hugging Face model says so. `unfold` ties them again.
         inplace: change the model itself, until `unfold`.
 
     Raises:
@@ -111,11 +117,12 @@ def fold(
         try:
             with buffers_kept(model), buffers_kept(target):
                 proof = Proof(steerer, verify_on)
-                folding = _Folding(target, steerer, maps, proof)
+                ties = Ties(unwrapped(target), untie=untie)
+                folding = _Folding(target, steerer, maps, proof, ties)
                 folding.run(undo)
-                pretrained.adapt(unwrapped(target), undo)
+                pretrained.adapt(unwrapped(target), undo, untied=ties.parted())
                 if (failure := proof.failure(target)) is not None:
-                    raise NotFoldable(f"with the biases that its config asks for, {failure}")
+                    raise NotFoldable(f"with what its config asks for now, {failure}")
         except BaseException:
             undo.run()
             raise
@@ -172,8 +179,10 @@ def _copied(model: Model) -> Model:
 class _Folding:
     """The sites one by one, each by the first way that is right."""
 
-    def __init__(self, target: nn.Module, steerer: Steerer, maps: Mapping[str, AffineMap], proof: Proof) -> None:
-        self._target, self._steerer, self._maps, self._proof = target, steerer, maps, proof
+    def __init__(
+        self, target: nn.Module, steerer: Steerer, maps: Mapping[str, AffineMap], proof: Proof, ties: Ties
+    ) -> None:
+        self._target, self._steerer, self._maps, self._proof, self._ties = target, steerer, maps, proof, ties
         self._batch = proof.batches[0]
         self._trace = Trace(target, resolve(target, maps), self._batch)
         self.idle = self._trace.idle
@@ -183,22 +192,25 @@ class _Folding:
                 also = set(Trace(target, {}, batch).idle)
                 self.idle = [name for name in self.idle if name in also]
         self._why: defaultdict[str, list[str]] = defaultdict(list)
-        self._ways = {site: self._ways_of(site) for site in self._trace.in_order()}
+        self._same = same_projections(maps)
 
     def run(self, undo: Undo) -> None:
         """Fold all sites, or raise."""
-        for site, ways in self._ways.items():
-            if not ways:
+        ways = {site: self._ways_of(site) for site in self._trace.in_order()}
+        likeliest: dict[str, Callable[[Undo], None]] = {}
+        for site, own in ways.items():
+            if (first := next(own, None)) is None:
                 raise NotFoldable(self._message(site))
-        for ways in self._ways.values():  # most often, the first way is right everywhere
-            ways[0](undo)
+            likeliest[site] = first
+        for way in likeliest.values():  # most often it is right everywhere
+            way(undo)
         if self._proof.failure(self._target) is None:
             return
         undo.run()
-        rest = list(self._ways)
-        for site, ways in self._ways.items():
+        rest = list(ways)
+        for site, others in ways.items():
             rest.remove(site)
-            for way in ways:
+            for way in chain([likeliest[site]], others):
                 before = undo.mark()
                 way(undo)
                 if (failure := self._failure(rest)) is None:
@@ -219,29 +231,34 @@ class _Folding:
         why = "; ".join(list(dict.fromkeys(self._why[site]))[:5]) or "no layer makes or reads it"
         return f"site {site!r} cannot be folded: {why}. Keep the Steerer, or choose another site"
 
-    def _ways_of(self, site: str) -> list[Callable[[Undo], None]]:
+    def _ways_of(self, site: str) -> Iterator[Callable[[Undo], None]]:
         """How the site could be folded, the likeliest first."""
-        edit = self._maps[site]
-        settled = [other for other, own in self._maps.items() if other != site and edit.is_settled_by(own)]
-        found = [self._into_writers(site, edit, settled), self._into_readers(site, edit)]
-        return [way for way in found if way is not None]
+        for into in (self._into_writers, self._into_readers):
+            if (way := into(site, self._maps[site])) is not None:
+                yield way
 
-    def _into_writers(self, site: str, edit: AffineMap, settled: list[str]) -> Callable[[Undo], None] | None:
-        writers, others = self._trace.writers(site, settled=settled)
-        if edit.weight is None:
+    def _into_writers(self, site: str, edit: AffineMap) -> Callable[[Undo], None] | None:
+        writers, others = self._trace.writers(site, settled=self._same[site])
+        if not edit.mixes:
             last = next((run for run in writers if self._can(site, run, edit, at="output")), None)
             self._why[site].extend(f"{other} stands between" for other in others)
-            return None if last is None else partial(_written, run=last, edit=edit, bias=True)
+            return None if last is None else partial(self._write, [last], edit)
         self._why[site].extend(f"{other} has a part in it" for other in others)
         able = [self._can(site, run, edit, at="output") for run in writers]
-        if others or not all(able) or not writers:
-            return None
+        return None if others or not all(able) or not writers else partial(self._write, writers, edit)
 
-        def write(undo: Undo) -> None:
-            for index, run in enumerate(writers):
-                _written(undo, run, edit, bias=index == 0)
+    def _write(self, writers: list[Run], edit: AffineMap, undo: Undo) -> None:
+        """Into the layers whose sum it is; what is added, into the first of them."""
+        for index, run in enumerate(writers):
+            self._keep(run, edit, undo)
+            write_output(run.module, edit, bias=index == 0)
 
-        return write
+    def _keep(self, run: Run, edit: AffineMap, undo: Undo) -> None:
+        """Before a layer is written to."""
+        keys = changed_by(edit, run.module)
+        if "weight" in keys:
+            self._ties.part(run.module, undo)
+        undo.keep(run.module, run.name, *keys)
 
     def _into_readers(self, site: str, edit: AffineMap) -> Callable[[Undo], None] | None:
         readers, others = self._trace.readers(site)
@@ -256,13 +273,13 @@ class _Folding:
 
         def write(undo: Undo) -> None:
             for run in readers:
-                undo.keep(run.module, run.name, *_written_to(edit))
+                self._keep(run, edit, undo)
                 write_input(run.module, edit, constants[run])
 
         return write
 
     def _can(self, site: str, run: Run, edit: AffineMap, *, at: Any) -> bool:
-        why = obstacle(unwrapped(self._target), run.module, edit, at=at)
+        why = obstacle(run.module, edit, at=at) or self._ties.obstacle(run.module, changed_by(edit, run.module))
         if why is None and self._trace.times(run) > 1:
             why = f"it runs {self._trace.times(run)} times in one pass"
         if why is not None:
@@ -296,17 +313,7 @@ class _Folding:
             if not bool((rows == rows[0]).all()):
                 return None
             exact = len(rows[0]) == len(edit.bias) and bool((rows[0] == edit.bias.to(rows)).all())
-            if not exact and edit.weight is not None:
+            if not exact and edit.mixes:
                 return None
             found[run] = edit.bias if exact else rows[0].double()
         return found
-
-
-def _written(undo: Undo, run: Run, edit: AffineMap, *, bias: bool) -> None:
-    undo.keep(run.module, run.name, *_written_to(edit, embedding=kind_of(run.module) == "embedding"))
-    write_output(run.module, edit, bias=bias)
-
-
-def _written_to(edit: AffineMap, *, embedding: bool = False) -> tuple[str, ...]:
-    """The parameters that change."""
-    return ("weight",) if embedding else ("bias",) if edit.weight is None else ("weight", "bias")

@@ -33,15 +33,18 @@ def kind_of(module: nn.Module) -> Kind | None:
     return None
 
 
-def obstacle(model: nn.Module, module: nn.Module, edit: AffineMap, *, at: Literal["input", "output"]) -> str | None:
-    """Why the module's parameters cannot carry the map; None if they can."""
+def changed_by(edit: AffineMap, module: nn.Module) -> tuple[str, ...]:
+    """The names of the parameters into which the map is written."""
+    return ("weight",) if kind_of(module) == "embedding" else ("weight", "bias") if edit.mixes else ("bias",)
+
+
+def obstacle(module: nn.Module, edit: AffineMap, *, at: Literal["input", "output"]) -> str | None:
+    """Why the module's parameters cannot carry the map, if nothing else has them too; None if they can."""
     kind = kind_of(module)
-    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    weight = module._parameters.get("weight")
     if kind is None:
         return "its forward is its own"
-    changed = [
-        own for own in (weight if edit.weight is not None or kind == "embedding" else None, bias) if own is not None
-    ]
+    changed = [own for key in changed_by(edit, module) if (own := module._parameters.get(key)) is not None]
     if is_sharded(module):
         return "its parameters are sharded"
     if any(parameter.is_meta for parameter in module._parameters.values() if parameter is not None):
@@ -53,10 +56,8 @@ def obstacle(model: nn.Module, module: nn.Module, edit: AffineMap, *, at: Litera
     if module._forward_hooks or module._forward_pre_hooks:
         return "it has hooks, which may change what it gives"
     for name in getattr(module, "parametrizations", ()):
-        if name == "bias" or edit.weight is not None or at == "input":
+        if name == "bias" or edit.mixes or at == "input":
             return f"its {name} is parametrised"
-    if (name := _sharer(model, module, changed)) is not None:
-        return f"its weights are tied to {name}"
     if kind == "embedding":
         return (
             "it scales its rows to max_norm"
@@ -67,9 +68,9 @@ def obstacle(model: nn.Module, module: nn.Module, edit: AffineMap, *, at: Litera
         return _input_obstacle(module, kind, edit)
     if "bias" not in module._parameters:
         return "its class has no bias"
-    if kind == "norm" and edit.weight is not None:
+    if kind == "norm" and edit.mixes:
         return "a norm scales each feature by itself, and the edit mixes them"
-    if edit.weight is not None and int(getattr(module, "groups", 1)) > 1:
+    if edit.mixes and int(getattr(module, "groups", 1)) > 1:
         return "its groups of channels cannot be mixed"
     return _misfit(_outputs(module, kind), edit)
 
@@ -79,7 +80,7 @@ def _input_obstacle(module: nn.Module, kind: Kind, edit: AffineMap) -> str | Non
         return "it is not a linear map of its input alone"
     if kind == "conv" and getattr(module, "padding_mode", "") == "zeros" and any(_padding(module)):
         return "it pads with zeros, which are not steered"
-    if kind == "conv" and edit.weight is not None and int(getattr(module, "groups", 1)) > 1:
+    if kind == "conv" and edit.mixes and int(getattr(module, "groups", 1)) > 1:
         return "its groups of channels cannot be mixed"
     return None
 
@@ -91,21 +92,17 @@ def write_output(module: nn.Module, edit: AffineMap, *, bias: bool = True) -> No
     added = edit.bias if bias else torch.zeros_like(edit.bias)
     if kind == "embedding":
         assert weight is not None
-        rows = weight.detach().double()
-        _set(weight, (rows if edit.weight is None else rows @ edit.weight.T.to(rows)) + added.to(rows))
+        _set(weight, edit.after(weight.detach().double(), axis=1) + added.to(weight.device))
         return
-    if edit.weight is not None:
+    if edit.mixes:
         assert weight is not None
         axis = 1 if kind in ("transposed linear", "transposed conv") else 0
-        _set(
-            weight,
-            torch.tensordot(edit.weight.to(weight.device), weight.detach().double(), ([1], [axis])).movedim(0, axis),
-        )
+        _set(weight, edit.after(weight.detach().double(), axis=axis))
     old = module._parameters["bias"]
     if old is None and not bool(added.any()):
         return
     before = added.new_zeros(len(added)) if old is None else old.detach().double().to(added.device)
-    _set(made_bias(module, len(added)), (before if edit.weight is None else edit.weight @ before) + added)
+    _set(made_bias(module, len(added)), edit.after(before, axis=0) + added)
 
 
 def write_input(module: nn.Module, edit: AffineMap, constant: Tensor) -> None:
@@ -123,9 +120,8 @@ def write_input(module: nn.Module, edit: AffineMap, constant: Tensor) -> None:
         per_group = constant.to(wide).reshape(groups, 1, -1)
         taps = wide.reshape(groups, -1, wide.shape[1], wide[0, 0].numel()).sum(dim=-1)
         moved = (taps * per_group).sum(dim=-1).reshape(-1)
-    if edit.weight is not None:
-        axis = 0 if kind == "transposed linear" else 1
-        _set(weight, torch.tensordot(wide, edit.weight.to(wide), ([axis], [0])).movedim(-1, axis))
+    if edit.mixes:
+        _set(weight, edit.before(wide, axis=0 if kind == "transposed linear" else 1))
     if bool(moved.any()):
         bias = made_bias(module, len(moved))
         _set(bias, bias.detach().double() + moved.to(bias.device))
@@ -168,22 +164,3 @@ def _padding(module: nn.Module) -> tuple[int, ...]:
     if isinstance(padding, str):
         return () if padding == "valid" else tuple(size - 1 for size in getattr(module, "kernel_size", ()))
     return tuple(padding)
-
-
-def _sharer(model: nn.Module, module: nn.Module, parameters: list[nn.Parameter]) -> str | None:
-    """The name of another module in which a change of these parameters would show."""
-    mine = {own.data_ptr() for own in parameters if own.numel()}
-    for name, other in model.named_modules():
-        if other is not module:
-            for key, parameter in other._parameters.items():
-                if (
-                    parameter is not None
-                    and not parameter.is_meta
-                    and type(parameter.data) is Tensor
-                    and (
-                        any(parameter is own for own in parameters)
-                        or (parameter.numel() and parameter.data_ptr() in mine)
-                    )
-                ):
-                    return f"{name}.{key}" if name else key
-    return None

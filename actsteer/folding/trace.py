@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,6 +58,7 @@ class Trace:
         self.sites: dict[str, Node] = {}
         self._runs: list[Run] = []
         self._order: dict[str, int] = {}
+        self._site_at: dict[Node, str] = {}
         if any(parameter.is_inference() for parameter in model.parameters()):
             raise NotFoldable("the model was made in inference mode, where nothing can be traced; make it outside")
         with ExitStack() as stack:
@@ -98,22 +99,21 @@ class Trace:
         """How often the run's module ran in the pass."""
         return self._counts[id(run.module)]
 
-    def writers(self, site: str, *, settled: Iterable[str] = ()) -> tuple[list[Run], list[str]]:
+    def writers(self, site: str, *, settled: Set[str]) -> tuple[list[Run], list[str]]:
         """The layers whose outputs sum to the activation, the last one first; and what else is in that sum.
 
-        Without `settled`, a layer whose output is read elsewhere too counts as something else.
+        A layer whose output is read elsewhere too counts as something else, if no other site is settled.
 
         Args:
-            settled: sites past which nothing need be known.
+            settled: sites past which nothing need be known, and perhaps the site itself.
         """
-        ends = {self.sites[other] for other in settled}
         found: list[Run] = []
         others: list[str] = []
         stack: list[tuple[Node, Run | None]] = [(self.sites[site], None)]
         seen: set[Node] = set()
         while stack:
             node, maker = stack.pop()
-            if node in seen or (node in ends and node is not self.sites[site]):
+            if node in seen or (self._site_at.get(node, site) != site and self._site_at[node] in settled):
                 continue
             seen.add(node)
             runs = self._made.get(node, ())
@@ -127,7 +127,7 @@ class Trace:
                 stack += [(other, None if is_sum else maker) for other, _ in node.next_functions if other is not None]
             else:
                 others.append(self._described(node) if maker is None else str(maker))
-        if not ends:
+        if settled <= {site}:
             elsewhere = {run: self._read_elsewhere(run, site, within=seen) for run in found}
             others += [f"{reader}, which reads {run} too" for run, reader in elsewhere.items() if reader is not None]
             found = [run for run in found if elsewhere[run] is None]
@@ -210,6 +210,7 @@ class Trace:
                 raise NotFoldable(f"site {site!r} runs more than once in one pass, and has one set of weights")
             if copied.grad_fn is not None:
                 self.sites[site] = copied.grad_fn
+                self._site_at[copied.grad_fn] = site
                 self._order[site] = len(self._runs)
             whole = view.write_raw(copied)
             return tuple(whole) if place.side == "in" else whole

@@ -28,12 +28,20 @@ class Undo:
         for key in keys:
             own = module._parameters.get(key)
             value = None if own is None else own.detach().clone()
-            if fingerprint.remember(module, key):
-                self.then(partial(fingerprint.forget, module, key))
+            self.remember(module, key)
             self.then(lambda key=key, own=own, value=value: _restore(module, key, own, value))  # type: ignore[misc]
-            self._kept.append((module, name, key))
+            self.watch(module, name, key)
             if key == "bias" and own is None:
                 self.created.append(f"{name}.bias" if name else "bias")
+
+    def remember(self, module: nn.Module, key: str, *, counts: bool = True) -> None:
+        """Have fingerprints made of the parameter as it is now or, where it does not count, without it."""
+        if fingerprint.remember(module, key, counts=counts):
+            self.then(partial(fingerprint.forget, module, key))
+
+    def watch(self, module: nn.Module, name: str, key: str) -> None:
+        """Take nothing back once this parameter is changed by others."""
+        self._kept.append((module, name, key))
 
     def then(self, step: Callable[[], None]) -> None:
         """Remember how to take back something else."""

@@ -118,8 +118,10 @@ def described(model: nn.Module) -> dict[str, str]:
     return {key: value for key, value in known.items() if value is not None}
 
 
-def remember(module: nn.Module, key: str) -> bool:
+def remember(module: nn.Module, key: str, *, counts: bool = True) -> bool:
     """Keep what a parameter is like before a steering writes into it: fingerprints are made of that from now on.
+
+    One that does not count is left out of them: it was another module's before.
 
     Returns:
         Whether nothing was kept of it before; whoever is told True calls `forget` once its own writing is undone.
@@ -127,7 +129,7 @@ def remember(module: nn.Module, key: str) -> bool:
     known = _before.setdefault(module, {})
     if key in known:
         return False
-    parameter = module._parameters.get(key)
+    parameter = module._parameters.get(key) if counts else None
     known[key] = None if parameter is None or is_lazy(parameter) else _sampled(parameter.detach()).clone()
     return True
 
@@ -138,7 +140,7 @@ def forget(module: nn.Module, key: str) -> None:
 
 
 _before: WeakKeyDictionary[nn.Module, dict[str, Tensor | None]] = WeakKeyDictionary()
-"""Module -> some numbers of the parameters that a steering has written into, as they were; None: there was none."""
+"""Module -> some numbers of the parameters that a steering has written into, as they were; None: it had none."""
 
 
 def model_type(model: nn.Module) -> str | None:

@@ -449,5 +449,5 @@ def test_a_compiled_model_s_checkpoint_asks_for_the_biases_too(tmp_path):
 def test_weights_that_cannot_be_written(change, why):
     layer = nn.Linear(4, 6, bias=False)
     layer.weight = nn.Parameter(change(layer), requires_grad=False)
-    edit = AffineMap(torch.eye(6, dtype=torch.float64), torch.ones(6, dtype=torch.float64))
-    assert obstacle(nn.Sequential(layer), layer, edit, at="output") == why
+    edit = AffineMap(torch.eye(6).double(), torch.eye(6).double(), torch.ones(6).double())
+    assert obstacle(layer, edit, at="output") == why
