@@ -35,6 +35,7 @@ def fold(
     output: OutPath,
     concept: Concepts = None,
     chat: Chat = False,
+    untie: Annotated[bool, typer.Option("--untie", help="Give a head tied to the embedding its own weights.")] = False,
     device: Device = None,
     dtype: DtypeName = "auto",
     trust_remote_code: TrustRemoteCode = False,
@@ -53,11 +54,17 @@ def fold(
     if is_pretrained == (output.suffix.lower() == ".safetensors"):
         wanted = "a name for a directory" if is_pretrained else "a name with .safetensors for the weights"
         raise typer.BadParameter(f"{output}: expected {wanted}", param_hint="output")
+    if untie and not is_pretrained:
+        raise typer.BadParameter(
+            "weights alone do not say that the head has its own; fold in Python, and load them into a model whose head "
+            "is not tied",
+            param_hint="--untie",
+        )
     companions = loaded.companions()
     vectors = banks.read(bank, loaded.model, concept)
     batch = one_batch(verify_on, loaded, chat=chat)
     before = set(host.state_dict())
-    folding.fold(loaded.model, vectors, strength, verify_on=batch, inplace=True)
+    folding.fold(loaded.model, vectors, strength, verify_on=batch, untie=untie, inplace=True)
     if is_pretrained:
         with filling(output) as temporary:
             for part in (host, *companions):

@@ -681,6 +681,30 @@ def test_fold_refuses_what_weights_cannot_carry(run, folder):
     assert not (folder / "folded").exists()
 
 
+def test_fold_gives_a_tied_head_weights_of_its_own_if_asked(run, folder):
+    from tests.zoo import llama
+
+    model = llama(vocab_size=len(tokenizer(folder)), tie_word_embeddings=True).float()
+    model.save_pretrained(folder / "tied")
+    tokenizer(folder).save_pretrained(folder / "tied")
+    v = SteeringVector({"model.embed_tokens": torch.ones(16)})
+    v.save(folder / "v.safetensors")
+    command = ["fold", "-m", "tied", "-b", "v.safetensors", "-c", "2", "--verify-on", "love.txt", "-o"]
+    done = run(*command, "folded")
+    assert done.code == 1 and "with untie=True lm_head would get weights of its own" in done.err
+    assert run(*command, "folded", "--untie").code == 0
+    ids = torch.tensor([[3, 4, 6]])
+    with torch.no_grad(), Steerer(model, v, c=2.0):
+        assert torch.allclose(causal(folder, "folded")(ids).logits, model(ids).logits, atol=1e-4)
+    same = ["verify", "v.safetensors", "-m", "tied", "--on", "love.txt", "--folded", "folded"]
+    assert run(*same, "-c", "2").code == 0
+    v = SteeringVector({"1": torch.ones(8)})
+    v.save(folder / "w.safetensors")
+    files = ["-b", "w.safetensors", "-c", "1", "--verify-on", "right.pt", "-o", "w2.safetensors"]
+    done = run("fold", "-m", "nets:build", *files, "--untie")
+    assert done.code == 2 and "weights alone do not say that the head has its own" in done.err
+
+
 def test_fold_writes_into_no_directory_that_holds_something(run, folder, bank):
     common = ["fold", "-m", "llama", "-b", "bank.safetensors", "--verify-on", "love.txt"]
     before = (folder / "llama/model.safetensors").read_bytes()
