@@ -79,11 +79,14 @@ def main(
 
 
 # --- what is timed ---------------------------------------------------------------------------------------------------
-def language_model(*, quick: bool) -> nn.Module:
-    """A Llama of the shape of SmolLM2-135M (30 blocks, d = 576, 49152 tokens), with random weights."""
+def language_model(*, quick: bool, tied: bool = False) -> nn.Module:
+    """A Llama of the shape of SmolLM2-135M (30 blocks, d = 576, 49152 tokens), with random weights, tied or not."""
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     config = LlamaConfig(
-        vocab_size=512 if quick else 49_152, num_key_value_heads=3 if not quick else 4, **(TINY if quick else SHAPE)
+        vocab_size=512 if quick else 49_152,
+        num_key_value_heads=3 if not quick else 4,
+        tie_word_embeddings=tied,
+        **(TINY if quick else SHAPE),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
