@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 import typer
 
-from actsteer.tokens.positions import Positions
+from actsteer.tokens.positions import Positions, from_text
 
 Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 """In which dtype a Hugging Face model is loaded; "auto" is the one that it was saved in."""
@@ -109,20 +109,8 @@ def shard(text: str) -> tuple[int, int]:
 
 
 def positions(text: str) -> Positions:
-    """ "last" and the like as they are, "3" as an index, "1:4" as a slice.
-
-    >>> positions("last"), positions("-1"), positions("1:")
-    ('last', -1, slice(1, None, None))
-    """
+    """What `from_text` makes of it."""
     try:
-        if ":" in text:
-            start, stop = text.split(":")
-            return slice(int(start) if start else None, int(stop) if stop else None)
-        return int(text)
-    except ValueError:
-        for known in ("all", "last", "prompt", "generated"):
-            if text == known:
-                return known
-    raise typer.BadParameter(
-        f"{text!r}: expected all, last, prompt, generated, an index, or start:stop", param_hint="--positions"
-    )
+        return from_text(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error).removeprefix("positions: "), param_hint="--positions") from None

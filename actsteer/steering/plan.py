@@ -233,8 +233,7 @@ def make_plan(
     modules = named_sites(model)
     places = _places(model, bank, sites, modules)
     axes = _axes(bank, places, axis)
-    gates = gate if isinstance(gate, Mapping) else dict.fromkeys(bank.concepts, gate) if gate is not None else {}
-    _check_concepts(gates, bank, by="gate")
+    gates = gates_of(bank, gate)
     single = {id(leaf): leaf for own in gates.values() for leaf in leaves(own)}
     made_for = [(f"the vector {concept!r}", metadata) for concept, metadata in metadata_in(bank).items()]
     made_for += [(f"the gate {leaf!r}", leaf.metadata) for leaf in single.values() if isinstance(leaf, Fitted)]
@@ -249,7 +248,7 @@ def make_plan(
     }
     readers = {place: _reader(gates[concept], made) for place, concept in enumerate(bank.concepts) if concept in gates}
     distinct = tuple(made.values())
-    interventions = _interventions(bank, intervention)
+    interventions = interventions_of(bank, intervention)
     rule_of = {key: _by_site(own) for key, own in {id(own): own for own in interventions}.items()}
     rules = [rule_of[id(own)] for own in interventions]
     edits: dict[str, SiteEdit] = {}
@@ -318,7 +317,14 @@ def _passes(
     return groups(host, places, said_of(mask, places), somewhere)
 
 
-def _interventions(bank: VectorBank, intervention: Interventions | None) -> list[Intervention | PerSite]:
+def gates_of(bank: VectorBank, gate: Gates | None) -> Mapping[str, AnyGate]:
+    """Concept -> its gate, of those that have one."""
+    gates = gate if isinstance(gate, Mapping) else dict.fromkeys(bank.concepts, gate) if gate is not None else {}
+    _check_concepts(gates, bank, by="gate")
+    return gates
+
+
+def interventions_of(bank: VectorBank, intervention: Interventions | None) -> list[Intervention | PerSite]:
     """One per concept, in bank order: what was asked for, else what the vector's metadata says that it is meant for."""
     if intervention is not None and not isinstance(intervention, Mapping):
         check_intervention(intervention, by="intervention")

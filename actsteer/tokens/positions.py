@@ -58,6 +58,29 @@ def check(positions: Positions, *, steers: bool) -> None:
             )
 
 
+def from_text(text: str) -> Positions:
+    """Positions in writing: a word as it is, "3" an index, "1:4" a slice.
+
+    Raises:
+        ValueError: none of these.
+
+    >>> from_text("last"), from_text("-1"), from_text("1:")
+    ('last', -1, slice(1, None, None))
+    """
+    found: Any = text
+    try:
+        if ":" in text:
+            found = slice(*(int(part) if part else None for part in text.split(":")))
+        elif text not in get_args(Words):
+            found = int(text)
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"positions: expected all, last, prompt, generated, an index, or start:stop, got {text!r}"
+        ) from None
+    check(found, steers=True)
+    return found  # type: ignore[no-any-return]
+
+
 def described(positions: Positions) -> dict[str, str]:
     """Metadata that tells statistics of different positions apart; none for all of them."""
     if positions in ("all", "prompt") if isinstance(positions, str) else False:

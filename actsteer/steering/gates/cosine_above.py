@@ -58,6 +58,11 @@ class CosineAbove:
         """That of the vector: on which model it was fitted, and at which positions."""
         return dict(self._direction.metadata)
 
+    @property
+    def direction(self) -> Float[Tensor, " d"]:
+        """A copy of the unit direction of which the cosine is taken."""
+        return self._direction.exact.clone()
+
     def score(self, rows: Float[Tensor, "rows d"]) -> Float[Tensor, " rows"]:
         """The cosine of each row with the direction, in float32 at least."""
         rows = wide(rows)

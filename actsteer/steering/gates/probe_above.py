@@ -66,6 +66,11 @@ class ProbeAbove:
         """That of the vector: on which model it was fitted, and at which positions."""
         return dict(self._direction.metadata)
 
+    @property
+    def direction(self) -> Float[Tensor, " d"]:
+        """A copy of the weights, w."""
+        return self._direction.exact.clone()
+
     def score(self, rows: Float[Tensor, "rows d"]) -> Float[Tensor, " rows"]:
         """The logit of each row, h · w + b, in float32 at least."""
         rows = wide(rows)

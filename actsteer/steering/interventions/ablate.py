@@ -69,7 +69,7 @@ class Ablate:
         along = unit(direction)
         component = activation @ along[:, None]
         if self.around is not None:
-            component = component - self._middle(along)
+            component = component - self.middle(along)
         if self.one_sided:
             component = component.clamp(min=0)
         return torch.addcmul(activation, c * component, along, value=-1)
@@ -81,14 +81,14 @@ class Ablate:
         along = nonzero_unit(direction, by=self)
         column, change = along[:, None], -c * along
         if self.around is not None:
-            middle, lowest = self._middle(along), 0.0 if self.one_sided else -math.inf
+            middle, lowest = self.middle(along), 0.0 if self.one_sided else -math.inf
             return lambda activation: torch.addcmul(activation, (activation @ column - middle).clamp(lowest), change)
         if self.one_sided:
             return lambda activation: torch.addcmul(activation, (activation @ column).clamp(min=0), change)
         return lambda activation: torch.addcmul(activation, activation @ column, change)
 
-    def _middle(self, along: Float[Tensor, " d"]) -> Float[Tensor, ""]:
-        """μ·u."""
+    def middle(self, along: Float[Tensor, " d"]) -> Float[Tensor, ""]:
+        """μ·u, how far the mean lies along the direction."""
         if not isinstance(self.around, Tensor):
             raise TypeError("around: it has a mean for each site; take that of one with .at(site)")
         if len(self.around) != len(along):

@@ -1,0 +1,119 @@
+"""Banks: the steering that an engine's configuration names, and whether it is of the engine's model."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from actsteer.errors import FileFormatError, ModelMismatchError, close_names
+from actsteer.integrations.vllm.requests import NAME
+from actsteer.integrations.vllm.served import Served, served
+from actsteer.sites import fingerprint
+from actsteer.steering.plan import gates_of, interventions_of
+from actsteer.steering.steering import Steering
+from actsteer.vectors.bank import VectorBank
+
+_KNOWN = ("bank", "compiled_for")
+
+
+def of_config(vllm_config: Any) -> str | list[str] | None:
+    """The files that `additional_config` names; None if it names none.
+
+    Raises:
+        ValueError: it says something else.
+    """
+    additional = vllm_config.additional_config
+    given = additional.get(NAME) if isinstance(additional, Mapping) else None
+    if given is None:
+        return None
+    if not isinstance(given, Mapping) or "bank" not in given:
+        raise ValueError(f'additional_config: expected {{"{NAME}": {{"bank": "tone.safetensors"}}}}, got {given!r}')
+    for name in given:
+        if name not in _KNOWN:
+            raise ValueError(f"additional_config[{NAME!r}]: no such option, {name!r}. {close_names(name, _KNOWN[:1])}")
+    bank = given["bank"]
+    return bank if isinstance(bank, str) else [str(own) for own in bank]
+
+
+def load(bank: str | Sequence[str]) -> Served:
+    """The steering of a file, of all files that a pattern names, or of several, as an engine computes it.
+
+    Raises:
+        FileFormatError: two files have the same concept.
+        And what `Steering.load` and `served` raise.
+    """
+    each = [Steering.load(path) for path in ([bank] if isinstance(bank, str) else bank)]
+    return served(each[0] if len(each) == 1 else _joined(each))
+
+
+def _joined(each: Sequence[Steering]) -> Steering:
+    vectors: dict[str, Any] = {}
+    said: dict[str, dict[str, Any]] = {"c": {}, "intervention": {}, "gate": {}, "positions": {}}
+    for own in each:
+        bank = own.vectors
+        if own.sites is not None:
+            raise FileFormatError(f"{own!r} steers some of its sites alone; in a bank of several files, select them")
+        if both := [concept for concept in bank if concept in vectors]:
+            raise FileFormatError(f"the concept {both[0]!r} is in two files of the bank; rename one")
+        vectors |= dict(bank.items())
+        said["intervention"] |= dict(zip(bank.concepts, interventions_of(bank, own.intervention), strict=True))
+        said["gate"] |= gates_of(bank, own.gate)
+        for name, given in (("c", own.c), ("positions", own.positions)):
+            if given is not None:
+                said[name] |= given if isinstance(given, Mapping) else dict.fromkeys(bank.concepts, given)
+    return Steering(VectorBank(vectors), **{name: own or None for name, own in said.items()})
+
+
+def check_model(steering: Served, vllm_config: Any) -> None:
+    """That the vectors and the gates are of the model that the engine serves, by the names and shapes of its weights.
+
+    Raises:
+        ModelMismatchError: they are of another architecture.
+    """
+    config = vllm_config.model_config.hf_config
+    kind = getattr(config, "model_type", None)
+    for what, meant in steering.made_for:
+        if (theirs := meant.get("model_type")) and kind and theirs != kind and theirs not in _inner_types(config):
+            raise ModelMismatchError(f"{what} was made for a {theirs}, and the engine serves a {kind}")
+    if (model := _empty(config)) is not None:
+        with _logged():
+            fingerprint.check_each(model, steering.made_for)
+
+
+def _inner_types(config: Any) -> set[str]:
+    """The types of the models inside, as the text model of a multimodal one."""
+    return {str(own.model_type) for own in vars(config).values() if hasattr(own, "model_type")}
+
+
+def _empty(config: Any) -> nn.Module | None:
+    """The Hugging Face model without its weights; None if transformers cannot make it."""
+    import transformers
+
+    kind = getattr(transformers, next(iter(getattr(config, "architectures", None) or ()), ""), None)
+    if kind is None:
+        return None
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model: nn.Module = kind(copy.deepcopy(config))
+    except Exception:  # of a config that is vLLM's own
+        return None
+    return model
+
+
+@contextmanager
+def _logged() -> Iterator[None]:
+    """Warnings go to vLLM's log."""
+    from vllm.logger import init_logger
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught:
+        init_logger(f"vllm.{NAME}").warning("%s", warning.message)

@@ -1,0 +1,168 @@
+"""Plugin: what vLLM loads in each of its processes; it does nothing to an engine that is given no bank."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from actsteer.errors import UnsupportedModelError
+
+_MARK = "_actsteer"
+"""On a method of vLLM's that is wrapped already."""
+
+
+def register() -> None:
+    """Have vLLM take `additional_config={"actsteer": {"bank": ...}}`: the entry point of `vllm.general_plugins`.
+
+    Where a name of vLLM's that is needed is missing, an engine that asks for a bank does not start.
+    """
+    from vllm.config import VllmConfig
+
+    try:
+        from vllm.exceptions import VLLMValidationError
+        from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm.v1.engine.input_processor import InputProcessor
+        from vllm.v1.engine.llm_engine import LLMEngine
+        from vllm.v1.worker.gpu_worker import Worker
+
+        _wrap(InputProcessor, "__init__", functools.partial(_opening, VLLMValidationError))
+        _wrap(InputProcessor, "process_inputs", functools.partial(_admitting, VLLMValidationError))
+        _wrap(Worker, "load_model", _attaching)
+        _wrap(Worker, "determine_available_memory", _checking)
+        _wrap(LLMEngine, "collective_rpc", _replacing)
+        _wrap(AsyncLLM, "collective_rpc", _replacing_later)
+    except (ImportError, AttributeError) as error:
+        _wrap(VllmConfig, "__post_init__", functools.partial(_refusing, error))
+        return
+    Worker.actsteer_replace_bank = lambda self, bank: self.actsteer.replace(bank)
+
+
+def _wrap(home: type, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put a function around a method, once."""
+    method = getattr(home, name)
+    if not hasattr(method, _MARK):
+        wrapped = functools.wraps(method)(wrapper(method))
+        setattr(wrapped, _MARK, True)
+        setattr(home, name, wrapped)
+
+
+def _refusing(error: Exception, original: Callable[..., Any]) -> Callable[..., Any]:
+    def made(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if isinstance(self.additional_config, dict) and "actsteer" in self.additional_config:
+            raise UnsupportedModelError(f"this version of vLLM has not all that a bank needs: {error}")
+
+    return made
+
+
+def _opening(refused: type[Exception], original: Callable[..., Any]) -> Callable[..., Any]:
+    """The front end reads the bank."""
+
+    def made(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        from actsteer.integrations.vllm.front import Front
+
+        self.actsteer = Front(vllm_config)
+        original(self, vllm_config, *args, **kwargs)
+        for home, name in (("chat_completion", "ChatCompletionRequest"), ("completion", "CompletionRequest")):
+            _wrap_beams(home, name, refused)
+
+    return made
+
+
+def _admitting(refused: type[Exception], original: Callable[..., Any]) -> Callable[..., Any]:
+    """The front end checks each request; what is wrong with it is a client's error, HTTP 400."""
+
+    def processed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from actsteer.integrations.vllm.front import Errors
+
+        request = original(self, *args, **kwargs)
+        try:
+            self.actsteer.admit(request, resumable=bool(kwargs.get("resumable", False)))
+        except Errors as error:
+            raise refused(f"actsteer: {error}") from None
+        return request
+
+    return processed
+
+
+def _attaching(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A worker puts the edits on its model, which is neither profiled nor compiled yet."""
+
+    def loaded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        from actsteer.integrations.vllm import banks
+
+        if (bank := banks.of_config(self.vllm_config)) is not None:
+            from actsteer.integrations.vllm.worker import Steered
+
+            self.actsteer = Steered(self, bank)
+        return result
+
+    return loaded
+
+
+def _checking(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The model has run for the first time."""
+
+    def determined(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        if hasattr(self, "actsteer"):
+            self.actsteer.check()
+        return result
+
+    return determined
+
+
+def _replacing(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A call of the workers' method that takes another bank tells the front end too."""
+
+    def called(self: Any, method: Any, timeout: Any = None, args: Any = (), kwargs: Any = None) -> Any:
+        replaced = _asked(self, method, args, kwargs)
+        answers = original(self, method, timeout, args, kwargs)
+        if replaced is not None:
+            replaced(answers)
+        return answers
+
+    return called
+
+
+def _replacing_later(original: Callable[..., Any]) -> Callable[..., Any]:
+    async def called(self: Any, method: Any, timeout: Any = None, args: Any = (), kwargs: Any = None) -> Any:
+        replaced = _asked(self, method, args, kwargs)
+        answers = await original(self, method, timeout, args, kwargs)
+        if replaced is not None:
+            replaced(answers)
+        return answers
+
+    return called
+
+
+def _asked(engine: Any, method: Any, args: Any, kwargs: Any) -> Callable[[Any], None] | None:
+    from actsteer.integrations.vllm.front import REPLACE
+
+    if method != REPLACE:
+        return None
+    bank = args[0] if args else (kwargs or {})["bank"]
+    unfinished = engine.output_processor.get_num_unfinished_requests()
+    replaced: Callable[[Any], None] = engine.input_processor.actsteer.replacing(bank, unfinished=unfinished)
+    return replaced
+
+
+def _wrap_beams(home: str, name: str, refused: type[Exception]) -> None:
+    """Beam search leaves the extra arguments of a request out, so that its answer would not be steered."""
+    import importlib
+
+    request = getattr(importlib.import_module(f"vllm.entrypoints.openai.{home}.protocol"), name)
+
+    def refusing(original: Callable[..., Any]) -> Callable[..., Any]:
+        def made(self: Any, *args: Any, **kwargs: Any) -> Any:
+            from actsteer.integrations.vllm.front import asked_for
+
+            if asked_for(self.vllm_xargs):
+                raise refused("actsteer: vLLM's beam search drops vllm_xargs, and would answer unsteered; sample, or n=1")
+            return original(self, *args, **kwargs)
+
+        return made
+
+    _wrap(request, "to_beam_search_params", refusing)

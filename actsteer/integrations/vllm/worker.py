@@ -1,0 +1,163 @@
+"""Worker: in each process that computes, the hooks are put on the model, and the strengths written before each pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, final
+
+from actsteer.errors import UnsupportedModelError
+from actsteer.integrations.vllm import banks
+from actsteer.integrations.vllm.front import check_fits
+from actsteer.integrations.vllm.hooks import Buffers, Hooks
+from actsteer.integrations.vllm.passes import Part, Passes
+from actsteer.integrations.vllm.requests import NAME
+from actsteer.integrations.vllm.served import Served
+
+
+@final
+class Steered:
+    """The steering of a worker's model.
+
+    Args:
+        worker: of vLLM, whose model is loaded and neither compiled nor captured.
+        bank: the files.
+
+    Raises:
+        UnsupportedModelError: the engine runs in a way in which an answer could be wrong.
+        SiteNotFoundError, FileFormatError: and nothing is attached.
+    """
+
+    def __init__(self, worker: Any, bank: str | Sequence[str]) -> None:
+        config, runner = worker.vllm_config, worker.model_runner
+        self._served = banks.load(bank)
+        check_modes(config, self._served)
+        scheduler, compilation = config.scheduler_config, config.compilation_config
+        captured = compilation.max_cudagraph_capture_size or 0
+        buffers = Buffers(
+            self._served,
+            tokens=max(scheduler.max_num_batched_tokens, captured, scheduler.max_num_seqs),
+            requests=scheduler.max_num_seqs + 1,
+            device=worker.device,
+        )
+        self._hooks = Hooks(runner.get_model(), self._served, buffers)
+        self._passes = Passes(self._served, buffers)
+        if hasattr(runner, "_prepare_inputs"):
+            _watch_first(runner, self._passes)
+        elif hasattr(runner, "prepare_inputs"):
+            _watch_second(runner, self._passes)
+        else:
+            raise UnsupportedModelError(f"{type(runner).__name__}: this model runner of vLLM is not known")
+        config.additional_config = {**config.additional_config, NAME: {"bank": bank, "compiled_for": self._served.key}}
+        from vllm.logger import init_logger
+
+        init_logger(f"vllm.{NAME}").info(
+            "actsteer: %s of %s, at %s", ", ".join(self._served.concepts), bank, ", ".join(self._hooks.sites)
+        )
+
+    def check(self) -> None:
+        """After the model has run for the first time."""
+        self._hooks.check_fired()
+
+    def replace(self, bank: str | Sequence[str]) -> str:
+        """Another bank of the same shape; its digest.
+
+        Raises:
+            UnsupportedModelError, AttachedError: another shape, or requests that are being steered.
+        """
+        new = banks.load(bank)
+        check_fits(new, self._served)
+        self._passes.replace(new)
+        self._hooks.replace(new)
+        self._served = new
+        return new.digest
+
+
+def check_modes(config: Any, served: Served) -> None:
+    """That the engine runs in a way in which every answer is right.
+
+    Raises:
+        UnsupportedModelError: it does not, and why.
+    """
+    parallel, compilation = config.parallel_config, config.compilation_config
+    inductor = getattr(compilation, "inductor_compile_config", None) or {}
+    wrong = {
+        "dual-batch overlap: it cuts a pass in two, and the strengths are written for the whole": getattr(
+            parallel, "use_ubatching", getattr(parallel, "enable_dbo", False)
+        ),
+        "prefill context parallelism: each process has other tokens of a pass": getattr(
+            parallel, "prefill_context_parallel_size", 1
+        )
+        > 1,
+        "the sequence-parallel pass: each process has other tokens of a pass": getattr(
+            getattr(compilation, "pass_config", None), "enable_sp", False
+        ),
+        "max_autotune on the CPU: it freezes what is to change": parallel_is_cpu(config)
+        and bool(inductor.get("max_autotune")),
+        "speculative decoding: how many of the tokens hold is not known when a pass begins": config.speculative_config
+        is not None,
+        "an encoder and a decoder: whose tokens a pass has is not known": getattr(
+            config.model_config, "is_encoder_decoder", False
+        ),
+    }
+    if served.decides_once:
+        wrong |= {
+            "a gate that decides once for a sequence, and prefix caching; pass enable_prefix_caching=False, or gate per "
+            "token": bool(config.cache_config.enable_prefix_caching),
+            "a gate that decides once for a sequence, and chunked prefill; pass enable_chunked_prefill=False, or gate "
+            "per token": bool(config.scheduler_config.enable_chunked_prefill),
+        }
+    if found := [why for why, is_so in wrong.items() if is_so]:
+        raise UnsupportedModelError(f"a bank is not served with {found[0]}")
+
+
+def parallel_is_cpu(config: Any) -> bool:
+    """Whether the engine computes on the CPU."""
+    return bool(config.device_config.device_type == "cpu")
+
+
+def _watch_first(runner: Any, passes: Passes) -> None:
+    """vLLM's first model runner: after `_prepare_inputs` it is known which tokens of which request a pass has."""
+    prepare: Callable[..., Any] = runner._prepare_inputs
+
+    def prepared(*args: Any, **kwargs: Any) -> Any:
+        result = prepare(*args, **kwargs)
+        batch, bounds, requests = runner.input_batch, runner.query_start_loc.np, runner.requests
+        passes.keep_only(requests)
+        parts = []
+        for row, key in enumerate(batch.req_ids):
+            state = requests[key]
+            passes.add(key, getattr(state.sampling_params, "extra_args", None), state.num_prompt_tokens)
+            start = int(batch.num_computed_tokens_cpu[row])
+            parts.append(Part(key, start, int(bounds[row + 1]) - int(bounds[row])))
+        passes.fill(parts)
+        return result
+
+    runner._prepare_inputs = prepared
+
+
+def _watch_second(runner: Any, passes: Passes) -> None:
+    """vLLM's second model runner: requests are added and finished, and `prepare_inputs` gives the tokens of a pass."""
+    prepare, add, finish = runner.prepare_inputs, runner.add_requests, runner.finish_requests
+
+    def added(scheduled: Any) -> Any:
+        result = add(scheduled)
+        for new in scheduled.scheduled_new_reqs:
+            passes.add(new.req_id, getattr(new.sampling_params, "extra_args", None), new.prompt_len)
+        return result
+
+    def finished(scheduled: Any) -> Any:
+        passes.forget(list(scheduled.finished_req_ids))
+        return finish(scheduled)
+
+    def prepared(*args: Any, **kwargs: Any) -> Any:
+        batch = prepare(*args, **kwargs)
+        bounds, starts = batch.query_start_loc_np, batch.num_computed_tokens_np
+        passes.fill(
+            [
+                Part(key, int(starts[row]), int(bounds[row + 1]) - int(bounds[row]))
+                for row, key in enumerate(batch.req_ids)
+            ]
+        )
+        return batch
+
+    runner.prepare_inputs, runner.add_requests, runner.finish_requests = prepared, added, finished

@@ -1,0 +1,86 @@
+"""Engine: a job done by vLLM in a process of its own, for an engine leaves much behind.
+
+`python -m tests.integrations.vllm.engine JOB.json ANSWERS.json`, in vLLM's environment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+TOKENS = 16
+_USUAL = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_CI_ENV": "1",  # no warm-up
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
+
+
+def main(job: dict[str, Any]) -> dict[str, Any]:
+    """What the engine answered, and what it counted."""
+    os.environ.update(_USUAL | job.get("environment", {}))
+    if os.environ.get("TRITON_INTERPRET"):
+        interpret_triton()
+    if not job.get("salted", True):
+        from actsteer.integrations.vllm.requests import Request
+
+        Request.salt = lambda self, digest, prompt, given: given  # type: ignore[method-assign]
+    from vllm import LLM
+
+    usual = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "block_size": 32, "seed": 0}
+    options = usual | {"skip_tokenizer_init": True, "disable_log_stats": False} | job.get("engine", {})
+    if job["bank"] is not None:
+        options["additional_config"] = {"actsteer": {"bank": job["bank"]}}
+    llm = LLM(job["model"], **options)
+    found: dict[str, Any] = {"answers": [answered(llm, batch) for batch in job["batches"]]}
+    if job.get("replace"):
+        found["replaced"] = llm.collective_rpc("actsteer_replace_bank", args=(job["replace"],))
+        found["answers"] += [answered(llm, batch) for batch in job["batches"]]
+    counted = {own.name: getattr(own, "value", None) for own in llm.get_metrics()}
+    names = {"preempted": "vllm:num_preemptions", "cached": "vllm:prefix_cache_hits"}
+    return found | {name: counted.get(own) for name, own in names.items()}
+
+
+def interpret_triton() -> None:
+    """Triton's interpreter is no backend to vLLM, which asks for one where the second model runner is to run."""
+    from triton.backends import backends
+
+    driver = type("Driver", (), {"is_active": staticmethod(lambda: True)})
+    backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
+
+
+def answered(llm: Any, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The answers to requests that come at once; of one that is refused, why."""
+    from vllm import SamplingParams
+
+    def params(request: dict[str, Any]) -> Any:
+        said = {"c": request["c"], "positions": request["positions"]}
+        extra = {"actsteer": json.dumps(said)} if request["c"] else request.get("extra_args")
+        return SamplingParams(
+            max_tokens=TOKENS, temperature=0, logprobs=0, detokenize=False, ignore_eos=True, extra_args=extra
+        )
+
+    prompts = [{"prompt_token_ids": request["ids"]} for request in requests]
+    try:
+        outputs = llm.generate(prompts, [params(request) for request in requests], use_tqdm=False)
+    except ValueError as error:
+        return [{"error": f"{type(error).__name__}: {error}"}]
+    return [
+        {
+            "tokens": list(own.outputs[0].token_ids),
+            "logprobs": [float(next(iter(step.values())).logprob) for step in own.outputs[0].logprobs],
+        }
+        for own in outputs
+    ]
+
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_text(json.dumps(main(json.loads(Path(sys.argv[1]).read_text()))))

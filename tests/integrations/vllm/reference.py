@@ -1,0 +1,241 @@
+"""Reference: the answers of hooked transformers models, for vLLM's environment to compare its own with.
+
+`python -m tests.integrations.vllm.reference FOLDER`, in the project's environment, writes models, banks and a JSON of
+groups: what an engine is given, what each request asks for, and which tokens it must answer.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from actsteer import (
+    Ablate,
+    Add,
+    And,
+    Chain,
+    Clamp,
+    CosineAbove,
+    LowRank,
+    Not,
+    ProbeAbove,
+    ProjectionAbove,
+    Soft,
+    Steerer,
+    SteeringVector,
+    VectorBank,
+    fold,
+)
+from actsteer.steering.steering import Steering
+from actsteer.tokens.positions import from_text
+from reference.language import model as smollm
+
+SIZE, TOKENS, VOCABULARY = 128, 16, 256
+_CONFIG: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": SIZE,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,  # so that greedy answers differ
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+}
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "Olmo2", "GPT2")
+"""Those whose blocks are known to the plugin."""
+POSITIONS = (None, "all", "prompt", "generated", "last", 3, "2:", "1:12:3", [0, 4, 20], -1, "-4:")
+
+
+def tiny(family: str) -> Any:
+    """A random causal model of a family, in float32."""
+    torch.manual_seed(0)
+    if family == "GPT2":
+        sizes = {"n_embd": SIZE, "n_layer": 4, "n_head": 4, "n_positions": 512, "vocab_size": VOCABULARY}
+        config: Any = transformers.GPT2Config(**sizes, initializer_range=0.2, bos_token_id=None, eos_token_id=None)
+        return transformers.GPT2LMHeadModel(config).eval()
+    name = "Gemma3Text" if family == "Gemma3" else family
+    tied = {"tie_word_embeddings": True} if family == "Gemma2" else {}  # as vLLM has it, whatever the config says
+    config = getattr(transformers, f"{name}Config")(**_CONFIG | tied)
+    return getattr(transformers, f"{family}ForCausalLM")(config).eval()
+
+
+def blocks(family: str) -> str:
+    """The name of its list of blocks."""
+    return "transformer.h" if family == "GPT2" else "model.layers"
+
+
+def drawn(*shape: int, seed: int) -> Tensor:
+    """Normal numbers, the same for the same seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    """Tokens, drawn."""
+    return torch.randint(3, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def requests(concepts: tuple[str, ...], count: int, *, longest: int = 90) -> list[dict[str, Any]]:
+    """Mixed ones: every other prompt begins alike, and the strengths and positions differ."""
+    shared = prompt(longest, seed=0)
+    found: list[dict[str, Any]] = []
+    for number in range(count):
+        ids = shared[: 2 * longest // 3 + number % (longest // 3)] if number % 2 else prompt(5 + number, seed=number)
+        one, other = concepts[number % len(concepts)], concepts[(number + 1) % len(concepts)]
+        c: Any = [{one: 1.0}, {one: 0.5, other: -0.5}, {}, {one: [1.0, 0.5, 0.0, -1.0]}, {other: -1.0}, {one: 0.0}]
+        found.append({"ids": ids, "c": c[number % 6], "positions": POSITIONS[number % len(POSITIONS)]})
+    return [*found, *({"ids": shared, "c": {concepts[0]: own / 2}, "positions": None} for own in range(-3, 4))]
+
+
+def answers(model: Any, steering: Steering, asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The tokens that the hooked model answers, with their log-probabilities."""
+    return [_answer(model, steering, request) for request in asked]
+
+
+@torch.no_grad()
+def _answer(model: Any, steering: Steering, request: Mapping[str, Any]) -> dict[str, Any]:
+    ids = torch.tensor([request["ids"]])
+    limits = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0}
+    told = {"output_logits": True, "return_dict_in_generate": True}
+    plain: Any = {} if steering.c is None else {}
+    c = {name: _schedule(own) for name, own in request["c"].items()}
+    given = request["positions"]
+    positions = from_text(given) if isinstance(given, str) else given
+    if c:
+        options = {"intervention": steering.intervention, "gate": steering.gate, "positions": positions}
+        with Steerer(model, steering.vectors, c=c, strict=False, **options):
+            made = model.generate(ids, **limits, **told, **plain)
+    else:
+        made = model.generate(ids, **limits, **told, **plain)
+    tokens = made.sequences[0, len(request["ids"]) :].tolist()
+    logits = [own[0].float().log_softmax(-1) for own in made.logits]
+    return {"tokens": tokens, "logprobs": [float(own[token]) for own, token in zip(logits, tokens, strict=True)]}
+
+
+def _schedule(c: float | list[float]) -> Any:
+    if not isinstance(c, list):
+        return c
+    steps: Callable[[int], float] = lambda step: c[min(step, len(c) - 1)]  # noqa: E731
+    return steps
+
+
+def adding(family: str) -> Steering:
+    """Three concepts at three places."""
+    at = blocks(family)
+    places = {"polite": (f"{at}.1", f"{at}.2.mlp", f"{at}.3:in"), "brief": (f"{at}.1", f"{at}.2.mlp")}
+    places["calm"] = (f"{at}.2.mlp", f"{at}.3:in")
+    bank = {
+        concept: SteeringVector({site: 3 * drawn(SIZE, seed=hash_of(concept, site)) for site in sites}, concept=concept)
+        for concept, sites in places.items()
+    }
+    return Steering(VectorBank(bank))
+
+
+def editing(family: str) -> Steering:
+    """Edits that read the activation, among others that do not, at one site and at several."""
+    at = blocks(family)
+    bank = {
+        "off": SteeringVector({f"{at}.1": drawn(SIZE, seed=1), f"{at}.3.mlp": drawn(SIZE, seed=2)}, concept="off"),
+        "more": SteeringVector({f"{at}.1": 2 * drawn(SIZE, seed=3)}, concept="more"),
+        "set": SteeringVector({f"{at}.1": drawn(SIZE, seed=4), f"{at}.2:in": drawn(SIZE, seed=5)}, concept="set"),
+        "swap": SteeringVector({f"{at}.2.mlp": drawn(SIZE, seed=6)}, concept="swap"),
+        "low": SteeringVector({f"{at}.2": torch.zeros(SIZE)}, concept="low"),
+    }
+    parts = drawn(3, SIZE, seed=7) / 10, drawn(3, SIZE, seed=8), drawn(3, seed=9)
+    each = {"off": Ablate(), "set": Clamp(2.0), "swap": Chain(Ablate(), Add()), "low": LowRank({f"{at}.2": parts})}
+    return Steering(VectorBank(bank), intervention=each)
+
+
+def gated(*, per: Any) -> Steering:
+    """Gates at the steered site and at an earlier one."""
+    at = "model.layers"
+    v = {n: SteeringVector({f"{at}.{b}": 3 * drawn(SIZE, seed=n + 1)}) for n, b in enumerate((1, 2, 3))}
+    bank = {"one": v[0], "two": v[1], "three": v[2], "four": v[2]}
+    read = [SteeringVector({f"{at}.{b}": drawn(SIZE, seed=50 + b)}) for b in (1, 1, 2)]
+    probe = SteeringVector({f"{at}.1": drawn(SIZE, seed=60) / 20}, metadata={f"offset {at}.1": "0.1"})
+    gates = {
+        "one": ProjectionAbove(read[0], 0.1, per=per),
+        "two": Soft(ProbeAbove(probe, per=per), width=0.7),
+        "three": And(CosineAbove(read[1], 0.0, per=per), Not(ProjectionAbove(read[2], 0.3, per=per))),
+    }
+    return Steering(VectorBank(bank), gate=gates)
+
+
+def hash_of(*words: str) -> int:
+    """A small number that tells words apart."""
+    return sum(ord(letter) * (place + 1) for place, letter in enumerate("|".join(words)))
+
+
+def write(folder: Path) -> None:
+    """Models, banks and groups.json."""
+    groups: dict[str, Any] = {}
+
+    def group(name: str, model: Any, steering: Steering, asked: list[dict[str, Any]], **options: Any) -> None:
+        home = options.pop("home", folder / name)
+        if not home.exists():
+            model.save_pretrained(home)
+        bank = folder / f"{name}.safetensors"
+        steering.save(bank, model=model)
+        expected = answers(model, steering, asked)
+        groups[name] = {"model": str(home), "bank": str(bank), "requests": asked, "expected": expected} | options
+
+    llama = tiny("Llama")
+    steering = adding("Llama")
+    concepts = steering.vectors.concepts
+    group("adding", llama, steering, requests(concepts, 30))
+    for family in FAMILIES:
+        model = tiny(family)
+        steering = adding(family)
+        group(f"adding-{family}", model, steering, requests(concepts, 11))
+        steering = editing(family)
+        group(
+            f"editing-{family}",
+            model,
+            steering,
+            requests(steering.vectors.concepts, 12),
+            home=folder / f"adding-{family}",
+        )
+    for per in ("token", "sequence", "last"):
+        steering = gated(per=per)
+        once = {} if per == "token" else {"engine": {"enable_prefix_caching": False, "enable_chunked_prefill": False}}
+        asked = requests(steering.vectors.concepts, 24)
+        group(f"gated-{per}", llama, steering, asked, home=folder / "adding", **once)
+    for family in ("Llama", "GPT2"):
+        model = tiny(family)
+        steering = adding(family)
+        asked = [{"ids": prompt(9 + number, seed=number), "c": {}, "positions": None} for number in range(7)]
+        example = torch.tensor([prompt(40, seed=99)])
+        folded = fold(model, steering.vectors, 0.7, verify_on=example)
+        folded.save_pretrained(folder / f"folded-{family}")
+        hooked = [request | {"c": dict.fromkeys(steering.vectors.concepts, 0.7)} for request in asked]
+        expected = answers(model, steering, hooked)
+        home = str(folder / f"folded-{family}")
+        groups[f"folded-{family}"] = {"model": home, "bank": None, "requests": asked, "expected": expected}
+    if smollm.packaged() is not None or smollm.cache().exists():
+        model, _ = smollm.load()
+        sites = [f"model.layers.{number}" for number in (5, 10, 15, 20)] + ["model.layers.12.mlp", "model.layers.25:in"]
+        bank = {
+            concept: SteeringVector({s: 2 * drawn(576, seed=hash_of(concept, s)) for s in sites}, concept=concept)
+            for concept in ("polite", "brief", "calm")
+        }
+        steering = Steering(VectorBank(bank))
+        group("smollm2", model, steering, requests(steering.vectors.concepts, 26, longest=60), home=smollm.folder())
+    (folder / "groups.json").write_text(json.dumps(groups))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    target = Path(sys.argv[1])
+    target.mkdir(parents=True, exist_ok=True)
+    write(target)
