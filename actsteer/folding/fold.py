@@ -34,8 +34,8 @@ from actsteer.steering import in_bias
 from actsteer.steering.attached import steerers
 from actsteer.steering.interventions.intervention import Edit
 from actsteer.steering.interventions.replace import Replace
-from actsteer.steering.plan import Interventions
 from actsteer.steering.steerer import Steerer
+from actsteer.steering.steering import Interventions
 from actsteer.steering.strength import Strengths, strengths_of
 from actsteer.vectors.bank import VectorBank
 from actsteer.vectors.vector import SteeringVector

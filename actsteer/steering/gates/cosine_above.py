@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
@@ -94,6 +94,10 @@ class CosineAbove:
         gate = cls(vector, 0.0, per=per)
         gate.threshold = best_split(gate, positive=positive, negative=negative)
         return gate
+
+    def saved(self) -> dict[str, Any]:
+        """What it is made with; see `Saved`."""
+        return {"vector": self._direction.vector, "threshold": self.threshold, "per": self.per}
 
     def __repr__(self) -> str:
         return f"CosineAbove(site={self.site!r}, threshold={self.threshold:.4g}{shown(self.per)})"

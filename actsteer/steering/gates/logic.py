@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -34,6 +34,10 @@ class And:
         """The product; of bools, whether all are true."""
         return reduce(lambda one, other: one & other if _bools(one, other) else one * other, weights)
 
+    def saved(self) -> dict[str, Any]:
+        """What it is made with; see `Saved`."""
+        return {"gates": self.gates}
+
     def __repr__(self) -> str:
         return f"And({', '.join(map(repr, self.gates))})"
 
@@ -48,6 +52,10 @@ class Or:
     def combine(self, weights: Sequence[Tensor]) -> Tensor:
         """1 - Π (1 - w); of bools, whether any is true."""
         return reduce(lambda a, b: a | b if _bools(a, b) else 1 - (1 - 1 * a) * (1 - 1 * b), weights)
+
+    def saved(self) -> dict[str, Any]:
+        """What it is made with; see `Saved`."""
+        return {"gates": self.gates}
 
     def __repr__(self) -> str:
         return f"Or({', '.join(map(repr, self.gates))})"
@@ -64,6 +72,10 @@ class Not:
         """The contrary."""
         (weight,) = weights
         return ~weight if weight.dtype is torch.bool else 1 - weight
+
+    def saved(self) -> dict[str, Any]:
+        """What it is made with; see `Saved`."""
+        return {"gate": self.gates[0]}
 
     def __repr__(self) -> str:
         return f"Not({self.gates[0]!r})"

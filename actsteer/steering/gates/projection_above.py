@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import final
+from typing import Any, final
 
 from jaxtyping import Float
 from torch import Tensor
@@ -123,6 +123,10 @@ class ProjectionAbove:
         except StatisticsError:
             spread = 0.0
         return float(moments.mean @ direction), spread
+
+    def saved(self) -> dict[str, Any]:
+        """What it is made with; see `Saved`."""
+        return {"vector": self._direction.vector, "threshold": self.threshold, "per": self.per}
 
     def __repr__(self) -> str:
         return f"ProjectionAbove(site={self.site!r}, threshold={self.threshold:.4g}{shown(self.per)})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
@@ -61,6 +61,10 @@ class Soft:
     def __call__(self, rows: Float[Tensor, "rows d"]) -> Float[Tensor, " rows"]:
         """A weight per row, in float32 at least."""
         return torch.sigmoid((wide(self.gate.score(wide(rows))) - self.gate.threshold) / self.width)
+
+    def saved(self) -> dict[str, Any]:
+        """What it is made with; see `Saved`."""
+        return {"gate": self.gate, "width": self.width}
 
     def __repr__(self) -> str:
         return f"Soft({self.gate!r}, width={self.width:.4g})"

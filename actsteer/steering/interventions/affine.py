@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from actsteer.errors import ShapeError, SiteNotFoundError, close_names
-from actsteer.vectors.vector import SteeringVector
+from actsteer.vectors.vector import SteeringVector, named
 
 
 @final
@@ -72,7 +72,7 @@ class Affine:
         if not maps:
             raise ShapeError("expected one site or more, got none")
         self._parts = {site: AffineAt(*_owned(site, *parts)) for site, parts in maps.items()}
-        self._metadata = dict(metadata or {}) | ({} if concept is None else {"concept": concept})
+        self._metadata = named(concept, metadata)
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -97,6 +97,10 @@ class Affine:
     def described(self, metadata: Mapping[str, str]) -> Affine:
         """The same edit with other metadata."""
         return Affine({site: self[site] for site in self._parts}, metadata=metadata)
+
+    def saved(self) -> dict[str, Any]:
+        """What it is made with; see `Saved`."""
+        return {"maps": {site: self[site] for site in self._parts}, "metadata": self.metadata}
 
     def at(self, site: str) -> AffineAt:
         """The edit of one site."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from actsteer.errors import ShapeError, SiteNotFoundError, close_names
-from actsteer.vectors.vector import SteeringVector
+from actsteer.vectors.vector import SteeringVector, named
 
 
 @final
@@ -79,7 +79,7 @@ class LowRank:
             raise ValueError(f"rank: expected 1 or more, got {rank}")
         self._parts = {site: _owned(site, parts) for site, parts in (sites or {}).items()}
         self._rank = rank or max(len(part.offsets) for part in self._parts.values())
-        self._metadata = dict(metadata or {}) | ({} if concept is None else {"concept": concept})
+        self._metadata = named(concept, metadata)
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -105,6 +105,11 @@ class LowRank:
     def constant(self) -> SteeringVector:
         """What is added whatever the activation, Uᵀ b: the part of the edit that is plain steering."""
         return SteeringVector({site: p.adds.T @ p.offsets for site, p in self._parts.items()}, metadata=self._metadata)
+
+    def saved(self) -> dict[str, Any]:
+        """What it is made with; see `Saved`."""
+        sites = {site: self[site] for site in self._parts} or None
+        return {"sites": sites, "rank": None if sites else self._rank, "metadata": self.metadata}
 
     def at(self, site: str) -> LowRankAt:
         """The edit of one site, a copy."""

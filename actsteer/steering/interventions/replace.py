@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from actsteer.errors import ShapeError, SiteNotFoundError, close_names
-from actsteer.vectors.vector import SteeringVector
+from actsteer.vectors.vector import SteeringVector, named
 
 
 @final
@@ -78,7 +78,7 @@ class Replace:
                 )
         with torch.inference_mode(mode=False):  # so that they work in autograd later
             self._parts = {s: ReplaceAt(values.detach().clone()) for s, values in activations.items()}
-        self._metadata = dict(metadata or {}) | ({} if concept is None else {"concept": concept})
+        self._metadata = named(concept, metadata)
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -104,6 +104,10 @@ class Replace:
     def described(self, metadata: Mapping[str, str]) -> Replace:
         """The same edit with other metadata."""
         return Replace({site: part.values for site, part in self._parts.items()}, metadata=metadata)
+
+    def saved(self) -> dict[str, Any]:
+        """What it is made with; see `Saved`."""
+        return {"activations": {site: part.values for site, part in self._parts.items()}, "metadata": self.metadata}
 
     def at(self, site: str) -> ReplaceAt:
         """The edit of one site."""
