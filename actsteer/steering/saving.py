@@ -121,12 +121,22 @@ def decoded(document: Mapping[str, Any], tensors: Mapping[str, Tensor], kinds: I
 
 
 @contextmanager
-def described_by(path: str | PathLike[str]) -> Iterator[None]:
-    """Whatever a document makes go wrong in this block is FileFormatError."""
+def named_in_errors(path: str | PathLike[str]) -> Iterator[None]:
+    """FileFormatError of this block says which file."""
     try:
         yield
     except FileFormatError as error:
-        raise FileFormatError(f"{path}: {error}") from None
+        raise FileFormatError(f"{path}: {error}") from error.__cause__
+
+
+@contextmanager
+def described_by(path: str | PathLike[str]) -> Iterator[None]:
+    """Whatever a document makes go wrong in this block is FileFormatError."""
+    try:
+        with named_in_errors(path):
+            yield
+    except FileFormatError:
+        raise
     except Warning:  # where warnings are errors
         raise
     except Exception as error:  # of the constructor of a class, say

@@ -114,6 +114,19 @@ class Steering:
         """Whether it is vectors and nothing else, added with strength 1."""
         return not self._given()
 
+    @property
+    def is_edit(self) -> bool:
+        """Whether it is an edit that has its sites, and nothing else, with strength 1."""
+        edit = self.intervention
+        if not isinstance(edit, Edit) or list(self._given()) != ["intervention"] or len(self.vectors) != 1:
+            return False
+        try:
+            constant = edit.constant
+        except TypeError:  # of a KeepNorm around an intervention without sites
+            return False
+        (vector,) = dict(self.vectors.items()).values()
+        return vector.sites == constant.sites and vector.equal(constant)
+
     def parts(self) -> dict[str, Any]:
         """All but the vectors, by the names of the arguments; mappings are copies."""
         found = {name: getattr(self, name) for name in _DEFAULTS}
@@ -155,10 +168,8 @@ class Steering:
                 f"{path}: this format holds vectors alone, and the steering has {', '.join(self._given())} too; name "
                 "the file with .safetensors"
             )
-        try:
+        with saving.named_in_errors(path):
             document, tensors = saving.encoded(self.parts())
-        except FileFormatError as error:
-            raise FileFormatError(f"{path}: {error}") from error.__cause__
         self.vectors.save(path, model=model, format=native.WithMore(document, tensors))
 
     @classmethod

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import reduce
+from os import PathLike
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from actsteer.steering.alone import load_gate, save_gate
 from actsteer.steering.gates.gate import AnyGate, leaves
 
 
@@ -38,6 +40,13 @@ class And:
         """What it is made with; see `Saved`."""
         return {"gates": self.gates}
 
+    save = save_gate
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], *, kinds: Iterable[type] = ()) -> And:
+        """Read what `save` wrote; `kinds` are your own classes, of which it may be made."""
+        return load_gate(cls, path, kinds=kinds)
+
     def __repr__(self) -> str:
         return f"And({', '.join(map(repr, self.gates))})"
 
@@ -56,6 +65,13 @@ class Or:
     def saved(self) -> dict[str, Any]:
         """What it is made with; see `Saved`."""
         return {"gates": self.gates}
+
+    save = save_gate
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], *, kinds: Iterable[type] = ()) -> Or:
+        """Read what `save` wrote; `kinds` are your own classes, of which it may be made."""
+        return load_gate(cls, path, kinds=kinds)
 
     def __repr__(self) -> str:
         return f"Or({', '.join(map(repr, self.gates))})"
@@ -76,6 +92,13 @@ class Not:
     def saved(self) -> dict[str, Any]:
         """What it is made with; see `Saved`."""
         return {"gate": self.gates[0]}
+
+    save = save_gate
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], *, kinds: Iterable[type] = ()) -> Not:
+        """Read what `save` wrote; `kinds` are your own classes, of which it may be made."""
+        return load_gate(cls, path, kinds=kinds)
 
     def __repr__(self) -> str:
         return f"Not({self.gates[0]!r})"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from os import PathLike
 from typing import Any, final
 
 from jaxtyping import Float
 from torch import Tensor
 
+from actsteer.steering.alone import load_gate, save_gate
 from actsteer.steering.gates.gate import Per, wide
 from actsteer.steering.gates.gate_direction import GateDirection, shown
 from actsteer.steering.numbers import bound, finite
@@ -98,6 +100,13 @@ class ProbeAbove:
             "threshold": self.threshold,
             "per": self.per,
         }
+
+    save = save_gate
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], *, kinds: Iterable[type] = ()) -> ProbeAbove:
+        """Read what `save` wrote; `kinds` are your own classes, of which it may be made."""
+        return load_gate(cls, path, kinds=kinds)
 
     def __repr__(self) -> str:
         probability = (1 + math.tanh(self.threshold / 2)) / 2  # which no threshold overflows

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any, final
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from actsteer.errors import ShapeError, SiteNotFoundError, close_names
+from actsteer.steering.alone import load_edit, save_edit
 from actsteer.vectors.vector import SteeringVector, named
 
 
@@ -110,6 +112,13 @@ class LowRank:
         """What it is made with; see `Saved`."""
         sites = {site: self[site] for site in self._parts} or None
         return {"sites": sites, "rank": None if sites else self._rank, "metadata": self.metadata}
+
+    save = save_edit
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], model: nn.Module | None = None, *, kinds: Iterable[type] = ()) -> LowRank:
+        """Read what `save` wrote; see `Steering.load`, also for errors."""
+        return load_edit(cls, path, model, kinds=kinds)
 
     def at(self, site: str) -> LowRankAt:
         """The edit of one site, a copy."""

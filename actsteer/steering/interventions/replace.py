@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any, final
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from actsteer.errors import ShapeError, SiteNotFoundError, close_names
+from actsteer.steering.alone import load_edit, save_edit
 from actsteer.vectors.vector import SteeringVector, named
 
 
@@ -108,6 +110,13 @@ class Replace:
     def saved(self) -> dict[str, Any]:
         """What it is made with; see `Saved`."""
         return {"activations": {site: part.values for site, part in self._parts.items()}, "metadata": self.metadata}
+
+    save = save_edit
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], model: nn.Module | None = None, *, kinds: Iterable[type] = ()) -> Replace:
+        """Read what `save` wrote; see `Steering.load`, also for errors."""
+        return load_edit(cls, path, model, kinds=kinds)
 
     def at(self, site: str) -> ReplaceAt:
         """The edit of one site."""
