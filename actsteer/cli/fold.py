@@ -28,11 +28,11 @@ from actsteer.folding import fold as folding
 def fold(
     model: ModelName,
     bank: BankPath,
-    c: StrengthTexts,
     verify_on: Annotated[
         Path, typer.Option(help="On which it is proved: texts, .txt or .jsonl, or inputs.", **options.READ)
     ],
     output: OutPath,
+    c: StrengthTexts = None,
     concept: Concepts = None,
     chat: Chat = False,
     device: Device = None,
@@ -44,8 +44,8 @@ def fold(
     A Hugging Face model becomes a directory that from_pretrained loads, its tokenizer included; any other model a
     .safetensors file of its weights.
     """
-    strength = options.one_strength(c)
     banks.check(bank)
+    strength = options.one_strength(c) if c else banks.strengths(bank, c)[0]
     _check_new(output)
     loaded = models.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     host: Any = loaded.model
@@ -54,10 +54,10 @@ def fold(
         wanted = "a name for a directory" if is_pretrained else "a name with .safetensors for the weights"
         raise typer.BadParameter(f"{output}: expected {wanted}", param_hint="output")
     companions = loaded.companions()
-    vectors = banks.read(bank, loaded.model, concept)
+    steering = banks.read(bank, loaded.model, concept)
     batch = one_batch(verify_on, loaded, chat=chat)
     before = set(host.state_dict())
-    folding.fold(loaded.model, vectors, strength, verify_on=batch, inplace=True)
+    folding.fold(loaded.model, steering, strength, verify_on=batch, inplace=True)
     if is_pretrained:
         with filling(output) as temporary:
             for part in (host, *companions):

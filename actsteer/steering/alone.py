@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from os import PathLike
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from torch import nn
 
 from actsteer.errors import FileFormatError
 from actsteer.files import sealed
-from actsteer.sites import fingerprint
 from actsteer.steering.gates.gate import AnyGate
 from actsteer.steering.interventions.intervention import Edit
+from actsteer.vectors.bank import metadata_in
 
 SomeEdit = TypeVar("SomeEdit", bound=Edit)
 SomeGate = TypeVar("SomeGate", bound=AnyGate)
@@ -30,9 +31,6 @@ def save_edit(self: Edit, path: str | PathLike[str], *, model: nn.Module | None 
     """
     from actsteer.steering.steering import Steering  # which knows the classes of edits
 
-    metadata = self.constant.metadata
-    if model is not None and "model" not in metadata:
-        self = self.described(metadata | fingerprint.described(model))
     Steering(self).save(path, model=model)
 
 
@@ -42,18 +40,23 @@ def load_edit(
     """Read what `save` wrote; see `Steering.load`.
 
     Raises:
-        FileFormatError: the file is corrupt, or holds something else, or more than one edit of this class.
+        FileFormatError: the file is corrupt, or holds anything but one edit of this class.
         ModelMismatchError: the file was made for a model of another architecture.
     """
+    from actsteer.steering import saving
     from actsteer.steering.steering import Steering  # which knows the classes of edits
 
     steering = Steering.load(path, model, kinds=kinds)
-    edit = steering.intervention
-    if not isinstance(edit, kind) or not steering.is_edit:
+    edit, bank = steering.intervention, steering.vectors
+    if not isinstance(edit, kind) or len(bank) != 1 or not replace(steering, intervention=None).is_plain:
         raise FileFormatError(
             f"{path}: expected one {kind.__name__} and nothing else, got {steering!r}; open it with Steering.load(path)"
         )
-    return edit
+    (metadata,) = metadata_in(bank).values()  # which names the model, if it was given when saving
+    with saving.described_by(path):
+        if edit.constant.sites != bank.sites:
+            raise ValueError(f"an edit at {edit.constant.sites} with vectors at {bank.sites}")
+        return cast("SomeEdit", edit.described(metadata))
 
 
 def save_gate(self: AnyGate, path: str | PathLike[str]) -> None:

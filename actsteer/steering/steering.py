@@ -114,19 +114,6 @@ class Steering:
         """Whether it is vectors and nothing else, added with strength 1."""
         return not self._given()
 
-    @property
-    def is_edit(self) -> bool:
-        """Whether it is an edit that has its sites, and nothing else, with strength 1."""
-        edit = self.intervention
-        if not isinstance(edit, Edit) or list(self._given()) != ["intervention"] or len(self.vectors) != 1:
-            return False
-        try:
-            constant = edit.constant
-        except TypeError:  # of a KeepNorm around an intervention without sites
-            return False
-        (vector,) = dict(self.vectors.items()).values()
-        return vector.sites == constant.sites and vector.equal(constant)
-
     def parts(self) -> dict[str, Any]:
         """All but the vectors, by the names of the arguments; mappings are copies."""
         found = {name: getattr(self, name) for name in _DEFAULTS}
