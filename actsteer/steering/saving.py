@@ -50,7 +50,7 @@ class Saved(Protocol):
 
     A dataclass needs none of this: its fields are what it is made with. Arguments are numbers, strings, bools, None,
     tensors, SteeringVectors, slices, other such values, and tuples, lists and mappings from str of these. A file names
-    the class, and whoever loads it gives the class: nothing of a file is imported, or run.
+    the class, and whoever loads it gives the class: nothing of a file is imported, or run. Tensors come back on the CPU.
 
     >>> import pathlib, tempfile, torch
     >>> from actsteer import Steering
@@ -278,7 +278,7 @@ class _Decoder:
         if not isinstance(node, dict) or list(node) != ["tensor"] or node["tensor"] not in self._tensors:
             raise ValueError(f"expected the name of a tensor, got {node}")
         self.used.add(node["tensor"])
-        return self._tensors[node["tensor"]]
+        return self._tensors[node["tensor"]].clone()  # that of a file may lie where kernels round otherwise
 
     def _once(self, node: Document, make: Callable[[], Any]) -> Any:
         text = json.dumps(node)

@@ -262,7 +262,9 @@ def _bank_of(
         vectors = VectorBank({vectors.concept or "vector": vectors})
     if not isinstance(vectors, VectorBank):
         hint = ""
-        if isinstance(vectors, nn.Module):
+        if isinstance(vectors, Steering):
+            hint = "; dataclasses.replace(steering, c=2.0) is one with another strength"
+        elif isinstance(vectors, nn.Module):
             hint = "; model and vectors are swapped: Steerer(model, vectors)"
         elif isinstance(vectors, Tensor | Mapping):
             hint = "; make one of it: SteeringVector({site: tensor})"

@@ -238,6 +238,9 @@ def test_what_is_no_steering_is_refused_without_a_model():
     for wrong in (MODEL, "v.safetensors", {"0": torch.ones(D)}):
         with pytest.raises(TypeError, match="expected a SteeringVector, a VectorBank, or an edit"):
             Steering(wrong)
+    with pytest.raises(TypeError, match=r"got Steering; dataclasses.replace"):
+        Steering(Steering(V), c=2)
+    assert dataclasses.replace(Steering(V, gate=PROBE), c=2).gate is PROBE
     with pytest.raises(TypeError, match="says itself how it edits"):
         Steering(EDITS["affine"], intervention=Add())
 
