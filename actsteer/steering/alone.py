@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from os import PathLike
 from typing import TypeVar, cast
@@ -15,8 +15,7 @@ from actsteer.steering.gates.gate import AnyGate
 from actsteer.steering.interventions.intervention import Edit
 from actsteer.vectors.bank import metadata_in
 
-SomeEdit = TypeVar("SomeEdit", bound=Edit)
-SomeGate = TypeVar("SomeGate", bound=AnyGate)
+Kind = TypeVar("Kind")
 
 
 def save_edit(self: Edit, path: str | PathLike[str], *, model: nn.Module | None = None) -> None:
@@ -35,8 +34,8 @@ def save_edit(self: Edit, path: str | PathLike[str], *, model: nn.Module | None 
 
 
 def load_edit(
-    kind: type[SomeEdit], path: str | PathLike[str], model: nn.Module | None = None, *, kinds: Iterable[type] = ()
-) -> SomeEdit:
+    kind: type[Kind], path: str | PathLike[str], model: nn.Module | None = None, *, kinds: Iterable[type] = ()
+) -> Kind:
     """Read what `save` wrote; see `Steering.load`.
 
     Raises:
@@ -47,16 +46,21 @@ def load_edit(
     from actsteer.steering.steering import Steering  # which knows the classes of edits
 
     steering = Steering.load(path, model, kinds=kinds)
-    edit, bank = steering.intervention, steering.vectors
+    bank, edit = steering.vectors, steering.intervention
     if not isinstance(edit, kind) or len(bank) != 1 or not replace(steering, intervention=None).is_plain:
         raise FileFormatError(
             f"{path}: expected one {kind.__name__} and nothing else, got {steering!r}; open it with Steering.load(path)"
         )
     (metadata,) = metadata_in(bank).values()  # which names the model, if it was given when saving
     with saving.described_by(path):
-        if edit.constant.sites != bank.sites:
-            raise ValueError(f"an edit at {edit.constant.sites} with vectors at {bank.sites}")
-        return cast("SomeEdit", edit.described(metadata))
+        return cast("Kind", _described(cast("Edit", edit), metadata, sites=bank.sites))
+
+
+def _described(edit: Edit, metadata: Mapping[str, str], *, sites: tuple[str, ...]) -> Edit:
+    """The edit with this metadata, if it has these sites."""
+    if edit.constant.sites != sites:
+        raise ValueError(f"an edit at {edit.constant.sites} with vectors at {sites}")
+    return edit.described(metadata)
 
 
 def save_gate(self: AnyGate, path: str | PathLike[str]) -> None:
@@ -73,7 +77,7 @@ def save_gate(self: AnyGate, path: str | PathLike[str]) -> None:
     sealed.write(target, tensors, {"kind": "gate", **document})
 
 
-def load_gate(kind: type[SomeGate], path: str | PathLike[str], *, kinds: Iterable[type] = ()) -> SomeGate:
+def load_gate(kind: type[Kind], path: str | PathLike[str], *, kinds: Iterable[type] = ()) -> Kind:
     """Read what `save` wrote; nothing in a file is executed or imported.
 
     Args:

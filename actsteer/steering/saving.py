@@ -50,7 +50,7 @@ class Saved(Protocol):
 
     A dataclass needs none of this: its fields are what it is made with. Arguments are numbers, strings, bools, None,
     tensors, SteeringVectors, slices, other such values, and tuples, lists and mappings from str of these. A file names
-    the class, and whoever loads it gives the class: nothing of a file is imported, or run. Tensors come back on the CPU.
+    the class, and whoever loads it gives the class: nothing of a file is imported or run. Tensors are then on the CPU.
 
     >>> import pathlib, tempfile, torch
     >>> from actsteer import Steering

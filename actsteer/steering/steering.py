@@ -18,7 +18,7 @@ from actsteer.sites.resolve import Sites, items
 from actsteer.steering import saving
 from actsteer.steering.gates.gate import AnyGate, leaves
 from actsteer.steering.interventions.intervention import Edit, Intervention, PerSite, check_intervention
-from actsteer.steering.strength import Strengths, kept, strengths_of
+from actsteer.steering.strength import Strengths, strengths_of
 from actsteer.tokens.positions import Positions
 from actsteer.tokens.positions import check as check_positions
 from actsteer.vectors.bank import VectorBank
@@ -243,7 +243,9 @@ def _frozen(part: Any) -> Any:
     """A copy of what can be changed."""
     if isinstance(part, Mapping):
         return MappingProxyType({concept: _frozen(own) for concept, own in part.items()})
-    return tuple(part) if isinstance(part, list) else kept(part)
+    if isinstance(part, Tensor):
+        return part.detach().clone()
+    return tuple(part) if isinstance(part, list) else part
 
 
 def _bank_of(
