@@ -84,7 +84,9 @@ from actsteer.steering.interventions.keep_norm import KeepNorm as KeepNorm
 from actsteer.steering.interventions.low_rank import LowRank as LowRank
 from actsteer.steering.interventions.replace import Replace as Replace
 from actsteer.steering.interventions.rotate import Rotate as Rotate
+from actsteer.steering.saving import Saved as Saved
 from actsteer.steering.steerer import Steerer as Steerer
+from actsteer.steering.steering import Steering as Steering
 from actsteer.tuning.sweep import sweep as sweep
 from actsteer.vectors.bank import VectorBank as VectorBank
 from actsteer.vectors.site_map import SiteMap as SiteMap

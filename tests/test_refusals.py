@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from actsteer import (
+    Ablate,
     Add,
     Affine,
     And,
@@ -16,10 +17,12 @@ from actsteer import (
     LowRank,
     MeanDifference,
     Not,
+    ProbeAbove,
     ProjectionAbove,
     Replace,
     Soft,
     Steerer,
+    Steering,
     SteeringVector,
     StrengthError,
     VectorBank,
@@ -95,6 +98,14 @@ REFUSED = {
     "a map as an array": (lambda: Affine({"1": (ARRAY, ARRAY)}), TypeError, "W and b, got ndarray and ndarray"),
     "positions as an array": (lambda: run(positions=ARRAY > 0), TypeError, "got ndarray; give torch.as_tensor"),
     "positions in record": (lambda: record(MODEL, X, sites="1", positions=ARRAY), TypeError, "got ndarray"),
+    "a flag as a string": (lambda: Add(relative="no"), TypeError, "relative: expected True or False, got 'no'"),
+    "a flag as a number": (lambda: Ablate(one_sided=1), TypeError, "one_sided: expected True or False, got 1"),
+    "a probability twice": (
+        lambda: ProbeAbove(V, offset=0.0, probability=0.5, threshold=0.0),
+        ValueError,
+        "a threshold says the same, and both were given",
+    ),
+    "a path in the place of a steering": (lambda: Steering("s.safetensors"), TypeError, r"or Steering.load\(path\)"),
     "a target as a string": (lambda: Clamp("3"), TypeError, "target: expected a number, got '3'"),
     "an axis as a string": (lambda: run(axis="1"), TypeError, "axis: expected an int or a mapping.* got '1'"),
     "model and vectors swapped": (lambda: Steerer(V, MODEL), TypeError, r"are swapped: Steerer\(model, vectors\)"),

@@ -1,4 +1,4 @@
-"""Banks: the files of vectors that a command is given, and what may be written over."""
+"""Banks: the files of vectors, or of a whole steering, that a command is given, and what may be written over."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 import typer
 from torch import nn
 
-from actsteer.cli import factory
+from actsteer.cli import factory, options
 from actsteer.files import gguf, sealed
 from actsteer.files.formats import Format
-from actsteer.vectors.bank import VectorBank
+from actsteer.steering.steering import Steering
 
 
 def check(path: str) -> None:
@@ -29,26 +29,26 @@ def check(path: str) -> None:
 def check_own(path: Path, *kinds: str) -> None:
     """Before any work: nothing is written over but what actsteer has written, of one of these kinds ("statistics").
 
-    A control vector, `.gguf`, is a "bank".
+    A control vector, `.gguf`, is a "bank", and so is a whole steering.
 
     Raises:
         typer.BadParameter: there is another file.
     """
     found = ("bank" if gguf.is_ours(path) else None) if path.suffix.lower() == ".gguf" else sealed.kind_of(path)
-    if path.exists() and found not in kinds:
+    if path.exists() and ("bank" if found == "steering" else found) not in kinds:
         raise typer.BadParameter(
             f"{path}: it is there already, and no {' or '.join(kinds)} of actsteer's; choose another name",
             param_hint="output",
         )
 
 
-def check_concepts(path: Path, bank: VectorBank, *, form: Format | None) -> None:
+def check_concepts(path: Path, steering: Steering, *, form: Format | None) -> None:
     """Nothing is written over a bank but one of the same concepts.
 
     Raises:
         typer.BadParameter: there is another one.
     """
-    if path.exists() and set(there := VectorBank.load(path, format=form).concepts) != set(bank.concepts):
+    if path.exists() and set(there := Steering.load(path, format=form).concepts) != set(steering.concepts):
         raise typer.BadParameter(
             f"{path}: it is there already, with {', '.join(there)}; choose another name, or delete it",
             param_hint="output",
@@ -57,10 +57,23 @@ def check_concepts(path: Path, bank: VectorBank, *, form: Format | None) -> None
 
 def read(
     path: str, model: nn.Module | None, concepts: list[str] | None, *, layer_offset: int = 0, form: Format | None = None
-) -> VectorBank:
-    """The vectors of a file, or some of them, with the model's names for the sites."""
-    bank = VectorBank.load(path, model, layer_offset=layer_offset, format=form)
-    return bank.select(*concepts) if concepts else bank
+) -> Steering:
+    """What a file says, or what it says of some of the concepts, with the model's names for the sites."""
+    steering = Steering.load(path, model, layer_offset=layer_offset, format=form)
+    return steering.select(*concepts) if concepts else steering
+
+
+def strengths(path: str, texts: list[str] | None) -> list[float | dict[str, float] | None]:
+    """Before any work: the strengths that are given, see `options.strengths`; or None, for that of the file.
+
+    Raises:
+        typer.BadParameter: neither says one, for a file of vectors alone has none.
+    """
+    if texts:
+        return list(options.strengths(texts))
+    if sealed.kind_of(path) != "steering":
+        raise typer.BadParameter("the file holds vectors alone, and no strength; give one", param_hint="-c")
+    return [None]
 
 
 def format_of(name: str) -> Format:

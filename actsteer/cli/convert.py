@@ -12,7 +12,7 @@ from actsteer.cli.options import Concepts, MaybeModelName, TrustRemoteCode
 
 
 def convert(
-    source: Annotated[str, typer.Argument(metavar="A", help="Any file of vectors, or a pattern.")],
+    source: Annotated[str, typer.Argument(metavar="A", help="Any file of vectors or of a steering, or a pattern.")],
     target: Annotated[Path, typer.Argument(metavar="B", help="A .safetensors file, or a .gguf of one vector.")],
     concept: Concepts = None,
     model: MaybeModelName = None,
@@ -30,7 +30,8 @@ def convert(
 
     Reads .safetensors (actsteer's own, and steering-lite's), .gguf (llama.cpp, repeng, EasySteer), .svec, and .pt files
     of tensors alone (CAA, RepE). Where a file numbers a model's blocks and does not say of which model, name it with
-    --model. Nothing is written over but a file of actsteer's with the same concepts.
+    --model. A steering that is more than its vectors stays so, as .safetensors. Nothing is written over but a file of
+    actsteer's with the same concepts.
     """
     mine = None if form is None else banks.format_of(form)
     reads, writes = (
@@ -45,7 +46,13 @@ def convert(
     banks.check_own(target, "bank")
     banks.check(source)
     named = models.names(model, trust_remote_code=trust_remote_code)
-    bank = banks.read(source, named, concept, layer_offset=source_offset, form=reads)
-    banks.check_concepts(target, bank, form=writes)
-    bank.save(target, layer_offset=target_offset, format=writes)
-    screen.say(f"{len(bank)} concept{'s' * (len(bank) != 1)} written to {target}: {', '.join(bank.concepts)}")
+    steering = banks.read(source, named, concept, layer_offset=source_offset, form=reads)
+    banks.check_concepts(target, steering, form=writes)
+    if steering.is_plain:
+        steering.vectors.save(target, layer_offset=target_offset, format=writes)
+    elif writes is not None:
+        raise typer.BadParameter(f"{form}: a format holds vectors alone, and {source} more", param_hint="--format")
+    else:
+        steering.save(target)
+    concepts = steering.concepts
+    screen.say(f"{len(concepts)} concept{'s' * (len(concepts) != 1)} written to {target}: {', '.join(concepts)}")

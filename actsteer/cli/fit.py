@@ -21,8 +21,9 @@ from actsteer.estimators.principal_direction import PrincipalDirection
 from actsteer.estimators.ridge_direction import RidgeDirection
 from actsteer.estimators.whitened_mean_difference import WhitenedMeanDifference
 from actsteer.files import sealed
+from actsteer.steering.alone import save_edit
+from actsteer.steering.steering import Steering
 from actsteer.tokens.positions import Positions
-from actsteer.vectors.bank import VectorBank
 from actsteer.vectors.vector import SteeringVector
 
 _OURS: dict[str, Callable[[], Estimator[Any]]] = {
@@ -90,13 +91,11 @@ def fit(
             batch_size=batch_size,
         )
         known = loaded.model
-    if not isinstance(vector, SteeringVector):
-        raise typer.BadParameter(
-            f"{estimator}: it gives an edit, {type(vector).__name__}, and a file holds vectors; call fit in Python",
-            param_hint="--estimator",
-        )
-    vector.save(output, model=known)
-    describe(VectorBank({vector.concept or "vector": vector}))
+    if isinstance(vector, SteeringVector):
+        vector.save(output, model=known)
+    else:
+        save_edit(vector, output, model=known)
+    describe(Steering(vector))
     screen.say(f"written to {output}")
 
 

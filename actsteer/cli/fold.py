@@ -28,11 +28,11 @@ from actsteer.folding import fold as folding
 def fold(
     model: ModelName,
     bank: BankPath,
-    c: StrengthTexts,
     verify_on: Annotated[
         Path, typer.Option(help="On which it is proved: texts, .txt or .jsonl, or inputs.", **options.READ)
     ],
     output: OutPath,
+    c: StrengthTexts = None,
     concept: Concepts = None,
     chat: Chat = False,
     untie: Annotated[bool, typer.Option("--untie", help="Give a head tied to the embedding its own weights.")] = False,
@@ -45,8 +45,8 @@ def fold(
     A Hugging Face model becomes a directory that from_pretrained loads, its tokenizer included; any other model a
     .safetensors file of its weights.
     """
-    strength = options.one_strength(c)
     banks.check(bank)
+    strength = options.one_strength(c) if c else banks.strengths(bank, c)[0]
     _check_new(output)
     loaded = models.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     host: Any = loaded.model
@@ -61,10 +61,10 @@ def fold(
             param_hint="--untie",
         )
     companions = loaded.companions()
-    vectors = banks.read(bank, loaded.model, concept)
+    steering = banks.read(bank, loaded.model, concept)
     batch = one_batch(verify_on, loaded, chat=chat)
     before = set(host.state_dict())
-    folding.fold(loaded.model, vectors, strength, verify_on=batch, untie=untie, inplace=True)
+    folding.fold(loaded.model, steering, strength, verify_on=batch, untie=untie, inplace=True)
     if is_pretrained:
         with filling(output) as temporary:
             for part in (host, *companions):

@@ -21,10 +21,13 @@ ModelName = Annotated[
 MaybeModelName = Annotated[
     str | None, typer.Option("--model", "-m", help="The model that has names for blocks that a file numbers.")
 ]
-BankPath = Annotated[str, typer.Option("--bank", "-b", help="A file of vectors, or a pattern.", show_default=False)]
+BankPath = Annotated[
+    str, typer.Option("--bank", "-b", help="A file of vectors or of a steering, or a pattern.", show_default=False)
+]
 Concepts = Annotated[list[str] | None, typer.Option("--concept", help="Only this concept; may be repeated.")]
 StrengthTexts = Annotated[
-    list[str], typer.Option("-c", help="The strength: 2 for all concepts, or nine=2; may be repeated.")
+    list[str] | None,
+    typer.Option("-c", help="The strength: 2 for all concepts, or nine=2; may be repeated. Or that of the file."),
 ]
 RowPositions = Annotated[
     str | None,

@@ -1,8 +1,8 @@
-"""show: what a file of vectors holds."""
+"""show: what a file of vectors, or of a steering, holds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import combinations
 from typing import Annotated
 
@@ -10,27 +10,29 @@ import typer
 
 from actsteer.cli import banks, models, screen
 from actsteer.cli.options import Concepts, MaybeModelName, TrustRemoteCode
-from actsteer.vectors.bank import VectorBank
+from actsteer.steering.steering import Steering
 
 _PAIRS, _COMPARED = 20, 1000
 
 
 def show(
-    bank: Annotated[str, typer.Argument(help="Any file of vectors, or a pattern.")],
+    bank: Annotated[str, typer.Argument(help="Any file of vectors or of a steering, or a pattern.")],
     concept: Concepts = None,
     model: MaybeModelName = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Show the concepts of a file, their sites and norms, and how far the concepts interfere.
+    """Show the concepts of a file, their sites and norms, how they steer, and how far the concepts interfere.
 
+    How they steer is said of a file that has more than vectors: strengths, interventions, gates, positions, sites.
     Interference is the cosine between two concepts over all their sites; the strongest pairs come first.
     """
     banks.check(bank)
     describe(banks.read(bank, models.names(model, trust_remote_code=trust_remote_code), concept))
 
 
-def describe(bank: VectorBank) -> None:
-    """Print a line for every direction, one for every concept's origin, and one for every pair that interferes."""
+def describe(steering: Steering) -> None:
+    """Print a line for every direction, every concept's origin, how they steer, and every pair that interferes."""
+    bank = steering.vectors
     rows = [
         (concept, site, len(vector[site]), f"{float(vector[site].norm()):.4g}")
         for concept, vector in bank.items()
@@ -41,6 +43,10 @@ def describe(bank: VectorBank) -> None:
     if told := [name for name in _origin({}) if any(own[name] for own in origins.values())]:
         screen.say("")
         screen.table("concept", *told, rows=[(concept, *map(own.get, told)) for concept, own in origins.items()])
+    if not steering.is_plain:
+        screen.say("")
+        for line in _parts(steering):
+            screen.say(line)
     present = bank.select(*(concept for concept, vector in bank.items() if float(vector.norm()) > 0))
     if len(present) < 2:
         return
@@ -55,6 +61,15 @@ def describe(bank: VectorBank) -> None:
     screen.table("interference", "with", "cosine", rows=rows_, numbers=["cosine"])
     if len(pairs) > _PAIRS:
         screen.say(f"and {len(pairs) - _PAIRS} pairs that interfere less")
+
+
+def _parts(steering: Steering) -> Iterator[str]:
+    """A line for every part that is given, for all concepts or for one."""
+    for name, part in steering.parts().items():
+        each = part if isinstance(part, dict) else {} if part is None else {"": part}
+        for concept, own in each.items():
+            said = own if isinstance(own, str) else " ".join(repr(own).split())  # on one line
+            yield f"{name}{concept and f' of {concept}'}: {said}"
 
 
 def _origin(metadata: Mapping[str, str]) -> dict[str, str]:

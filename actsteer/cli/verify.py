@@ -15,7 +15,7 @@ from actsteer.steering.steerer import Steerer
 
 
 def verify(
-    bank: Annotated[str, typer.Argument(help="Any file of vectors, or a pattern.")],
+    bank: Annotated[str, typer.Argument(help="Any file of vectors or of a steering, or a pattern.")],
     model: Annotated[str | None, typer.Option("--model", "-m", help="The model that is to be steered.")] = None,
     on: Annotated[
         Path | None, typer.Option(help="Run on these: texts, .txt or .jsonl, or inputs.", **options.READ)
@@ -23,7 +23,7 @@ def verify(
     folded: Annotated[
         str | None, typer.Option(help="What fold wrote: a directory, or .safetensors; is it the steered model?")
     ] = None,
-    c: Annotated[list[str] | None, typer.Option("-c", help="The strength, 1 unless given.")] = None,
+    c: Annotated[list[str] | None, typer.Option("-c", help="The strength; that of the file, or 1.")] = None,
     concept: Concepts = None,
     chat: Chat = False,
     device: Device = None,
@@ -41,16 +41,16 @@ def verify(
     banks.check(bank)
     if folded is not None:
         models.check_folded(folded)
-    strength = options.one_strength(c or ["1"])
+    strength = options.one_strength(c) if c else None
     loaded = None
     if model is not None:
         loaded = models.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, empty=on is None)
-    vectors = banks.read(bank, None if loaded is None else loaded.model, concept)
-    vectors.items()  # every one is read
-    screen.say(f"whole: {bank}, {len(vectors)} concept{'s' * (len(vectors) != 1)}")
+    steering = banks.read(bank, None if loaded is None else loaded.model, concept)
+    count = len(steering.vectors.items())  # every one is read
+    screen.say(f"whole: {bank}, {count} concept{'s' * (count != 1)}")
     if loaded is None:
         return
-    steerer = Steerer(loaded.model, vectors, c=strength)
+    steerer = Steerer(loaded.model, steering, c=strength)
     screen.say(f"fits: {model}, {', '.join(steerer.sites)}")
     if on is None:
         return
@@ -60,7 +60,7 @@ def verify(
         steered = outputs(loaded.model, batch)
     pairs = list(zip(steered, plain, strict=True))
     if any(is_lost(one, other) for one, other in pairs):
-        screen.complain("error", f"at c = {strength} the outputs are no numbers any more")
+        screen.complain("error", f"at c = {steerer.c} the outputs are no numbers any more")
         raise typer.Exit(1)
     moved = max((apart for one, other in pairs if (apart := distance(one, other)) != float("inf")), default=0.0)
     screen.say(f"runs: every site on {on}; the outputs move by up to {moved:.3g}")

@@ -1,14 +1,14 @@
 """The native format: vectors in a sealed safetensors file, each with a digest, read when it is asked for.
 
 Tensors are named `<concept>/<site>`. The document says of every concept its metadata, the model's fingerprint, the
-intervention meant, and of every site the side and the feature axis.
+intervention meant, and of every site the side and the feature axis. A file of kind "steering" holds more beside them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 from torch import Tensor
 
@@ -23,6 +23,10 @@ SUFFIX = ".safetensors"
 
 def write(path: Path, vectors: Mapping[str, Named]) -> None:
     """Write vectors to `path`."""
+    _write(path, vectors, {"kind": "bank"}, {})
+
+
+def _write(path: Path, vectors: Mapping[str, Named], document: Mapping[str, Any], beside: Mapping[str, Tensor]) -> None:
     tensors: dict[str, Tensor] = {}
     concepts: dict[str, Any] = {}
     for concept, vector in vectors.items():
@@ -36,7 +40,7 @@ def write(path: Path, vectors: Mapping[str, Named]) -> None:
             "sites": {site: {"side": _side(site), "axis": metadata.get(f"axis {site}")} for site in directions},
             "sha256": sealed.digest(own),
         }
-    sealed.write(path, tensors, {"kind": "bank", "concepts": concepts}, sealed_apart=tensors)
+    sealed.write(path, {**tensors, **beside}, {**document, "concepts": concepts}, sealed_apart=tensors)
 
 
 def read(path: Path) -> Mapping[str, Stored | Numbered]:
@@ -45,10 +49,46 @@ def read(path: Path) -> Mapping[str, Stored | Numbered]:
     Raises:
         FileFormatError: the file is corrupt, foreign, or of a newer version.
     """
+    return _read(path, "bank")[0]
+
+
+@final
+class WithMore:
+    """The same format for a file that may hold more than vectors: a document and tensors, whose sense others know.
+
+    Args:
+        document: what to write beside the vectors, under names that they do not use.
+        tensors: the tensors of which it speaks; there is no slash in their names.
+    """
+
+    SUFFIX = SUFFIX
+
+    def __init__(self, document: Mapping[str, Any] | None = None, tensors: Mapping[str, Tensor] | None = None) -> None:
+        self.document, self.tensors = document, dict(tensors or {})
+
+    def write(self, path: Path, vectors: Mapping[str, Named]) -> None:
+        """Write vectors and what is beside them."""
+        _write(path, vectors, {"kind": "steering", **(self.document or {})}, self.tensors)
+
+    def read(self, path: Path) -> Mapping[str, Stored | Numbered]:
+        """The vectors; what is beside them is then in `document`, or None of a file of vectors alone.
+
+        Raises:
+            FileFormatError: as the function.
+        """
+        found, self.document, self.tensors = _read(path, "bank", "steering")
+        return found
+
+
+def _read(
+    path: Path, *kinds: str
+) -> tuple[Mapping[str, Stored | Numbered], Mapping[str, Any] | None, dict[str, Tensor]]:
+    """The vectors, and the document and the tensors beside them."""
     file = Opened(path.absolute())  # whatever the current folder is when more of it is read
     if not sealed.is_ours(file) and steering_lite.is_numbered(file):
-        return steering_lite.read(file)
-    document, shapes = sealed.document_of(file, kind="bank"), file.shapes()
+        return steering_lite.read(file), None, {}
+    document, shapes = sealed.document_of(file, *kinds), file.shapes()
+    is_bank = document["kind"] == "bank"
     bank: dict[str, Stored] = {}
     described, apart = set[str](), set[str]()
     try:
@@ -59,12 +99,15 @@ def read(path: Path) -> Mapping[str, Stored | Numbered]:
             apart.update(names.values() if "sha256" in entry else ())
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise _undescribed(path, error) from None
-    if rest := shapes.keys() - described:
+    if (rest := shapes.keys() - described) and is_bank:
         raise FileFormatError(f"{path}: tensors {sorted(rest)} are not in the document; write it again")
-    sealed.verified(file, shapes.keys() - apart)
+    verified = sealed.verified(file, shapes.keys() - apart)
     if file.is_read:
-        return {concept: _read(vector) for concept, vector in bank.items()}
-    return bank
+        bank = {concept: _in_memory(vector) for concept, vector in bank.items()}
+    if is_bank:
+        return bank, None, {}
+    beside = {name: part for name, part in document.items() if name not in ("format", "kind", "concepts")}
+    return bank, beside, {name: verified[name] for name in rest}
 
 
 def _stored(
@@ -106,7 +149,7 @@ def _metadata(concept: str, entry: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _read(vector: Stored) -> Stored:
+def _in_memory(vector: Stored) -> Stored:
     """The same vector, its directions in memory."""
     directions = vector.read()
     return Stored(vector.sizes, vector.metadata, lambda: directions)

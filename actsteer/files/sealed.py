@@ -69,12 +69,12 @@ def checked(path: str | os.PathLike[str], *, writing: bool = False) -> Path:
 def read(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and document of a file, whole and verified, or FileFormatError."""
     file = Opened(path)
-    document = document_of(file, kind=kind)
+    document = document_of(file, kind)
     return verified(file, sorted(file.names)), document
 
 
-def document_of(file: Opened, *, kind: str) -> dict[str, Any]:
-    """The document of a file of ours; it is verified with the tensors.
+def document_of(file: Opened, *kinds: str) -> dict[str, Any]:
+    """The document of a file of ours, of one of these kinds; it is verified with the tensors.
 
     Raises:
         FileFormatError: the file is corrupt, foreign, or of a newer version.
@@ -82,9 +82,22 @@ def document_of(file: Opened, *, kind: str) -> dict[str, Any]:
     if not is_ours(file):
         raise FileFormatError(f"{file.path}: a safetensors file that actsteer did not write; it has no actsteer header")
     document = _document(file.path, file.metadata["actsteer"])
-    if document.get("kind") != kind or document.get("format") != VERSION:
-        raise FileFormatError(f"{file.path}: expected a file of kind {kind!r}; it holds something else")
+    found = document.get("kind")
+    if found not in kinds or document.get("format") != VERSION:
+        opened = _OPENED_BY.get(found, "") if isinstance(found, str) and found not in kinds else ""
+        raise FileFormatError(
+            f"{file.path}: expected a file of kind {' or '.join(map(repr, kinds))}; it holds something else{opened}"
+        )
     return document
+
+
+_OPENED_BY = {
+    "bank": ", vectors: open it with VectorBank.load(path)",
+    "steering": ", a steering that is more than its vectors: open it with Steering.load(path)",
+    "gate": ", a gate: open it with the load of its class, as ProjectionAbove.load(path)",
+    "statistics": ", statistics: open it with Statistics.load(path)",
+    "class statistics": ", statistics by class: open it with ClassStatistics.load(path)",
+}
 
 
 def verified(file: Opened, names: Iterable[str]) -> dict[str, Tensor]:
@@ -101,7 +114,7 @@ def is_ours(file: Opened) -> bool:
 
 
 def kind_of(path: str | os.PathLike[str]) -> str | None:
-    """What kind of file of ours there is ("bank", "statistics"); None if there is another one, or none."""
+    """What kind of file of ours there is ("bank", "steering"); None if there is another one, or none."""
     try:
         kind = _document(path, Opened(path).metadata["actsteer"]).get("kind")
     except (KeyError, OSError, FileFormatError):

@@ -34,13 +34,10 @@ from actsteer.sites.shards import is_gathered_now_and_then
 from actsteer.sites.wrappers import named_modules, unwrapped
 from actsteer.steering import in_bias
 from actsteer.steering.attached import steerers
-from actsteer.steering.interventions.intervention import Edit
 from actsteer.steering.interventions.replace import Replace
-from actsteer.steering.plan import Interventions
 from actsteer.steering.steerer import Steerer
+from actsteer.steering.steering import Interventions, Steerable, steering_of
 from actsteer.steering.strength import Strengths, strengths_of
-from actsteer.vectors.bank import VectorBank
-from actsteer.vectors.vector import SteeringVector
 
 Model = TypeVar("Model", bound=nn.Module)
 _folded: WeakKeyDictionary[nn.Module, list[Undo]] = WeakKeyDictionary()
@@ -48,8 +45,8 @@ _folded: WeakKeyDictionary[nn.Module, list[Undo]] = WeakKeyDictionary()
 
 def fold(
     model: Model,
-    vectors: SteeringVector | VectorBank | Edit,
-    c: Strengths = 1.0,
+    vectors: Steerable,
+    c: Strengths | None = None,
     *,
     verify_on: Batches,
     intervention: Interventions | None = None,
@@ -75,7 +72,8 @@ def fold(
 
     Args:
         model: any `nn.Module`; it is not changed, unless `inplace`.
-        vectors, c, intervention, sites, axis: as for `Steerer`, with one strength for all rows.
+        vectors, c, intervention, sites, axis: as for `Steerer`, with one strength for all rows. A `Steering` with a
+            gate or positions is refused, for weights steer every row and token alike.
         verify_on: inputs, on which it is proved: a tensor, a tuple or a mapping, or an iterable of these. Pads, as an
             attention_mask shows them, are left out; folded weights steer them too, which changes no answer at a token.
         untie: where the weight of an embedding, or of a head, has to change that both share, give the head, an
@@ -92,6 +90,7 @@ def fold(
 
     Source: directional ablation by weight orthogonalisation, Arditi et al. 2024.
 
+    >>> from actsteer import SteeringVector
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
     >>> v, x = SteeringVector({"1": torch.tensor([1.0, 2.0])}), torch.randn(4, 2)
     >>> folded = fold(model, v, 3, verify_on=x)
@@ -99,8 +98,12 @@ def fold(
     ...     bool(torch.allclose(model(x), folded(x), atol=1e-5))
     True
     """
-    steerer = Steerer(model, vectors, c=c, intervention=intervention, sites=sites, axis=axis)
-    given = strengths_of(c, {concept: place for place, concept in enumerate(steerer.bank)})
+    steering = steering_of(vectors, {"c": c, "intervention": intervention, "sites": sites})
+    for part, own in {"gate": steering.gate, "positions": steering.positions}.items():
+        if own is not None and not (isinstance(own, str) and own == "all"):
+            raise NotFoldable(f"{part}: weights steer every row and token alike, and not by {own!r}; keep the Steerer")
+    steerer = Steerer(model, steering, axis=axis)
+    given = strengths_of(steerer.c, {concept: place for place, concept in enumerate(steerer.bank)})
     strengths = [given[place] for place in range(len(given))]
     if any(not isinstance(own, Tensor) or own.ndim for own in strengths):
         raise NotFoldable(

@@ -77,7 +77,7 @@ def found_by(model: nn.Module, sites: Sites) -> list[tuple[str | nn.Module | Pre
     modules = named_sites(model)
     order = {name: number for number, name in enumerate(modules)}
     found = []
-    for item in _items(sites):
+    for item in items(sites):
         pattern, suffix = item, ""
         if isinstance(item, str) and item not in modules:
             pattern = split_site(item)[0]
@@ -103,7 +103,7 @@ def _inside_one_another(pattern: str, found: Iterable[str]) -> str | None:
 
 def select(modules: Mapping[str, nn.Module], sites: Sites, *, owner: str) -> tuple[str, ...]:
     """The names among `modules` that `sites` selects, in their order; `owner` is who has them, for the errors."""
-    found = {name for item in _items(sites) for name in _matched(modules, item, owner=owner, every=True)}
+    found = {name for item in items(sites) for name in _matched(modules, item, owner=owner, every=True)}
     return tuple(name for name in modules if name in found)
 
 
@@ -194,7 +194,7 @@ def runs_torch_code(module: nn.Module) -> bool:
     return isinstance(home, str) and home.startswith("torch.")
 
 
-def _items(sites: Sites) -> list[str | nn.Module | Predicate]:
+def items(sites: Sites) -> list[str | nn.Module | Predicate]:
     """What was given as sites, one by one."""
     if isinstance(sites, str | nn.Module) or (callable(sites) and not isinstance(sites, type)):
         return [sites]
@@ -208,9 +208,13 @@ def _items(sites: Sites) -> list[str | nn.Module | Predicate]:
             f"sites: expected names, patterns, modules or a predicate, got {sites!r}; a Sequential's second module is "
             "called '1', and residual_sites(model, 1) names a transformer's second block"
         )
-    if items := list(sites):
-        return items
-    raise SiteNotFoundError("no sites were named; name one, or give a pattern or a predicate")
+    found = list(sites)
+    for item in found:
+        if not isinstance(item, str | nn.Module) and not callable(item):
+            raise TypeError(f"a site is a module's name, a str, a module, or a predicate; got {item!r}")
+    if not found:
+        raise SiteNotFoundError("no sites were named; name one, or give a pattern or a predicate")
+    return found
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -262,12 +266,10 @@ def _matched(
             found = [name for name, module in modules.items() if module is item or unwrapped(module) is item]
             if not found:
                 raise SiteNotFoundError(f"the {type(item).__name__} given as a site is not a module of {owner}")
-        case _ if callable(item):
+        case _:
             found = [name for name, module in candidates.items() if item(name, module)]
             if not found:
                 raise SiteNotFoundError(f"the predicate selects none of the {len(candidates)} sites of {owner}")
-        case _:
-            raise TypeError(f"a site is a module's name, a str, a module, or a predicate; got {item!r}")
     if not found:
         across = [name for name in candidates if isinstance(item, str) and "*" in item and fnmatchcase(name, item)]
         hint = f"`*` stays between two dots, and `**` does not: {across[:3]}" if across else ""

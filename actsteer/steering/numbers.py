@@ -29,6 +29,12 @@ def bound(number: float, name: str) -> float:
     return given
 
 
+def check_flag(flag: bool, name: str) -> None:
+    """TypeError unless it is True or False."""
+    if type(flag) is not bool:
+        raise TypeError(f"{name}: expected True or False, got {flag!r}")
+
+
 def _float(number: float, name: str) -> float:
     if isinstance(number, str):
         raise TypeError(f"{name}: expected a number, got {number!r}")

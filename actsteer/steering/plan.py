@@ -6,19 +6,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, combinations
-from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from actsteer.errors import (
-    ConceptNotFoundError,
     ShapeError,
     SiteNotFoundError,
     StrengthError,
     UnsupportedModelError,
-    close_names,
 )
 from actsteer.sites import fingerprint
 from actsteer.sites.axes import Axes, known_size, layout, layouts
@@ -30,21 +27,14 @@ from actsteer.steering.edit import SiteEdit
 from actsteer.steering.gates.gate import AnyGate, Combination, Fitted, leaves
 from actsteer.steering.interventions.ablate import Ablate
 from actsteer.steering.interventions.add import Add
-from actsteer.steering.interventions.intervention import Edit, Intervention, PerSite, check_intervention
+from actsteer.steering.interventions.intervention import Intervention, PerSite
 from actsteer.steering.reader import CombinedReader, GateReader, Reader
+from actsteer.steering.steering import AllPositions, Interventions, Steering
 from actsteer.steering.strength import PerConcept, strength_at
 from actsteer.tokens.passes import Passes, groups
-from actsteer.tokens.positions import Positions
-from actsteer.tokens.positions import check as check_positions
 from actsteer.tokens.whose import Masks, said_of
 from actsteer.vectors.bank import VectorBank, axes_of_bank, metadata_in, stack_of
 from actsteer.vectors.vector import SteeringVector
-
-Gates = AnyGate | Mapping[str, AnyGate]
-AllPositions = Positions | Mapping[str, Positions]
-"""One for every concept, or concept -> positions; what is not named is steered at all of them."""
-Interventions = Intervention | PerSite | Mapping[str, Intervention | PerSite]
-"""One for every concept, or concept -> intervention; what is not named is added."""
 
 
 @dataclass
@@ -169,34 +159,6 @@ class Plan:
         return VectorBank({name: SteeringVector(own, metadata=self.bank[name].metadata) for name, own in rows.items()})
 
 
-def bank_of(
-    vectors: SteeringVector | VectorBank | Edit, intervention: Interventions | None, model: nn.Module
-) -> tuple[VectorBank, Interventions | None]:
-    """What is to be added, as a bank, and how.
-
-    Raises:
-        TypeError: it is none of these.
-    """
-    if isinstance(vectors, Edit):
-        if intervention is not None:
-            raise TypeError(f"{vectors!r} says itself how it edits; leave intervention= out")
-        intervention, vectors = vectors, vectors.constant
-    if isinstance(vectors, SteeringVector):
-        vectors = VectorBank({vectors.concept or "vector": vectors})
-    if not isinstance(vectors, VectorBank):
-        hint = ""
-        if isinstance(vectors, nn.Module) and not isinstance(model, nn.Module):
-            hint = "; model and vectors are swapped: Steerer(model, vectors)"
-        elif isinstance(vectors, Tensor | Mapping):
-            hint = "; make one of it: SteeringVector({site: tensor})"
-        elif isinstance(vectors, str | PathLike):
-            hint = "; read the file: SteeringVector.load(path), or VectorBank.load(path)"
-        raise TypeError(
-            "expected a SteeringVector, a VectorBank, or an edit such as LowRank, got " + type(vectors).__name__ + hint
-        )
-    return vectors, intervention
-
-
 def is_alike(one: tuple[Any, VectorBank, Mapping[str, Any]], other: tuple[Any, VectorBank, Mapping[str, Any]]) -> bool:
     """Whether two Steerers do the same, by the arguments that each is made with: model, bank, options."""
     (bank, options), (theirs, others) = one[1:], other[1:]
@@ -217,12 +179,8 @@ def _is_same(one: Any, other: Any) -> bool:
 
 def make_plan(
     model: nn.Module,
-    bank: VectorBank,
+    steering: Steering,
     *,
-    intervention: Interventions | None,
-    gate: Gates | None,
-    positions: AllPositions | None,
-    sites: Sites | None,
     axis: Axes | None,
     row_axis: Axes | None,
     token_axis: Axes | None,
@@ -230,10 +188,10 @@ def make_plan(
     checkpointing: Checkpointing,
 ) -> Plan:
     """Everything resolved and checked, as far as that is possible before the model runs."""
-    modules = named_sites(model)
-    places = _places(model, bank, sites, modules)
+    bank, modules = steering.vectors, named_sites(model)
+    places = _places(model, bank, steering.sites, modules)
     axes = _axes(bank, places, axis)
-    gates = gates_of(bank, gate)
+    gates = gates_of(bank, steering.gate)
     single = {id(leaf): leaf for own in gates.values() for leaf in leaves(own)}
     made_for = [(f"the vector {concept!r}", metadata) for concept, metadata in metadata_in(bank).items()]
     made_for += [(f"the gate {leaf!r}", leaf.metadata) for leaf in single.values() if isinstance(leaf, Fitted)]
@@ -241,14 +199,14 @@ def make_plan(
     read = resolve(model, [leaf.site for leaf in single.values()], modules=modules)
     everywhere = read | places
     layout_of = layouts(model, everywhere, axis=axes, row_axis=row_axis, token_axis=token_axis, modules=modules)
-    passes, passes_of = _passes(model, bank, positions, everywhere, mask)
+    passes, passes_of = _passes(model, bank, steering.positions, everywhere, mask)
     made = {
         id(leaf): GateReader(leaf, read[leaf.site], layout_of[leaf.site], passes_of[leaf.site], key=key)
         for key, leaf in enumerate(single.values())
     }
     readers = {place: _reader(gates[concept], made) for place, concept in enumerate(bank.concepts) if concept in gates}
     distinct = tuple(made.values())
-    interventions = interventions_of(bank, intervention)
+    interventions = interventions_of(bank, steering.intervention)
     rule_of = {key: _by_site(own) for key, own in {id(own): own for own in interventions}.items()}
     rules = [rule_of[id(own)] for own in interventions]
     edits: dict[str, SiteEdit] = {}
@@ -289,12 +247,6 @@ def _asks(one: Reader, reader: GateReader) -> bool:
     return one is reader or (isinstance(one, CombinedReader) and any(_asks(own, reader) for own in one.readers))
 
 
-def _check_concepts(named: Mapping[str, Any], bank: VectorBank, *, by: str) -> None:
-    for concept in named:
-        if concept not in bank:
-            raise ConceptNotFoundError(f"{by} names no concept of the bank: {concept!r}. {close_names(concept, bank)}")
-
-
 def _passes(
     model: nn.Module,
     bank: VectorBank,
@@ -304,10 +256,6 @@ def _passes(
 ) -> tuple[tuple[Passes, ...], dict[str, Passes]]:
     """The passes of the model, and site -> those that it is of: an encoder runs by itself when text is generated."""
     named = positions if isinstance(positions, Mapping) else dict.fromkeys(bank.concepts, positions)
-    _check_concepts(named, bank, by="positions")
-    for own in {id(own): own for own in named.values()}.values():
-        if own is not None:
-            check_positions(own, steers=True)
     chosen = {place: named.get(concept) for place, concept in enumerate(bank.concepts)}
     somewhere = {
         place: own for place, own in chosen.items() if own is not None and not (isinstance(own, str) and own == "all")
@@ -319,20 +267,14 @@ def _passes(
 
 def gates_of(bank: VectorBank, gate: Gates | None) -> Mapping[str, AnyGate]:
     """Concept -> its gate, of those that have one."""
-    gates = gate if isinstance(gate, Mapping) else dict.fromkeys(bank.concepts, gate) if gate is not None else {}
-    _check_concepts(gates, bank, by="gate")
-    return gates
+    return gate if isinstance(gate, Mapping) else dict.fromkeys(bank.concepts, gate) if gate is not None else {}
 
 
 def interventions_of(bank: VectorBank, intervention: Interventions | None) -> list[Intervention | PerSite]:
     """One per concept, in bank order: what was asked for, else what the vector's metadata says that it is meant for."""
     if intervention is not None and not isinstance(intervention, Mapping):
-        check_intervention(intervention, by="intervention")
         return [intervention] * len(bank)
     chosen = intervention or {}
-    _check_concepts(chosen, bank, by="intervention")
-    for concept, named in chosen.items():
-        check_intervention(named, by=f"intervention of {concept!r}")
     return [
         chosen[concept] if concept in chosen else _meant(concept, metadata.get("intervention", "add"))
         for concept, metadata in metadata_in(bank).items()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType, TracebackType
@@ -24,14 +23,13 @@ from actsteer.steering.choose import Backend, Choice, check
 from actsteer.steering.edit import SiteEdit
 from actsteer.steering.explain import Explanation, explain
 from actsteer.steering.handles import Handles
-from actsteer.steering.interventions.intervention import Edit
-from actsteer.steering.plan import AllPositions, Gates, Interventions, bank_of, is_alike, make_plan
+from actsteer.steering.plan import is_alike, make_plan
 from actsteer.steering.scope import Presence, Scope
 from actsteer.steering.silence import unused
+from actsteer.steering.steering import AllPositions, Gates, Interventions, Steerable, steering_of
 from actsteer.steering.strength import Strengths, kept, strengths_of
 from actsteer.tokens.whose import Masks
 from actsteer.vectors.bank import VectorBank, of_any_model
-from actsteer.vectors.vector import SteeringVector
 
 
 @final
@@ -45,12 +43,13 @@ class Steerer:
     Args:
         model: any `nn.Module`, wrapped (compiled, DDP, FSDP) or not.
         vectors: one vector, or a bank of concepts; they are copied (see `requires_grad_`). Or an edit that has its
-            sites: `LowRank`, `Affine`, `Replace`, `KeepNorm` around one, or yours (see `Edit`).
-        c: the strength, in multiples of the vectors: one number; a tensor (B,), one per row of the batch, or (B, S),
-            one per row and position; a callable of the generation step (0 for the prompt, 1 for the first token that
-            was generated and is fed to the model, ...); or concept -> one of these. What is not named is 0, and a
-            concept of strength 0 costs nothing: it is not read from its file either. A vector without a name is the
-            concept "vector".
+            sites: `LowRank`, `Affine`, `Replace`, `KeepNorm` around one, or yours (see `Edit`). Or a `Steering`, which
+            has c, intervention, gate, positions and sites, where they are not given here.
+        c: the strength, 1 unless given, in multiples of the vectors: one number; a tensor (B,), one per row of the
+            batch, or (B, S), one per row and position; a callable of the generation step (0 for the prompt, 1 for the
+            first token that was generated and is fed to the model, ...); or concept -> one of these. What is not named
+            is 0, and costs nothing: it is not read from its file either. A vector without a name is the concept
+            "vector".
         intervention: how a direction edits the activation, `Add()` unless given; one for every concept, or concept ->
             intervention. The concepts of a bank edit in its order.
         gate: which rows, or tokens, are steered; one gate for every concept, or concept -> gate (what is not named
@@ -92,6 +91,7 @@ class Steerer:
     Source: Turner et al. 2023 (activation addition); Rimsky et al. 2023 (contrastive activation addition).
 
     >>> import torch
+    >>> from actsteer import SteeringVector
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     >>> v = SteeringVector({"1": torch.tensor([1.0, 0.0])})
     >>> x = torch.zeros(1, 2)
@@ -109,9 +109,9 @@ class Steerer:
     def __init__(
         self,
         model: nn.Module,
-        vectors: SteeringVector | VectorBank | Edit,
+        vectors: Steerable,
         *,
-        c: Strengths = 1.0,
+        c: Strengths | None = None,
         intervention: Interventions | None = None,
         gate: Gates | None = None,
         positions: AllPositions | None = None,
@@ -125,20 +125,20 @@ class Steerer:
         strict: bool = True,
     ) -> None:
         check(backend, scope)
-        self.bank, intervention = bank_of(vectors, intervention, model)
-        self.model = model
+        parts = {"c": c, "intervention": intervention, "gate": gate, "positions": positions, "sites": sites}
+        steering = steering_of(vectors, parts)
+        self.bank, self.model = steering.vectors, model
         self._places = {concept: place for place, concept in enumerate(self.bank)}
-        steers: dict[str, Any] = {"intervention": intervention, "gate": gate, "positions": positions}
-        steers |= {"row_axis": row_axis, "token_axis": token_axis, "mask": mask}
-        self._given = steers | {"backend": backend, "scope": scope, "strict": strict}
+        where: dict[str, Any] = {"row_axis": row_axis, "token_axis": token_axis, "mask": mask}
+        self._given = steering.parts() | where | {"backend": backend, "scope": scope, "strict": strict}
         self._checkpointing = Checkpointing(model, one_context=scope == "context")
-        self._plan = make_plan(model, self.bank, **steers, sites=sites, axis=axis, checkpointing=self._checkpointing)
+        self._plan = make_plan(model, steering, axis=axis, **where, checkpointing=self._checkpointing)
         self._attached, self._installed = Handles(), Handles()
         self._watch = Watch()
         self._presence: Presence | None = None
         self._chosen: Mapping[str, Choice] = {}  # what was attached
         self._norms: Mapping[str, float] = {}  # site -> the typical ‖h‖, where it is known
-        self.c = c
+        self.c = steering.c
         self.choices()  # a backend that cannot serve a site raises here
 
     @property
@@ -205,6 +205,7 @@ class Steerer:
 
         Where `check` was told how large the activations are, it says what share of them ‖c·v‖ is.
 
+        >>> from actsteer import SteeringVector
         >>> Steerer(nn.Sequential(nn.Linear(2, 2)), SteeringVector({"0": Tensor([3.0, 4.0])}, concept="nine")).explain()
         Sequential: 1 site, in this order
         '0': the output of Linear, 2 features
@@ -230,6 +231,7 @@ class Steerer:
             UserWarning: a site on which nothing depends that the model returns; an `Ablate` that moves all activations
                 far, for they do not lie about 0 along the direction.
 
+        >>> from actsteer import SteeringVector
         >>> steerer = Steerer(nn.Sequential(nn.Identity()), SteeringVector({"0": Tensor([3.0, 4.0])}), c=2)
         >>> print(steerer.check(Tensor([[0.0, 20.0]])).splitlines()[-1])
             vector: Add, c = 2, norm 5, ‖c·v‖ 0.5 of the typical ‖h‖ 20
@@ -247,6 +249,7 @@ class Steerer:
         """Ask for gradients to the directions: site -> (k, d), a leaf with a row for each concept that steers there.
 
         >>> import torch
+        >>> from actsteer import SteeringVector
         >>> model, v = nn.Sequential(nn.Identity()), SteeringVector({"0": torch.zeros(2)})
         >>> with Steerer(model, v, c=3) as steerer:
         ...     directions = steerer.requires_grad_()
@@ -356,9 +359,6 @@ class Steerer:
 
     def __repr__(self) -> str:
         return f"Steerer({type(self.model).__name__}, concepts={self.bank.concepts}, sites={self.sites}, c={self._c})"
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Steerer:
-        return _rebuilt(*copy.deepcopy(self._arguments(), memo))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuilt, self._arguments()

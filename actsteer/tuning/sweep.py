@@ -13,18 +13,15 @@ from actsteer.errors import StrengthError
 from actsteer.sites.axes import Axes
 from actsteer.sites.resolve import Sites
 from actsteer.steering.choose import Backend
-from actsteer.steering.interventions.intervention import Edit
-from actsteer.steering.plan import AllPositions, Gates, Interventions
 from actsteer.steering.steerer import Steerer
+from actsteer.steering.steering import AllPositions, Gates, Interventions, Steerable
 from actsteer.steering.strength import Strengths
 from actsteer.tokens.whose import Masks
-from actsteer.vectors.bank import VectorBank
-from actsteer.vectors.vector import SteeringVector
 
 
 def sweep(
     model: nn.Module,
-    vectors: SteeringVector | VectorBank | Edit,
+    vectors: Steerable,
     *,
     c: Iterable[Strengths],
     evaluate: Callable[[nn.Module], Mapping[str, Any] | float | Tensor],
@@ -45,6 +42,7 @@ def sweep(
     The Steerer is attached once, and only its strength changes between the rows.
 
     Args:
+        vectors: as for `Steerer`; of a Steering all but its strength.
         c: the strengths, each as for `Steerer`.
         evaluate: makes metrics of the model that it is given: name -> metric, none of them called "c", or one number,
             which is then called "value".
@@ -53,6 +51,7 @@ def sweep(
         as `Steerer`; ValueError if `evaluate` returns a metric called "c", TypeError if it returns no metrics.
 
     >>> import torch
+    >>> from actsteer import SteeringVector
     >>> v = SteeringVector({"0": torch.tensor([1.0, 0.0])})
     >>> sweep(nn.Sequential(nn.ReLU()), v, c=[0, 2], evaluate=lambda m: {"sum": m(torch.zeros(1, 2)).sum().item()})
     [{'c': 0, 'sum': 0.0}, {'c': 2, 'sum': 2.0}]

@@ -63,10 +63,7 @@ class SteeringVector:
             )
         with torch.inference_mode(mode=False):  # so that they work in autograd later
             self._directions = {site: _owned(site, direction) for site, direction in directions.items()}
-        self._metadata = dict(metadata or {}) | ({} if concept is None else {"concept": concept})
-        for key, value in self._metadata.items():
-            if not (isinstance(key, str) and isinstance(value, str)):
-                raise TypeError(f"metadata maps str to str, got {key!r}: {value!r}; convert the value with str()")
+        self._metadata = named(concept, metadata)
 
     # --- reading -------------------------------------------------------------------------------------------------
     @property
@@ -290,6 +287,19 @@ class SteeringVector:
 
 def _rebuild(directions: Mapping[str, Tensor], metadata: Mapping[str, str]) -> SteeringVector:
     return SteeringVector(directions, metadata=metadata)
+
+
+def named(concept: str | None, metadata: Mapping[str, str] | None) -> dict[str, str]:
+    """A copy of the metadata, with the concept's name in it.
+
+    Raises:
+        TypeError: something in it is no string.
+    """
+    told = dict(metadata or {}) | ({} if concept is None else {"concept": concept})
+    for key, value in told.items():
+        if not (isinstance(key, str) and isinstance(value, str)):
+            raise TypeError(f"metadata maps str to str, got {key!r}: {value!r}; convert the value with str()")
+    return told
 
 
 def from_file(stored: Stored) -> SteeringVector:

@@ -8,7 +8,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from actsteer import MeanDifference, Steerer, SteeringVector, VectorBank, collect, fit
+from actsteer import (
+    Affine,
+    Clamp,
+    ConceptErasure,
+    KeepNorm,
+    LowRank,
+    MeanDifference,
+    ProjectionAbove,
+    Steerer,
+    Steering,
+    SteeringVector,
+    VectorBank,
+    collect,
+    fit,
+)
 from actsteer.cli import screen
 from actsteer.collecting.texts import text_batches
 from tests.cli.test_main import shell
@@ -185,12 +199,23 @@ def test_an_estimator_that_cannot_be_had_is_named_before_any_work(run, folder, m
     assert re.search(why, " ".join(done.err.split()))
 
 
-def test_an_edit_has_no_file_and_that_is_said(run, folder):
+def test_an_edit_is_written_too(run, folder):
     files = ["--positive", "right.pt", "--negative", "left.pt", "--sites", "1"]
     done = run("fit", "-m", "nets:build", *files, "--estimator", "own.estimators:erasure", "-o", "v.safetensors")
-    assert done.code == 2
-    assert "it gives an edit, LowRank, and a file holds vectors; call fit in Python" in done.err
-    assert not (folder / "v.safetensors").exists()
+    assert done.code == 0, done.err
+    assert "intervention: LowRank(rank=1, sites=('1',), concept='right')" in done.out
+    import nets
+
+    model, (right, left) = nets.build(), (torch.load(f"{side}.pt") for side in ("right", "left"))
+    expected = fit(model, positive=right, negative=left, sites="1", estimator=ConceptErasure())
+    with torch.no_grad(), Steerer(model, expected):
+        steered = model(right)
+    with torch.no_grad(), Steerer(model, LowRank.load("v.safetensors", model)):
+        assert torch.allclose(model(right), steered, atol=1e-6)
+    assert run("verify", "v.safetensors", "-m", "nets:build", "--on", "right.pt").code == 0
+    done = run("fit", "-m", "nets:build", *files, "--estimator", "own.estimators:erasure", "-o", "v.gguf")
+    assert done.code == 1 and "this format holds vectors alone" in done.err
+    assert not (folder / "v.gguf").exists()
 
 
 def test_inputs_by_name_and_in_safetensors(run, folder):
@@ -480,7 +505,7 @@ def test_generate_at_a_temperature_repeats_with_its_seed(run, bank):
         (["-c", "lov=1"], 1, "'love'"),
         (["-c", "nan"], 1, "nan"),
         (["-c", "1", "--concept", "hate"], 1, "no concept 'hate'"),
-        ([], 2, "Missing option"),
+        ([], 2, "the file holds vectors alone, and no strength; give one"),
     ],
 )
 def test_generate_refuses_strengths_it_cannot_apply(run, bank, options, code, why):
@@ -1013,3 +1038,85 @@ def test_a_folder_is_no_file_of_vectors(run):
     done = run("show", "llama")
     assert done.code == 2
     assert "it is a folder; name a file in it" in " ".join(done.err.replace("│", " ").split())
+
+
+# --- a whole steering --------------------------------------------------------------------------------------------
+@pytest.fixture
+def whole(folder, bank):
+    """A file of all parts, and the steering that is in it."""
+    steering = Steering(
+        bank,
+        c={"love": 40.0, "calm": -30.0},
+        intervention={"calm": KeepNorm(Clamp(3.0))},
+        gate={"love": ProjectionAbove(bank["calm"], -0.25, per="token")},
+        positions="generated",
+    )
+    steering.save(folder / "whole.safetensors")
+    return steering
+
+
+def test_generate_as_a_file_says_and_as_the_flags_say(run, folder, whole):
+    common = ["generate", "-m", "llama", "-b", "whole.safetensors", "I love", "--max-new-tokens", 5]
+    plain = continued(folder, "I love", whole, 0.0)
+    for flags, given in (
+        ([], {"c": None}),
+        (["-c", "2"], {"c": 2.0}),
+        (["-c", "love=9", "--positions", "all"], {"c": {"love": 9.0}, "positions": "all"}),
+    ):
+        done = run(*common, *flags)
+        assert done.code == 0, done.err
+        shown = "love 40, calm -30" if not flags else "2" if len(flags) == 2 else "love 9"
+        assert texts(done) == ["I love", "c = 0", plain, f"c = {shown}", continued(folder, "I love", whole, **given)]
+    done = run(*common, "--concept", "calm")
+    assert texts(done)[-2:] == ["c = calm -30", continued(folder, "I love", whole.select("calm"), None)]
+    assert continued(folder, "I love", whole, None) != plain
+
+
+def test_show_says_how_a_file_steers(run, whole):
+    done = run("show", "whole.safetensors")
+    assert done.code == 0, done.err
+    for line in (
+        "c of love: 40.0",
+        "c of calm: -30.0",
+        "intervention of calm: KeepNorm(intervention=Clamp(target=3.0))",
+        f"gate of love: ProjectionAbove(site='{SITE}', threshold=-0.25, per='token')",
+        "positions: generated",
+    ):
+        assert line in done.out.splitlines()
+    assert "sites:" not in done.out
+    assert "gate of love" not in run("show", "whole.safetensors", "--concept", "calm").out
+
+
+def test_convert_keeps_a_steering_or_refuses(run, folder, whole):
+    done = run("convert", "whole.safetensors", "again.safetensors")
+    assert done.code == 0, done.err
+    assert repr(Steering.load("again.safetensors")) == repr(whole)
+    assert run("convert", "whole.safetensors", "again.safetensors").code == 0  # over its own
+    assert run("convert", "love.safetensors", "again.safetensors").code == 2  # of other concepts
+    done = run("convert", "whole.safetensors", "love.gguf", "--concept", "love")
+    assert done.code == 1 and "this format holds vectors alone, and the steering has c, " in done.err
+    assert not (folder / "love.gguf").exists()
+
+
+def test_fold_and_verify_an_edit_at_the_strength_of_its_file(run, folder):
+    import nets
+
+    model, x = nets.build(), torch.load("right.pt")
+    edit = Affine({"1": (torch.eye(8) / 2, torch.ones(8))}, concept="half")
+    Steering(edit, c=0.5).save("edit.safetensors", model=model)
+    common = ["-m", "nets:build", "-b", "edit.safetensors", "--verify-on", "right.pt"]
+    assert run("fold", *common, "-o", "folded.safetensors").code == 0
+    with torch.no_grad(), Steerer(model, edit, c=0.5):
+        steered = model(x)
+    model.load_state_dict(load_file("folded.safetensors"))
+    assert torch.allclose(model(x), steered, atol=1e-5)
+    same = ["verify", "edit.safetensors", "-m", "nets:build", "--on", "right.pt", "--folded", "folded.safetensors"]
+    done = run(*same)
+    assert done.code == 0, done.err
+    assert run(*same, "-c", "0.6").code == 1
+    Steering(edit, positions="last").save("edit.safetensors")
+    done = run("fold", *common, "-o", "other.safetensors")
+    assert done.code == 1 and "positions: weights steer every row and token alike" in done.err
+    VectorBank({"half": edit.constant}).save("edit.safetensors")
+    done = run("fold", *common, "-o", "other.safetensors")
+    assert done.code == 2 and "the file holds vectors alone, and no strength" in done.err

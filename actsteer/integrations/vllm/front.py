@@ -61,8 +61,7 @@ class Front:
         wanted.check(prompt)
         params.extra_args = rest | {NAME: wanted.sent() | {"digest": self._digest}}
         assert self._digest is not None
-        import os
-        if not os.environ.get('ACTSTEER_NOSALT'): request.cache_salt = wanted.salt(self._digest, prompt, request.cache_salt)
+        request.cache_salt = wanted.salt(self._digest, prompt, request.cache_salt)
 
     def replacing(self, bank: str | Sequence[str], *, unfinished: int) -> Callable[[Sequence[str]], None]:
         """Another bank is to take the place of the present one; what is returned is told what the workers answered.

@@ -160,7 +160,9 @@ def _wrap_beams(home: str, name: str, refused: type[Exception]) -> None:
             from actsteer.integrations.vllm.front import asked_for
 
             if asked_for(self.vllm_xargs):
-                raise refused("actsteer: vLLM's beam search drops vllm_xargs, and would answer unsteered; sample, or n=1")
+                raise refused(
+                    "actsteer: vLLM's beam search drops vllm_xargs, and would answer unsteered; sample, or n=1"
+                )
             return original(self, *args, **kwargs)
 
         return made

@@ -172,7 +172,11 @@ _EXAMPLE = '{"c": {"polite": 1.5}, "positions": "generated"}'
 
 def _each(given: Any, checked: Callable[[Any, str | None], Any]) -> Any:
     """What was given for all concepts, or concept -> what was given, checked."""
-    return {name: checked(own, name) for name, own in given.items()} if isinstance(given, Mapping) else checked(given, None)
+    return (
+        {name: checked(own, name) for name, own in given.items()}
+        if isinstance(given, Mapping)
+        else checked(given, None)
+    )
 
 
 def _checked(strength: Any, concept: str | None) -> float | list[float]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import final
+from collections.abc import Callable, Iterable
+from os import PathLike
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from actsteer.steering.alone import load_gate, save_gate
 from actsteer.steering.gates.gate import Per, wide
 from actsteer.steering.gates.gate_direction import GateDirection, shown
 from actsteer.steering.gates.threshold import Evidence, best_split
@@ -99,6 +101,17 @@ class CosineAbove:
         gate = cls(vector, 0.0, per=per)
         gate.threshold = best_split(gate, positive=positive, negative=negative)
         return gate
+
+    def saved(self) -> dict[str, Any]:
+        """What it is made with; see `Saved`."""
+        return {"vector": self._direction.vector, "threshold": self.threshold, "per": self.per}
+
+    save = save_gate
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], *, kinds: Iterable[type] = ()) -> CosineAbove:
+        """Read what `save` wrote; `kinds` are your own classes, of which it may be made."""
+        return load_gate(cls, path, kinds=kinds)
 
     def __repr__(self) -> str:
         return f"CosineAbove(site={self.site!r}, threshold={self.threshold:.4g}{shown(self.per)})"

@@ -31,12 +31,12 @@ class GateDirection:
         ZeroDirectionError: the direction is zero, and is to be scaled.
     """
 
-    __slots__ = ("_kept", "exact", "fitted", "metadata", "site")
+    __slots__ = ("_kept", "exact", "fitted", "metadata", "site", "vector")
 
     def __init__(self, vector: SteeringVector, *, unit: bool) -> None:
         if len(vector) != 1:
             raise ShapeError(f"a gate reads one site, the vector has {vector.sites}; choose one with vector.select")
-        self.site = vector.sites[0]
+        self.site, self.vector = vector.sites[0], vector
         self.metadata = vector.metadata
         self.fitted = self.metadata.get("positions")
         with torch.inference_mode(mode=False):  # so that it works in autograd later

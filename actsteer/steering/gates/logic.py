@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import reduce
-from typing import final
+from os import PathLike
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from actsteer.steering.alone import load_gate, save_gate
 from actsteer.steering.gates.gate import AnyGate, leaves
 
 
@@ -34,6 +36,17 @@ class And:
         """The product; of bools, whether all are true."""
         return reduce(lambda one, other: one & other if _bools(one, other) else one * other, weights)
 
+    def saved(self) -> dict[str, Any]:
+        """What it is made with; see `Saved`."""
+        return {"gates": self.gates}
+
+    save = save_gate
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], *, kinds: Iterable[type] = ()) -> And:
+        """Read what `save` wrote; `kinds` are your own classes, of which it may be made."""
+        return load_gate(cls, path, kinds=kinds)
+
     def __repr__(self) -> str:
         return f"And({', '.join(map(repr, self.gates))})"
 
@@ -48,6 +61,17 @@ class Or:
     def combine(self, weights: Sequence[Tensor]) -> Tensor:
         """1 - Π (1 - w); of bools, whether any is true."""
         return reduce(lambda a, b: a | b if _bools(a, b) else 1 - (1 - 1 * a) * (1 - 1 * b), weights)
+
+    def saved(self) -> dict[str, Any]:
+        """What it is made with; see `Saved`."""
+        return {"gates": self.gates}
+
+    save = save_gate
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], *, kinds: Iterable[type] = ()) -> Or:
+        """Read what `save` wrote; `kinds` are your own classes, of which it may be made."""
+        return load_gate(cls, path, kinds=kinds)
 
     def __repr__(self) -> str:
         return f"Or({', '.join(map(repr, self.gates))})"
@@ -64,6 +88,17 @@ class Not:
         """The contrary."""
         (weight,) = weights
         return ~weight if weight.dtype is torch.bool else 1 - weight
+
+    def saved(self) -> dict[str, Any]:
+        """What it is made with; see `Saved`."""
+        return {"gate": self.gates[0]}
+
+    save = save_gate
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], *, kinds: Iterable[type] = ()) -> Not:
+        """Read what `save` wrote; `kinds` are your own classes, of which it may be made."""
+        return load_gate(cls, path, kinds=kinds)
 
     def __repr__(self) -> str:
         return f"Not({self.gates[0]!r})"

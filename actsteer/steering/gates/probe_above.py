@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import final
+from collections.abc import Callable, Iterable
+from os import PathLike
+from typing import Any, final
 
 from jaxtyping import Float
 from torch import Tensor
 
+from actsteer.steering.alone import load_gate, save_gate
 from actsteer.steering.gates.gate import Per, wide
 from actsteer.steering.gates.gate_direction import GateDirection, shown
-from actsteer.steering.numbers import finite
+from actsteer.steering.numbers import bound, finite
 from actsteer.vectors.vector import SteeringVector
 
 
@@ -24,14 +26,15 @@ class ProbeAbove:
     Args:
         vector: the weights w, at the one site where the gate reads, as `LogisticDirection` fits them.
         offset: b; from the vector's metadata, "offset SITE", unless given.
-        probability: p, above 0 and below 1.
+        probability: p, above 0 and below 1; 0.5 unless given.
+        threshold: log(p / (1 - p)), in the place of the probability.
         per: decide once per "sequence", from the mean over its prompt, or on the prompt's "last" token, or for each
             "token"; None takes what the vector's metadata says that it was fitted at: "last", or else "sequence".
             A UserWarning says where the two do not agree.
 
     Raises:
         ShapeError: the vector has several sites; select one.
-        ValueError: no offset, given or in the metadata; a probability out of range.
+        ValueError: no offset, given or in the metadata; a probability out of range, or one and a threshold.
 
     Source: probes, Alain & Bengio 2016; gated steering by a probe, Lee et al. 2024 (CAST).
 
@@ -44,16 +47,25 @@ class ProbeAbove:
     __slots__ = ("_direction", "offset", "per", "threshold")
 
     def __init__(
-        self, vector: SteeringVector, *, offset: float | None = None, probability: float = 0.5, per: Per | None = None
+        self,
+        vector: SteeringVector,
+        *,
+        offset: float | None = None,
+        probability: float | None = None,
+        threshold: float | None = None,
+        per: Per | None = None,
     ) -> None:
-        if not 0 < probability < 1:
-            raise ValueError(f"probability: expected a number between 0 and 1, got {probability}")
+        if probability is not None and threshold is not None:
+            raise ValueError("probability: a threshold says the same, and both were given; leave one out")
+        p = 0.5 if probability is None else probability
+        if not 0 < p < 1:
+            raise ValueError(f"probability: expected a number between 0 and 1, got {p}")
         self._direction = GateDirection(vector, unit=False)
         found = offset if offset is not None else vector.metadata.get(f"offset {self.site}")
         if found is None:
             raise ValueError(f"offset: the vector's metadata has no 'offset {self.site}', as LogisticDirection's has")
         self.offset = finite(float(found) if isinstance(found, str) else found, "offset")
-        self.threshold = math.log(probability / (1 - probability))
+        self.threshold = math.log(p / (1 - p)) if threshold is None else bound(threshold, "threshold")
         self.per: Per = self._direction.per(per)
 
     @property
@@ -85,5 +97,22 @@ class ProbeAbove:
         direction = self._direction.like(like)
         return lambda rows: rows @ direction + self.offset > self.threshold
 
+    def saved(self) -> dict[str, Any]:
+        """What it is made with; see `Saved`."""
+        return {
+            "vector": self._direction.vector,
+            "offset": self.offset,
+            "threshold": self.threshold,
+            "per": self.per,
+        }
+
+    save = save_gate
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], *, kinds: Iterable[type] = ()) -> ProbeAbove:
+        """Read what `save` wrote; `kinds` are your own classes, of which it may be made."""
+        return load_gate(cls, path, kinds=kinds)
+
     def __repr__(self) -> str:
-        return f"ProbeAbove(site={self.site!r}, probability={1 / (1 + math.exp(-self.threshold)):.4g}{shown(self.per)})"
+        probability = (1 + math.tanh(self.threshold / 2)) / 2  # which no threshold overflows
+        return f"ProbeAbove(site={self.site!r}, probability={probability:.4g}{shown(self.per)})"

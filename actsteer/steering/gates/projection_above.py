@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import final
+from collections.abc import Callable, Iterable
+from os import PathLike
+from typing import Any, final
 
 from jaxtyping import Float
 from torch import Tensor
 
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import StatisticsError
+from actsteer.steering.alone import load_gate, save_gate
 from actsteer.steering.gates.gate import Per, wide
 from actsteer.steering.gates.gate_direction import GateDirection, shown
 from actsteer.steering.gates.threshold import Evidence, best_split
@@ -123,6 +125,17 @@ class ProjectionAbove:
         except StatisticsError:
             spread = 0.0
         return float(moments.mean @ direction), spread
+
+    def saved(self) -> dict[str, Any]:
+        """What it is made with; see `Saved`."""
+        return {"vector": self._direction.vector, "threshold": self.threshold, "per": self.per}
+
+    save = save_gate
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], *, kinds: Iterable[type] = ()) -> ProjectionAbove:
+        """Read what `save` wrote; `kinds` are your own classes, of which it may be made."""
+        return load_gate(cls, path, kinds=kinds)
 
     def __repr__(self) -> str:
         return f"ProjectionAbove(site={self.site!r}, threshold={self.threshold:.4g}{shown(self.per)})"

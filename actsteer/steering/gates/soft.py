@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import final
+from collections.abc import Iterable, Mapping
+from os import PathLike
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from actsteer.steering.alone import load_gate, save_gate
 from actsteer.steering.gates.gate import Fitted, Per, ScoredGate, wide
 from actsteer.steering.numbers import finite
 
@@ -61,6 +63,17 @@ class Soft:
     def __call__(self, rows: Float[Tensor, "rows d"]) -> Float[Tensor, " rows"]:
         """A weight per row, in float32 at least."""
         return torch.sigmoid((wide(self.gate.score(wide(rows))) - self.gate.threshold) / self.width)
+
+    def saved(self) -> dict[str, Any]:
+        """What it is made with; see `Saved`."""
+        return {"gate": self.gate, "width": self.width}
+
+    save = save_gate
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], *, kinds: Iterable[type] = ()) -> Soft:
+        """Read what `save` wrote; `kinds` are your own classes, of which it may be made."""
+        return load_gate(cls, path, kinds=kinds)
 
     def __repr__(self) -> str:
         return f"Soft({self.gate!r}, width={self.width:.4g})"

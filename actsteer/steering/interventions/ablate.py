@@ -13,6 +13,7 @@ from torch import Tensor
 
 from actsteer.errors import ShapeError, SiteNotFoundError, close_names
 from actsteer.steering.norms import nonzero_unit, unit
+from actsteer.steering.numbers import check_flag
 from actsteer.vectors.vector import SteeringVector
 
 
@@ -48,6 +49,7 @@ class Ablate:
     around: Mapping[str, Tensor] | SteeringVector | Tensor | None = None
 
     def __post_init__(self) -> None:
+        check_flag(self.one_sided, "one_sided")
         own = self.around
         if isinstance(own, Mapping | SteeringVector):
             object.__setattr__(self, "around", {site: _owned(own[site]) for site in own})

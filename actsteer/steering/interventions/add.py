@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from actsteer.steering.norms import nonzero_unit, norms, unit
+from actsteer.steering.numbers import check_flag
 
 
 @final
@@ -30,6 +31,9 @@ class Add:
     """
 
     relative: bool = False
+
+    def __post_init__(self) -> None:
+        check_flag(self.relative, "relative")
 
     def __call__(
         self, activation: Float[Tensor, "*batch d"], direction: Float[Tensor, " d"], c: Float[Tensor, ...]

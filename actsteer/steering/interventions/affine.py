@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import final
+from os import PathLike
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from actsteer.errors import ShapeError, SiteNotFoundError, close_names
-from actsteer.vectors.vector import SteeringVector
+from actsteer.steering.alone import load_edit, save_edit
+from actsteer.vectors.vector import SteeringVector, named
 
 
 @final
@@ -72,7 +74,7 @@ class Affine:
         if not maps:
             raise ShapeError("expected one site or more, got none")
         self._parts = {site: AffineAt(*_owned(site, *parts)) for site, parts in maps.items()}
-        self._metadata = dict(metadata or {}) | ({} if concept is None else {"concept": concept})
+        self._metadata = named(concept, metadata)
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -97,6 +99,17 @@ class Affine:
     def described(self, metadata: Mapping[str, str]) -> Affine:
         """The same edit with other metadata."""
         return Affine({site: self[site] for site in self._parts}, metadata=metadata)
+
+    def saved(self) -> dict[str, Any]:
+        """What it is made with; see `Saved`."""
+        return {"maps": {site: self[site] for site in self._parts}, "metadata": self.metadata}
+
+    save = save_edit
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], model: nn.Module | None = None, *, kinds: Iterable[type] = ()) -> Affine:
+        """Read what `save` wrote; see `Steering.load`, also for errors."""
+        return load_edit(cls, path, model, kinds=kinds)
 
     def at(self, site: str) -> AffineAt:
         """The edit of one site."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from os import PathLike
 from typing import final
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
+from actsteer.steering.alone import load_edit, save_edit
 from actsteer.steering.interventions.intervention import (
     Edit,
     Intervention,
@@ -70,6 +72,13 @@ class KeepNorm:
             TypeError: what is inside has no sites.
         """
         return self._edit.constant
+
+    save = save_edit
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], model: nn.Module | None = None, *, kinds: Iterable[type] = ()) -> KeepNorm:
+        """Read what `save` wrote; see `Steering.load`, also for errors."""
+        return load_edit(cls, path, model, kinds=kinds)
 
     def described(self, metadata: Mapping[str, str]) -> KeepNorm:
         """Around the edit inside with this metadata."""

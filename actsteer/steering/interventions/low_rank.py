@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import final
+from os import PathLike
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from actsteer.errors import ShapeError, SiteNotFoundError, close_names
-from actsteer.vectors.vector import SteeringVector
+from actsteer.steering.alone import load_edit, save_edit
+from actsteer.vectors.vector import SteeringVector, named
 
 
 @final
@@ -79,7 +81,7 @@ class LowRank:
             raise ValueError(f"rank: expected 1 or more, got {rank}")
         self._parts = {site: _owned(site, parts) for site, parts in (sites or {}).items()}
         self._rank = rank or max(len(part.offsets) for part in self._parts.values())
-        self._metadata = dict(metadata or {}) | ({} if concept is None else {"concept": concept})
+        self._metadata = named(concept, metadata)
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -105,6 +107,18 @@ class LowRank:
     def constant(self) -> SteeringVector:
         """What is added whatever the activation, Uᵀ b: the part of the edit that is plain steering."""
         return SteeringVector({site: p.adds.T @ p.offsets for site, p in self._parts.items()}, metadata=self._metadata)
+
+    def saved(self) -> dict[str, Any]:
+        """What it is made with; see `Saved`."""
+        sites = {site: self[site] for site in self._parts} or None
+        return {"sites": sites, "rank": None if sites else self._rank, "metadata": self.metadata}
+
+    save = save_edit
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], model: nn.Module | None = None, *, kinds: Iterable[type] = ()) -> LowRank:
+        """Read what `save` wrote; see `Steering.load`, also for errors."""
+        return load_edit(cls, path, model, kinds=kinds)
 
     def at(self, site: str) -> LowRankAt:
         """The edit of one site, a copy."""

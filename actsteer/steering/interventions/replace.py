@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import final
+from os import PathLike
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from actsteer.errors import ShapeError, SiteNotFoundError, close_names
-from actsteer.vectors.vector import SteeringVector
+from actsteer.steering.alone import load_edit, save_edit
+from actsteer.vectors.vector import SteeringVector, named
 
 
 @final
@@ -78,7 +80,7 @@ class Replace:
                 )
         with torch.inference_mode(mode=False):  # so that they work in autograd later
             self._parts = {s: ReplaceAt(values.detach().clone()) for s, values in activations.items()}
-        self._metadata = dict(metadata or {}) | ({} if concept is None else {"concept": concept})
+        self._metadata = named(concept, metadata)
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -104,6 +106,17 @@ class Replace:
     def described(self, metadata: Mapping[str, str]) -> Replace:
         """The same edit with other metadata."""
         return Replace({site: part.values for site, part in self._parts.items()}, metadata=metadata)
+
+    def saved(self) -> dict[str, Any]:
+        """What it is made with; see `Saved`."""
+        return {"activations": {site: part.values for site, part in self._parts.items()}, "metadata": self.metadata}
+
+    save = save_edit
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], model: nn.Module | None = None, *, kinds: Iterable[type] = ()) -> Replace:
+        """Read what `save` wrote; see `Steering.load`, also for errors."""
+        return load_edit(cls, path, model, kinds=kinds)
 
     def at(self, site: str) -> ReplaceAt:
         """The edit of one site."""
