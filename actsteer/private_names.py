@@ -58,11 +58,13 @@ PARTS: Mapping[str, str] = MappingProxyType(
         "torch.distributed.fsdp.FSDPModule._get_fsdp_state": "statistics under FSDP2: the rows of one rank alone count",
         "torch.distributed.fsdp.FSDPModule._fsdp_param_group": "the same",
         "torch.distributed.fsdp.FSDPModule._fsdp_param_groups": "the same, in newer torch",
-        # of transformers, accelerate and numpy
+        # of transformers, accelerate, vLLM and numpy
         "transformers.PreTrainedModel._tp_size": "statistics under tensor parallelism: every row counts once per rank",
         "transformers.PreTrainedModel._device_mesh": "the same",
         "transformers.PreTrainedModel._is_stateful": "the refusal to share prefixes where the cache is a state",
         "accelerate.hooks._hf_hook": "that a pass runs whole where weights are offloaded",
+        "vllm.v1.worker.gpu_model_runner.GPUModelRunner._prepare_inputs": "the bank: an engine that has one does not start",
+        "vllm.config.ParallelConfig._api_process_count": "the refusal to replace a bank that other servers know",
         "numpy._core.multiarray._reconstruct": "files of peers that hold numpy arrays: they are refused",
     }
 )

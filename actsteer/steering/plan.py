@@ -29,7 +29,7 @@ from actsteer.steering.interventions.ablate import Ablate
 from actsteer.steering.interventions.add import Add
 from actsteer.steering.interventions.intervention import Intervention, PerSite
 from actsteer.steering.reader import CombinedReader, GateReader, Reader
-from actsteer.steering.steering import AllPositions, Interventions, Steering
+from actsteer.steering.steering import AllPositions, Gates, Interventions, Steering
 from actsteer.steering.strength import PerConcept, strength_at
 from actsteer.tokens.passes import Passes, groups
 from actsteer.tokens.whose import Masks, said_of

@@ -67,7 +67,8 @@ def _joined(each: Sequence[Steering]) -> Steering:
         for name, given in (("c", own.c), ("positions", own.positions)):
             if given is not None:
                 said[name] |= given if isinstance(given, Mapping) else dict.fromkeys(bank.concepts, given)
-    return Steering(VectorBank(vectors), **{name: own or None for name, own in said.items()})
+    parts: Any = {name: own for name, own in said.items() if own}
+    return Steering(VectorBank(vectors), **parts)
 
 
 def check_model(steering: Served, vllm_config: Any) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 from actsteer.errors import ActsteerError, AttachedError, UnsupportedModelError
 from actsteer.integrations.vllm import banks
-from actsteer.integrations.vllm.requests import NAME, asked
+from actsteer.integrations.vllm.requests import NAME, said_in
 from actsteer.integrations.vllm.served import Served
 
 REPLACE = "actsteer_replace_bank"
@@ -42,9 +42,9 @@ class Front:
         if not given:
             return
         if self._served is None:
-            if asked_for(given):
+            if said_in(given) is not None:
                 raise UnsupportedModelError(
-                    'this engine has no bank; start it with additional_config={"actsteer": {"bank": "tone.safetensors"}}'
+                    'this engine has no bank; start it with additional_config={"actsteer": {"bank": "my.safetensors"}}'
                 )
             return
         wanted = self._served.asked(given)
@@ -94,15 +94,6 @@ class Front:
         return found
 
 
-def asked_for(extra_args: Mapping[str, Any] | None) -> bool:
-    """Whether a request says anything of a steering."""
-    if extra_args is None:
-        return False
-    from actsteer.integrations.vllm.requests import _said
-
-    return _said(extra_args) is not None
-
-
 def check_fits(new: Served, present: Served) -> None:
     """That a bank can take the place of another one in a running engine.
 
@@ -111,9 +102,9 @@ def check_fits(new: Served, present: Served) -> None:
     """
     if new.shape != present.shape:
         raise UnsupportedModelError(
-            f"the bank has another shape than the present one ({len(new.concepts)} concepts at {len(new.stages)} sites, "
-            f"and {len(present.concepts)} at {len(present.stages)}; or other sites, edits or gates); start the engine "
-            "anew with it"
+            f"the bank has another shape than the present one ({len(new.concepts)} concepts at {len(new.stages)} "
+            f"sites, and {len(present.concepts)} at {len(present.stages)}; or other sites, edits or gates); start the "
+            "engine anew with it"
         )
 
 

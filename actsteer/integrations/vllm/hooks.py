@@ -185,8 +185,8 @@ class _Hook:
         strengths = own("strengths")[:count]
         if silent := [site for site in self.asks if not self._others[site].fired]:
             raise GateError(
-                f"site {self._site!r}: its gate reads {silent[0]!r}, which runs later; read at the steered site or at an "
-                "earlier one"
+                f"site {self._site!r}: its gate reads {silent[0]!r}, which runs later; read at the steered site or at "
+                "an earlier one"
             )
         for place, tree in self._gates:
             weight = weight_of(tree, own("decisions")[:count])

@@ -23,7 +23,7 @@ class Part(NamedTuple):
 
     key: str
     start: int
-    count: int
+    length: int
 
 
 @dataclass(slots=True)
@@ -114,26 +114,26 @@ class Passes:
     def fill(self, parts: Sequence[Part]) -> None:
         """Write what a pass over these tokens, one request after another, is to have."""
         each = [self._known[part.key] for part in parts]
-        total = sum(part.count for part in parts)
+        total = sum(part.length for part in parts)
         if self.served.decides_once:
             self._choose_slots(parts, each, total)
         elif self._is_as_before(parts, each):
             return
-        rows = [self._part(own, part) for own, part in zip(each, parts, strict=True) if part.count]
+        rows = [self._part(own, part) for own, part in zip(each, parts, strict=True) if part.length]
         self._write(self._buffers.strengths, torch.cat(rows) if rows else None, total)
         self._used = total
 
     def _is_as_before(self, parts: Sequence[Part], each: Sequence[Known]) -> bool:
         """Whether the buffers hold what is needed already, as they do step by step once all is steady."""
         steady = all(part.start >= own.steady_from for own, part in zip(each, parts, strict=True))
-        now = [(part.key, part.count) for part in parts] if steady else None
+        now = [(part.key, part.length) for part in parts] if steady else None
         before, self._last = self._last, now
         return now is not None and now == before
 
     def _part(self, own: Known, part: Part) -> Float[Tensor, "n K"]:
         if own.request is None or part.start >= own.steady_from:
-            return own.steady.expand(part.count, -1)
-        return self._rows(own.request, _tokens(part.start, part.count, own.prompt))
+            return own.steady.expand(part.length, -1)
+        return self._rows(own.request, _tokens(part.start, part.length, own.prompt))
 
     def _rows(self, request: Request, tokens: Tokens) -> Float[Tensor, "n K"]:
         rows = torch.zeros(tokens.length, len(self.served.concepts))
@@ -157,18 +157,18 @@ class Passes:
         slots, shares = torch.zeros(total, dtype=torch.int64), torch.zeros(total, 2)
         place = 0
         for own, part in zip(each, parts, strict=True):
-            here = slice(place, place + part.count)
-            place += part.count
-            if own.request is None or not part.count:
+            here = slice(place, place + part.length)
+            place += part.length
+            if own.request is None or not part.length:
                 continue
             if own.slot is None:
                 own.slot = self._slot(own, each)
             slots[here] = own.slot
             if not own.is_decided:
-                if part.start or part.count < own.prompt:
+                if part.start or part.length < own.prompt:
                     raise RuntimeError(
-                        f"request {part.key!r}: a gate decides from its whole prompt, and the engine computes a part of "
-                        "it; serve without prefix caching and chunked prefill"
+                        f"request {part.key!r}: a gate decides from its whole prompt, and the engine computes a part "
+                        "of it; serve without prefix caching and chunked prefill"
                     )
                 prompt = slice(here.start, here.start + own.prompt)
                 shares[prompt, 0], shares[prompt.stop - 1, 1] = 1 / own.prompt, 1.0

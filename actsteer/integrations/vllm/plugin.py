@@ -8,7 +8,7 @@ from typing import Any
 
 from actsteer.errors import UnsupportedModelError
 
-_MARK = "_actsteer"
+_MARK = "_actsteer_wraps"
 """On a method of vLLM's that is wrapped already."""
 
 
@@ -157,9 +157,9 @@ def _wrap_beams(home: str, name: str, refused: type[Exception]) -> None:
 
     def refusing(original: Callable[..., Any]) -> Callable[..., Any]:
         def made(self: Any, *args: Any, **kwargs: Any) -> Any:
-            from actsteer.integrations.vllm.front import asked_for
+            from actsteer.integrations.vllm.requests import said_in
 
-            if asked_for(self.vllm_xargs):
+            if said_in(self.vllm_xargs) is not None:
                 raise refused(
                     "actsteer: vLLM's beam search drops vllm_xargs, and would answer unsteered; sample, or n=1"
                 )

@@ -23,7 +23,7 @@ from actsteer.tokens.tokens import Tokens
 NAME = "actsteer"
 """Under which vLLM's `additional_config`, `extra_args` and `vllm_xargs` have what is ours."""
 Strength: TypeAlias = float | Sequence[float]
-"""One number, or one for each step of the generation: the prompt, the first token, ...; the last holds from there on."""
+"""One number, or one for each step of the generation (the prompt, the first token, ...), the last for all later."""
 
 
 def steer(
@@ -48,7 +48,7 @@ def steer(
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and NAME not in allowed.split(","):
         raise UnsupportedModelError(
-            f"VLLM_PLUGINS={allowed!r} keeps the plugin {NAME!r} out of vLLM, which would answer unsteered; add it there"
+            f"VLLM_PLUGINS={allowed!r} keeps the plugin {NAME!r} out of vLLM, which would answer unsteered; add it"
         )
     said: dict[str, Any] = {}
     if c is not None:
@@ -128,7 +128,7 @@ def asked(extra_args: Mapping[str, Any] | None, *, concepts: Sequence[str], usua
     Raises:
         ConceptNotFoundError, StrengthError, PositionsError, TypeError, ValueError: with what was expected.
     """
-    if (said := _said(extra_args)) is None:
+    if (said := said_in(extra_args)) is None:
         return None
     given = said.get("c")
     if given is None:
@@ -149,8 +149,12 @@ def asked(extra_args: Mapping[str, Any] | None, *, concepts: Sequence[str], usua
     return Request(active, {n: own for n, own in chosen.items() if not _is_all(own)}) if active else None
 
 
-def _said(extra_args: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """c and positions as the request has them; None if it says nothing of a steering."""
+def said_in(extra_args: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """c and positions as the extra arguments of a request have them; None if they say nothing of a steering.
+
+    Raises:
+        TypeError, ValueError: they say it in another form, or under a name that is nearly right.
+    """
     for key in extra_args or ():
         if key != NAME and difflib.get_close_matches(key.lower(), [NAME], cutoff=0.8):
             raise ValueError(f"extra argument {key!r}: did you mean {NAME!r}?")
@@ -214,7 +218,7 @@ def _end(positions: Positions) -> float:
         case slice(stop=None):
             return math.inf
         case slice():
-            return max(positions.stop, 0)
+            return max(int(positions.stop), 0)
         case int():
             return positions + 1
         case Sequence() if not isinstance(positions, str):

@@ -58,7 +58,7 @@ class Stage:
 @final
 @dataclass(frozen=True)
 class Score:
-    """What a gate reads of a token, h·w + b, or its cosine with w; it fires above t, or weighs by σ((score - t) / width).
+    """What a gate reads of a token, h·w + b or h·w / ‖h‖; it fires above t, or weighs by σ((score - t) / width).
 
     Args:
         site, per: as of the gate.
@@ -188,15 +188,17 @@ def served(steering: Steering) -> Served:
 def _usual(steering: Steering) -> Request:
     """What is done where a request does not say."""
     c = steering.c if isinstance(steering.c, Mapping) else dict.fromkeys(steering.vectors.concepts, steering.c)
+    numbers: dict[str, tuple[float, ...]] = {}
     for concept, own in c.items():
         if not isinstance(own, int | float):
             raise StrengthError(
                 f"c[{concept!r}]: a request is one row, and its steps are given by steer({{...: [...]}}); save one "
                 f"number, got {own!r}"
             )
+        numbers[concept] = (float(own),)
     given = steering.positions
     positions = given if isinstance(given, Mapping) else dict.fromkeys(c, "all" if given is None else given)
-    return Request({name: (float(own),) for name, own in c.items()}, positions)
+    return Request(numbers, positions)
 
 
 def _stages(bank: VectorBank, site: str, interventions: Sequence[Intervention | PerSite]) -> tuple[Stage, ...]:
@@ -234,7 +236,7 @@ def _forms(intervention: Intervention, direction: Float[Tensor, " d"], *, where:
             along = nonzero_unit(direction, by=intervention)
             return [(-along[None], along[None], direction.new_full((1,), intervention.target))]
         case LowRankAt():
-            return [tuple(part.double() for part in (intervention.reads, intervention.adds, intervention.offsets))]
+            return [(intervention.reads.double(), intervention.adds.double(), intervention.offsets.double())]
         case AffineAt():
             one = torch.eye(len(direction), dtype=torch.float64)
             return [(intervention.weight.double() - one, one, intervention.bias.double())]
@@ -256,8 +258,8 @@ def _score(gate: Gate) -> Score:
     inside, width = (gate.gate, gate.width) if isinstance(gate, Soft) else (gate, 0.0)
     if not isinstance(inside, ProjectionAbove | CosineAbove | ProbeAbove):
         raise UnsupportedModelError(
-            f"gate {gate!r}: ProjectionAbove, CosineAbove, ProbeAbove, Soft around one, and And, Or and Not of them are "
-            "served, and no other"
+            f"gate {gate!r}: what is served are ProjectionAbove, CosineAbove, ProbeAbove, Soft around one, and And, Or "
+            "and Not of them"
         )
     return Score(
         site=gate.site,

@@ -46,8 +46,8 @@ class Where:
             return value, None
         if not isinstance(value, tuple) or not value or not isinstance(value[0], Tensor):
             raise OutputError(
-                f"site {self.place.site!r}: {type(self.place.module).__name__} gives a {type(value).__name__}, in which "
-                "no activation is known; steer the block, or its mlp"
+                f"site {self.place.site!r}: {type(self.place.module).__name__} gives a {type(value).__name__}, in "
+                "which no activation is known; steer the block, or its mlp"
             )
         beside = value[1] if self.rest == "sum" and len(value) > 1 else None
         return value[0], beside if isinstance(beside, Tensor) else None
@@ -99,7 +99,7 @@ def find(model: nn.Module, site: str, *, reads: bool) -> Where | None:
 
 def _named(model: nn.Module, modules: Mapping[str, nn.Module], name: str, site: str) -> str:
     """The name that vLLM has for a module; its own where it has one."""
-    parent, _, last = name.rpartition(".")
+    last = name.rpartition(".")[2]
     for fused, parts in getattr(model, "packed_modules_mapping", {}).items():
         if last in parts and name not in modules:
             raise SiteNotFoundError(
@@ -109,7 +109,7 @@ def _named(model: nn.Module, modules: Mapping[str, nn.Module], name: str, site: 
     if name in modules or any(_is_missing(modules.get(own)) for own in _prefixes(name)):
         return name
     mapper = getattr(model, "hf_to_vllm_mapper", None)
-    mapped = None if mapper is None else mapper._map_name(f"{name}.weight")
+    mapped = None if mapper is None else mapper.map_name(f"{name}.weight")
     found = str(mapped).removesuffix(".weight") if mapped is not None else name
     return found if found.rpartition(".")[2] == last else name
 

@@ -101,8 +101,8 @@ def check_modes(config: Any, served: Served) -> None:
     }
     if served.decides_once:
         wrong |= {
-            "a gate that decides once for a sequence, and prefix caching; pass enable_prefix_caching=False, or gate per "
-            "token": bool(config.cache_config.enable_prefix_caching),
+            "a gate that decides once for a sequence, and prefix caching; pass enable_prefix_caching=False, or gate "
+            "per token": bool(config.cache_config.enable_prefix_caching),
             "a gate that decides once for a sequence, and chunked prefill; pass enable_chunked_prefill=False, or gate "
             "per token": bool(config.scheduler_config.enable_chunked_prefill),
         }

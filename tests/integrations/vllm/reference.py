@@ -29,11 +29,11 @@ from actsteer import (
     ProjectionAbove,
     Soft,
     Steerer,
+    Steering,
     SteeringVector,
     VectorBank,
     fold,
 )
-from actsteer.steering.steering import Steering
 from actsteer.tokens.positions import from_text
 from reference.language import model as smollm
 
@@ -108,16 +108,15 @@ def _answer(model: Any, steering: Steering, request: Mapping[str, Any]) -> dict[
     ids = torch.tensor([request["ids"]])
     limits = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0}
     told = {"output_logits": True, "return_dict_in_generate": True}
-    plain: Any = {} if steering.c is None else {}
     c = {name: _schedule(own) for name, own in request["c"].items()}
     given = request["positions"]
     positions = from_text(given) if isinstance(given, str) else given
     if c:
         options = {"intervention": steering.intervention, "gate": steering.gate, "positions": positions}
         with Steerer(model, steering.vectors, c=c, strict=False, **options):
-            made = model.generate(ids, **limits, **told, **plain)
+            made = model.generate(ids, **limits, **told)
     else:
-        made = model.generate(ids, **limits, **told, **plain)
+        made = model.generate(ids, **limits, **told)
     tokens = made.sequences[0, len(request["ids"]) :].tolist()
     logits = [own[0].float().log_softmax(-1) for own in made.logits]
     return {"tokens": tokens, "logprobs": [float(own[token]) for own, token in zip(logits, tokens, strict=True)]}

@@ -1,0 +1,543 @@
+"""A steering as an engine computes it, without vLLM: the forms of edits, the hooks on a fake model, and the passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from actsteer import (
+    Ablate,
+    Add,
+    Affine,
+    And,
+    AttachedError,
+    Chain,
+    Clamp,
+    CosineAbove,
+    GateError,
+    KeepNorm,
+    LowRank,
+    ModelMismatchError,
+    Not,
+    ProbeAbove,
+    ProjectionAbove,
+    ShapeError,
+    SiteNotFoundError,
+    Soft,
+    Steerer,
+    Steering,
+    SteeringNotApplied,
+    SteeringVector,
+    StrengthError,
+    UnsupportedModelError,
+    VectorBank,
+)
+from actsteer.integrations.vllm.front import Front
+from actsteer.integrations.vllm.hooks import Buffers, Hooks
+from actsteer.integrations.vllm.passes import Part, Passes
+from actsteer.integrations.vllm.requests import NAME
+from actsteer.integrations.vllm.served import Served, served
+from actsteer.integrations.vllm.worker import check_modes
+from tests.zoo import bits
+
+D = 6
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class LlamaDecoderLayer(nn.Module):
+    """A block as vLLM makes them: it takes and gives the residual stream in two parts."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.mlp = nn.Linear(D, D, bias=False)
+        with torch.no_grad():
+            self.mlp.weight.copy_(drawn(D, D, seed=seed) / 2)
+
+    def forward(self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        residual = hidden_states if residual is None else hidden_states + residual
+        return self.mlp(residual.tanh()), residual
+
+
+class Theirs(nn.Module):
+    """A model of vLLM's kind: all tokens in one row."""
+
+    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(LlamaDecoderLayer(seed) for seed in range(3))
+
+    def forward(self, positions: Tensor, x: Tensor) -> Tensor:
+        residual = None
+        for layer in self.layers:
+            x, residual = layer(positions, x, residual)
+        return x + residual
+
+
+class Block(nn.Module):
+    """The same block, as Hugging Face makes them."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.mlp = LlamaDecoderLayer(seed).mlp
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states + self.mlp(hidden_states.tanh())
+
+
+class Ours(nn.Module):
+    """The same model, with rows of texts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(seed) for seed in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def bank() -> VectorBank:
+    sites = ("layers.0", "layers.1.mlp", "layers.2:in")
+    one = SteeringVector({site: drawn(D, seed=10 + place) for place, site in enumerate(sites)})
+    return VectorBank({"one": one, "two": SteeringVector({"layers.0": drawn(D, seed=20)})})
+
+
+def low_rank() -> LowRank:
+    return LowRank({s: (drawn(2, D, seed=1) / 3, drawn(2, D, seed=2), drawn(2, seed=3)) for s in bank().sites})
+
+
+def everywhere(edit: Any) -> dict[str, Any]:
+    return {"one": edit}
+
+
+EDITS: dict[str, Callable[[], Steering]] = {
+    "Add": lambda: Steering(bank()),
+    "Ablate": lambda: Steering(bank(), intervention=everywhere(Ablate())),
+    "Ablate, around": lambda: Steering(bank(), intervention=everywhere(Ablate(around=drawn(D, seed=5)))),
+    "Clamp": lambda: Steering(bank(), intervention=everywhere(Clamp(1.5))),
+    "LowRank": lambda: Steering(bank(), intervention=everywhere(low_rank())),
+    "Chain": lambda: Steering(bank(), intervention=everywhere(Chain(Ablate(), Add()))),
+    "Affine": lambda: Steering(
+        bank(), intervention=everywhere(Affine({s: (drawn(D, D, seed=4), drawn(D)) for s in bank().sites}))
+    ),
+}
+
+
+def gate(kind: str, per: Any) -> Any:
+    v = SteeringVector({"layers.0": drawn(D, seed=7)})
+    probe = SteeringVector({"layers.0": drawn(D, seed=8)}, metadata={"offset layers.0": "0.2"})
+    gates = {
+        "projection": ProjectionAbove(v, 0.1, per=per),
+        "cosine": CosineAbove(v, 0.1, per=per),
+        "probe": ProbeAbove(probe, per=per),
+        "soft": Soft(ProjectionAbove(v, 0.1, per=per), width=0.5),
+    }
+    gates["and not"] = And(gates["projection"], Not(gates["probe"]))
+    return gates[kind]
+
+
+class Engine:
+    """The hooks and the passes on a fake model."""
+
+    def __init__(self, steering: Steering, *, requests: int = 5, model: nn.Module | None = None) -> None:
+        self.model = Theirs() if model is None else model
+        self.served = served(steering)
+        self.buffers = Buffers(self.served, tokens=64, requests=requests, device=torch.device("cpu"))
+        self.hooks = Hooks(self.model, self.served, self.buffers)
+        self.passes = Passes(self.served, self.buffers)
+
+    def begin(self, key: str, said: Any, prompt: int) -> None:
+        """As the front end sends it."""
+        wanted = self.served.asked({NAME: said})
+        sent = None if wanted is None else {NAME: wanted.sent() | {"digest": self.served.digest}}
+        self.passes.add(key, sent, prompt)
+
+    def run(self, parts: list[tuple[str, int, Tensor]]) -> list[Tensor]:
+        """One pass over the tokens of several requests."""
+        self.passes.fill([Part(key, start, len(tokens)) for key, start, tokens in parts])
+        out = self.model(torch.zeros(1), torch.cat([tokens for *_, tokens in parts]))
+        return list(out.split([len(tokens) for *_, tokens in parts]))
+
+
+def hooked(steering: Steering, c: Any, x: Tensor, **options: Any) -> Tensor:
+    with Steerer(Ours(), steering, c=c, **options) as steerer:
+        return steerer.model(x[None])[0]
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_the_engine_computes_what_a_steerer_does_with_another_strength_in_every_request(name: str) -> None:
+    steering = EDITS[name]()
+    engine, texts = Engine(steering), [drawn(4 + n, D, seed=30 + n) for n in range(3)]
+    asked = [{"one": 1.0}, {"one": -0.5, "two": 2.0}, {"one": 0.0}]
+    for number, c in enumerate(asked):
+        engine.begin(str(number), c, len(texts[number]))
+    found = engine.run([(str(number), 0, own) for number, own in enumerate(texts)])
+    for own, c, text in zip(found, asked, texts, strict=True):
+        assert torch.allclose(own, hooked(steering, c, text), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_what_is_not_steered_is_bit_for_bit_what_it_is_beside_what_is(name: str) -> None:
+    engine, text = Engine(EDITS[name]()), drawn(5, D, seed=3)
+    engine.begin("plain", {"one": 0.0}, 5)
+    engine.begin("steered", {"one": 1.0, "two": 1.0}, 5)
+    both = torch.cat([text, text])
+    plain = Theirs()(torch.zeros(1), both)[:5]
+    assert torch.equal(bits(engine.run([("plain", 0, text), ("steered", 0, text)])[0]), bits(plain))
+
+
+@pytest.mark.parametrize("kind", ["projection", "cosine", "probe", "soft", "and not"])
+@pytest.mark.parametrize("per", ["token", "sequence", "last"])
+def test_gates_decide_as_those_of_a_steerer(kind: str, per: str) -> None:
+    steering = Steering(bank(), gate={"one": gate(kind, per)})
+    engine, texts = Engine(steering), [drawn(5, D, seed=40 + n) for n in range(4)]
+    decided = []
+    for number, text in enumerate(texts):
+        engine.begin(str(number), {"one": 1.0, "two": 0.5}, len(text))
+        decided.append(hooked(steering, {"one": 1.0, "two": 0.5}, text, token_axis=1))
+    found = engine.run([(str(number), 0, text) for number, text in enumerate(texts)])
+    assert all(torch.allclose(own, want, atol=1e-5) for own, want in zip(found, decided, strict=True))
+    plain = [hooked(steering, {"two": 0.5}, text) for text in texts]
+    alike = [torch.allclose(own, want, atol=1e-3) for own, want in zip(found, plain, strict=True)]
+    assert kind == "soft" or not all(alike)  # some are let through
+
+
+def test_a_decision_holds_for_the_sequence_and_when_its_slot_was_needed() -> None:
+    steering = Steering(bank(), gate=gate("projection", "sequence"))
+    engine, texts = Engine(steering, requests=3), [drawn(5, D, seed=40 + n) for n in range(4)]
+    for number, text in enumerate(texts):
+        engine.begin(str(number), {"one": 1.0}, 5)
+        engine.run([(str(number), 0, text)])  # the third and the fourth take the slots of the first two
+    token = drawn(1, D, seed=50)
+    mine = [gate("projection", "sequence")(Ours().layers[0](text).mean(dim=0)[None]).item() for text in texts]
+    assert set(mine) == {True, False}
+    for number, fires in enumerate(mine):
+        (found,) = engine.run([(str(number), 5, token)])
+        assert torch.allclose(found, hooked(Steering(bank()), {"one": float(fires)}, token), atol=1e-5)
+
+
+def test_a_prompt_in_parts_has_no_decision() -> None:
+    engine = Engine(Steering(bank(), gate=gate("projection", "sequence")))
+    engine.begin("a", {"one": 1.0}, 5)
+    with pytest.raises(RuntimeError, match="whole prompt"):
+        engine.run([("a", 0, drawn(3, D))])
+
+
+def test_a_gate_reads_before_what_it_decides() -> None:
+    late = ProjectionAbove(SteeringVector({"layers.2": drawn(D)}), 0.0, per="token")
+    engine = Engine(Steering(bank(), gate={"two": late}))
+    engine.begin("a", {"two": 1.0}, 5)
+    with pytest.raises(GateError, match="runs later"):
+        engine.run([("a", 0, drawn(5, D))])
+
+
+def test_buffers_are_zero_behind_the_last_token_and_written_once_when_all_is_steady() -> None:
+    engine, text = Engine(Steering(bank())), drawn(6, D)
+    engine.begin("a", {"c": {"one": 1.0}, "positions": "generated"}, 6)
+    engine.run([("a", 0, text)])
+    assert not engine.buffers.strengths.any()
+    engine.run([("a", 6, text[:1])])
+    assert engine.buffers.strengths[:, 0].tolist() == [1.0] + [0.0] * 63
+    engine.buffers.strengths[0, 0] = 7.0
+    engine.run([("a", 7, text[:1])])
+    assert engine.buffers.strengths[0, 0] == 7.0  # nothing had to be written
+    engine.begin("b", {"two": 2.0}, 1)
+    engine.run([("b", 0, text[:1]), ("a", 8, text[:1])])
+    assert engine.buffers.strengths[:2].tolist() == [[0.0, 2.0], [1.0, 0.0]]
+
+
+def test_another_bank_of_the_same_shape_takes_its_place_and_only_when_nothing_is_steered() -> None:
+    engine, text = Engine(Steering(bank())), drawn(4, D)
+    other = Steering(VectorBank({"three": 2 * bank()["one"], "four": bank()["two"]}))
+    new = served(other)
+    assert new.shape == engine.served.shape
+    assert new.digest != engine.served.digest
+    engine.begin("a", {"one": 1.0}, 4)
+    with pytest.raises(AttachedError):
+        engine.passes.replace(new)
+    engine.passes.forget(["a"])
+    engine.passes.replace(new)
+    engine.hooks.replace(new)
+    with pytest.raises(ModelMismatchError, match="another bank"):
+        engine.begin("old", {"one": 1.0}, 4)
+    engine.served = new
+    engine.begin("b", {"three": 0.5}, 4)
+    assert torch.allclose(engine.run([("b", 0, text)])[0], hooked(Steering(bank()), {"one": 1.0}, text), atol=1e-5)
+    assert served(Steering(bank(), intervention=everywhere(Ablate()))).shape != new.shape
+
+
+@pytest.mark.parametrize(
+    ("steering", "error", "message"),
+    [
+        (lambda: Steering(bank(), intervention=KeepNorm(Add())), UnsupportedModelError, "not of the form"),
+        (lambda: Steering(bank(), intervention=Ablate(one_sided=True)), UnsupportedModelError, "not of the form"),
+        (lambda: Steering(bank(), intervention=Add(relative=True)), UnsupportedModelError, "not of the form"),
+        (lambda: Steering(bank(), c=torch.ones(3)), StrengthError, "one row"),
+        (lambda: Steering(bank(), gate=lambda_gate()), UnsupportedModelError, "what is served"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(steering: Callable[[], Steering], error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        served(steering())
+
+
+def lambda_gate() -> Any:
+    class Mine:
+        site, per = "layers.0", "token"
+
+        def __call__(self, rows: Tensor) -> Tensor:
+            return rows[:, 0] > 0
+
+    return Mine()
+
+
+def test_sites_that_vllm_has_otherwise_are_refused_before_anything_is_attached() -> None:
+    model = Theirs()
+    fused = Steering(SteeringVector({"layers.0": drawn(D), "layers.0.q_proj": drawn(D)}))
+    with pytest.raises(SiteNotFoundError, match="computes q_proj, k_proj, v_proj in one module, qkv_proj"):
+        Engine(fused, model=model)
+    with pytest.raises(SiteNotFoundError, match="Close names"):
+        Engine(Steering(SteeringVector({"layers.7": drawn(D)})), model=model)
+    assert not list(model.buffers())
+    assert not model.layers[0]._forward_hooks
+
+
+def test_an_edit_that_reads_a_stream_in_parts_that_are_not_known_is_refused() -> None:
+    stranger = type("CohereDecoderLayer", (nn.Module,), {"forward": LlamaDecoderLayer.forward})
+    model = Theirs()
+    model.layers[0] = stranger()
+    with pytest.raises(UnsupportedModelError, match="in two parts"):
+        Engine(EDITS["Ablate"](), model=model)
+    Engine(Steering(bank()), model=Theirs())
+
+
+def test_a_vector_of_another_size_raises_when_the_model_runs() -> None:
+    engine = Engine(Steering(SteeringVector({"layers.0": drawn(D + 1)})))
+    engine.passes.add("a", None, 2)
+    with pytest.raises(ShapeError, match="6 features, the vector 7"):
+        engine.run([("a", 0, drawn(2, D))])
+
+
+def test_a_site_that_does_not_run_is_noticed() -> None:
+    model = Theirs()
+    model.spare = nn.Linear(D, D)
+    engine = Engine(Steering(SteeringVector({"layers.0": drawn(D), "spare": drawn(D)})), model=model)
+    engine.hooks.check_fired()  # nothing has run: compiled code from a cache
+    engine.passes.add("a", None, 2)
+    engine.run([("a", 0, drawn(2, D))])
+    with pytest.raises(SteeringNotApplied, match="spare"):
+        engine.hooks.check_fired()
+
+
+def config(**changed: Any) -> Any:
+    parallel = SimpleNamespace(use_ubatching=False, prefill_context_parallel_size=1)
+    compilation = SimpleNamespace(
+        inductor_compile_config={}, pass_config=SimpleNamespace(enable_sp=False), max_cudagraph_capture_size=None
+    )
+    usual: dict[str, Any] = {
+        "parallel_config": parallel,
+        "compilation_config": compilation,
+        "speculative_config": None,
+        "model_config": SimpleNamespace(is_encoder_decoder=False),
+        "device_config": SimpleNamespace(device_type="cpu"),
+        "cache_config": SimpleNamespace(enable_prefix_caching=True),
+        "scheduler_config": SimpleNamespace(enable_chunked_prefill=True, max_num_batched_tokens=64, max_num_seqs=4),
+        "additional_config": {},
+    }
+    return SimpleNamespace(**usual | changed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"parallel_config": SimpleNamespace(use_ubatching=True)}, "dual-batch overlap"),
+        ({"parallel_config": SimpleNamespace(prefill_context_parallel_size=2)}, "prefill context"),
+        ({"compilation_config": SimpleNamespace(pass_config=SimpleNamespace(enable_sp=True))}, "sequence-parallel"),
+        ({"compilation_config": SimpleNamespace(inductor_compile_config={"max_autotune": True})}, "max_autotune"),
+        ({"speculative_config": object()}, "speculative decoding"),
+        ({"model_config": SimpleNamespace(is_encoder_decoder=True)}, "an encoder and a decoder"),
+    ],
+)
+def test_ways_of_running_in_which_an_answer_could_be_wrong_are_refused(changed: Any, message: str) -> None:
+    check_modes(config(), served(Steering(bank())))
+    with pytest.raises(UnsupportedModelError, match=message):
+        check_modes(config(**changed), served(Steering(bank())))
+
+
+def test_a_decision_for_a_sequence_needs_prompts_that_are_computed_whole() -> None:
+    steering = served(Steering(bank(), gate=gate("projection", "last")))
+    with pytest.raises(UnsupportedModelError, match="prefix caching"):
+        check_modes(config(), steering)
+    off = {"cache_config": SimpleNamespace(enable_prefix_caching=False)}
+    with pytest.raises(UnsupportedModelError, match="chunked prefill"):
+        check_modes(config(**off), steering)
+
+
+class Worker:
+    """As vLLM's, with a runner of the first or of the second kind."""
+
+    def __init__(self, runner: Any) -> None:
+        self.vllm_config, self.model_runner, self.device = config(), runner, torch.device("cpu")
+
+
+def first_runner(model: nn.Module) -> Any:
+    runner = SimpleNamespace(get_model=lambda: model, requests={})
+    runner.input_batch = SimpleNamespace(req_ids=[], num_computed_tokens_cpu=np.zeros(4, dtype=np.int32))
+    runner.query_start_loc = SimpleNamespace(np=np.zeros(5, dtype=np.int32))
+    runner._prepare_inputs = lambda scheduled: "prepared"
+    return runner
+
+
+def second_runner(model: nn.Module) -> Any:
+    runner = SimpleNamespace(get_model=lambda: model)
+    runner.add_requests = lambda scheduled: None
+    runner.finish_requests = lambda scheduled: None
+    runner.prepare_inputs = lambda batch: batch
+    return runner
+
+
+def sent(own: Served, said: Any) -> Any:
+    wanted = own.asked({NAME: said})
+    assert wanted is not None
+    return {NAME: wanted.sent() | {"digest": own.digest}}
+
+
+@pytest.mark.parametrize("kind", [first_runner, second_runner])
+def test_both_of_vllms_runners_are_wired(kind: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "bank.safetensors"
+    bank().save(path)
+    log = SimpleNamespace(init_logger=lambda name: SimpleNamespace(info=lambda *args: None))
+    monkeypatch.setitem(__import__("sys").modules, "vllm", SimpleNamespace())
+    monkeypatch.setitem(__import__("sys").modules, "vllm.logger", log)
+    from actsteer.integrations.vllm.worker import Steered
+
+    model, own = Theirs(), served(Steering(bank()))
+    runner = kind(model)
+    worker = Worker(runner)
+    Steered(worker, str(path))
+    assert worker.vllm_config.additional_config[NAME]["compiled_for"] == own.key
+    text, params = drawn(5, D), SimpleNamespace(extra_args=sent(own, {"c": {"one": 1.0}, "positions": "2:"}))
+    for start, stop in ((0, 3), (3, 5)):  # in two chunks
+        if kind is first_runner:
+            runner.requests = {"a": SimpleNamespace(sampling_params=params, num_prompt_tokens=5)}
+            runner.input_batch.req_ids = ["a"]
+            runner.input_batch.num_computed_tokens_cpu[0] = start
+            runner.query_start_loc.np[1] = stop - start
+            assert runner._prepare_inputs(None) == "prepared"
+        else:
+            new = [SimpleNamespace(req_id="a", sampling_params=params, prompt_len=5)]
+            runner.add_requests(SimpleNamespace(scheduled_new_reqs=new if start == 0 else []))
+            runner.prepare_inputs(
+                SimpleNamespace(
+                    req_ids=["a"],
+                    query_start_loc_np=np.array([0, stop - start]),
+                    num_computed_tokens_np=np.array([start]),
+                )
+            )
+        found = model(torch.zeros(1), text[start:stop])
+        want = hooked(Steering(bank()), {"one": 1.0}, text, positions=slice(2, None), token_axis=1)[start:stop]
+        assert torch.allclose(found, want, atol=1e-5)
+    if kind is second_runner:
+        runner.finish_requests(SimpleNamespace(finished_req_ids={"a"}))
+
+
+def front(path: Any, **additional: Any) -> Front:
+    given = {} if path is None else {NAME: {"bank": str(path)} | additional}
+    parallel = SimpleNamespace(_api_process_count=1)
+    model = SimpleNamespace(hf_config=SimpleNamespace(model_type="mine"))
+    return Front(SimpleNamespace(additional_config=given, parallel_config=parallel, model_config=model))
+
+
+def request(extra_args: Any, *, salt: str | None = None) -> Any:
+    return SimpleNamespace(
+        sampling_params=SimpleNamespace(extra_args=extra_args), prompt_token_ids=[1, 2, 3], cache_salt=salt
+    )
+
+
+def test_the_front_end_checks_and_salts(tmp_path: Any) -> None:
+    path = tmp_path / "bank.safetensors"
+    bank().save(path)
+    own, given = front(path), {NAME: '{"one": 1.5}', "other": 1}
+    wanted = request(given)
+    own.admit(wanted, resumable=False)
+    extra = wanted.sampling_params.extra_args
+    assert extra["other"] == 1
+    assert extra[NAME]["c"] == {"one": [1.5]}
+    assert wanted.cache_salt.startswith("actsteer-")
+    assert given == {NAME: '{"one": 1.5}', "other": 1}  # the caller's is as it was
+    plain = request({NAME: {"one": 0.0}}, salt="mine")
+    own.admit(plain, resumable=False)
+    assert plain.sampling_params.extra_args is None
+    assert plain.cache_salt == "mine"
+    with pytest.raises(UnsupportedModelError, match="goes on later"):
+        own.admit(request(given), resumable=True)
+
+
+def test_an_engine_without_a_bank_answers_no_request_for_one(tmp_path: Any) -> None:
+    own = front(None)
+    own.admit(request(None), resumable=False)
+    own.admit(request({"other": 1}), resumable=False)
+    with pytest.raises(UnsupportedModelError, match="no bank"):
+        own.admit(request({NAME: {"one": 1.0}}), resumable=False)
+    with pytest.raises(ValueError, match="no such option, 'bnk'"):
+        front(tmp_path / "x.safetensors", bnk=1)
+
+
+def test_the_front_end_learns_of_another_bank(tmp_path: Any) -> None:
+    bank().save(tmp_path / "one.safetensors")
+    twice = VectorBank({name: 2 * own for name, own in bank().items()})
+    twice.save(tmp_path / "two.safetensors")
+    own = front(tmp_path / "one.safetensors")
+    before, after = request({NAME: {"one": 1.0}}), request({NAME: {"one": 1.0}})
+    own.admit(before, resumable=False)
+    with pytest.raises(AttachedError, match="running"):
+        own.replacing(str(tmp_path / "two.safetensors"), unfinished=1)
+    own.replacing(str(tmp_path / "two.safetensors"), unfinished=0)([served(Steering(twice)).digest])
+    own.admit(after, resumable=False)
+    assert before.cache_salt != after.cache_salt
+    with pytest.raises(UnsupportedModelError, match="no bank that could"):
+        front(None).replacing("x", unfinished=0)
+
+
+def test_several_files_make_one_bank(tmp_path: Any) -> None:
+    for name in bank():
+        edit = {"intervention": Ablate()} if name == "two" else {}
+        Steering(bank().select(name), **edit).save(tmp_path / f"{name}.safetensors")
+    from actsteer.integrations.vllm.banks import load
+
+    several = load([str(tmp_path / "one.safetensors"), str(tmp_path / "two.safetensors")])
+    assert (
+        several.digest == served(Steering(bank(), c=dict.fromkeys(bank(), 1.0), intervention={"two": Ablate()})).digest
+    )
+    with pytest.raises(ValueError, match="in two files"):
+        load([str(tmp_path / "one.safetensors")] * 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_graphs_read_what_is_in_the_buffers() -> None:
+    model = Theirs().cuda()
+    own = served(EDITS["Ablate"]())
+    buffers = Buffers(own, tokens=8, requests=3, device=torch.device("cuda"))
+    Hooks(model, own, buffers)
+    x, positions = torch.randn(8, D, device="cuda"), torch.zeros(1, device="cuda")
+    model(positions, x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = model(positions, x)
+    for strength in (0.0, 1.0, -0.5):
+        buffers.strengths[:, 0] = strength
+        graph.replay()
+        assert torch.allclose(out, model(positions, x), atol=1e-5)
