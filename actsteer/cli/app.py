@@ -39,6 +39,7 @@ _EXAMPLES: dict[str, list[str]] = {  # command, a function in the file of its na
     "verify": [
         "actsteer verify calm.safetensors -m ./llama",
         "actsteer verify calm.safetensors -m ./llama --on prompts.txt -c 2 --folded ./calm-llama",
+        "actsteer verify calm.safetensors -m ./llama --on prompts.txt -c 2 --engine vllm",
     ],
 }
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
+import torch
 import typer
+from torch import nn
 
 from actsteer.cli import banks, models, options, screen
 from actsteer.cli.examples import one_batch
 from actsteer.cli.options import Chat, Concepts, Device, DtypeName, TrustRemoteCode
 from actsteer.folding.proof import Proof, distance, is_lost, outputs
+from actsteer.integrations.vllm.comparing import compare
 from actsteer.steering.steerer import Steerer
 
 
@@ -23,6 +26,10 @@ def verify(
     folded: Annotated[
         str | None, typer.Option(help="What fold wrote: a directory, or .safetensors; is it the steered model?")
     ] = None,
+    engine: Annotated[
+        Literal["vllm"] | None,
+        typer.Option(help="Have it serve the file, and compare its answers to the texts of --on."),
+    ] = None,
     c: Annotated[list[str] | None, typer.Option("-c", help="The strength; that of the file, or 1.")] = None,
     concept: Concepts = None,
     chat: Chat = False,
@@ -30,13 +37,13 @@ def verify(
     dtype: DtypeName = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Verify that a file is whole, that its vectors fit a model, that every edit runs, that a folded model is the same.
+    """Verify that a file is whole, that its vectors fit a model, that every edit runs, that others do the same.
 
     Each further option asks for a further step; the exit code is 1 if one fails. Without --on no weights are loaded.
     """
     if (on is not None or folded is not None) and model is None:
         raise typer.BadParameter("it takes a model to run", param_hint="--model")
-    if folded is not None and on is None:
+    if (folded is not None or engine is not None) and on is None:
         raise typer.BadParameter("it takes inputs to compare outputs", param_hint="--on")
     banks.check(bank)
     if folded is not None:
@@ -65,12 +72,32 @@ def verify(
     moved = max((apart for one, other in pairs if (apart := distance(one, other)) != float("inf")), default=0.0)
     screen.say(f"runs: every site on {on}; the outputs move by up to {moved:.3g}")
     steerer.check(batch)  # which warns of a site that no answer depends on
-    if folded is None:
-        return
-    same = models.folded(folded, loaded, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    if folded is not None:
+        same = models.folded(folded, loaded, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        _check_folded(steerer, batch, folded, same)
+    if engine is not None and model is not None:
+        _check_engine(steerer, batch, model=model, bank=bank, dtype=dtype)
+
+
+def _check_folded(steerer: Steerer, batch: Any, folded: str, same: nn.Module) -> None:
     if (failure := Proof(steerer, batch).failure(same)) is not None:
-        kinds = [next((p.dtype for p in m.parameters()), None) for m in (loaded.model, same)]
+        kinds = [next((p.dtype for p in m.parameters()), None) for m in (steerer.model, same)]
         hint = "" if kinds[0] == kinds[1] else f"; the model is {kinds[0]}, the folded one {kinds[1]}: pass --dtype"
         screen.complain("error", f"{folded} is not the steered model: {failure}{hint}")
         raise typer.Exit(1)
     screen.say(f"folded: {folded} gives the steered model's outputs, within rounding")
+
+
+def _check_engine(steerer: Steerer, batch: Any, *, model: str, bank: str, dtype: str) -> None:
+    if not isinstance(batch, dict) or "input_ids" not in batch:
+        raise typer.BadParameter("an engine answers texts, .txt or .jsonl", param_hint="--on")
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+    prompts = [row[real.bool()].tolist() for row, real in zip(batch["input_ids"], mask, strict=True)]
+    found = compare(steerer, prompts, model=model, bank=bank, dtype=dtype)
+    if found.failure is not None:
+        screen.complain("error", f"vLLM does not answer what the steered model does: {found.failure}")
+        raise typer.Exit(1)
+    screen.say(
+        f"served: vLLM gives the steered model's tokens for {found.equal} of {found.prompts} prompts; "
+        f"log-probabilities differ by up to {found.furthest:.2g}, and where nothing is steered by {found.plain:.2g}"
+    )

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from actsteer.errors import AttachedError, ModelMismatchError
+from actsteer.errors import ModelMismatchError
 from actsteer.integrations.vllm.hooks import Buffers
 from actsteer.integrations.vllm.requests import NAME, Request
 from actsteer.integrations.vllm.served import Served
@@ -67,13 +67,8 @@ class Passes:
         self._slots: dict[int, Known] = {}
 
     def replace(self, served: Served) -> None:
-        """Another steering, from the next request on.
-
-        Raises:
-            AttachedError: requests are being steered by the present one.
-        """
-        if running := [key for key, own in self._known.items() if own.request is not None]:
-            raise AttachedError(f"{len(running)} requests are being steered by the present bank; wait for them")
+        """Another steering, from the next request on; one that is being steered by the present one cannot go on."""
+        self.forget([key for key, own in self._known.items() if own.request is not None])
         self.served, self._digest, self._last = served, served.digest, None
 
     def add(self, key: str, extra_args: Mapping[str, Any] | None, prompt: int) -> None:
@@ -113,6 +108,8 @@ class Passes:
 
     def fill(self, parts: Sequence[Part]) -> None:
         """Write what a pass over these tokens, one request after another, is to have."""
+        if lost := [part.key for part in parts if part.key not in self._known]:
+            raise ModelMismatchError(f"requests {lost} are steered by a bank that was replaced while they ran")
         each = [self._known[part.key] for part in parts]
         total = sum(part.length for part in parts)
         if self.served.decides_once:

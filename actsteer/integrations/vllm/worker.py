@@ -62,7 +62,7 @@ class Steered:
         """Another bank of the same shape; its digest.
 
         Raises:
-            UnsupportedModelError, AttachedError: another shape, or requests that are being steered.
+            UnsupportedModelError: another shape.
         """
         new = banks.load(bank)
         check_fits(new, self._served)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 TOKENS = 16
-_USUAL = {
+USUAL = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -26,7 +26,7 @@ _USUAL = {
 
 def main(job: dict[str, Any]) -> dict[str, Any]:
     """What the engine answered, and what it counted."""
-    os.environ.update(_USUAL | job.get("environment", {}))
+    os.environ.update(USUAL | job.get("environment", {}))
     if os.environ.get("TRITON_INTERPRET"):
         interpret_triton()
     if not job.get("salted", True):

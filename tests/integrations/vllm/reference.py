@@ -193,6 +193,10 @@ def write(folder: Path) -> None:
     steering = adding("Llama")
     concepts = steering.vectors.concepts
     group("adding", llama, steering, requests(concepts, 30))
+    twice = VectorBank({name: 2 * own for name, own in steering.vectors.items()})
+    group("adding-twice", llama, Steering(twice), requests(concepts, 30), home=folder / "adding")
+    fused = SteeringVector({"model.layers.1.self_attn.q_proj": torch.ones(SIZE)}, concept="fused")
+    fused.save(folder / "adding-fused.safetensors", model=llama)
     for family in FAMILIES:
         model = tiny(family)
         steering = adding(family)

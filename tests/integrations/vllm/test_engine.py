@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.integrations.vllm.engine import USUAL
 from tests.integrations.vllm.reference import FAMILIES
 
 REFERENCE = os.environ.get("ACTSTEER_VLLM_REFERENCE")
@@ -121,7 +124,84 @@ def test_a_folded_checkpoint_is_served_unchanged(family: str, tmp_path: Path) ->
     assert not wrong(name, serve(name, tmp_path, environment={"VLLM_PLUGINS": ""}))
 
 
+def test_a_bank_is_replaced_at_run_time(tmp_path: Path) -> None:
+    own = group("adding")
+    twice = own["bank"].replace("adding", "adding-twice")
+    job = {"model": own["model"], "bank": own["bank"], "batches": [own["requests"]], "replace": twice}
+    found = done(job, tmp_path)
+    before, after = found["answers"]
+    assert [answer["tokens"] for answer in before] == [answer["tokens"] for answer in own["expected"]]
+    expected = group("adding-twice")["expected"]
+    assert [answer["tokens"] for answer in after] == [answer["tokens"] for answer in expected]
+    assert expected != own["expected"]
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "a concept": ({"c": {"polte": 1.0}}, "Close names: 'polite'"),
+    "a strength": ({"c": {"polite": "much"}}, "expected a number"),
+    "positions": ({"c": {"polite": 1.0}, "positions": "some"}, "expected all, last, prompt"),
+    "a position": ({"c": {"polite": 1.0}, "positions": -40}, "40 are needed"),
+    "JSON": ({"extra_args": {"actsteer": "{"}}, "expected JSON"),
+    "a name": ({"extra_args": {"acsteer": "{}"}}, "did you mean 'actsteer'"),
+}
+
+
+def test_what_is_wrong_with_a_request_is_refused_and_the_engine_lives(tmp_path: Path) -> None:
+    own = group("adding")
+    plain = {"ids": [5, 6, 7], "c": {}, "positions": None}
+    batches = [[plain | wrong] for wrong, _ in WRONG.values()] + [own["requests"]]
+    found = done({"model": own["model"], "bank": own["bank"], "batches": batches}, tmp_path)["answers"]
+    for (_, message), ((answer,)) in zip(WRONG.values(), found[:-1], strict=True):
+        assert message in answer["error"]
+        assert "VLLMValidationError" in answer["error"]  # HTTP 400
+    assert [answer["tokens"] for answer in found[-1]] == [answer["tokens"] for answer in own["expected"]]
+
+
+@pytest.mark.parametrize(
+    ("bank", "engine", "message"),
+    [
+        ("editing-GPT2", {}, "was made for a gpt2"),
+        ("adding-Qwen2", {}, "was made for a qwen2"),
+        ("adding-fused", {}, "vLLM computes q_proj, k_proj, v_proj in one module"),
+        ("gated-sequence", {}, "prefix caching"),
+        ("gated-sequence", {"enable_prefix_caching": False}, "chunked prefill"),
+    ],
+)
+def test_what_cannot_be_served_stops_the_start(bank: str, engine: dict[str, Any], message: str, tmp_path: Path) -> None:
+    own = group("adding")
+    file = own["bank"].replace("adding", bank)
+    with pytest.raises(AssertionError, match=message):
+        done({"model": own["model"], "bank": file, "batches": [], "engine": engine}, tmp_path)
+
+
 @pytest.mark.real
 @pytest.mark.parametrize("way", ["at once", "compiled"])
 def test_smollm2(way: str, tmp_path: Path) -> None:
     assert not wrong("smollm2", serve("smollm2", tmp_path, **WAYS[way]))
+
+
+@pytest.mark.real
+def test_the_page_about_serving_runs_as_it_stands(tmp_path: Path) -> None:
+    own = group("smollm2")
+    page = (Path(__file__).parents[3] / "docs" / "serving.md").read_text()
+    (block,) = re.findall(r"^```py\n(.*?)^```", page, flags=re.M | re.S)
+    (tmp_path / "tone.safetensors").write_bytes(Path(own["bank"]).read_bytes())
+    script = f"MODEL = {own['model']!r}\nif __name__ == '__main__':\n" + textwrap.indent(block, "    ")
+    (tmp_path / "page.py").write_text(script)
+    environment = os.environ | USUAL | COMPILED
+    ended = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, env=environment, check=False, timeout=1500)
+    assert ended.returncode == 0
+
+
+@pytest.mark.real
+def test_verify_compares_the_engine_with_the_hooked_model(tmp_path: Path) -> None:
+    own = group("smollm2")
+    (tmp_path / "prompts.txt").write_text("The weather today is\nOnce upon a time\n")
+    options = ["-m", own["model"], "--on", "prompts.txt", "-c", "polite=1", "--dtype", "float32", "--engine", "vllm"]
+    command = [str(Path(sys.executable).with_name("actsteer")), "verify", own["bank"], *options]
+    for plugins, code in ((None, 0), ("", 1)):  # the second engine answers unsteered
+        environment = os.environ | USUAL | ({} if plugins is None else {"VLLM_PLUGINS": plugins})
+        ended = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=1500
+        )
+        assert ended.returncode == code, ended.stdout + ended.stderr

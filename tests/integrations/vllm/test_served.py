@@ -257,17 +257,16 @@ def test_buffers_are_zero_behind_the_last_token_and_written_once_when_all_is_ste
     assert engine.buffers.strengths[:2].tolist() == [[0.0, 2.0], [1.0, 0.0]]
 
 
-def test_another_bank_of_the_same_shape_takes_its_place_and_only_when_nothing_is_steered() -> None:
+def test_another_bank_of_the_same_shape_takes_its_place_and_no_request_is_steered_by_both() -> None:
     engine, text = Engine(Steering(bank())), drawn(4, D)
     other = Steering(VectorBank({"three": 2 * bank()["one"], "four": bank()["two"]}))
     new = served(other)
     assert new.shape == engine.served.shape
     assert new.digest != engine.served.digest
     engine.begin("a", {"one": 1.0}, 4)
-    with pytest.raises(AttachedError):
-        engine.passes.replace(new)
-    engine.passes.forget(["a"])
     engine.passes.replace(new)
+    with pytest.raises(ModelMismatchError, match="while they ran"):
+        engine.run([("a", 0, text)])
     engine.hooks.replace(new)
     with pytest.raises(ModelMismatchError, match="another bank"):
         engine.begin("old", {"one": 1.0}, 4)

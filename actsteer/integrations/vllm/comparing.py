@@ -1,0 +1,136 @@
+"""Comparing: whether a vLLM engine answers prompts as the hooked model does, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from actsteer.errors import UnsupportedModelError
+from actsteer.integrations.vllm.requests import NAME, steer
+from actsteer.steering.steerer import Steerer
+
+_SLACK, _LEAST = 4.0, 1e-3
+
+
+class Answer(NamedTuple):
+    """The tokens that a model gives greedily, with their log-probabilities."""
+
+    tokens: list[int]
+    logprobs: list[float]
+
+
+@final
+@dataclass(frozen=True)
+class Comparison:
+    """How far an engine is from the hooked model.
+
+    Args:
+        prompts: how many were answered.
+        equal: to how many the answers have the same tokens.
+        furthest: the largest difference of log-probabilities, as far as the tokens are the same.
+        plain: the same where nothing is steered, which is what the two differ by anyway.
+        moved: the largest difference between the hooked model's steered and its plain answers.
+    """
+
+    prompts: int
+    equal: int
+    furthest: float
+    plain: float
+    moved: float
+
+    @property
+    def tolerance(self) -> float:
+        """What the steered answers may differ by: 4 times what the plain ones do, and 0.001 at least."""
+        return max(_LEAST, _SLACK * self.plain)
+
+    @property
+    def failure(self) -> str | None:
+        """Why they are not the same, or not proved to be; None if they are."""
+        if self.furthest > self.tolerance:
+            return (
+                f"the log-probabilities differ by {self.furthest:.3g}, where unsteered ones do by {self.plain:.3g}; is "
+                "the plugin kept out by VLLM_PLUGINS, or the bank another one?"
+            )
+        if self.moved <= self.tolerance:
+            return (
+                f"the steering moves the log-probabilities by {self.moved:.3g} at most, and nothing is proved; give "
+                "other prompts, or a larger c"
+            )
+        return None
+
+
+def compare(
+    steerer: Steerer, prompts: Sequence[Sequence[int]], *, model: str, bank: str, tokens: int = 16, **engine: Any
+) -> Comparison:
+    """Have vLLM and the hooked model answer the same prompts, steered and not, greedily.
+
+    Args:
+        steerer: of the transformers model.
+        prompts: token ids.
+        model, bank: what vLLM is to load.
+        tokens: how many each answer has.
+        engine: further arguments of `vllm.LLM`.
+
+    Raises:
+        UnsupportedModelError: vLLM is not installed.
+    """
+    try:
+        from vllm import LLM, SamplingParams
+    except ImportError:
+        raise UnsupportedModelError("vLLM is not installed here; pip install vllm") from None
+    ours = [_hooked(steerer, prompt, tokens, steered=steered) for steered in (False, True) for prompt in prompts]
+    llm = LLM(model, additional_config={NAME: {"bank": bank}}, **engine)
+    c: Any = dict(steerer.c) if isinstance(steerer.c, Mapping) else dict.fromkeys(steerer.bank, steerer.c)
+    params = [
+        SamplingParams(max_tokens=tokens, temperature=0, logprobs=0, ignore_eos=True, extra_args=extra)
+        for extra in (None, steer(c))
+        for _ in prompts
+    ]
+    outputs = llm.generate([{"prompt_token_ids": list(prompt)} for prompt in (*prompts, *prompts)], params)
+    theirs = [
+        Answer(list(own.outputs[0].token_ids), [next(iter(step.values())).logprob for step in own.outputs[0].logprobs])
+        for own in outputs
+    ]
+    return compared(ours, theirs)
+
+
+def compared(ours: Sequence[tuple[Answer, Tensor]], theirs: Sequence[Answer]) -> Comparison:
+    """The answers of the hooked model, with all log-probabilities (S, V), and the engine's: first plain, then steered.
+
+    Where the tokens part, the difference is how much less likely the engine's is to the hooked model.
+    """
+    count = len(ours) // 2
+    apart = [_apart(own, given) for own, given in zip(ours, theirs, strict=True)]
+    moved = max(_apart(ours[place + count], ours[place][0]) for place in range(count))
+    equal = sum(own[0].tokens == given.tokens for own, given in zip(ours[count:], theirs[count:], strict=True))
+    return Comparison(count, equal, furthest=max(apart[count:]), plain=max(apart[:count]), moved=moved)
+
+
+def _apart(ours: tuple[Answer, Tensor], theirs: Answer) -> float:
+    answer, known = ours
+    worst = 0.0
+    for place, (one, other) in enumerate(zip(answer.tokens, theirs.tokens, strict=True)):
+        worst = max(worst, abs(float(known[place, other]) - theirs.logprobs[place]))
+        if one != other:
+            return max(worst, answer.logprobs[place] - float(known[place, other]))
+    return worst
+
+
+@torch.no_grad()
+def _hooked(steerer: Steerer, prompt: Sequence[int], tokens: int, *, steered: bool) -> tuple[Answer, Tensor]:
+    model: Any = steerer.model
+    ids = torch.tensor([list(prompt)], device=next(model.parameters()).device)
+    limits = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    told = {"output_logits": True, "return_dict_in_generate": True}
+    if steered:
+        with steerer:
+            made = model.generate(ids, attention_mask=torch.ones_like(ids), **limits, **told)
+    else:
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), **limits, **told)
+    known = torch.stack([own[0].float().log_softmax(-1) for own in made.logits]).cpu()
+    found = made.sequences[0, len(prompt) :].tolist()
+    return Answer(found, [float(known[place, token]) for place, token in enumerate(found)]), known
