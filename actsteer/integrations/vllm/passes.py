@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
@@ -56,10 +56,12 @@ class Passes:
     Args:
         served: the steering.
         buffers: of the hooks.
+        check: is called once, after the first pass, for where vLLM does not try the model when it starts.
     """
 
-    def __init__(self, served: Served, buffers: Buffers) -> None:
-        self.served, self._buffers = served, buffers
+    def __init__(self, served: Served, buffers: Buffers, *, check: Callable[[], None]) -> None:
+        self.served, self._buffers, self._check = served, buffers, check
+        self._count = 0
         self._digest = served.digest
         self._known: dict[str, Known] = {}
         self._last: list[tuple[str, int]] | None = None  # whose tokens the last pass had, if all were steady
@@ -108,6 +110,9 @@ class Passes:
 
     def fill(self, parts: Sequence[Part]) -> None:
         """Write what a pass over these tokens, one request after another, is to have."""
+        if self._count == 1:
+            self._check()
+        self._count += 1
         if lost := [part.key for part in parts if part.key not in self._known]:
             raise ModelMismatchError(f"requests {lost} are steered by a bank that was replaced while they ran")
         each = [self._known[part.key] for part in parts]

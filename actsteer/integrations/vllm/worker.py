@@ -40,7 +40,7 @@ class Steered:
             device=worker.device,
         )
         self._hooks = Hooks(runner.get_model(), self._served, buffers)
-        self._passes = Passes(self._served, buffers)
+        self._passes = Passes(self._served, buffers, check=self._hooks.check_fired)
         if hasattr(runner, "_prepare_inputs"):
             _watch_first(runner, self._passes)
         elif hasattr(runner, "prepare_inputs"):

@@ -60,6 +60,7 @@ def interpret_triton() -> None:
 def answered(llm: Any, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The answers to requests that come at once; of one that is refused, why."""
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
 
     def params(request: dict[str, Any]) -> Any:
         said = {"c": request["c"], "positions": request["positions"]}
@@ -71,7 +72,7 @@ def answered(llm: Any, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
     prompts = [{"prompt_token_ids": request["ids"]} for request in requests]
     try:
         outputs = llm.generate(prompts, [params(request) for request in requests], use_tqdm=False)
-    except ValueError as error:
+    except VLLMValidationError as error:
         return [{"error": f"{type(error).__name__}: {error}"}]
     return [
         {

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import textwrap
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -205,3 +211,66 @@ def test_verify_compares_the_engine_with_the_hooked_model(tmp_path: Path) -> Non
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=1500
         )
         assert ended.returncode == code, ended.stdout + ended.stderr
+
+
+@pytest.mark.real
+def test_the_server_answers_clients_at_once_and_says_what_is_wrong(tmp_path: Path) -> None:
+    own = group("smollm2")
+    port = free_port()
+    given = json.dumps({"actsteer": {"bank": own["bank"]}})
+    options = ["--model", own["model"], "--dtype", "float32", "--enforce-eager", "--max-model-len", "256"]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *options, "--additional-config", given]
+    environment = os.environ | USUAL | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen([*command, "--port", str(port)], env=environment, stdout=log, stderr=log)
+        try:
+            wait_for(port, server)
+            asked = [(request, expected) for request, expected in zip(own["requests"], own["expected"], strict=True)]
+            with ThreadPoolExecutor(8) as clients:
+                found = list(clients.map(lambda pair: completed(port, own["model"], pair[0]), asked))
+            for (request, expected), (status, answer) in zip(asked, found, strict=True):
+                assert status == 200
+                assert answer["choices"][0]["token_ids"] == expected["tokens"], request
+            plain = {"ids": [5, 6, 7], "positions": None}
+            for wrong, more, message in (
+                ({"c": {"polte": 1.0}}, {}, "Close names: 'polite'"),
+                ({"c": {"polite": 1.0}}, {"use_beam_search": True, "n": 2}, "beam search"),
+                ({"c": {"polite": 1.0}, "positions": "some"}, {}, "expected all, last, prompt"),
+            ):
+                status, answer = completed(port, own["model"], plain | wrong, **more)
+                assert status == 400
+                assert message in json.dumps(answer)
+        finally:
+            server.terminate()
+            server.wait(60)
+
+
+def free_port() -> int:
+    with socket.socket() as own:
+        own.bind(("localhost", 0))
+        return int(own.getsockname()[1])
+
+
+def wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
+    while server.poll() is None:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://localhost:{port}/health", timeout=5):
+            return
+        time.sleep(1)
+    raise AssertionError(f"the server ended with {server.returncode}")
+
+
+def completed(port: int, model: str, request: dict[str, Any], **more: Any) -> tuple[int, Any]:
+    """The status and the answer to one request over HTTP."""
+    said = json.dumps({"c": request["c"], "positions": request["positions"]})
+    usual = {"model": model, "max_tokens": 16, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    body = usual | {"prompt": request["ids"], "vllm_xargs": {"actsteer": said}} | more
+    sent = urllib.request.Request(
+        f"http://localhost:{port}/v1/completions",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    try:
+        with urllib.request.urlopen(sent, timeout=600) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)

@@ -155,7 +155,7 @@ class Engine:
         self.served = served(steering)
         self.buffers = Buffers(self.served, tokens=64, requests=requests, device=torch.device("cpu"))
         self.hooks = Hooks(self.model, self.served, self.buffers)
-        self.passes = Passes(self.served, self.buffers)
+        self.passes = Passes(self.served, self.buffers, check=self.hooks.check_fired)
 
     def begin(self, key: str, said: Any, prompt: int) -> None:
         """As the front end sends it."""
@@ -336,7 +336,7 @@ def test_a_site_that_does_not_run_is_noticed() -> None:
     engine.passes.add("a", None, 2)
     engine.run([("a", 0, drawn(2, D))])
     with pytest.raises(SteeringNotApplied, match="spare"):
-        engine.hooks.check_fired()
+        engine.run([("a", 2, drawn(1, D))])
 
 
 def config(**changed: Any) -> Any:
