@@ -86,7 +86,7 @@ def compare(
     llm = LLM(model, additional_config={NAME: {"bank": bank}}, **engine)
     c: Any = dict(steerer.c) if isinstance(steerer.c, Mapping) else dict.fromkeys(steerer.bank, steerer.c)
     params = [
-        SamplingParams(max_tokens=tokens, temperature=0, logprobs=0, ignore_eos=True, extra_args=extra)
+        SamplingParams(max_tokens=tokens, min_tokens=tokens, temperature=0, logprobs=0, extra_args=extra)
         for extra in (None, steer(c))
         for _ in prompts
     ]

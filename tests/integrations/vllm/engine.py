@@ -66,7 +66,7 @@ def answered(llm: Any, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
         said = {"c": request["c"], "positions": request["positions"]}
         extra = {"actsteer": json.dumps(said)} if request["c"] else request.get("extra_args")
         return SamplingParams(
-            max_tokens=TOKENS, temperature=0, logprobs=0, detokenize=False, ignore_eos=True, extra_args=extra
+            max_tokens=TOKENS, min_tokens=TOKENS, temperature=0, logprobs=0, detokenize=False, extra_args=extra
         )
 
     prompts = [{"prompt_token_ids": request["ids"]} for request in requests]

@@ -262,7 +262,7 @@ def wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
 def completed(port: int, model: str, request: dict[str, Any], **more: Any) -> tuple[int, Any]:
     """The status and the answer to one request over HTTP."""
     said = json.dumps({"c": request["c"], "positions": request["positions"]})
-    usual = {"model": model, "max_tokens": 16, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    usual = {"model": model, "max_tokens": 16, "min_tokens": 16, "temperature": 0, "return_token_ids": True}
     body = usual | {"prompt": request["ids"], "vllm_xargs": {"actsteer": said}} | more
     sent = urllib.request.Request(
         f"http://localhost:{port}/v1/completions",
