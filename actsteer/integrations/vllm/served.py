@@ -197,8 +197,8 @@ def _usual(steering: Steering) -> Request:
             )
         numbers[concept] = (float(own),)
     given = steering.positions
-    positions = given if isinstance(given, Mapping) else dict.fromkeys(c, "all" if given is None else given)
-    return Request(numbers, positions)
+    positions = given if isinstance(given, Mapping) else dict.fromkeys(c, given)
+    return Request(numbers, {name: "all" if own is None else own for name, own in positions.items()})
 
 
 def _stages(bank: VectorBank, site: str, interventions: Sequence[Intervention | PerSite]) -> tuple[Stage, ...]:
