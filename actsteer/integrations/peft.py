@@ -76,7 +76,7 @@ def to_peft(
     intervention: Interventions | None = None,
     sites: Sites | None = None,
 ) -> LoraAdapter:
-    """The steering as a LoRA adapter: PEFT, vLLM, SGLang and TGI serve it with no plugin, beside the plain model.
+    """The steering as a LoRA adapter, which PEFT and engines such as vLLM serve with no plugin, beside the plain model.
 
     An edit h + U A h without a constant part, such as `Ablate` (rank 1: U = -c u, A = uᵀ) or a `LowRank` with b = 0, is
     a LoRA exactly: at the output of a linear layer without a bias W becomes W + U (A W), at the input of any linear
@@ -89,8 +89,8 @@ def to_peft(
     taken to call the layer, and not to read its weight. Pads are edited too, which changes no answer at a token.
 
     The factors are computed in float64 and kept in float32. All have the rank r of the largest, filled up with zeros,
-    and the scaling is 1: vLLM asks for `--max-lora-rank` of r or more. An engine adds B A x in its own dtype, so that in
-    bfloat16 what `Ablate` leaves of a direction is what that rounds.
+    and the scaling is 1; vLLM asks for `--max-lora-rank` of r or more. An engine rounds B A x to its own dtype: in
+    bfloat16 `Ablate` leaves of a direction what that rounding is.
 
     Args:
         vectors, c, intervention, sites: as for `fold`; a c of None is that of a `Steering`, or 1.
@@ -154,7 +154,7 @@ def _check(steerer: Steerer, maps: Mapping[str, AffineMap]) -> None:
             )
         if steerer.axes.get(site, -1) != -1:
             raise NotFoldable(
-                f"site {site!r}: a LoRA edits the last axis, and not axis {steerer.axes[site]}; {_INSTEAD}"
+                f"site {site!r}: a LoRA edits the last axis, -1, and not axis {steerer.axes[site]}; {_INSTEAD}"
             )
 
 
@@ -169,8 +169,8 @@ def _written(
             yield site, place.name, place.module, "input" if place.side == "in" else "output"
         elif proof is None:
             raise NotFoldable(
-                f"site {site!r}: {place.name} ({type(place.module).__name__}) is no linear layer or embedding; name one "
-                "that writes there, or give verify_on=, inputs on which the layers are found and the adapter is proved"
+                f"site {site!r}: {place.name} ({type(place.module).__name__}) is no linear layer or embedding; name "
+                "one that writes there, or give verify_on=, inputs on which they are found and the adapter is proved"
             )
         else:
             sums[site] = place
@@ -179,7 +179,6 @@ def _written(
     trace = Trace(model, sums, proof.batches[0])
     for site in trace.in_order():
         writers, others = trace.writers(site, settled=frozenset())
-        others += [f"{run}, which runs {trace.times(run)} times," for run in writers if trace.times(run) > 1]
         if others or not writers:
             why = "; ".join(f"{other} has a part in it" for other in dict.fromkeys(others))
             raise NotFoldable(f"site {site!r}: {why or 'no layer makes it'}; {_INSTEAD}, or choose another site")
@@ -247,14 +246,17 @@ class _Layer:
 
 def _adapter(peft: ModuleType, model: nn.Module, layers: Mapping[str, _Layer]) -> LoraAdapter:
     rank = max(layer.rank for layer in layers.values())
+    host: Any = unwrapped(model)
     others = [name for name, _ in named_modules(model) if name not in layers and _ends_with_one(name, layers)]
+    generates = hasattr(host, "can_generate") and host.can_generate() and not host.config.is_encoder_decoder
     config = peft.LoraConfig(
+        task_type="CAUSAL_LM" if generates else None,
         r=rank,
         lora_alpha=rank,
         target_modules=sorted(layers),
         exclude_modules=others or None,  # for PEFT takes what a name ends with
         fan_in_fan_out=any(layer.kind == "transposed linear" for layer in layers.values()),
-        base_model_name_or_path=getattr(unwrapped(model), "name_or_path", None) or None,
+        base_model_name_or_path=getattr(host, "name_or_path", None) or None,
         inference_mode=True,
     )
     tensors: dict[str, Tensor] = {}

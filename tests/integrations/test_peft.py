@@ -31,7 +31,6 @@ from actsteer.integrations.peft import to_peft
 from tests.zoo import gpt2, llama
 
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft, about transformers
 IDS = torch.tensor([[3, 14, 15, 9, 2, 6], [5, 3, 5, 8, 9, 7]])
 
 
@@ -200,14 +199,20 @@ def test_a_steering_has_its_own_strength_and_the_files_are_peft_s(tmp_path):
     one = to_peft(Steering(v, c=0.5, intervention=Ablate()), None, plain())
     other = to_peft(v, 0.5, plain(), intervention=Ablate())
     assert all(torch.equal(tensor, other.tensors[name]) for name, tensor in one.tensors.items())
-    one.save(tmp_path / "new")
+    model = plain()
+    model.save_pretrained(tmp_path / "base")
+    model = type(model).from_pretrained(tmp_path / "base")
+    to_peft(v, 0.5, model, intervention=Ablate()).save(tmp_path / "new")
     assert {own.name for own in (tmp_path / "new").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     assert peft.PeftConfig.from_pretrained(str(tmp_path / "new")).target_modules == {f"{BLOCK}.mlp.down_proj"}
+    adapted = peft.AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "new"))  # which knows its base model
+    with Steerer(model, v, c=0.5, intervention=Ablate()):
+        assert (out(adapted) - out(model)).abs().max() < 1e-5
 
 
 def test_half_precision_is_steered_as_near_as_it_can_be(tmp_path):
     model, v = plain().bfloat16(), SteeringVector({f"{BLOCK}.mlp.down_proj": direction(16)})
-    adapted = loaded(model, to_peft(v, 1.0, model, intervention=Ablate()), tmp_path)
+    adapted = loaded(model, to_peft(v, 1.0, model, intervention=Ablate(), verify_on=IDS), tmp_path)
     with Steerer(model, v, intervention=Ablate()):
         steered = out(model)
     assert (out(adapted) - steered).abs().max() < 0.05 * steered.abs().max()
@@ -238,7 +243,7 @@ NORM = SteeringVector({f"{BLOCK}.input_layernorm": direction(16)})
         (
             NORM,
             {"intervention": Ablate()},
-            "is no linear layer or embedding; name one that writes there, or give verify",
+            "is no linear layer or embedding; name one that writes there",
         ),
         (NORM, {"intervention": Ablate(), "verify_on": IDS}, "input_layernorm .* has a part in it"),
         (SteeringVector({BLOCK: direction(16)}), {"intervention": Ablate(), "verify_on": IDS}, "has a part in it"),
@@ -303,7 +308,7 @@ def quantised():
         (twice, "0", None, "it is one module with 2, and PEFT adapts one name"),
         (hooked, "0", None, "it has hooks"),
         (own, "0", None, "is no linear layer or embedding"),
-        (turned, "0", "-2", "edits the last axis, and not axis -2"),
+        (turned, "0", "-2", "edits the last axis, -1, and not axis -2"),
         (embedding, "0", None, "it scales its rows to max_norm"),
         (quantised, "0", None, "its weight is quantised"),
     ],
@@ -327,6 +332,23 @@ class Reads(nn.Module):
         return self.first(x) if x.shape[0] == 1 else nn.functional.linear(x, self.first.weight) + 0 * self.first(x)
 
 
+class Inside(nn.Module):
+    """A layer that runs inside a site, and outside of it too."""
+
+    def __init__(self):
+        super().__init__()
+        self.site = nn.Sequential(nn.Linear(4, 4, bias=False))
+
+    def forward(self, x):
+        return self.site(x) - 2 * self.site[0](x.abs())
+
+
+def test_a_layer_that_runs_elsewhere_too_is_found_by_the_outputs():
+    v = SteeringVector({"site": direction(4)})
+    with pytest.raises(NotFoldable, match="with the adapter, the outputs differ by"):
+        to_peft(v, 1.0, Inside(), intervention=Ablate(), verify_on=torch.randn(3, 4))
+
+
 def test_what_looks_right_and_is_not_is_found_by_the_outputs():
     model, v = Reads(), SteeringVector({"first": direction(4)})
     to_peft(v, 1.0, model, intervention=Ablate(), verify_on=torch.randn(1, 4))
@@ -336,9 +358,10 @@ def test_what_looks_right_and_is_not_is_found_by_the_outputs():
 
 def test_a_steered_model_is_refused():
     model = plain()
-    with Steerer(model, V), pytest.raises(AttachedError, match="is being steered"):
+    with Steerer(model, V):
         out(model)
-        to_peft(V, 1.0, model, intervention=Ablate())
+        with pytest.raises(AttachedError, match="is being steered"):
+            to_peft(V, 1.0, model, intervention=Ablate())
 
 
 def test_without_peft_the_extra_is_named(monkeypatch):
