@@ -98,22 +98,7 @@ def fold(
     ...     bool(torch.allclose(model(x), folded(x), atol=1e-5))
     True
     """
-    steering = steering_of(vectors, {"c": c, "intervention": intervention, "sites": sites})
-    for part, own in {"gate": steering.gate, "positions": steering.positions}.items():
-        if own is not None and not (isinstance(own, str) and own == "all"):
-            raise NotFoldable(f"{part}: weights steer every row and token alike, and not by {own!r}; keep the Steerer")
-    steerer = Steerer(model, steering, axis=axis)
-    given = strengths_of(steerer.c, {concept: place for place, concept in enumerate(steerer.bank)})
-    strengths = [given[place] for place in range(len(given))]
-    if any(not isinstance(own, Tensor) or own.ndim for own in strengths):
-        raise NotFoldable(
-            "c: weights have one strength for all rows and steps; give one number, or one for each concept"
-        )
-    maps = affine_maps(steerer.edits, [own for own in strengths if isinstance(own, Tensor)])
-    maps = {site: own for site, own in maps.items() if not own.is_identity}
-    if (name := next((n for n, m in named_modules(model) if is_gathered_now_and_then(m)), None)) is not None:
-        raise NotFoldable(f"{name or 'the model'}: its parameters are sharded; fold the model before FSDP shards it")
-    _check_unsteered(model)
+    steerer, maps = affine_steering(model, vectors, c, intervention=intervention, sites=sites, axis=axis)
     target = model if inplace else _copied(model)
     undo = Undo()
     if maps:
@@ -143,6 +128,41 @@ def fold(
     return target
 
 
+def affine_steering(
+    model: nn.Module,
+    vectors: Steerable,
+    c: Strengths | None,
+    *,
+    intervention: Interventions | None,
+    sites: Sites | None,
+    axis: Axes | None,
+) -> tuple[Steerer, dict[str, AffineMap]]:
+    """The Steerer, and site -> what it does there as an affine map; sites at which it does nothing are left out.
+
+    Raises:
+        NotFoldable: it depends on the row or the token, or otherwise than affinely on the activation; or the model is
+            sharded.
+        AttachedError: a Steerer is attached to the model.
+        And what `Steerer` raises.
+    """
+    steering = steering_of(vectors, {"c": c, "intervention": intervention, "sites": sites})
+    for part, own in {"gate": steering.gate, "positions": steering.positions}.items():
+        if own is not None and not (isinstance(own, str) and own == "all"):
+            raise NotFoldable(f"{part}: weights steer every row and token alike, and not by {own!r}; keep the Steerer")
+    steerer = Steerer(model, steering, axis=axis)
+    given = strengths_of(steerer.c, {concept: place for place, concept in enumerate(steerer.bank)})
+    strengths = [given[place] for place in range(len(given))]
+    if any(not isinstance(own, Tensor) or own.ndim for own in strengths):
+        raise NotFoldable(
+            "c: weights have one strength for all rows and steps; give one number, or one for each concept"
+        )
+    maps = affine_maps(steerer.edits, [own for own in strengths if isinstance(own, Tensor)])
+    if (name := next((n for n, m in named_modules(model) if is_gathered_now_and_then(m)), None)) is not None:
+        raise NotFoldable(f"{name or 'the model'}: its parameters are sharded; fold the model before FSDP shards it")
+    _check_unsteered(model)
+    return steerer, {site: own for site, own in maps.items() if not own.is_identity}
+
+
 def unfold(model: nn.Module) -> None:
     """Take out, bit for bit, what `fold(..., inplace=True)` wrote last into this model.
 
@@ -162,8 +182,8 @@ def unfold(model: nn.Module) -> None:
 def _check_unsteered(model: nn.Module) -> None:
     if attached := steerers(model):
         raise AttachedError(
-            f"the model is being steered, by {attached[0]!r}, and the fold would not have that; leave the block, or "
-            "detach it, and fold then"
+            f"the model is being steered, by {attached[0]!r}, and its weights do not have that; leave the block, or "
+            "detach it, first"
         )
 
 

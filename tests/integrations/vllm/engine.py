@@ -61,6 +61,7 @@ def answered(llm: Any, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The answers to requests that come at once; of one that is refused, why."""
     from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError
+    from vllm.lora.request import LoRARequest
 
     def params(request: dict[str, Any]) -> Any:
         said = {"c": request["c"], "positions": request["positions"]}
@@ -70,8 +71,13 @@ def answered(llm: Any, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
         )
 
     prompts = [{"prompt_token_ids": request["ids"]} for request in requests]
+    adapters = sorted({request["adapter"] for request in requests if request.get("adapter")})
+    known = {path: LoRARequest(path, number, path) for number, path in enumerate(adapters, 1)}
+    loras = [known.get(request.get("adapter", "")) for request in requests]
     try:
-        outputs = llm.generate(prompts, [params(request) for request in requests], use_tqdm=False)
+        outputs = llm.generate(
+            prompts, [params(request) for request in requests], lora_request=loras if known else None, use_tqdm=False
+        )
     except VLLMValidationError as error:
         return [{"error": f"{type(error).__name__}: {error}"}]
     return [

@@ -130,6 +130,15 @@ def test_a_folded_checkpoint_is_served_unchanged(family: str, tmp_path: Path) ->
     assert not wrong(name, serve(name, tmp_path, environment={"VLLM_PLUGINS": ""}))
 
 
+@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
+def test_adapters_are_served_side_by_side_without_the_plugin(family: str, tmp_path: Path) -> None:
+    name = f"adapters-{family}"
+    assert not wrong(name, serve(name, tmp_path, environment={"VLLM_PLUGINS": ""}))
+    tokens = [answer["tokens"] for answer in group(name)["expected"]]
+    adapted = {tuple(own) for own in tokens[:6]}, {tuple(own) for own in tokens[6:12]}
+    assert not adapted[0] & adapted[1] and not (adapted[0] | adapted[1]) & {tuple(own) for own in tokens[12:]}
+
+
 def test_a_bank_is_replaced_at_run_time(tmp_path: Path) -> None:
     own = group("adding")
     twice = own["bank"].replace("adding", "adding-twice")
