@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from actsteer import Steerer, SteeringVector
+from benchmarks.llama_cpp import LlamaCpp, write_llama
 from reference.language.model import INSTALL, load, packaged
-from tests.files.llama_cpp import LlamaCpp, write_llama
 from tests.zoo import llama
 
 IDS = [5, 17, 33, 2, 30, 11]

@@ -6,6 +6,7 @@ import ctypes
 import importlib.util
 import struct
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -95,7 +96,7 @@ class LlamaCpp:
         self.lib.llama_model_free(self.model)
 
 
-def write_llama(model: torch.nn.Module, path: Path) -> None:
+def write_llama(model: Any, path: Path) -> None:
     """A transformers Llama as a GGUF of F32 weights, without a vocabulary."""
     config = model.config
     heads, kept = config.num_attention_heads, config.num_key_value_heads
