@@ -13,7 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,23 +68,27 @@ class Fixture:
 
 @dataclass(frozen=True)
 class Answer:
-    """The tokens of a greedy answer, and the log-probability of each."""
+    """The tokens of a greedy answer, and the log-probability of each; of the reference, the margins too."""
 
     tokens: list[int]
     logprobs: list[float]
+    margins: list[float] = field(default_factory=list)
+    """To the next likely token: one below rounding is a tie, which each engine decides as it happens to round."""
 
 
 @dataclass(frozen=True)
 class Found:
     """How an engine answers: how many answers have the reference's tokens, and how far the log-probabilities are off.
 
-    A log-probability is compared as long as all tokens before it, and its own, are the reference's.
+    A log-probability is compared as long as all tokens before it, and its own, are the reference's. `lost` is the
+    widest margin by which the reference preferred its own token where this engine first chose another.
     """
 
     engine: str
     equal: int = 0
     answers: int = 0
     furthest: float | None = None
+    lost: float | None = None
     not_here: str | None = None
 
 
@@ -213,7 +217,7 @@ def main(
                 Console().print(f"SmolLM2 is not here: {smollm2.INSTALL}")
                 continue
             found[own.name] = compare(own)
-            Console(width=120).print(table(found[own.name], title=f"{own.name}: {moved(own)}"))
+            Console(width=150).print(table(found[own.name], title=f"{own.name}: {moved(own)}"))
     if out is not None:
         command = (
             "python -m benchmarks.everywhere" + " --tiny" * tiny + " --vllm-python ..." * (vllm_python is not None)
@@ -226,14 +230,14 @@ def main(
 def tiny_llama(vllm_python: Path | None = None) -> Iterator[Fixture]:
     """Four blocks with random weights, and random prompts."""
     sizes: dict[str, Any] = {"vocab_size": 256, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
-    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    special: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     config = LlamaConfig(**sizes, **heads, **special, initializer_range=0.2, tie_word_embeddings=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = LlamaForCausalLM(config).eval()
+        model: nn.Module = LlamaForCausalLM(config)
         prompts = [torch.randint(0, 256, (length,)).tolist() for length in (3, 5, 9, 14)]
-    with _made("tiny Llama", model, prompts, blocks=(1, 2), norm=20.0, vllm_python=vllm_python) as own:
+    with _made("tiny Llama", model.eval(), prompts, blocks=(1, 2), norm=20.0, vllm_python=vllm_python) as own:
         yield own
 
 
@@ -281,14 +285,14 @@ def moved(own: Fixture) -> str:
 def table(found: list[Found], *, title: str) -> Table:
     """One row per engine."""
     made = Table(title=title)
-    for column in ("", "answers with equal tokens", "largest difference of log-probabilities"):
+    for column in ("", "answers with equal tokens", "largest difference of log-probabilities", "widest margin lost"):
         made.add_column(column, justify="right" if column else "left")
     for row in found:
         if row.not_here is not None:
             made.add_row(row.engine, "not here", row.not_here)
         else:
-            off = "" if row.furthest is None else f"{row.furthest:.1e}"
-            made.add_row(row.engine, f"{row.equal} of {row.answers}", off)
+            off, lost = ("" if number is None else f"{number:.1e}" for number in (row.furthest, row.lost))
+            made.add_row(row.engine, f"{row.equal} of {row.answers}", off, lost)
     return made
 
 
@@ -303,7 +307,9 @@ def generated(model: Any, own: Fixture) -> list[Answer]:
         made = model.generate(ids, **options, **told)
         tokens = made.sequences[0, len(prompt) :]
         logprobs = torch.cat(made.logits).log_softmax(-1)
-        found.append(Answer(tokens.tolist(), logprobs.gather(1, tokens[:, None])[:, 0].tolist()))
+        likeliest = logprobs.topk(2).values
+        margins = (likeliest[:, 0] - likeliest[:, 1]).tolist()
+        found.append(Answer(tokens.tolist(), logprobs.gather(1, tokens[:, None])[:, 0].tolist(), margins))
     return found
 
 
@@ -343,7 +349,8 @@ def _attached(model: nn.Module, steering: Steering, c: float, forward: Any, own:
 
 def _through_a_checkpoint(own: Fixture, c: float) -> Any:
     own.folded(c).save_pretrained(own.folder / "folded")
-    return AutoModelForCausalLM.from_pretrained(own.folder / "folded", local_files_only=True).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(own.folder / "folded", local_files_only=True)
+    return model.eval()
 
 
 def _onnx(own: Fixture, c: float) -> Callable[[Tensor], Tensor]:
@@ -360,14 +367,14 @@ def _onnx(own: Fixture, c: float) -> Callable[[Tensor], Tensor]:
 
 def _found(name: str, expected: list[Answer], got: list[Answer]) -> Found:
     off: list[float] = []
+    lost: list[float] = []
     for one, other in zip(expected, got, strict=True):
-        steps = zip(one.tokens, other.tokens, one.logprobs, other.logprobs, strict=True)
-        for token, its, logprob, its_logprob in steps:
-            if token != its:
+        for step in range(TOKENS):
+            if one.tokens[step] != other.tokens[step]:
+                lost.append(one.margins[step])
                 break
-            off.append(abs(logprob - its_logprob))
-    equal = sum(one.tokens == other.tokens for one, other in zip(expected, got, strict=True))
-    return Found(name, equal, len(expected), max(off, default=None))
+            off.append(abs(one.logprobs[step] - other.logprobs[step]))
+    return Found(name, len(expected) - len(lost), len(expected), max(off, default=None), max(lost, default=None))
 
 
 @contextmanager

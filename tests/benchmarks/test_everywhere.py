@@ -52,7 +52,7 @@ def test_another_steering_is_not_equal_and_what_is_absent_has_no_number(monkeypa
         first, other, less, gone = compare(own)
         with pytest.raises(NotHereError, match="--vllm-python"):
             vllm(own)
-    assert first.equal == first.answers and first.furthest == 0
-    assert other.equal < other.answers
+    assert first.equal == first.answers and first.furthest == 0 and first.lost is None
+    assert other.equal < other.answers and other.lost > 0
     assert less.equal == less.answers and less.furthest == pytest.approx(0.5)
     assert gone.not_here == "needs a thing" and gone.furthest is None
