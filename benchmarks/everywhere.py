@@ -103,7 +103,7 @@ def eager(own: Fixture) -> list[Answer]:
 
 
 def compiled(own: Fixture) -> list[Answer]:
-    """Compiled once, before anything is attached; by dynamo alone, for inductor takes long and rounds in its own way."""
+    """Compiled once, before anything is attached; by dynamo alone, for inductor rounds in its own way."""
     forward = torch.compile(_Logits(own.model), backend="eager")
     recomputed(forward, own)
     return [answer for c in STRENGTHS for answer in _attached(own.model, Steering.load(own.file), c, forward, own)]
