@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from actsteer import Steerer, Steering, SteeringVector, fold
+from actsteer.integrations.vllm.comparing import greedy
 from benchmarks.overhead import described
 from reference.language import model as smollm2
 
@@ -299,17 +300,11 @@ def table(found: list[Found], *, title: str) -> Table:
 # --- how an answer is written --------------------------------------------------------------------------------------
 def generated(model: Any, own: Fixture) -> list[Answer]:
     """The answers that `generate` writes, with its cache."""
-    options = {"max_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0}
     found = []
     for prompt in own.prompts:
-        ids = torch.tensor([prompt])
-        told = {"attention_mask": torch.ones_like(ids), "output_logits": True, "return_dict_in_generate": True}
-        made = model.generate(ids, **options, **told)
-        tokens = made.sequences[0, len(prompt) :]
-        logprobs = torch.cat(made.logits).log_softmax(-1)
+        answer, logprobs = greedy(model, prompt, TOKENS)
         likeliest = logprobs.topk(2).values
-        margins = (likeliest[:, 0] - likeliest[:, 1]).tolist()
-        found.append(Answer(tokens.tolist(), logprobs.gather(1, tokens[:, None])[:, 0].tolist(), margins))
+        found.append(Answer(answer.tokens, answer.logprobs, (likeliest[:, 0] - likeliest[:, 1]).tolist()))
     return found
 
 

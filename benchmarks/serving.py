@@ -25,16 +25,9 @@ from actsteer.integrations.vllm import steer
 from benchmarks.latency import Row, table
 from benchmarks.overhead import described
 from benchmarks.timing import Ratio
+from benchmarks.vllm_engine import ENVIRONMENT
 
 REQUESTS, PROMPT, TOKENS, CONCEPTS = 16, 16, 16, 16
-_ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-}
 Asked = Callable[[int], Any]
 """The number of a request -> its extra arguments."""
 
@@ -125,7 +118,7 @@ class Engine:
 
 
 def _work(pipe: Any, model: str, bank: str | None, compiled: bool) -> None:
-    os.environ.update(_ENVIRONMENT)
+    os.environ.update(ENVIRONMENT | {"VLLM_CPU_CI_ENV": "0"})  # compiled as it is by default
     from vllm import LLM, SamplingParams
 
     given: Any = {} if bank is None else {"additional_config": {"actsteer": {"bank": bank}}}

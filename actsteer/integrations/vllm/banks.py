@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import glob
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from actsteer.errors import FileFormatError, ModelMismatchError, close_names
+from actsteer.files import sealed
 from actsteer.integrations.vllm.requests import NAME
 from actsteer.integrations.vllm.served import Served, served
 from actsteer.sites import fingerprint
@@ -48,8 +51,15 @@ def load(bank: str | Sequence[str]) -> Served:
         FileFormatError: two files have the same concept.
         And what `Steering.load` and `served` raise.
     """
-    each = [Steering.load(path) for path in ([bank] if isinstance(bank, str) else bank)]
+    named = [bank] if isinstance(bank, str) else bank
+    each = [Steering.load(path) for own in named for path in _files(own)]
     return served(each[0] if len(each) == 1 else _joined(each))
+
+
+def _files(path: str) -> list[str]:
+    """The files of a pattern, where one of them is more than vectors; else what was given, which is read as one."""
+    found = [path] if Path(path).exists() else sorted(glob.glob(path))  # noqa: PTH207
+    return found if any(sealed.kind_of(own) == "steering" for own in found) else [path]
 
 
 def _joined(each: Sequence[Steering]) -> Steering:

@@ -82,7 +82,9 @@ def compare(
         from vllm import LLM, SamplingParams
     except ImportError:
         raise UnsupportedModelError("vLLM is not installed here; pip install vllm") from None
-    ours = [_hooked(steerer, prompt, tokens, steered=steered) for steered in (False, True) for prompt in prompts]
+    ours = [greedy(steerer.model, prompt, tokens) for prompt in prompts]
+    with steerer:
+        ours += [greedy(steerer.model, prompt, tokens) for prompt in prompts]
     llm = LLM(model, additional_config={NAME: {"bank": bank}}, **engine)
     c: Any = dict(steerer.c) if isinstance(steerer.c, Mapping) else dict.fromkeys(steerer.bank, steerer.c)
     params = [
@@ -121,16 +123,15 @@ def _apart(ours: tuple[Answer, Tensor], theirs: Answer) -> float:
 
 
 @torch.no_grad()
-def _hooked(steerer: Steerer, prompt: Sequence[int], tokens: int, *, steered: bool) -> tuple[Answer, Tensor]:
-    model: Any = steerer.model
+def greedy(model: Any, prompt: Sequence[int], tokens: int) -> tuple[Answer, Tensor]:
+    """What a transformers model answers greedily, as it is or as it is steered, and all log-probabilities, (S, V).
+
+    An answer has as many tokens as asked for, and none that would end it.
+    """
     ids = torch.tensor([list(prompt)], device=next(model.parameters()).device)
     limits = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
-    told = {"output_logits": True, "return_dict_in_generate": True}
-    if steered:
-        with steerer:
-            made = model.generate(ids, attention_mask=torch.ones_like(ids), **limits, **told)
-    else:
-        made = model.generate(ids, attention_mask=torch.ones_like(ids), **limits, **told)
+    told = {"output_logits": True, "return_dict_in_generate": True, "attention_mask": torch.ones_like(ids)}
+    made = model.generate(ids, **limits, **told)
     known = torch.stack([own[0].float().log_softmax(-1) for own in made.logits]).cpu()
     found = made.sequences[0, len(prompt) :].tolist()
     return Answer(found, [float(known[place, token]) for place, token in enumerate(found)]), known

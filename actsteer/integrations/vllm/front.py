@@ -31,7 +31,7 @@ class Front:
         self._served = None if bank is None else self._checked(bank)
         self._digest = None if self._served is None else self._served.digest
 
-    def admit(self, request: Any, *, resumable: bool) -> None:
+    def admit(self, request: Any) -> None:
         """Check what a request asks for, write it in one spelling, and salt its prefix cache.
 
         Raises:
@@ -52,7 +52,7 @@ class Front:
         if wanted is None:
             params.extra_args = rest or None
             return
-        if resumable:
+        if request.resumable:
             raise UnsupportedModelError(
                 "a request whose prompt goes on later cannot be steered: where its prompt ends is not known"
             )

@@ -111,13 +111,10 @@ class _Hook:
         self._site, self._where, self._others, self._buffers = site, where, others, buffers
         self._prefix = f"actsteer_{number}_"
         stages = served.stages.get(site, ())
-        self._stages = [(number, own.concept) for number, own in enumerate(stages)]
+        self._stages = [(number, own.places[0] if own.reads is not None else None) for number, own in enumerate(stages)]
         self._adds_only = all(own.reads is None for own in stages)
         self._scores = [(column, score) for column, score in enumerate(served.scores) if score.site == site]
-        steered = {own.concept for own in stages if own.concept is not None}
-        steered |= {
-            place for own in stages if own.reads is None for place in own.adds.any(dim=1).nonzero()[:, 0].tolist()
-        }
+        steered = {place for own in stages for place in own.places}
         self._gates = [(place, tree) for place, tree in served.gates.items() if place in steered]
         self.asks = {served.scores[own].site for _, tree in self._gates for own in leaves_of(tree)}
         self._size = len(self._scores[0][1].weight) if self._scores else stages[0].adds.shape[1]

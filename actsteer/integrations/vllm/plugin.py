@@ -29,7 +29,6 @@ def register() -> None:
         _wrap(InputProcessor, "__init__", functools.partial(_opening, VLLMValidationError))
         _wrap(InputProcessor, "process_inputs", functools.partial(_admitting, VLLMValidationError))
         _wrap(Worker, "load_model", _attaching)
-        _wrap(Worker, "determine_available_memory", _checking)
         _wrap(LLMEngine, "collective_rpc", _replacing)
         _wrap(AsyncLLM, "collective_rpc", _replacing_later)
     except (ImportError, AttributeError) as error:
@@ -78,7 +77,7 @@ def _admitting(refused: type[Exception], original: Callable[..., Any]) -> Callab
 
         request = original(self, *args, **kwargs)
         try:
-            self.actsteer.admit(request, resumable=bool(kwargs.get("resumable", False)))
+            self.actsteer.admit(request)
         except Errors as error:
             raise refused(f"actsteer: {error}") from None
         return request
@@ -100,18 +99,6 @@ def _attaching(original: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return loaded
-
-
-def _checking(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The model has run for the first time."""
-
-    def determined(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, *args, **kwargs)
-        if hasattr(self, "actsteer"):
-            self.actsteer.check()
-        return result
-
-    return determined
 
 
 def _replacing(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, final
 
 import torch
@@ -40,12 +40,12 @@ class Stage:
 
     Args:
         adds: U: (K, d), a row for each concept of the bank, zero for those that have no part; or (r, d) of one.
-        concept: its place in the bank; None: all that only add.
+        places: of the concepts that have a part, in the bank.
         reads, offsets: A (r, d) and b (r,), of one concept.
     """
 
     adds: Float[Tensor, "r d"]
-    concept: int | None = None
+    places: tuple[int, ...]
     reads: Float[Tensor, "r d"] | None = None
     offsets: Float[Tensor, " r"] | None = None
 
@@ -131,9 +131,18 @@ class Served:
 
     @property
     def shape(self) -> str:
-        """Of all that compiled code is made for; what has the same shape can take its place in a running engine."""
+        """Of all that the hooks are made for; what has the same shape can take its place in a running engine.
+
+        Where nothing is gated, concepts may add at other sites than those of before.
+        """
         stages = {
-            site: [(stage.concept, {n: tuple(t.shape) for n, t in stage.tensors().items()}) for stage in own]
+            site: [
+                (
+                    [place for place in stage.places if place in self.gates or stage.reads is not None],
+                    {name: tuple(own.shape) for name, own in stage.tensors().items()},
+                )
+                for stage in own
+            ]
             for site, own in self.stages.items()
         }
         scores = [(own.site, own.per, tuple(own.weight.shape), bool(own.width), own.is_cosine) for own in self.scores]
@@ -207,11 +216,12 @@ def _stages(bank: VectorBank, site: str, interventions: Sequence[Intervention | 
     for concept, direction in zip(stack.concepts, stack.rows().double(), strict=True):
         for reads, adds, offsets in _forms(at_site(interventions[concept], site), direction, where=f"site {site!r}"):
             if reads is not None:
-                stages.append(Stage(adds.float(), concept, reads.float(), offsets.float()))
+                stages.append(Stage(adds.float(), (concept,), reads.float(), offsets.float()))
                 continue
             if not stages or stages[-1].reads is not None:
-                stages.append(Stage(torch.zeros(len(bank), stack.size)))
+                stages.append(Stage(torch.zeros(len(bank), stack.size), ()))
             stages[-1].adds[concept] += (offsets @ adds).float()
+            stages[-1] = replace(stages[-1], places=(*stages[-1].places, concept))
     return tuple(stages)
 
 

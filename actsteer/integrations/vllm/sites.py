@@ -13,15 +13,16 @@ from actsteer.errors import OutputError, SiteNotFoundError, UnsupportedModelErro
 from actsteer.sites.place import Place, split_site
 from actsteer.sites.resolve import resolve
 
-Rest: TypeAlias = Literal["none", "sum", "unknown"]
-"""What a second tensor beside an activation is: not there, a part of which the activation is the sum, or not known."""
+Rest: TypeAlias = Literal["none", "apart", "sum", "unknown"]
+"""What a second tensor beside an activation is: none is expected; something else; the rest of a sum that the activation
+is; or it is not known."""
 
-_IN_PARTS = (  # blocks that give (hidden, residual), whose sum is the residual stream; each is compared in the tests
-    *("LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "Gemma2DecoderLayer", "Gemma3DecoderLayer"),
-    *("MistralDecoderLayer", "Olmo2DecoderLayer"),
-)
+_IN_PARTS = {  # blocks that give (hidden, residual), whose sum is the residual stream; each is compared in the tests
+    *("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"),
+    *("Gemma2DecoderLayer", "Gemma3DecoderLayer"),
+}
 _NOT_CALLED = {"TorchCompileWithNoGuardsWrapper", "ParallelLMHead"}  # whose forward is run past their hooks
-_NORMS = ("RMSNorm", "GemmaRMSNorm")  # take parts of a sum, and give (normed, the sum)
+_NORMS = {"RMSNorm", "GemmaRMSNorm"}  # give (normed, the stream)
 
 
 @final
@@ -32,11 +33,13 @@ class Where:
     Args:
         place: the module, and whether its input or its output is meant.
         rest: what the second tensor is, if there is one.
+        reads: whether the edit, or a gate, depends on the activation; else it is enough to add to a part of it.
         argument, residual: the place and the name of the arguments that have the activation and its rest.
     """
 
     place: Place
     rest: Rest
+    reads: bool
     argument: tuple[int, str]
     residual: tuple[int, str]
 
@@ -49,15 +52,20 @@ class Where:
                 f"site {self.place.site!r}: {type(self.place.module).__name__} gives a {type(value).__name__}, in "
                 "which no activation is known; steer the block, or its mlp"
             )
-        beside = value[1] if self.rest == "sum" and len(value) > 1 else None
-        return value[0], beside if isinstance(beside, Tensor) else None
+        beside = value[1] if len(value) > 1 and isinstance(value[1], Tensor) else None
+        if beside is not None and self.rest == "none" and self.reads:
+            raise OutputError(
+                f"site {self.place.site!r}: {type(self.place.module).__name__} gives two tensors, and what the second "
+                "is to the activation is not known; steer the block, or its mlp"
+            )
+        return value[0], beside if self.rest == "sum" else None
 
 
 def find(model: nn.Module, site: str, *, reads: bool) -> Where | None:
     """Where a site is; None where another process of the pipeline has it.
 
     Args:
-        reads: whether the edit, or a gate, depends on the activation; else it is enough to add to a part of it.
+        reads: as of what is found.
 
     Raises:
         SiteNotFoundError: there is none, or vLLM has fused the module with others.
@@ -76,25 +84,26 @@ def find(model: nn.Module, site: str, *, reads: bool) -> Where | None:
             f"site {site!r}: vLLM does not call this {type(module).__name__} as a module, and an edit would be lost; "
             "steer a block"
         )
-    kinds = {own.__name__ for own in type(module).__mro__}
-    is_known = bool(kinds & {*_IN_PARTS, *_NORMS})
-    parameters = list(inspect.signature(module.forward).parameters)
+    kind = next(own.__name__ for own in type(module).__mro__ if "forward" in vars(own))  # whose forward it runs
+    is_norm = bool({own.__name__ for own in type(module).__mro__} & _NORMS)
+    parameters = list(inspect.signature(getattr(module, "forward_native", module.forward)).parameters)
     argument = "hidden_states" if "hidden_states" in parameters else parameters[0]
-    if side == "in":
-        if path not in ((), ("0",), (argument,)):
-            raise SiteNotFoundError(f"site {site!r}: vLLM's {type(module).__name__} has its activation in {argument!r}")
-        rest: Rest = "none" if "residual" not in parameters else "sum" if is_known else "unknown"
-    else:
-        if path not in ((), ("0",)):
-            raise SiteNotFoundError(f"site {site!r}: of what vLLM's {type(module).__name__} gives the first is known")
-        rest = "none" if "residual" not in parameters or kinds & set(_NORMS) else "sum" if is_known else "unknown"
-    if reads and rest == "unknown":
+    if path not in ((), ("0",), (argument,) if side == "in" else ()):
+        raise SiteNotFoundError(
+            f"site {site!r}: of what vLLM's {type(module).__name__} {'takes' if side == 'in' else 'gives'}, the first "
+            "tensor is known, and no other"
+        )
+    rest: Rest = "none"
+    if "residual" in parameters:
+        rest = "sum" if kind in _IN_PARTS else "apart" if is_norm and side == "out" else "unknown"
+    if rest == "unknown" and (reads or side == "in"):  # what is added to a part of an output is added to the sum
         raise UnsupportedModelError(
-            f"site {site!r}: a {type(module).__name__} of vLLM keeps the activation in two parts, and how is not known "
-            f"(it is of {', '.join(_IN_PARTS)}); add there, or read at a module that gives one tensor, as its mlp"
+            f"site {site!r}: vLLM's {type(module).__name__} has the residual stream in two parts, which are known of "
+            f"{', '.join(sorted(_IN_PARTS))} alone; an edit at a norm's input would change the stream beside it, too: "
+            "steer its output, or the block or the mlp before it"
         )
     places = {own: place for place, own in enumerate(parameters)}
-    return Where(place, rest, (places[argument], argument), (places.get("residual", len(places)), "residual"))
+    return Where(place, rest, reads, (places[argument], argument), (places.get("residual", len(places)), "residual"))
 
 
 def _named(model: nn.Module, modules: Mapping[str, nn.Module], name: str, site: str) -> str:

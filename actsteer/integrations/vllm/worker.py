@@ -7,9 +7,9 @@ from typing import Any, final
 
 from actsteer.errors import UnsupportedModelError
 from actsteer.integrations.vllm import banks
+from actsteer.integrations.vllm.filling import Filler, Part
 from actsteer.integrations.vllm.front import check_fits
 from actsteer.integrations.vllm.hooks import Buffers, Hooks
-from actsteer.integrations.vllm.passes import Part, Passes
 from actsteer.integrations.vllm.requests import NAME
 from actsteer.integrations.vllm.served import Served
 
@@ -40,11 +40,11 @@ class Steered:
             device=worker.device,
         )
         self._hooks = Hooks(runner.get_model(), self._served, buffers)
-        self._passes = Passes(self._served, buffers, check=self._hooks.check_fired)
+        self._filler = Filler(self._served, buffers, check=self._hooks.check_fired)
         if hasattr(runner, "_prepare_inputs"):
-            _watch_first(runner, self._passes)
+            _watch_first(runner, self._filler)
         elif hasattr(runner, "prepare_inputs"):
-            _watch_second(runner, self._passes)
+            _watch_second(runner, self._filler)
         else:
             raise UnsupportedModelError(f"{type(runner).__name__}: this model runner of vLLM is not known")
         config.additional_config = {**config.additional_config, NAME: {"bank": bank, "compiled_for": self._served.key}}
@@ -54,10 +54,6 @@ class Steered:
             "actsteer: %s of %s, at %s", ", ".join(self._served.concepts), bank, ", ".join(self._hooks.sites)
         )
 
-    def check(self) -> None:
-        """After the model has run for the first time."""
-        self._hooks.check_fired()
-
     def replace(self, bank: str | Sequence[str]) -> str:
         """Another bank of the same shape; its digest.
 
@@ -66,7 +62,7 @@ class Steered:
         """
         new = banks.load(bank)
         check_fits(new, self._served)
-        self._passes.replace(new)
+        self._filler.replace(new)
         self._hooks.replace(new)
         self._served = new
         return new.digest
@@ -78,81 +74,71 @@ def check_modes(config: Any, served: Served) -> None:
     Raises:
         UnsupportedModelError: it does not, and why.
     """
-    parallel, compilation = config.parallel_config, config.compilation_config
-    inductor = getattr(compilation, "inductor_compile_config", None) or {}
-    wrong = {
-        "dual-batch overlap: it cuts a pass in two, and the strengths are written for the whole": getattr(
-            parallel, "use_ubatching", getattr(parallel, "enable_dbo", False)
-        ),
-        "prefill context parallelism: each process has other tokens of a pass": getattr(
-            parallel, "prefill_context_parallel_size", 1
-        )
-        > 1,
-        "the sequence-parallel pass: each process has other tokens of a pass": getattr(
-            getattr(compilation, "pass_config", None), "enable_sp", False
-        ),
-        "max_autotune on the CPU: it freezes what is to change": parallel_is_cpu(config)
-        and bool(inductor.get("max_autotune")),
-        "speculative decoding: how many of the tokens hold is not known when a pass begins": config.speculative_config
-        is not None,
-        "an encoder and a decoder: whose tokens a pass has is not known": getattr(
-            config.model_config, "is_encoder_decoder", False
-        ),
-    }
+    parallel, compilation, cache = config.parallel_config, config.compilation_config, config.cache_config
+    inductor, passes = (getattr(compilation, name, None) for name in ("inductor_compile_config", "pass_config"))
+    freezes = config.device_config.device_type == "cpu" and bool((inductor or {}).get("max_autotune"))
+    others = "each process has other tokens of a pass"
+    wrong: list[tuple[object, str]] = [
+        (getattr(parallel, "use_ubatching", False), "dual-batch overlap: it cuts a pass in two"),
+        (getattr(parallel, "prefill_context_parallel_size", 1) > 1, f"prefill context parallelism: {others}"),
+        (getattr(parallel, "use_sequence_parallel_moe", False), f"sequence-parallel experts: {others}"),
+        (getattr(passes, "enable_sp", False), f"the sequence-parallel pass: {others}"),
+        (getattr(cache, "kv_sharing_fast_prefill", False), "fast prefill: some blocks have a part of a pass's tokens"),
+        (freezes, "max_autotune on the CPU: it freezes what is to change"),
+        (config.speculative_config, "speculative decoding: how many tokens hold is not known when a pass begins"),
+        (getattr(config.model_config, "is_encoder_decoder", False), "an encoder: whose tokens a pass has is not known"),
+    ]
     if served.decides_once:
-        wrong |= {
-            "a gate that decides once for a sequence, and prefix caching; pass enable_prefix_caching=False, or gate "
-            "per token": bool(config.cache_config.enable_prefix_caching),
-            "a gate that decides once for a sequence, and chunked prefill; pass enable_chunked_prefill=False, or gate "
-            "per token": bool(config.scheduler_config.enable_chunked_prefill),
-        }
-    if found := [why for why, is_so in wrong.items() if is_so]:
+        gate = "and a gate that decides once for a sequence, from its whole prompt; or gate per token"
+        wrong += [
+            (cache.enable_prefix_caching, f"prefix caching (enable_prefix_caching=False turns it off) {gate}"),
+            (
+                config.scheduler_config.enable_chunked_prefill,
+                f"chunked prefill (enable_chunked_prefill=False turns it off) {gate}",
+            ),
+        ]
+    if found := [why for is_so, why in wrong if is_so]:
         raise UnsupportedModelError(f"a bank is not served with {found[0]}")
 
 
-def parallel_is_cpu(config: Any) -> bool:
-    """Whether the engine computes on the CPU."""
-    return bool(config.device_config.device_type == "cpu")
-
-
-def _watch_first(runner: Any, passes: Passes) -> None:
+def _watch_first(runner: Any, filler: Filler) -> None:
     """vLLM's first model runner: after `_prepare_inputs` it is known which tokens of which request a pass has."""
     prepare: Callable[..., Any] = runner._prepare_inputs
 
     def prepared(*args: Any, **kwargs: Any) -> Any:
         result = prepare(*args, **kwargs)
         batch, bounds, requests = runner.input_batch, runner.query_start_loc.np, runner.requests
-        passes.keep_only(requests)
+        filler.keep_only(requests)
         parts = []
         for row, key in enumerate(batch.req_ids):
             state = requests[key]
-            passes.add(key, getattr(state.sampling_params, "extra_args", None), state.num_prompt_tokens)
+            filler.add(key, getattr(state.sampling_params, "extra_args", None), state.num_prompt_tokens)
             start = int(batch.num_computed_tokens_cpu[row])
             parts.append(Part(key, start, int(bounds[row + 1]) - int(bounds[row])))
-        passes.fill(parts)
+        filler.fill(parts)
         return result
 
     runner._prepare_inputs = prepared
 
 
-def _watch_second(runner: Any, passes: Passes) -> None:
+def _watch_second(runner: Any, filler: Filler) -> None:
     """vLLM's second model runner: requests are added and finished, and `prepare_inputs` gives the tokens of a pass."""
     prepare, add, finish = runner.prepare_inputs, runner.add_requests, runner.finish_requests
 
     def added(scheduled: Any) -> Any:
         result = add(scheduled)
         for new in scheduled.scheduled_new_reqs:
-            passes.add(new.req_id, getattr(new.sampling_params, "extra_args", None), new.prompt_len)
+            filler.add(new.req_id, getattr(new.sampling_params, "extra_args", None), new.prompt_len)
         return result
 
     def finished(scheduled: Any) -> Any:
-        passes.forget(list(scheduled.finished_req_ids))
+        filler.forget(list(scheduled.finished_req_ids))
         return finish(scheduled)
 
     def prepared(*args: Any, **kwargs: Any) -> Any:
         batch = prepare(*args, **kwargs)
         bounds, starts = batch.query_start_loc_np, batch.num_computed_tokens_np
-        passes.fill(
+        filler.fill(
             [
                 Part(key, int(starts[row]), int(bounds[row + 1]) - int(bounds[row]))
                 for row, key in enumerate(batch.req_ids)

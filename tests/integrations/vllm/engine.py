@@ -12,21 +12,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from benchmarks.vllm_engine import ENVIRONMENT
+
 TOKENS = 16
-USUAL = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_CI_ENV": "1",  # no warm-up
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-}
 
 
 def main(job: dict[str, Any]) -> dict[str, Any]:
     """What the engine answered, and what it counted."""
-    os.environ.update(USUAL | job.get("environment", {}))
+    os.environ.update(ENVIRONMENT | job.get("environment", {}))
     if os.environ.get("TRITON_INTERPRET"):
         interpret_triton()
     if not job.get("salted", True):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from actsteer import (
     residual_writers,
 )
 from actsteer.integrations.peft import to_peft
+from actsteer.integrations.vllm.comparing import greedy
 from actsteer.tokens.positions import from_text
 from reference.language import model as smollm
 
@@ -105,23 +107,13 @@ def answers(model: Any, steering: Steering, asked: list[dict[str, Any]]) -> list
     return [_answer(model, steering, request) for request in asked]
 
 
-@torch.no_grad()
 def _answer(model: Any, steering: Steering, request: Mapping[str, Any]) -> dict[str, Any]:
-    ids = torch.tensor([request["ids"]])
-    limits = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0}
-    told = {"output_logits": True, "return_dict_in_generate": True}
     c = {name: _schedule(own) for name, own in request["c"].items()}
     given = request["positions"]
     positions = from_text(given) if isinstance(given, str) else given
-    if c:
-        options = {"intervention": steering.intervention, "gate": steering.gate, "positions": positions}
-        with Steerer(model, steering.vectors, c=c, strict=False, **options):
-            made = model.generate(ids, **limits, **told)
-    else:
-        made = model.generate(ids, **limits, **told)
-    tokens = made.sequences[0, len(request["ids"]) :].tolist()
-    logits = [own[0].float().log_softmax(-1) for own in made.logits]
-    return {"tokens": tokens, "logprobs": [float(own[token]) for own, token in zip(logits, tokens, strict=True)]}
+    options = {"intervention": steering.intervention, "gate": steering.gate, "positions": positions, "strict": False}
+    with Steerer(model, steering.vectors, c=c, **options) if c else nullcontext():
+        return greedy(model, request["ids"], TOKENS)[0]._asdict()
 
 
 def _schedule(c: float | list[float]) -> Any:
@@ -153,8 +145,12 @@ def editing(family: str) -> Steering:
         "swap": SteeringVector({f"{at}.2.mlp": drawn(SIZE, seed=6)}, concept="swap"),
         "low": SteeringVector({f"{at}.2": torch.zeros(SIZE)}, concept="low"),
     }
+    norm = f"{at}.3.ln_1" if family == "GPT2" else None if family == "Olmo2" else f"{at}.3.input_layernorm"
+    if norm is not None:  # Olmo 2 has none before its attention
+        bank["norm"] = SteeringVector({norm: drawn(SIZE, seed=10)}, concept="norm")
     parts = drawn(3, SIZE, seed=7) / 10, drawn(3, SIZE, seed=8), drawn(3, seed=9)
     each = {"off": Ablate(), "set": Clamp(2.0), "swap": Chain(Ablate(), Add()), "low": LowRank({f"{at}.2": parts})}
+    each |= {"norm": Ablate()} if norm is not None else {}
     return Steering(VectorBank(bank), intervention=each)
 
 

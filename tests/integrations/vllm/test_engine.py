@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from tests.integrations.vllm.engine import USUAL
+from benchmarks.vllm_engine import ENVIRONMENT
 from tests.integrations.vllm.reference import FAMILIES
 
 REFERENCE = os.environ.get("ACTSTEER_VLLM_REFERENCE")
@@ -67,10 +67,18 @@ def wrong(name: str, found: dict[str, Any]) -> list[str]:
     own = group(name)
     expected = [own["expected"], own["expected"][::-1]]
     requests = [own["requests"], own["requests"][::-1]]
-    return [
-        f"{request['c']} at {request['positions']}, prompt of {len(request['ids'])}"
+    each = [
+        (want, got, request)
         for batch, answers, asked in zip(expected, found["answers"], requests, strict=True)
         for want, got, request in zip(batch, answers, asked, strict=True)
+    ]
+    same = [(want, got) for want, got, _ in each if want["tokens"] == got["tokens"]]
+    apart = max((furthest(want, got) for want, got in same), default=0.0)
+    counts = f"{found['preempted']} preemptions, {found['cached']} tokens from the cache"
+    print(f"{name}: {len(same)} of {len(each)} equal, log-probabilities within {apart:.2g}; {counts}")
+    return [
+        f"{request['c']} at {request['positions']}, prompt of {len(request['ids'])}"
+        for want, got, request in each
         if want["tokens"] != got["tokens"] or furthest(want, got) > 1e-4
     ]
 
@@ -81,7 +89,8 @@ def furthest(one: dict[str, Any], other: dict[str, Any]) -> float:
 
 WAYS: dict[str, dict[str, Any]] = {
     "at once": {},
-    "chunks of one token": {"engine": {"max_num_batched_tokens": 8, "max_num_seqs": 8, "max_model_len": 256}},
+    "chunks": {"engine": {"max_num_batched_tokens": 24, "max_num_seqs": 8}},
+    "chunks of one token": {"engine": {"long_prefill_token_threshold": 1}},
     "preempted": {"engine": {"num_gpu_blocks_override": 13}},
     "several processes": {"environment": SEVERAL},
     "tensor parallel": {"engine": {"tensor_parallel_size": 2}},
@@ -118,8 +127,9 @@ def test_gates(per: str, runner: dict[str, str], tmp_path: Path) -> None:
     assert not wrong(name, serve(name, tmp_path, environment=runner))
 
 
-def test_a_decision_survives_preemption(tmp_path: Path) -> None:
-    found = serve("gated-sequence", tmp_path, engine={"num_gpu_blocks_override": 13})
+@pytest.mark.parametrize("runner", [{}, V2], ids=["first", "second"])
+def test_a_decision_survives_preemption(runner: dict[str, str], tmp_path: Path) -> None:
+    found = serve("gated-sequence", tmp_path, engine={"num_gpu_blocks_override": 13}, environment=runner)
     assert not wrong("gated-sequence", found)
     assert found["preempted"] > 0
 
@@ -203,7 +213,7 @@ def test_the_page_about_serving_runs_as_it_stands(tmp_path: Path) -> None:
     (tmp_path / "tone.safetensors").write_bytes(Path(own["bank"]).read_bytes())
     script = f"MODEL = {own['model']!r}\nif __name__ == '__main__':\n" + textwrap.indent(block, "    ")
     (tmp_path / "page.py").write_text(script)
-    environment = os.environ | USUAL | COMPILED
+    environment = os.environ | ENVIRONMENT | COMPILED
     ended = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, env=environment, check=False, timeout=1500)
     assert ended.returncode == 0
 
@@ -215,7 +225,7 @@ def test_verify_compares_the_engine_with_the_hooked_model(tmp_path: Path) -> Non
     options = ["-m", own["model"], "--on", "prompts.txt", "-c", "polite=1", "--dtype", "float32", "--engine", "vllm"]
     command = [str(Path(sys.executable).with_name("actsteer")), "verify", own["bank"], *options]
     for plugins, code in ((None, 0), ("", 1)):  # the second engine answers unsteered
-        environment = os.environ | USUAL | ({} if plugins is None else {"VLLM_PLUGINS": plugins})
+        environment = os.environ | ENVIRONMENT | ({} if plugins is None else {"VLLM_PLUGINS": plugins})
         ended = subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=1500
         )
@@ -229,7 +239,7 @@ def test_the_server_answers_clients_at_once_and_says_what_is_wrong(tmp_path: Pat
     given = json.dumps({"actsteer": {"bank": own["bank"]}})
     options = ["--model", own["model"], "--dtype", "float32", "--enforce-eager", "--max-model-len", "256"]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *options, "--additional-config", given]
-    environment = os.environ | USUAL | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    environment = os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen([*command, "--port", str(port)], env=environment, stdout=log, stderr=log)
         try:

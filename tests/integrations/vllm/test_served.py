@@ -25,6 +25,7 @@ from actsteer import (
     LowRank,
     ModelMismatchError,
     Not,
+    OutputError,
     ProbeAbove,
     ProjectionAbove,
     ShapeError,
@@ -38,11 +39,12 @@ from actsteer import (
     UnsupportedModelError,
     VectorBank,
 )
+from actsteer.integrations.vllm.filling import Filler, Part
 from actsteer.integrations.vllm.front import Front
 from actsteer.integrations.vllm.hooks import Buffers, Hooks
-from actsteer.integrations.vllm.passes import Part, Passes
 from actsteer.integrations.vllm.requests import NAME
 from actsteer.integrations.vllm.served import Served, served
+from actsteer.integrations.vllm.sites import find
 from actsteer.integrations.vllm.worker import check_modes
 from tests.zoo import bits
 
@@ -155,17 +157,17 @@ class Engine:
         self.served = served(steering)
         self.buffers = Buffers(self.served, tokens=64, requests=requests, device=torch.device("cpu"))
         self.hooks = Hooks(self.model, self.served, self.buffers)
-        self.passes = Passes(self.served, self.buffers, check=self.hooks.check_fired)
+        self.filler = Filler(self.served, self.buffers, check=self.hooks.check_fired)
 
     def begin(self, key: str, said: Any, prompt: int) -> None:
         """As the front end sends it."""
         wanted = self.served.asked({NAME: said})
         sent = None if wanted is None else {NAME: wanted.sent() | {"digest": self.served.digest}}
-        self.passes.add(key, sent, prompt)
+        self.filler.add(key, sent, prompt)
 
     def run(self, parts: list[tuple[str, int, Tensor]]) -> list[Tensor]:
         """One pass over the tokens of several requests."""
-        self.passes.fill([Part(key, start, len(tokens)) for key, start, tokens in parts])
+        self.filler.fill([Part(key, start, len(tokens)) for key, start, tokens in parts])
         out = self.model(torch.zeros(1), torch.cat([tokens for *_, tokens in parts]))
         return list(out.split([len(tokens) for *_, tokens in parts]))
 
@@ -264,7 +266,7 @@ def test_another_bank_of_the_same_shape_takes_its_place_and_no_request_is_steere
     assert new.shape == engine.served.shape
     assert new.digest != engine.served.digest
     engine.begin("a", {"one": 1.0}, 4)
-    engine.passes.replace(new)
+    engine.filler.replace(new)
     with pytest.raises(ModelMismatchError, match="while they ran"):
         engine.run([("a", 0, text)])
     engine.hooks.replace(new)
@@ -321,9 +323,92 @@ def test_an_edit_that_reads_a_stream_in_parts_that_are_not_known_is_refused() ->
     Engine(Steering(bank()), model=Theirs())
 
 
+class RMSNorm(nn.Module):
+    """A norm as vLLM has them: it adds what it is given of the stream, and gives that too."""
+
+    def forward_native(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        stream = x if residual is None else x + residual
+        normed = stream / stream.norm(dim=-1, keepdim=True)
+        return normed if residual is None else (normed, stream)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward_native(*args, **kwargs)
+
+
+class Normed(nn.Module):
+    """A model that norms a stream in two parts, and gives the normed and the stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = RMSNorm()
+
+    def forward(self, positions: Tensor, x: Tensor) -> Tensor:
+        normed, stream = self.norm(x / 2, x / 2)
+        return torch.cat([normed, stream], dim=1)
+
+
+def test_a_norms_output_is_edited_and_not_the_stream_beside_it_and_its_input_is_refused() -> None:
+    v, x = drawn(D, seed=5), drawn(4, D)
+    engine = Engine(Steering(SteeringVector({"norm": v}, concept="v"), intervention=Ablate()), model=Normed())
+    engine.begin("a", {"v": 1.0}, 4)
+    normed, stream = engine.run([("a", 0, x)])[0].split(D, dim=1)
+    plain = x / x.norm(dim=1, keepdim=True)
+    assert torch.allclose(normed, Ablate()(plain, v, torch.tensor(1.0)), atol=1e-6)
+    assert torch.equal(stream, x)
+    with pytest.raises(UnsupportedModelError, match="would change the stream beside it"):
+        Engine(Steering(SteeringVector({"norm:in": v})), model=Normed())
+
+
+def test_what_gives_two_tensors_is_not_read() -> None:
+    class Pair(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, x
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = Pair()
+
+        def forward(self, positions: Tensor, x: Tensor) -> Tensor:
+            return self.linear(x)[0]
+
+    v = SteeringVector({"linear": drawn(D)}, concept="v")
+    adding = Engine(Steering(v), model=Model())
+    adding.begin("a", {"v": 2.0}, 1)
+    assert torch.allclose(adding.run([("a", 0, torch.zeros(1, D))])[0], 2 * v["linear"][None])
+    reading = Engine(Steering(v, intervention=Ablate()), model=Model())
+    reading.begin("a", {"v": 2.0}, 1)
+    with pytest.raises(OutputError, match="two tensors"):
+        reading.run([("a", 0, torch.zeros(1, D))])
+
+
+def test_names_are_those_of_hugging_face_and_another_process_may_have_the_module() -> None:
+    class PPMissingLayer(nn.Identity):
+        pass
+
+    model = nn.ModuleDict({"language_model": Theirs()})
+    model.hf_to_vllm_mapper = SimpleNamespace(map_name=lambda name: name.replace("model.text.", "language_model."))
+    assert find(model, "model.text.layers.1.mlp", reads=True).place.name == "language_model.layers.1.mlp"
+    model["language_model"].layers[2] = PPMissingLayer()
+    assert find(model, "language_model.layers.2.mlp", reads=True) is None
+
+
+def test_gated_concepts_at_other_sites_have_another_shape() -> None:
+    one, other = (
+        VectorBank({"a": SteeringVector(a), "b": SteeringVector(b)})
+        for a, b in (
+            ({"layers.0": drawn(D), "layers.1": drawn(D)}, {"layers.0": drawn(D)}),
+            ({"layers.0": drawn(D)}, {"layers.0": drawn(D), "layers.1": drawn(D)}),
+        )
+    )
+    assert served(Steering(one)).shape == served(Steering(other)).shape
+    own = {"a": gate("projection", "token")}
+    assert served(Steering(one, gate=own)).shape != served(Steering(other, gate=own)).shape
+
+
 def test_a_vector_of_another_size_raises_when_the_model_runs() -> None:
     engine = Engine(Steering(SteeringVector({"layers.0": drawn(D + 1)})))
-    engine.passes.add("a", None, 2)
+    engine.filler.add("a", None, 2)
     with pytest.raises(ShapeError, match="6 features, the vector 7"):
         engine.run([("a", 0, drawn(2, D))])
 
@@ -333,7 +418,7 @@ def test_a_site_that_does_not_run_is_noticed() -> None:
     model.spare = nn.Linear(D, D)
     engine = Engine(Steering(SteeringVector({"layers.0": drawn(D), "spare": drawn(D)})), model=model)
     engine.hooks.check_fired()  # nothing has run: compiled code from a cache
-    engine.passes.add("a", None, 2)
+    engine.filler.add("a", None, 2)
     engine.run([("a", 0, drawn(2, D))])
     with pytest.raises(SteeringNotApplied, match="spare"):
         engine.run([("a", 2, drawn(1, D))])
@@ -365,7 +450,9 @@ def config(**changed: Any) -> Any:
         ({"compilation_config": SimpleNamespace(pass_config=SimpleNamespace(enable_sp=True))}, "sequence-parallel"),
         ({"compilation_config": SimpleNamespace(inductor_compile_config={"max_autotune": True})}, "max_autotune"),
         ({"speculative_config": object()}, "speculative decoding"),
-        ({"model_config": SimpleNamespace(is_encoder_decoder=True)}, "an encoder and a decoder"),
+        ({"cache_config": SimpleNamespace(kv_sharing_fast_prefill=True)}, "fast prefill"),
+        ({"parallel_config": SimpleNamespace(use_sequence_parallel_moe=True)}, "sequence-parallel experts"),
+        ({"model_config": SimpleNamespace(is_encoder_decoder=True)}, "an encoder"),
     ],
 )
 def test_ways_of_running_in_which_an_answer_could_be_wrong_are_refused(changed: Any, message: str) -> None:
@@ -458,9 +545,12 @@ def front(path: Any, **additional: Any) -> Front:
     return Front(SimpleNamespace(additional_config=given, parallel_config=parallel, model_config=model))
 
 
-def request(extra_args: Any, *, salt: str | None = None) -> Any:
+def request(extra_args: Any, *, salt: str | None = None, resumable: bool = False) -> Any:
     return SimpleNamespace(
-        sampling_params=SimpleNamespace(extra_args=extra_args), prompt_token_ids=[1, 2, 3], cache_salt=salt
+        sampling_params=SimpleNamespace(extra_args=extra_args),
+        prompt_token_ids=[1, 2, 3],
+        cache_salt=salt,
+        resumable=resumable,
     )
 
 
@@ -469,26 +559,26 @@ def test_the_front_end_checks_and_salts(tmp_path: Any) -> None:
     bank().save(path)
     own, given = front(path), {NAME: '{"one": 1.5}', "other": 1}
     wanted = request(given)
-    own.admit(wanted, resumable=False)
+    own.admit(wanted)
     extra = wanted.sampling_params.extra_args
     assert extra["other"] == 1
     assert extra[NAME]["c"] == {"one": [1.5]}
     assert wanted.cache_salt.startswith("actsteer-")
     assert given == {NAME: '{"one": 1.5}', "other": 1}  # the caller's is as it was
     plain = request({NAME: {"one": 0.0}}, salt="mine")
-    own.admit(plain, resumable=False)
+    own.admit(plain)
     assert plain.sampling_params.extra_args is None
     assert plain.cache_salt == "mine"
     with pytest.raises(UnsupportedModelError, match="goes on later"):
-        own.admit(request(given), resumable=True)
+        own.admit(request(given, resumable=True))
 
 
 def test_an_engine_without_a_bank_answers_no_request_for_one(tmp_path: Any) -> None:
     own = front(None)
-    own.admit(request(None), resumable=False)
-    own.admit(request({"other": 1}), resumable=False)
+    own.admit(request(None))
+    own.admit(request({"other": 1}))
     with pytest.raises(UnsupportedModelError, match="no bank"):
-        own.admit(request({NAME: {"one": 1.0}}), resumable=False)
+        own.admit(request({NAME: {"one": 1.0}}))
     with pytest.raises(ValueError, match="no such option, 'bnk'"):
         front(tmp_path / "x.safetensors", bnk=1)
 
@@ -499,11 +589,11 @@ def test_the_front_end_learns_of_another_bank(tmp_path: Any) -> None:
     twice.save(tmp_path / "two.safetensors")
     own = front(tmp_path / "one.safetensors")
     before, after = request({NAME: {"one": 1.0}}), request({NAME: {"one": 1.0}})
-    own.admit(before, resumable=False)
+    own.admit(before)
     with pytest.raises(AttachedError, match="running"):
         own.replacing(str(tmp_path / "two.safetensors"), unfinished=1)
     own.replacing(str(tmp_path / "two.safetensors"), unfinished=0)([served(Steering(twice)).digest])
-    own.admit(after, resumable=False)
+    own.admit(after)
     assert before.cache_salt != after.cache_salt
     with pytest.raises(UnsupportedModelError, match="no bank that could"):
         front(None).replacing("x", unfinished=0)
@@ -519,6 +609,7 @@ def test_several_files_make_one_bank(tmp_path: Any) -> None:
     assert (
         several.digest == served(Steering(bank(), c=dict.fromkeys(bank(), 1.0), intervention={"two": Ablate()})).digest
     )
+    assert load(str(tmp_path / "*.safetensors")).digest == several.digest  # though one of them is more than vectors
     with pytest.raises(ValueError, match="in two files"):
         load([str(tmp_path / "one.safetensors")] * 2)
 

@@ -1,4 +1,4 @@
-"""Passes: before each pass of the engine, the strength of every token in it."""
+"""Filling: before each pass of the engine, the strength of every token in it is written where the hooks read it."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ class Known:
 
 
 @final
-class Passes:
+class Filler:
     """Fills the buffers that the hooks read.
 
     Args:
         served: the steering.
         buffers: of the hooks.
-        check: is called once, after the first pass, for where vLLM does not try the model when it starts.
+        check: is called before the first pass, as vLLM may have tried the model when it started, and before the second.
     """
 
     def __init__(self, served: Served, buffers: Buffers, *, check: Callable[[], None]) -> None:
@@ -88,7 +88,7 @@ class Passes:
         if sent.get("digest") != self._digest:
             raise ModelMismatchError(
                 f"request {key!r} was checked against another bank than the one that this process has; replace a bank "
-                "by replace_bank, while no steered request runs"
+                "by collective_rpc('actsteer_replace_bank', args=(path,)) of the engine that takes the requests"
             )
         request = self.served.asked({NAME: {name: sent[name] for name in ("c", "positions")}})
         assert request is not None  # the front end sends none that is not steered
@@ -110,9 +110,9 @@ class Passes:
 
     def fill(self, parts: Sequence[Part]) -> None:
         """Write what a pass over these tokens, one request after another, is to have."""
-        if self._count == 1:
+        if self._count < 2:
             self._check()
-        self._count += 1
+            self._count += 1
         if lost := [part.key for part in parts if part.key not in self._known]:
             raise ModelMismatchError(f"requests {lost} are steered by a bank that was replaced while they ran")
         each = [self._known[part.key] for part in parts]
