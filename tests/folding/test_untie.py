@@ -61,6 +61,18 @@ def is_as(model, before):
     return [ties, *said] == [before[0], *before[2:]] and all(torch.equal(numbers[n], t) for n, t in before[1].items())
 
 
+def test_an_edit_of_the_embedding_and_one_of_the_head_go_into_weights_of_their_own():
+    model = TIED["llama"]()
+    size = model.config.vocab_size
+    vectors = SteeringVector({"model.embed_tokens": direction(16), "lm_head": direction(size, seed=2)})
+    folded = fold(model, vectors, 1.0, intervention=Ablate(), verify_on=IDS, untie=True)
+    with Steerer(model, vectors, intervention=Ablate()):
+        assert torch.allclose(logits(folded), logits(model), atol=1e-4)
+    embedded, given = folded.model.embed_tokens(IDS), logits(folded)
+    assert (embedded @ vectors["model.embed_tokens"]).abs().max() < 1e-4
+    assert (given @ vectors["lm_head"]).abs().max() < 1e-3
+
+
 # --- the recipe --------------------------------------------------------------------------------------------------
 def states(model):
     """Every state of the residual stream: before the first block, between attention and MLP, behind the blocks."""

@@ -25,7 +25,18 @@ from actsteer.tokens.tokens import Tokens
 
 CONCEPTS = ("polite", "brief", "c")
 USUAL = Request({"polite": (2.0,)}, {"polite": "generated"})
-POSITIONS: list[Any] = ["prompt", "generated", "last", 3, -2, [0, 5], slice(2, None), slice(1, 9, 3), slice(-3, None)]
+POSITIONS: list[Any] = [
+    "prompt",
+    "generated",
+    "last",
+    3,
+    14,
+    -2,
+    [0, 15],
+    slice(2, None),
+    slice(1, 9, 3),
+    slice(-3, None),
+]
 
 
 def ask(said: Any) -> Request | None:

@@ -17,6 +17,7 @@ from actsteer import (
     Affine,
     And,
     AttachedError,
+    BatchError,
     Chain,
     Clamp,
     CosineAbove,
@@ -224,7 +225,7 @@ def test_a_decision_holds_for_the_sequence_and_when_its_slot_was_needed() -> Non
     token = drawn(1, D, seed=50)
     mine = [gate("projection", "sequence")(Ours().layers[0](text).mean(dim=0)[None]).item() for text in texts]
     assert set(mine) == {True, False}
-    for number, fires in enumerate(mine):
+    for number, fires in [*enumerate(mine), *reversed(list(enumerate(mine))), (0, mine[0]), (2, mine[2])]:
         (found,) = engine.run([(str(number), 5, token)])
         assert torch.allclose(found, hooked(Steering(bank()), {"one": float(fires)}, token), atol=1e-5)
 
@@ -255,8 +256,12 @@ def test_buffers_are_zero_behind_the_last_token_and_written_once_when_all_is_ste
     engine.run([("a", 7, text[:1])])
     assert engine.buffers.strengths[0, 0] == 7.0  # nothing had to be written
     engine.begin("b", {"two": 2.0}, 1)
-    engine.run([("b", 0, text[:1]), ("a", 8, text[:1])])
-    assert engine.buffers.strengths[:2].tolist() == [[0.0, 2.0], [1.0, 0.0]]
+    engine.run([("b", 0, text[:1])])
+    assert engine.buffers.strengths[0].tolist() == [0.0, 2.0]  # another request of as many tokens
+    engine.run([("b", 1, text), ("a", 8, text[:1])])
+    assert engine.buffers.strengths[:7].tolist() == [[0.0, 2.0]] * 6 + [[1.0, 0.0]]
+    engine.run([("a", 9, text[:1])])
+    assert not engine.buffers.strengths[1:].any()
 
 
 def test_another_bank_of_the_same_shape_takes_its_place_and_no_request_is_steered_by_both() -> None:
@@ -391,6 +396,19 @@ def test_names_are_those_of_hugging_face_and_another_process_may_have_the_module
     assert find(model, "model.text.layers.1.mlp", reads=True).place.name == "language_model.layers.1.mlp"
     model["language_model"].layers[2] = PPMissingLayer()
     assert find(model, "language_model.layers.2.mlp", reads=True) is None
+
+
+def test_modules_that_vllm_runs_past_their_hooks_are_refused() -> None:
+    model = Theirs()
+    model.lm_head = type("ParallelLMHead", (nn.Linear,), {})(D, D)
+    with pytest.raises(UnsupportedModelError, match="does not call this ParallelLMHead"):
+        Engine(Steering(SteeringVector({"lm_head": drawn(D)})), model=model)
+
+
+def test_features_on_another_axis_are_refused() -> None:
+    v = SteeringVector({"layers.0": drawn(D)}, metadata={"axis layers.0": "1"})
+    with pytest.raises(UnsupportedModelError, match="lie on axis 1"):
+        served(Steering(v))
 
 
 def test_gated_concepts_at_other_sites_have_another_shape() -> None:
@@ -534,13 +552,27 @@ def test_both_of_vllms_runners_are_wired(kind: Any, tmp_path: Any, monkeypatch: 
         found = model(torch.zeros(1), text[start:stop])
         want = hooked(Steering(bank()), {"one": 1.0}, text, positions=slice(2, None), token_axis=1)[start:stop]
         assert torch.allclose(found, want, atol=1e-5)
-    if kind is second_runner:
+    again = SimpleNamespace(extra_args=sent(own, {"c": {"one": -1.0}}))  # another request of the same name
+    if kind is first_runner:
+        runner.requests, runner.input_batch.req_ids = {}, []
+        runner._prepare_inputs(None)
+        runner.requests = {"a": SimpleNamespace(sampling_params=again, num_prompt_tokens=5)}
+        runner.input_batch.req_ids = ["a"]
+        runner.input_batch.num_computed_tokens_cpu[0], runner.query_start_loc.np[1] = 0, 5
+        runner._prepare_inputs(None)
+    else:
         runner.finish_requests(SimpleNamespace(finished_req_ids={"a"}))
+        new = [SimpleNamespace(req_id="a", sampling_params=again, prompt_len=5)]
+        runner.add_requests(SimpleNamespace(scheduled_new_reqs=new))
+        bounds, starts = np.array([0, 5]), np.array([0])
+        runner.prepare_inputs(SimpleNamespace(req_ids=["a"], query_start_loc_np=bounds, num_computed_tokens_np=starts))
+    want = hooked(Steering(bank()), {"one": -1.0}, text)
+    assert torch.allclose(model(torch.zeros(1), text), want, atol=1e-5)
 
 
-def front(path: Any, **additional: Any) -> Front:
+def front(path: Any, *, servers: int = 1, **additional: Any) -> Front:
     given = {} if path is None else {NAME: {"bank": str(path)} | additional}
-    parallel = SimpleNamespace(_api_process_count=1)
+    parallel = SimpleNamespace(_api_process_count=servers)
     model = SimpleNamespace(hf_config=SimpleNamespace(model_type="mine"))
     return Front(SimpleNamespace(additional_config=given, parallel_config=parallel, model_config=model))
 
@@ -565,6 +597,8 @@ def test_the_front_end_checks_and_salts(tmp_path: Any) -> None:
     assert extra[NAME]["c"] == {"one": [1.5]}
     assert wanted.cache_salt.startswith("actsteer-")
     assert given == {NAME: '{"one": 1.5}', "other": 1}  # the caller's is as it was
+    with pytest.raises(BatchError, match="4 are needed"):
+        own.admit(request({NAME: {"c": {"one": 1.0}, "positions": -4}}))
     plain = request({NAME: {"one": 0.0}}, salt="mine")
     own.admit(plain)
     assert plain.sampling_params.extra_args is None
@@ -583,6 +617,13 @@ def test_an_engine_without_a_bank_answers_no_request_for_one(tmp_path: Any) -> N
         front(tmp_path / "x.safetensors", bnk=1)
 
 
+def test_a_bank_of_another_kind_of_model_does_not_start(tmp_path: Any) -> None:
+    v = SteeringVector({"layers.0": drawn(D)}, metadata={"model_type": "gpt2"})
+    v.save(tmp_path / "v.safetensors")
+    with pytest.raises(ModelMismatchError, match="made for a gpt2, and the engine serves a mine"):
+        front(tmp_path / "v.safetensors")
+
+
 def test_the_front_end_learns_of_another_bank(tmp_path: Any) -> None:
     bank().save(tmp_path / "one.safetensors")
     twice = VectorBank({name: 2 * own for name, own in bank().items()})
@@ -592,6 +633,10 @@ def test_the_front_end_learns_of_another_bank(tmp_path: Any) -> None:
     own.admit(before)
     with pytest.raises(AttachedError, match="running"):
         own.replacing(str(tmp_path / "two.safetensors"), unfinished=1)
+    with pytest.raises(AttachedError, match="has changed while"):
+        own.replacing(str(tmp_path / "two.safetensors"), unfinished=0)(["another"])
+    with pytest.raises(UnsupportedModelError, match="several API servers"):
+        front(tmp_path / "one.safetensors", servers=2).replacing("two", unfinished=0)
     own.replacing(str(tmp_path / "two.safetensors"), unfinished=0)([served(Steering(twice)).digest])
     own.admit(after)
     assert before.cache_salt != after.cache_salt
@@ -610,6 +655,13 @@ def test_several_files_make_one_bank(tmp_path: Any) -> None:
         several.digest == served(Steering(bank(), c=dict.fromkeys(bank(), 1.0), intervention={"two": Ablate()})).digest
     )
     assert load(str(tmp_path / "*.safetensors")).digest == several.digest  # though one of them is more than vectors
+    gated = Steering(bank().select("two"), gate=gate("projection", "token"))
+    gated.save(tmp_path / "two.safetensors")
+    own = load(str(tmp_path / "*.safetensors"))
+    assert (list(own.gates), own.scores[0].site) == ([1], "layers.0")
+    Steering(bank().select("two"), sites="layers.0").save(tmp_path / "two.safetensors")
+    with pytest.raises(ValueError, match="steers some of its sites alone"):
+        load(str(tmp_path / "*.safetensors"))
     with pytest.raises(ValueError, match="in two files"):
         load([str(tmp_path / "one.safetensors")] * 2)
 
