@@ -218,10 +218,10 @@ def test_gates_decide_as_those_of_a_steerer(kind: str, per: str) -> None:
 
 def test_a_decision_holds_for_the_sequence_and_when_its_slot_was_needed() -> None:
     steering = Steering(bank(), gate=gate("projection", "sequence"))
-    engine, texts = Engine(steering, requests=3), [drawn(5, D, seed=40 + n) for n in range(4)]
+    engine, texts = Engine(steering, requests=3), [drawn(5, D, seed=40 + n) for n in range(8)]
     for number, text in enumerate(texts):
         engine.begin(str(number), {"one": 1.0}, 5)
-        engine.run([(str(number), 0, text)])  # the third and the fourth take the slots of the first two
+        engine.run([(str(number), 0, text)])  # from the third on they take the slots of others
     token = drawn(1, D, seed=50)
     mine = [gate("projection", "sequence")(Ours().layers[0](text).mean(dim=0)[None]).item() for text in texts]
     assert set(mine) == {True, False}
