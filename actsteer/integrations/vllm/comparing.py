@@ -64,16 +64,15 @@ class Comparison:
 
 
 def compare(
-    steerer: Steerer, prompts: Sequence[Sequence[int]], *, model: str, bank: str, tokens: int = 16, **engine: Any
+    steerer: Steerer, prompts: Sequence[Sequence[int]], *, model: str, bank: str, dtype: str = "auto", tokens: int = 16
 ) -> Comparison:
     """Have vLLM and the hooked model answer the same prompts, steered and not, greedily.
 
     Args:
         steerer: of the transformers model.
         prompts: token ids.
-        model, bank: what vLLM is to load.
+        model, bank, dtype: what vLLM is to load, and in which dtype.
         tokens: how many each answer has.
-        engine: further arguments of `vllm.LLM`.
 
     Raises:
         UnsupportedModelError: vLLM is not installed.
@@ -85,7 +84,7 @@ def compare(
     ours = [greedy(steerer.model, prompt, tokens) for prompt in prompts]
     with steerer:
         ours += [greedy(steerer.model, prompt, tokens) for prompt in prompts]
-    llm = LLM(model, additional_config={NAME: {"bank": bank}}, **engine)
+    llm = LLM(model, dtype=dtype, additional_config={NAME: {"bank": bank}})
     c: Any = dict(steerer.c) if isinstance(steerer.c, Mapping) else dict.fromkeys(steerer.bank, steerer.c)
     params = [
         SamplingParams(max_tokens=tokens, min_tokens=tokens, temperature=0, logprobs=0, extra_args=extra)

@@ -14,8 +14,8 @@ from actsteer.sites.place import Place, split_site
 from actsteer.sites.resolve import resolve
 
 Rest: TypeAlias = Literal["none", "apart", "sum", "unknown"]
-"""What a second tensor beside an activation is: none is expected; something else; the rest of a sum that the activation
-is; or it is not known."""
+"""What a second tensor is that a module takes or gives. "none": there should be none; "apart": something else; "sum":
+the activation is the sum of both; "unknown": it may be."""
 
 _IN_PARTS = {  # blocks that give (hidden, residual), whose sum is the residual stream; each is compared in the tests
     *("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"),
