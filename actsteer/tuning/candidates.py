@@ -30,12 +30,14 @@ class Candidate:
     """One place and way to steer.
 
     Args:
+        number: of the steering, among those that are tried.
         steering: what it does, but for the strength.
         sites: where.
         unit: how many units a strength of 1 is.
         doses: the coarse strengths, in units.
     """
 
+    number: int
     steering: Steering
     sites: tuple[str, ...]
     unit: float
@@ -44,7 +46,12 @@ class Candidate:
     @property
     def name(self) -> str:
         """What tells it from others of the same vectors."""
-        return f"{self.steering.intervention!r} {self.steering.positions!r} {' '.join(self.sites)}"
+        return f"{self.number} {' '.join(self.sites)}"
+
+    @property
+    def steers_alike_on_texts(self) -> bool:
+        """Whether `on_texts` makes no difference."""
+        return as_read(self.steering.positions) is self.steering.positions
 
     def c(self, dose: float) -> float:
         """The raw strength of a Steerer."""
@@ -76,6 +83,7 @@ def settings(
 
 
 def candidate(
+    number: int,
     steering: Steering,
     sites: Sequence[str],
     *,
@@ -92,7 +100,7 @@ def candidate(
     if not all(
         isinstance(own, Add) and not own.relative for own in interventions_of(steering.vectors, steering.intervention)
     ):
-        return Candidate(steering, tuple(sites), 1.0, tuple(SHARES if doses is None else doses))
+        return Candidate(number, steering, tuple(sites), 1.0, tuple(SHARES if doses is None else doses))
     ratios = [
         float(vector[site].double().norm()) / norms[site]
         for _, vector in units.items()
@@ -104,7 +112,7 @@ def candidate(
         raise ZeroDirectionError(
             f"sites {list(sites)}: the vectors are zero there, or the activations are; leave them out"
         )
-    return Candidate(steering, tuple(sites), unit, tuple(DOSES if doses is None else doses))
+    return Candidate(number, steering, tuple(sites), unit, tuple(DOSES if doses is None else doses))
 
 
 def grown(sites: Sequence[str], best: str) -> Iterator[tuple[str, ...]]:
@@ -125,6 +133,8 @@ def grown(sites: Sequence[str], best: str) -> Iterator[tuple[str, ...]]:
 def as_read(positions: AllPositions | None) -> AllPositions | None:
     """Positions in a text that is there already: what would be generated is all but the first token."""
     if isinstance(positions, Mapping):
+        if not any(map(_is_generated, positions.values())):
+            return positions
         return {concept: slice(1, None) if _is_generated(own) else own for concept, own in positions.items()}
     return slice(1, None) if _is_generated(positions) else positions
 

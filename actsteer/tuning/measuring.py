@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from actsteer.steering.plan import interventions_of
+from actsteer.steering.steerer import Steerer
 from actsteer.tuning.budget import Budget, share
 from actsteer.tuning.candidates import Candidate
 from actsteer.tuning.doses import Doses
@@ -87,20 +88,25 @@ class Measuring:
         if self._budget.of_kl:
             with candidate.steerer(self._model, self._where, on_texts=True) as steerer:
                 lost = self._retained.kl(Doses(self._model, steerer, **self._doses), strengths)
-            found = [{_KL: own} for own in lost]
-        rest = [place for place, own in enumerate(found) if self._spent(own, self._chooses) <= 1.0]
-        if not rest:
-            return found
+                found = [{_KL: own} for own in lost]
+                if candidate.steers_alike_on_texts:
+                    self._evaluated(steerer, strengths, found)
+                    return found
         with candidate.steerer(self._model, self._where) as steerer:
-            if isinstance(self._evaluate, OutputMetric):
-                rows = self._evaluate.at(Doses(self._model, steerer, **self._doses), [strengths[own] for own in rest])
-                for place, row in zip(rest, rows, strict=True):
-                    found[place] |= figures(row)
-                return found
-            for place in rest:
-                steerer.c = strengths[place]
-                found[place] |= figures(self._evaluate(self._model))
+            self._evaluated(steerer, strengths, found)
         return found
+
+    def _evaluated(self, steerer: Steerer, strengths: Sequence[float], found: list[Figures]) -> None:
+        """Add what `evaluate` gives at the strengths that are within the budget so far."""
+        rest = [place for place, own in enumerate(found) if self._spent(own, self._chooses) <= 1.0]
+        if isinstance(self._evaluate, OutputMetric) and rest:
+            rows = self._evaluate.at(Doses(self._model, steerer, **self._doses), [strengths[own] for own in rest])
+            for place, row in zip(rest, rows, strict=True):
+                found[place] |= figures(row)
+            return
+        for place in rest:
+            steerer.c = strengths[place]
+            found[place] |= figures(self._evaluate(self._model))
 
     def _point(self, candidate: Candidate, dose: float, found: Figures) -> Point:
         effect = self._chooses[self.effect].of(found[self.effect], "mean") if self.effect in found else -math.inf

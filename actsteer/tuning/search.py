@@ -64,10 +64,10 @@ def search(
     Without groups: each site; then groups of 2, 4, 8 ... neighbours around the best one; then all.
     """
     points: list[Point] = []
-    for steering in steerings:
+    for number, steering in enumerate(steerings):
 
-        def coarse(group: Sequence[str], steering: Steering = steering) -> list[Point]:
-            own = candidate(steering, group, units=units, norms=norms, doses=doses)
+        def coarse(group: Sequence[str], number: int = number, steering: Steering = steering) -> list[Point]:
+            own = candidate(number, steering, group, units=units, norms=norms, doses=doses)
             return measure(own, own.doses)
 
         singles = [point for group in groups or [[site] for site in sites] for point in coarse(group)]

@@ -32,7 +32,10 @@ class TextMetric:
     Raises:
         UnsupportedModelError: the model does not generate text.
 
-    A test with `score=lambda texts: [text.count("sea") for text in texts]` is in tests/tuning/test_text_metric.py.
+    >>> def has_sea(texts):
+    ...     return ["sea" in text for text in texts]
+    >>> TextMetric(tokenizer=None, prompts=["My dream is"], score=has_sea).max_new_tokens
+    32
     """
 
     tokenizer: Any
