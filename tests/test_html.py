@@ -98,14 +98,14 @@ def test_a_steerer_says_what_explain_says():
 
 
 def test_a_large_bank_in_a_file_is_read_no_further_than_it_is_shown(tmp_path, monkeypatch):
-    names = [f"c{number}" for number in range(1200)]
+    names = [f"c{number};" for number in range(1200)]
     VectorBank({name: SteeringVector({"0": torch.randn(2)}) for name in names}).save(tmp_path / "many.safetensors")
     bank, read = VectorBank.load(tmp_path / "many.safetensors"), []
     monkeypatch.setattr(stack, "from_file", lambda stored: read.append(stored) or from_file(stored))
     text = Parsed(bank._repr_html_()).text
-    assert f"and {1200 - made.SHOWN} more" in text and "c29" in text and "c30" not in text
+    assert f"and {1200 - made.SHOWN} more" in text and "c29;" in text and "c30;" not in text
     assert len(read) == made.SHOWN
-    Steerer(MODEL, bank, c={"c7": 1.0})._repr_html_()
+    Steerer(MODEL, bank, c={"c7;": 1.0})._repr_html_()
     Steering(bank)._repr_html_()
     assert len(read) <= 3 * made.SHOWN + 1
 
