@@ -43,8 +43,13 @@ def table(caption: object, columns: Sequence[str], rows: Iterable[Sequence[objec
 
     Numbers are set to the right.
     """
-    head = "".join(f'<th scope="col" style="{_CELL.format("left")};opacity:.7">{text(name)}</th>' for name in columns)
-    body = ["".join(map(_cell, row)) for row in islice(rows, SHOWN)]
+    first = list(islice(rows, SHOWN))
+    sides = [_side(value) for value in (first or [columns])[0]]
+    head = "".join(
+        f'<th scope="col" style="{_CELL.format(side)};opacity:.7">{text(name)}</th>'
+        for name, side in zip(columns, sides, strict=True)
+    )
+    body = ["".join(f'<td style="{_CELL.format(_side(value))}">{text(value)}</td>' for value in row) for row in first]
     if total > SHOWN:
         body.append(f'<td colspan="{len(columns)}" style="{_CELL.format("left")}">and {total - SHOWN} more</td>')
     return Markup(
@@ -99,9 +104,8 @@ def outline(lines: Iterable[str]) -> Markup:
     return Markup(f'<div style="max-height:30em;overflow:auto;line-height:1.5">{"".join(shown)}</div>')
 
 
-def _cell(value: object) -> str:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return f'<td style="{_CELL.format("right" if is_number else "left")}">{text(value)}</td>'
+def _side(value: object) -> str:
+    return "right" if isinstance(value, int | float) and not isinstance(value, bool) else "left"
 
 
 def _shaded(value: float) -> Markup:

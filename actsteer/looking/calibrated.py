@@ -1,0 +1,30 @@
+"""Calibrated: what the page needs of a calibration, whoever made it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from actsteer.steering.steering import Steering
+
+
+@runtime_checkable
+class Calibrated(Protocol):
+    """Points that were measured, and the steering that was chosen among them."""
+
+    @property
+    def table(self) -> Sequence[Mapping[str, Any]]:
+        """One row for each point: "sites" (names), "dose" (in typical norms), "c", "effect", "cost" (KL in nats) and
+        "feasible"."""
+        ...
+
+    @property
+    def best(self) -> Steering:
+        """The steering at the best of them."""
+        ...
+
+
+def is_best(point: Mapping[str, Any], best: Steering) -> bool:
+    """Whether a point is the chosen one: of its strength, at its sites."""
+    sites = best.sites if isinstance(best.sites, tuple) else best.vectors.sites
+    return isinstance(best.c, int | float) and best.c == point["c"] and set(sites) == set(point["sites"])
