@@ -97,4 +97,4 @@ document.addEventListener("keydown", (event) => {
 });
 for (const item of items) item.addEventListener("click", () => (focus(item), choose(item)));
 for (const input of document.querySelectorAll("[name=measure], select")) input.addEventListener("change", paint);
-paint();
+items[0].tabIndex = 0, paint();

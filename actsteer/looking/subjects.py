@@ -139,7 +139,7 @@ def see_rows(model: nn.Module, steerer: Steerer, inputs: Tensor) -> SeenRows:
     rows = inputs[:ROWS]
     outputs, runs = [], []
     for steered in (False, True):
-        output, seen = measured(model, steerer, lambda: call(model, rows), steered=steered, by_token=False)
+        output, seen = measured(model, steerer, lambda: call(model, rows.clone()), steered=steered, by_token=False)
         for site, own in seen.items():
             if len(own.size) != len(rows):
                 raise ShapeError(
