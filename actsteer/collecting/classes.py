@@ -7,7 +7,7 @@ from functools import reduce as fold
 from os import PathLike
 from typing import TypeAlias, final
 
-from actsteer import html
+import actsteer.html as html
 from actsteer.collecting import moments_file
 from actsteer.collecting.moments import Moments
 from actsteer.collecting.processes import Group, reduce

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from actsteer import html
+import actsteer.html as html
 from actsteer.looking import pictures
 from actsteer.looking.calibrated import Calibrated, is_best
 from actsteer.looking.numbers import document, median, rounded, shortened
@@ -104,6 +105,8 @@ def _facts(steering: Steering, sites: Sequence[str]) -> list[tuple[str, str]]:
 def _shown(part: Any) -> str:
     if isinstance(part, Tensor):
         return f"a tensor of shape {tuple(part.shape)}"
+    if isinstance(part, FunctionType):
+        return part.__name__
     return f"{part:g}" if isinstance(part, float) else part if isinstance(part, str) else repr(part)
 
 

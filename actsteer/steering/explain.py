@@ -9,7 +9,7 @@ from typing import Protocol, final
 import torch
 from torch import Tensor, nn
 
-from actsteer import html
+import actsteer.html as html
 from actsteer.sites.wrappers import class_name
 from actsteer.steering.attach import Steers
 from actsteer.steering.choose import Choice

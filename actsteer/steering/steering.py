@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, final
 
 from torch import Tensor, nn
 
-from actsteer import html
+import actsteer.html as html
 from actsteer.errors import ConceptNotFoundError, FileFormatError, close_names
 from actsteer.files import formats, native
 from actsteer.files.formats import Format

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from actsteer import html
+import actsteer.html as html
 from actsteer.errors import (
     ConceptNotFoundError,
     ShapeError,

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from actsteer import html
+import actsteer.html as html
 from actsteer.errors import FileFormatError, ShapeError, SiteNotFoundError, ZeroDirectionError, close_names
 from actsteer.files.formats import Format
 from actsteer.files.lazy import Stored
