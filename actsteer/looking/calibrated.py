@@ -24,7 +24,9 @@ class Calibrated(Protocol):
         ...
 
 
-def is_best(point: Mapping[str, Any], best: Steering) -> bool:
-    """Whether a point is the chosen one: of its strength, at its sites."""
+def points_of(calibration: Calibrated) -> list[dict[str, Any]]:
+    """Its points, each with "best": whether it is the chosen one, of its strength and at its sites."""
+    best = calibration.best
     sites = best.sites if isinstance(best.sites, tuple) else best.vectors.sites
-    return isinstance(best.c, int | float) and best.c == point["c"] and set(sites) == set(point["sites"])
+    chosen = best.c if isinstance(best.c, int | float) else None
+    return [{**row, "best": row["c"] == chosen and set(row["sites"]) == set(sites)} for row in calibration.table]

@@ -11,13 +11,14 @@ from typing import Any, final
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from actsteer.errors import ShapeError
+from actsteer.errors import AttachedError, ShapeError
 from actsteer.files.replacing import replacing
 from actsteer.looking import page
 from actsteer.looking.calibrated import Calibrated
 from actsteer.looking.subjects import SeenRows, SeenText, prompts, see_rows, see_text
 from actsteer.sites.axes import Axes
 from actsteer.sites.resolve import Sites
+from actsteer.steering.attached import steerers
 from actsteer.steering.steerer import Steerer
 from actsteer.steering.steering import AllPositions, Gates, Interventions, Steerable, steering_of
 from actsteer.steering.strength import Strengths
@@ -93,6 +94,7 @@ def look(
 
     Raises:
         ImportError: jinja2 or matplotlib is missing; pip install 'actsteer[look]'.
+        AttachedError: the model is steered already.
         BatchError: inputs that are none of these, or texts without a tokenizer.
         ShapeError, UnsupportedModelError: a site that has not one activation for each token or row.
         And what Steerer raises.
@@ -105,12 +107,14 @@ def look(
     (True, 2)
     """
     page.check_extra()
+    if there := steerers(model):
+        raise AttachedError(f"the model is steered already, by {there[0]!r}; leave its block, to see it unsteered too")
     parts = {"c": c, "intervention": intervention, "gate": gate, "positions": positions, "sites": sites}
     chosen = steering_of(steering, parts)
     if not isinstance(chosen.c, int | float | Tensor) and not callable(chosen.c):
         chosen = chosen.select(*(concept for concept in chosen.concepts if concept in chosen.c))
     steerer = Steerer(model, chosen, axis=axis, row_axis=row_axis, token_axis=token_axis)
-    texts = prompts(inputs, tokenizer, chat=chat, model=model)
+    texts = prompts(inputs, tokenizer, chat=chat)
     seen: list[SeenText] | SeenRows
     if texts is None:
         seen = see_rows(model, steerer, inputs)

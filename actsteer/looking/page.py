@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 
 import actsteer.html as html
 from actsteer.looking import pictures
-from actsteer.looking.calibrated import Calibrated, is_best
+from actsteer.looking.calibrated import Calibrated, points_of
 from actsteer.looking.numbers import document, median, rounded, shortened
 from actsteer.looking.subjects import ROWS, Runs, SeenRows, SeenText
 from actsteer.looking.words import words
@@ -66,6 +66,7 @@ def rendered(
     sites, concepts = list(steerer.sites), list(steerer.bank.concepts)
     texts = [_text(own) for own in seen] if isinstance(seen, list) else []
     rows = [] if isinstance(seen, list) else _rows(seen, images, classes)
+    points = [] if calibration is None else points_of(calibration)
     explained = steerer.explain().splitlines()
     page: dict[str, Any] = {
         "model": class_name(steerer.model),
@@ -83,8 +84,8 @@ def rendered(
         "norms": _norms(steerer, runs),
         "cosines": _cosines(steerer),
         "explained": html.outline(explained[1:]),
-        "maps": [] if calibration is None else pictures.calibration_maps(calibration),
-        "points": [] if calibration is None else _points(calibration),
+        "maps": pictures.calibration_maps(points) if points else [],
+        "points": [{**own, "sites": ", ".join(own["sites"])} for own in points],
     }
     return environment.get_template("page.html.j2").render(page)
 
@@ -183,9 +184,3 @@ def _cosines(steerer: Steerer) -> html.Markup | None:
     bank = steerer.bank
     present = bank.select(*(concept for concept, vector in bank.items() if float(vector.norm()) > 0))
     return html.matrix("", present.concepts, present.cosines().tolist()) if len(present) > 1 else None
-
-
-def _points(calibration: Calibrated) -> list[Mapping[str, Any]]:
-    return [
-        {**row, "sites": ", ".join(row["sites"]), "best": is_best(row, calibration.best)} for row in calibration.table
-    ]

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actsteer.looking.calibrated import Calibrated, is_best
 from actsteer.looking.numbers import shortened
 
 _LARGEST = 128  # pixels on a side
@@ -42,20 +41,18 @@ def image(pixels: Tensor) -> str:
     return "data:image/png;base64," + base64.b64encode(drawn.getvalue()).decode()
 
 
-def calibration_maps(calibration: Calibrated) -> list[dict[str, str]]:
-    """Effect, and cost, of every point, its sites against its dose; each a title, what it says, and an SVG."""
-    rows = list(calibration.table)
+def calibration_maps(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Effect, and cost, of every point of a calibration, its sites against its dose: each a title and an SVG."""
     every = list(dict.fromkeys(site for row in rows for site in row["sites"]))
     prefix, names = shortened(every) if every else ("", [])
     short = dict(zip(every, names, strict=True))
     labels = [", ".join(short[site] for site in row["sites"]) for row in rows]
-    best = [is_best(row, calibration.best) for row in rows]
     where = f", at sites of {prefix}" if prefix else ""
     said = {"effect": f"Effect{where}", "cost": f"Cost, KL in nats{where}"}
-    return [{"title": said[key], "svg": _map(rows, labels, best, key)} for key in said]
+    return [{"title": said[key], "svg": _map(rows, labels, key)} for key in said]
 
 
-def _map(rows: Sequence[Mapping[str, Any]], labels: Sequence[str], best: Sequence[bool], key: str) -> str:
+def _map(rows: Sequence[Mapping[str, Any]], labels: Sequence[str], key: str) -> str:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -66,14 +63,14 @@ def _map(rows: Sequence[Mapping[str, Any]], labels: Sequence[str], best: Sequenc
         warnings.filterwarnings("ignore", "Glyph")  # the browser's font has it
         figure = Figure(figsize=(5, 0.9 + 0.3 * len(names)))
         axes = figure.subplots()
-        for row, label, value, chosen in zip(rows, labels, values, best, strict=True):
+        for row, label, value in zip(rows, labels, values, strict=True):
             place = names.index(label)
             color = _COST if key == "cost" else _PLUS if value >= 0 else _MINUS
             depth = 0.08 + 0.87 * min(1.0, abs(value) / largest)
             axes.scatter(row["dose"], place, s=130, color=color, alpha=depth, linewidths=0)
             if not row["feasible"]:
                 axes.scatter(row["dose"], place, s=26, color=_INK, marker="x", linewidths=1)
-            if chosen:
+            if row["best"]:
                 axes.scatter(row["dose"], place, s=230, facecolors="none", edgecolors=_INK, linewidths=1.4)
         axes.set_yticks(range(len(names)), [_short(name) for name in names])
         axes.set_ylim(len(names) - 0.4, -0.6)

@@ -42,7 +42,7 @@ class SeenRows:
     runs: Runs
 
 
-def prompts(inputs: Any, tokenizer: Any, *, chat: bool, model: nn.Module) -> list[list[int]] | None:
+def prompts(inputs: Any, tokenizer: Any, *, chat: bool) -> list[list[int]] | None:
     """The token ids of every text, without pads; None of inputs that are no texts.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Protocol, final
+from typing import Protocol, final, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ class Explanation(str):
         return html.outline(self.splitlines())
 
 
+@runtime_checkable
 class Explains(Protocol):
     """A Steerer, to those that must not know the class."""
 

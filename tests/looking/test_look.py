@@ -6,6 +6,7 @@ import re
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from actsteer import (
     Ablate,
     Add,
     And,
+    AttachedError,
     BatchError,
     LowRank,
     Not,
@@ -284,6 +286,17 @@ def test_of_many_rows_the_first_are_shown():
 def test_inputs_that_are_none(inputs, message):
     with pytest.raises(BatchError, match=message):
         look(identity(), SteeringVector({"0": torch.ones(2)}), inputs=inputs)
+
+
+def test_a_model_that_is_steered_already_or_has_two_kinds_of_tokens_is_refused():
+    model, v = identity(), SteeringVector({"0": torch.ones(2)})
+    with Steerer(model, v):
+        model(torch.ones(1, 2))
+        with pytest.raises(AttachedError, match="steered already"):
+            look(model, v, inputs=torch.ones(1, 2))
+    model.config = SimpleNamespace(is_encoder_decoder=True)
+    with pytest.raises(UnsupportedModelError, match="a decoder of its own"):
+        look(model, v, inputs=IDS)
 
 
 def test_a_site_without_an_activation_for_every_token_is_refused():
