@@ -4,9 +4,8 @@ const names = { before: "along, unsteered", after: "along, steered", added: "mov
 let chosen = null;
 
 const short = (x) => {
-  if (x === null) return "–";
   const size = Math.abs(x), far = size >= 1e5 || (size > 0 && size < 1e-3);
-  return (far ? x.toExponential(1) : String(+x.toPrecision(3))).replace("-", "−");
+  return x === null ? "–" : (far ? x.toExponential(1) : String(+x.toPrecision(3))).replace("-", "−");
 };
 const percent = (x) => (x === null ? "–" : `${short(100 * x)} %`);
 const shown = (what, x) => (what === "added" ? percent(x) : short(x));
@@ -50,31 +49,32 @@ function paint() {
 
 function tell(item) { // its numbers at every site
   const [, now, concept] = state();
-  one("#chosen").textContent = item.dataset.kind === "token" ? item.dataset.w : "";
-  one("#where").textContent = item.dataset.place;
+  const { kind, w, place: where } = item.dataset;
+  one("#chosen").textContent = kind === "token" ? w : "";
+  one("#where").textContent = where;
   const rows = data.short.map((site, place) => {
     const row = document.createElement("tr"), head = document.createElement("th");
     row.append(Object.assign(head, { scope: "row", textContent: site }));
-    if (place === now) row.className = "now";
+    row.className = place === now ? "now" : "";
     for (const what of Object.keys(names).filter((name) => name !== "gate" || data.gated)) {
       const run = item.dataset.r, apart = (what === "before" && run === "steered") || (what === "after" && run === "plain");
       const cell = document.createElement("td"), x = apart ? null : number(item, what, place, concept);
-      cell.textContent = shown(what, x);
+      row.append(Object.assign(cell, { textContent: shown(what, x) }));
       tint(cell, what, x, scaled(what, place, concept));
-      row.append(cell);
     }
     return row;
   });
   one("#every").replaceChildren(...rows);
   one("#panel").dataset.empty = "no";
-  const box = one("#panel .scrolls");
-  box.scrollTop = rows[now].offsetTop - box.clientHeight / 2;
+  one("#panel .scrolls").scrollTop = rows[now].offsetTop - one("#panel .scrolls").clientHeight / 2;
 }
 
 function choose(item) {
   chosen?.removeAttribute("aria-current");
-  (chosen = item).setAttribute("aria-current", "true");
-  tell(item);
+  chosen = chosen === item ? null : item; // once more closes it
+  if (!chosen) return void (one("#panel").dataset.empty = "yes");
+  chosen.setAttribute("aria-current", "true");
+  tell(chosen);
 }
 function focus(item) {
   for (const other of items) other.tabIndex = other === item ? 0 : -1;

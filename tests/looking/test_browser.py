@@ -117,6 +117,9 @@ def test_the_keyboard_is_enough(browser, files, name):
     browser.press("Enter")
     assert browser("one('#panel').dataset.empty") == "no" and "2" in browser("one('#where').textContent")
     assert browser("one('#every').rows.length") == browser("data.sites.length")
+    browser.press("Enter")
+    assert browser("one('#panel').dataset.empty") == "yes"
+    browser.press("Enter")
     site = browser("one('#site').selectedIndex")
     browser.press("[")
     assert browser("one('#site').selectedIndex") == max(0, site - 1)
