@@ -98,7 +98,8 @@ def test_moved_by_is_measured_just_before_and_after_the_edit_in_the_steered_run(
 def test_what_was_added_is_not_computed_from_c():
     """An edit inside a module whose result is edited in place, and a concept whose positions leave tokens out."""
     model = nn.Sequential(nn.Identity(), nn.ReLU(inplace=True))
-    v, x = SteeringVector({"1": torch.tensor([3.0, 4.0])}), torch.tensor([[1.0, 0.0], [0.0, -2.0], [0.0, 10.0]])
+    x = torch.tensor([[1.0, 0.0], [0.0, -2.0], [0.0, 10.0]], dtype=torch.float64)
+    v = SteeringVector({"1": torch.tensor([3.0, 4.0], dtype=torch.float64)})
     _, steered = shown(model, v, inputs=x, c=2.0).numbers["items"][0]
     assert steered["added"][0] == [10, None, 1]  # of ‖h‖ = 0 no share
     assert shown(model, v, inputs=x, c=0.0).numbers["items"][0][1]["added"][0] == [0, None, 0]
@@ -248,6 +249,36 @@ def test_rows_stand_in_the_place_of_tokens_with_their_answers():
     assert page.numbers["items"][0][0]["added"] == [None]
 
 
+def test_answers_are_the_softmax_before_and_after():
+    v, x = SteeringVector({"0": torch.tensor([-3.0, 3.0])}), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    page = shown(identity(), v, inputs=x, classes=["no", "yes"])
+    assert "changes for 1 of 2" in page.text
+    before, after = x.softmax(dim=1), (x + v["0"]).softmax(dim=1)
+    percents = [f"{100 * float(p[row, own]):.1f} %" for row in (0, 1) for own in (0, 1) for p in (before, after)]
+    assert re.findall(r"[\d.]+ %", page.text) == [*percents, *re.findall(r"[\d.]+ %", page.text)[len(percents) :]]
+    tops = re.findall(r"(no|yes) → +(no|yes)", page.text)
+    assert tops == [("no", "yes"), ("yes", "yes")]
+
+
+def test_the_model_runs_in_evaluation_mode_and_keeps_its_buffers():
+    class Counts(nn.Identity):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return x
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5), nn.Flatten(), nn.Linear(48, 2), Counts()).train()
+    before, x, v = bits(model[0].running_mean).clone(), torch.randn(4, 3, 4, 4), SteeringVector({"1": torch.ones(3)})
+    page = shown(model, v, inputs=x)
+    assert all(module.training for module in model.modules()) and torch.equal(bits(model[0].running_mean), before)
+    assert model[4].calls == 0
+    assert page.numbers == shown(model.eval(), v, inputs=x).numbers
+
+
 def test_images_are_drawn_and_flat_ones_where_their_shape_is_given():
     v = SteeringVector({"0": torch.ones(12)})
     assert sum(tag == "img" for tag, _ in shown(identity(), v, inputs=torch.rand(3, 12), image_shape=(3, 4)).tags) == 3
@@ -355,6 +386,7 @@ def test_names_and_tokens_that_are_hostile_are_text(page):
 
 
 def test_hostile_text_is_shown_as_it_stands():
+    assert Page(texts_page()).numbers["concepts"] == ["calm", HOSTILE]
     assert HOSTILE in Page(texts_page()).text and HOSTILE in Page(rows_page()).text
     assert HOSTILE in [item["text"].strip() for item in Page(texts_page()).items]
 
