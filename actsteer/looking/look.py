@@ -14,7 +14,6 @@ from tqdm.auto import tqdm
 from actsteer.errors import AttachedError, ShapeError
 from actsteer.files.replacing import replacing
 from actsteer.looking import page
-from actsteer.looking.calibrated import Calibrated
 from actsteer.looking.subjects import SeenRows, SeenText, prompts, see_rows, see_text
 from actsteer.sites.axes import Axes
 from actsteer.sites.resolve import Sites
@@ -22,6 +21,7 @@ from actsteer.steering.attached import steerers
 from actsteer.steering.steerer import Steerer
 from actsteer.steering.steering import AllPositions, Gates, Interventions, Steerable, steering_of
 from actsteer.steering.strength import Strengths
+from actsteer.tuning.calibration import Calibration
 
 
 @final
@@ -69,7 +69,7 @@ def look(
     chat: bool = False,
     image_shape: Sequence[int] | None = None,
     classes: Sequence[str] | None = None,
-    calibration: Calibrated | None = None,
+    calibration: Calibration | None = None,
     progress: bool = True,
 ) -> Look:
     """A page that shows what a steering does to these inputs: the model runs on them plain, and then steered.
@@ -90,7 +90,7 @@ def look(
         chat: apply the tokenizer's chat template.
         image_shape: (H, W) or (C, H, W) of rows that are images and come flat.
         classes: the names of the model's outputs, in their order.
-        calibration: points that were measured, for a map of effect and cost (see `Calibrated`).
+        calibration: what `calibrate` has found, for a map of effect and cost.
 
     Raises:
         ImportError: jinja2 or matplotlib is missing; pip install 'actsteer[look]'.

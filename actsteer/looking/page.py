@@ -12,13 +12,13 @@ from torch import Tensor
 
 import actsteer.html as html
 from actsteer.looking import pictures
-from actsteer.looking.calibrated import Calibrated, points_of
 from actsteer.looking.numbers import document, median, rounded, shortened
 from actsteer.looking.subjects import ROWS, Runs, SeenRows, SeenText
 from actsteer.looking.words import words
 from actsteer.sites.wrappers import class_name
 from actsteer.steering.steerer import Steerer
 from actsteer.steering.steering import Steering
+from actsteer.tuning.calibration import Calibration
 
 _BEST, _WRITTEN, _DRAWN, _LISTED = (
     3,
@@ -48,7 +48,7 @@ def rendered(
     images: Tensor | None,
     *,
     classes: Sequence[str] | None,
-    calibration: Calibrated | None,
+    calibration: Calibration | None,
     total: int,
 ) -> str:
     """The page as HTML."""
@@ -66,7 +66,7 @@ def rendered(
     sites, concepts = list(steerer.sites), list(steerer.bank.concepts)
     texts = [_text(own) for own in seen] if isinstance(seen, list) else []
     rows = [] if isinstance(seen, list) else _rows(seen, images, classes)
-    points = [] if calibration is None else points_of(calibration)
+    points = [] if calibration is None else calibration.table
     explained = steerer.explain().splitlines()
     page: dict[str, Any] = {
         "model": class_name(steerer.model),
@@ -84,8 +84,12 @@ def rendered(
         "norms": _norms(steerer, runs),
         "cosines": _cosines(steerer),
         "explained": html.outline(explained[1:]),
-        "maps": pictures.calibration_maps(points) if points else [],
-        "points": [{**own, "sites": ", ".join(own["sites"])} for own in points],
+        "maps": pictures.calibration_maps(calibration) if calibration is not None and points else [],
+        "verdict": "" if calibration is None else calibration.verdict,
+        "points": [
+            {**own, "sites": ", ".join(own["sites"]), "best": calibration is not None and own is calibration.chosen}
+            for own in points
+        ],
     }
     return environment.get_template("page.html.j2").render(page)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from actsteer.looking.numbers import shortened
+from actsteer.tuning.calibration import Calibration
 
 _LARGEST = 128  # pixels on a side
 _INK, _PLUS, _MINUS, _COST = "#010203", "#040506", "#070809", "#0a0b0c"  # stand for the page's own colours
@@ -41,38 +43,52 @@ def image(pixels: Tensor) -> str:
     return "data:image/png;base64," + base64.b64encode(drawn.getvalue()).decode()
 
 
-def calibration_maps(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Effect, and cost, of every point of a calibration, its sites against its dose: each a title and an SVG."""
+def calibration_maps(calibration: Calibration) -> list[dict[str, str]]:
+    """What every point gains over not steering, and its cost, its sites against its dose: each a title and an SVG."""
+    rows = calibration.table
     every = list(dict.fromkeys(site for row in rows for site in row["sites"]))
     prefix, names = shortened(every) if every else ("", [])
     short = dict(zip(every, names, strict=True))
     labels = [", ".join(short[site] for site in row["sites"]) for row in rows]
     where = f", at sites of {prefix}" if prefix else ""
-    said = {"effect": f"Effect{where}", "cost": f"Cost, KL in nats{where}"}
-    return [{"title": said[key], "svg": _map(rows, labels, key)} for key in said]
+    gained = [None if row["effect"] is None else row["effect"] - calibration.unsteered for row in rows]
+    said = {f"Effect, less {calibration.unsteered:.3g} unsteered{where}": gained}
+    said |= {f"Cost, {next(iter(calibration.budget))}{where}": [row["cost"] for row in rows]}
+    chosen = calibration.chosen
+    return [
+        {"title": title, "svg": _map(rows, labels, values, name=name, chosen=chosen)}
+        for name, (title, values) in zip(("effect", "cost"), said.items(), strict=True)
+    ]
 
 
-def _map(rows: Sequence[Mapping[str, Any]], labels: Sequence[str], key: str) -> str:
+def _map(
+    rows: Sequence[Mapping[str, Any]],
+    labels: Sequence[str],
+    values: Sequence[float | None],
+    *,
+    name: str,
+    chosen: Mapping[str, Any] | None,
+) -> str:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(labels))
-    values = [float(row[key]) for row in rows]
-    largest = max((abs(value) for value in values), default=0.0) or 1.0
+    largest = max((abs(value) for value in values if value is not None and math.isfinite(value)), default=0.0) or 1.0
     with rc_context(_SIZES), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # the browser's font has it
         figure = Figure(figsize=(5, 0.9 + 0.3 * len(names)))
         axes = figure.subplots()
         for row, label, value in zip(rows, labels, values, strict=True):
             place = names.index(label)
-            color = _COST if key == "cost" else _PLUS if value >= 0 else _MINUS
-            depth = 0.08 + 0.87 * min(1.0, abs(value) / largest)
-            axes.scatter(row["dose"], place, s=130, color=color, alpha=depth, linewidths=0)
+            if value is not None:
+                color = _COST if name == "cost" else _PLUS if value >= 0 else _MINUS
+                depth = 0.08 + 0.87 * min(1.0, abs(value) / largest)
+                axes.scatter(row["dose"], place, s=130, color=color, alpha=depth, linewidths=0)
             if not row["feasible"]:
                 axes.scatter(row["dose"], place, s=26, color=_INK, marker="x", linewidths=1)
-            if row["best"]:
+            if row is chosen:
                 axes.scatter(row["dose"], place, s=230, facecolors="none", edgecolors=_INK, linewidths=1.4)
-        axes.set_yticks(range(len(names)), [_short(name) for name in names])
+        axes.set_yticks(range(len(names)), [_short(own) for own in names])
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.set_xlabel("dose, in typical norms")
         axes.margins(x=0.1)
@@ -83,7 +99,7 @@ def _map(rows: Sequence[Mapping[str, Any]], labels: Sequence[str], key: str) -> 
         axes.spines[:].set_visible(False)
         drawn = io.StringIO()
         figure.savefig(drawn, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
-    return _inline(drawn.getvalue(), prefix=key)
+    return _inline(drawn.getvalue(), prefix=name)
 
 
 def _short(name: str) -> str:

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import torch
 from torch import nn
 
-from actsteer import LowRank, ProjectionAbove, SteeringVector, VectorBank
+from actsteer import Calibration, LowRank, ProjectionAbove, Steering, SteeringVector, VectorBank
 from actsteer.looking.look import look
 from tests.zoo import cnn, llama, mlp, normal
 
@@ -91,21 +91,27 @@ def images_page():
     """An edit of low rank in a convolutional network."""
     torch.manual_seed(0)
     edit = LowRank({"0": (normal(1, 4), normal(1, 4, seed=4), normal(1, seed=5))})
-    return look(cnn(), edit, inputs=normal(5, 3, 4, 4), calibration=Measured(), progress=False).html
+    return look(cnn(), edit, inputs=normal(5, 3, 4, 4), calibration=measured(), progress=False).html
 
 
-class Measured:
-    """A stand-in for a calibration."""
-
-    def __init__(self):
-        from actsteer import Steering
-
-        points = [("0", 0.1, 0.2, True), ("0", 0.4, 0.9, False), ("2", 0.1, -0.1, True), ("2", 0.4, 0.5, True)]
-        self.table = [
-            {"sites": (site,), "dose": dose, "c": 2 * dose, "effect": effect, "cost": dose**2, "feasible": feasible}
-            for site, dose, effect, feasible in points
-        ]
-        self.best = Steering(SteeringVector({"2": torch.ones(4)}), c=0.8)
+def measured(*, site="2"):
+    """A calibration of four points, of which the last is chosen."""
+    points = [("0", 0.1, 0.2, True), ("0", 0.4, None, False), ("2", 0.1, -0.1, True), (site, 0.4, 0.5, True)]
+    same = {"intervention": "Add(relative=False)", "positions": "all", "effect_interval": None, "cost_interval": None}
+    table = [
+        {"sites": (site,), "dose": dose, "c": 2 * dose, "effect": effect, "cost": dose**2, "feasible": feasible, **same}
+        for site, dose, effect, feasible in points
+    ]
+    return Calibration(
+        best=Steering(SteeringVector({"2": torch.ones(4)}), c=0.8),
+        table=table,
+        chosen=table[-1],
+        unsteered=0.0,
+        controls=(0.1, 0.2),
+        percentile=100.0,
+        budget={"mean": 0.3},
+        reported_on_choice=False,
+    )
 
 
 def identity(*sites):

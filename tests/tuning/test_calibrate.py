@@ -441,6 +441,9 @@ def test_it_is_printed_as_a_table_and_a_verdict_and_drawn(found, tmp_path):
     assert sum(line.startswith("*") for line in text.splitlines()) == 1
     assert "percentile 100.0 of 78 controls" in text
     assert "\n" not in repr(found)
+    shown = found._repr_html_()
+    assert shown.count("<tr>") == 1 + len(text.splitlines()[1:-2])
+    assert found.verdict in shown
     for suffix in ("png", "svg"):
         found.plot(tmp_path / f"pareto.{suffix}")
         assert (tmp_path / f"pareto.{suffix}").stat().st_size > 5000
