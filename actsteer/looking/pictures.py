@@ -7,7 +7,8 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -90,6 +91,11 @@ def _map(
                 axes.scatter(row["dose"], place, s=230, facecolors="none", edgecolors=_INK, linewidths=1.4)
         axes.set_yticks(range(len(names)), [_short(own) for own in names])
         axes.set_ylim(len(names) - 0.4, -0.6)
+        doses = [abs(row["dose"]) for row in rows]
+        axes.set_xscale("symlog", linthresh=min(doses), linscale=0.3)  # they double
+        axes.set_xticks(sorted({round(own, 3) for own in _ticks(row["dose"] for row in rows)}))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
         axes.set_xlabel("dose, in typical norms")
         axes.margins(x=0.1)
         axes.grid(axis="x", color=_INK, alpha=0.12, linewidth=0.6)
@@ -100,6 +106,13 @@ def _map(
         drawn = io.StringIO()
         figure.savefig(drawn, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
     return _inline(drawn.getvalue(), prefix=name)
+
+
+def _ticks(doses: Iterable[float]) -> list[float]:
+    """Every second one of those that stand at several places, the coarse ones, from the largest down."""
+    counts = Counter(doses)
+    coarse = sorted((own for own in counts if counts[own] == max(counts.values())), key=abs, reverse=True)
+    return coarse[::2]
 
 
 def _short(name: str) -> str:

@@ -63,7 +63,7 @@ class Calibration:
         """What was found, in a sentence."""
         if self.chosen is None:
             return "c = 0: no strength is within the budget"
-        where = f"at {place_of(self.chosen)}, c = {self.chosen['c']:.4g}"
+        where = f"at site{'s' * (len(self.chosen['sites']) > 1)} {place_of(self.chosen)}, c = {self.chosen['c']:.4g}"
         effect = f"effect {_with(self.chosen['effect'], self.chosen['effect_interval'])} {where}"
         said = f"{effect}, unsteered {self.unsteered:.4g}"
         note = "; chosen and reported on the same data, for which evaluate gives one number" * self.reported_on_choice
