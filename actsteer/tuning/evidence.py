@@ -147,12 +147,13 @@ class Evidence:
         )
         return replace(steering, vectors=bank)
 
-    def compared(self, steering: Steering, model: nn.Module | None) -> Iterator[Held]:
+    def compared(self, steering: Steering | VectorBank | SteeringVector, model: nn.Module | None) -> Iterator[Held]:
         """What the file and the model are now, beside what was recorded of them.
 
         Of vectors alone the strength is the recorded one. A vector that is twice as long, at half the strength, is the
         same steering, and so is one in a wider dtype.
         """
+        steering = steering if isinstance(steering, Steering) else Steering(steering)
         c = self.steering["c"] if steering.is_plain else steering.c
         recorded = {concept: list(sites) for concept, sites in self.directions.items()}
         now = {concept: list(vector) for concept, vector in steering.vectors.items()}
