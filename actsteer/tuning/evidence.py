@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from actsteer.collecting.resume import digest_of
+from actsteer.collecting.resume import code_of, digest_of
 from actsteer.errors import FileFormatError
 from actsteer.files.sealed import VERSION
 from actsteer.sites import fingerprint
@@ -248,6 +248,15 @@ def digests_of(metric: Metric) -> dict[str, str]:
     if isinstance(metric, TextMetric):
         return {"effect": digest_of(metric.prompts)}
     return {"effect": digest(metric.inputs, metric.inputs)} if isinstance(metric, OutputMetric) else {}
+
+
+def code_of_metric(metric: Metric | None) -> str:
+    """A digest of what a metric does, by its code and what it holds."""
+    if metric is None:
+        return ""
+    own: Any = metric.score if isinstance(metric, OutputMetric | TextMetric) else metric
+    held = dict(getattr(metric, "__dict__", {}))
+    return f"{name_of(metric)} {code_of(own)} {digest_of([held])} {digests_of(metric)}"
 
 
 def _figure(found: Any) -> Figure:
