@@ -9,6 +9,7 @@ import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import torch
@@ -271,7 +272,7 @@ def _told(steering: Steering) -> dict[str, str]:
     every = {concept: "all" if named.get(concept) is None else named[concept] for concept in steering.concepts}
     acts = dict(zip(steering.concepts, interventions_of(steering.vectors, steering.intervention), strict=True))
     return {
-        "positions": _alike({concept: repr(own) for concept, own in every.items()}),
+        "positions": _alike({concept: own if isinstance(own, str) else repr(own) for concept, own in every.items()}),
         "intervention": _alike({concept: repr(own) for concept, own in acts.items()}),
         "gate": _alike({concept: repr(gates.get(concept)) for concept in steering.concepts}),
     }
@@ -297,8 +298,10 @@ def _is_same_model(name: str, recorded: str, now: str) -> bool:
 def _named(model: nn.Module) -> dict[str, str]:
     """The name and the revision of a Hugging Face model."""
     config = vars(unwrapped(model)).get("config")
-    found = {"name": getattr(config, "name_or_path", None), "revision": getattr(config, "_commit_hash", None)}
-    return {key: own for key, own in found.items() if isinstance(own, str) and own}
+    name = str(getattr(config, "name_or_path", None) or "")
+    name = Path(name).name if Path(name).is_dir() else name  # where it lies here is nobody else's matter
+    found = {"name": name, "revision": str(getattr(config, "_commit_hash", None) or "")}
+    return {key: own for key, own in found.items() if own}
 
 
 def _versions() -> dict[str, str]:
