@@ -109,7 +109,8 @@ class Front:
 
     def replaced(self, new: Served) -> None:
         """The workers have it; another one may be on its way already."""
-        self._served, self._count = new, self._count + 1
+        self._count += 1  # before requests can be checked against the new one
+        self._served = new
         if self._coming is new:
             self._coming = None
 

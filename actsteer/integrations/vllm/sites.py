@@ -26,10 +26,7 @@ _NORMS = {"RMSNorm", "GemmaRMSNorm"}  # give (normed, the stream)
 _LINEAR = {"LinearBase", "Linear"}
 _OUTSIDE = {*_NORMS, "LayerNorm", "VocabParallelEmbedding", "Embedding"}  # served outside of the blocks, too
 _FUSED = {"QKVParallelLinear", "MergedColumnParallelLinear"}
-_IN_ORDER = {
-    "GPT2LMHeadModel",
-    "Phi3ForCausalLM",
-}  # which fuse as Hugging Face does, in its order; compared in the tests
+_IN_ORDER = {"GPT2LMHeadModel", "Phi3ForCausalLM"}  # fuse as Hugging Face does, in its order; compared in the tests
 _IN_OWN_WAY = {"FusedMoE", "MoERunnerInterface", "MLAAttention", "MambaBase"}  # do the work of the modules beside them
 
 
@@ -124,7 +121,7 @@ def _check_kind(model: nn.Module, modules: Mapping[str, nn.Module], place: Place
     Raises:
         UnsupportedModelError: it is another, or one whose output is another.
     """
-    site, name, module = place.site, place.name, place.module
+    name, module = place.name, place.module
     kinds, tells = _kinds(module), f"site {place.site!r}: vLLM's {type(module).__name__}"
     above = _prefixes(name)
     blocks = [own for own in above if isinstance(modules.get(own.rpartition(".")[0]), nn.ModuleList)]
@@ -154,7 +151,7 @@ def _check_kind(model: nn.Module, modules: Mapping[str, nn.Module], place: Place
     if kinds & _FUSED and type(model).__name__ not in _IN_ORDER:
         raise UnsupportedModelError(
             f"{tells} computes several layers in one, in an order of its own; that is known to be Hugging Face's of "
-            f"{', '.join(sorted(_IN_ORDER))} alone: steer its input, {site}:in, or the block"
+            f"{', '.join(sorted(_IN_ORDER))} alone: steer its input, {place.name}:in, or the block"
         )
     apart = [own for own in module.modules() if not getattr(own, "reduce_results", True)]
     if (not blocks or inside) and any(getattr(own, "tp_size", 1) > 1 for own in apart):

@@ -102,6 +102,7 @@ def check_modes(config: Any, served: Served) -> None:
         (freezes, "max_autotune on the CPU: it freezes what is to change"),
         (config.speculative_config, "speculative decoding: how many tokens hold is not known when a pass begins"),
         (getattr(config.model_config, "is_encoder_decoder", False), "an encoder: whose tokens a pass has is not known"),
+        (getattr(config.model_config, "is_diffusion", False), "a diffusion model: it computes tokens several times"),
         (config.model_config.runner_type != "generate", "a model that pools: its requests ask for no steering"),
         (
             config.model_config.enable_prompt_embeds,

@@ -611,6 +611,7 @@ def scheduler_config(**changed: Any) -> Any:
         ({"cache_config": SimpleNamespace(kv_sharing_fast_prefill=True)}, "fast prefill"),
         ({"parallel_config": SimpleNamespace(use_sequence_parallel_moe=True)}, "sequence-parallel experts"),
         ({"model_config": model_config(is_encoder_decoder=True)}, "an encoder"),
+        ({"model_config": model_config(is_diffusion=True)}, "a diffusion model"),
         ({"model_config": model_config(runner_type="pooling")}, "a model that pools"),
         ({"model_config": model_config(enable_prompt_embeds=True)}, "prompt embeddings"),
         ({"kv_transfer_config": object()}, "a KV connector"),
