@@ -729,6 +729,9 @@ def test_another_request_of_the_same_name_is_steered_as_it_asks_and_decided_anew
         said = sent(plain.served, {"c": {"one": c}}) if c else None
         plain.filler.add("a", said, 5, state=object())
         assert torch.allclose(plain.run([("a", 0, text)])[0], hooked(Steering(bank()), {"one": c}, text), atol=1e-5)
+    for c in (1.0, -1.0):  # nothing is kept by which it could be told
+        plain.filler.add("c", sent(plain.served, {"c": {"one": c}}), 5)
+        assert torch.allclose(plain.run([("c", 0, text)])[0], hooked(Steering(bank()), {"one": c}, text), atol=1e-5)
     one = [drawn(1, D, seed=n) for n in (1, 2)]
     for c, token in zip((1.0, -1.0), one, strict=True):  # passes of one token each
         plain.filler.add("b", sent(plain.served, {"c": {"one": c}}), 1, state=object())
