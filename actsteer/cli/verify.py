@@ -92,7 +92,7 @@ def verify(
         same = models.folded(folded, loaded, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         _check_folded(steerer, batch, folded, same)
     if engine is not None and model is not None:
-        _check_engine(steerer, batch, model=model, bank=bank, dtype=dtype)
+        _check_engine(steerer, batch, model=model, bank=bank)
     _check_evidence(steering, loaded.model, strength, again=partial(_again, loaded, on, metric, max_new_tokens, chat))
 
 
@@ -105,18 +105,20 @@ def _check_folded(steerer: Steerer, batch: Any, folded: str, same: nn.Module) ->
     screen.say(f"folded: {folded} gives the steered model's outputs, within rounding")
 
 
-def _check_engine(steerer: Steerer, batch: Any, *, model: str, bank: str, dtype: str) -> None:
+def _check_engine(steerer: Steerer, batch: Any, *, model: str, bank: str) -> None:
     if not isinstance(batch, dict) or "input_ids" not in batch:
         raise typer.BadParameter("an engine answers texts, .txt or .jsonl", param_hint="--on")
     mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
     prompts = [row[real.bool()].tolist() for row, real in zip(batch["input_ids"], mask, strict=True)]
-    found = compare(steerer, prompts, model=model, bank=bank, dtype=dtype)
+    found = compare(steerer, prompts, model=model, bank=bank)
     if found.failure is not None:
         screen.complain("error", f"vLLM does not answer what the steered model does: {found.failure}")
         raise typer.Exit(1)
+    ties = "" if found.equal == found.prompts else f", and parts from it at ties, within {found.parted:.2g}"
     screen.say(
-        f"served: vLLM gives the steered model's tokens for {found.equal} of {found.prompts} prompts; "
-        f"log-probabilities differ by up to {found.furthest:.2g}, and where nothing is steered by {found.plain:.2g}"
+        f"served: vLLM gives the steered model's tokens for {found.equal} of {found.prompts} prompts{ties}, both in "
+        f"{found.dtype}; log-probabilities differ by up to {found.furthest:.2g}, and where nothing is steered by "
+        f"{found.plain:.2g}"
     )
 
 

@@ -18,6 +18,8 @@ Positions: TypeAlias = Words | int | Sequence[int] | slice | Tensor | Callable[[
 """A word; an index or several, negative ones from the end of the prompt; a slice that goes forward; a bool mask (S,) or
 (B, S); or a callable that makes such a mask from the inputs by name. They count the real tokens of each text."""
 
+_FURTHEST = 2**31 - 1
+
 
 def check(positions: Positions, *, steers: bool) -> None:
     """Raise TypeError or ValueError unless these are positions that data has or, with `steers`, that can be steered."""
@@ -38,8 +40,14 @@ def check(positions: Positions, *, steers: bool) -> None:
             raise ValueError(
                 "positions: 'mean' is for data, and the mean over a text is no token that could be steered; take 'all'"
             )
-        case slice() if (positions.step or 1) < 1:
+        case slice() if positions.step is not None and positions.step < 1:
             raise ValueError(f"positions: expected a slice that goes forward, got {positions!r}")
+        case int() | slice() | Sequence() if any(
+            isinstance(own, int) and abs(own) > _FURTHEST for own in _numbers(positions)
+        ):
+            raise ValueError(
+                f"positions: expected indices of at most {_FURTHEST}, and no text is as long; got a larger one"
+            )
         case Tensor() if positions.dtype is not torch.bool or positions.ndim not in (1, 2):
             raise ShapeError(
                 f"positions: expected a bool mask of shape (S,) or (B, S), got {positions.dtype} of shape "
@@ -56,6 +64,13 @@ def check(positions: Positions, *, steers: bool) -> None:
                 "positions: expected a word, an index, a list of indices, a slice, a mask or a callable, got "
                 f"{positions!r}"
             )
+
+
+def _numbers(positions: int | slice | Sequence[Any]) -> Sequence[Any]:
+    """What they consist of."""
+    if isinstance(positions, slice):
+        return positions.start, positions.stop, positions.step
+    return [positions] if isinstance(positions, int) else positions
 
 
 def from_text(text: str) -> Positions:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import glob
+import inspect
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,11 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from actsteer.errors import FileFormatError, ModelMismatchError, close_names
+from actsteer.errors import FileFormatError, ModelMismatchError, UnsupportedModelError, close_names
 from actsteer.files import sealed
 from actsteer.integrations.vllm.requests import NAME
 from actsteer.integrations.vllm.served import Served, served
 from actsteer.sites import fingerprint
+from actsteer.sites.place import split_site
 from actsteer.steering.plan import gates_of, interventions_of
 from actsteer.steering.steering import Steering
 from actsteer.vectors.bank import VectorBank
@@ -41,7 +44,10 @@ def of_config(vllm_config: Any) -> str | list[str] | None:
         if name not in _KNOWN:
             raise ValueError(f"additional_config[{NAME!r}]: no such option, {name!r}. {close_names(name, _KNOWN[:1])}")
     bank = given["bank"]
-    return bank if isinstance(bank, str) else [str(own) for own in bank]
+    each = [bank] if isinstance(bank, str | os.PathLike) else bank
+    if not isinstance(each, list | tuple) or not each or not all(isinstance(own, str | os.PathLike) for own in each):
+        raise ValueError(f'additional_config: expected "bank" to be a file, a pattern, or a list of them, got {bank!r}')
+    return str(bank) if each is not bank else [str(own) for own in each]
 
 
 def load(bank: str | Sequence[str]) -> Served:
@@ -95,6 +101,32 @@ def check_model(steering: Served, vllm_config: Any) -> None:
     if (model := _empty(config)) is not None:
         with _logged():
             fingerprint.check_each(model, steering.made_for)
+        check_alike(model, steering)
+
+
+def check_alike(model: nn.Module, steering: Served) -> None:
+    """That the modules of Hugging Face's model compute what vLLM's of the same names do.
+
+    Raises:
+        UnsupportedModelError: an embedding that scales, which vLLM does after it; an edit that reads the output of a
+            module that adds the residual stream, which vLLM does behind it.
+    """
+    modules = dict(model.named_modules())
+    for site in dict.fromkeys((*steering.stages, *(score.site for score in steering.scores))):
+        name, side, _ = split_site(site)
+        module = modules.get(name)
+        if module is None or side == "in":
+            continue
+        if isinstance(module, nn.Embedding) and type(module) is not nn.Embedding:
+            raise UnsupportedModelError(
+                f"site {site!r}: {type(module).__name__} does more than look up, which vLLM does behind it, if at all; "
+                "steer the first block's input"
+            )
+        if steering.reads(site) and "residual" in inspect.signature(module.forward).parameters:
+            raise UnsupportedModelError(
+                f"site {site!r}: {type(module).__name__} adds the residual stream, and vLLM's module does not, so that "
+                "an edit or a gate that reads its output would read something else; steer the block"
+            )
 
 
 def _inner_types(config: Any) -> set[str]:

@@ -13,7 +13,7 @@ from actsteer.errors import UnsupportedModelError
 from actsteer.integrations.vllm.requests import NAME, steer
 from actsteer.steering.steerer import Steerer
 
-_SLACK, _LEAST = 4.0, 1e-3
+_SLACK, _LEAST, _MOST = 3.0, 1e-3, 0.05
 
 
 class Answer(NamedTuple):
@@ -29,31 +29,45 @@ class Comparison:
     """How far an engine is from the hooked model.
 
     Args:
+        dtype: in which both computed.
         prompts: how many were answered.
         equal: to how many the answers have the same tokens.
         furthest: the largest difference of log-probabilities, as far as the tokens are the same.
-        plain: the same where nothing is steered, which is what the two differ by anyway.
+        parted: where they part, how much likelier the hooked model's token is to it than the engine's, at most.
+        plain: the larger of both where nothing is steered, which is what the two differ by anyway.
         moved: the largest difference between the hooked model's steered and its plain answers.
     """
 
+    dtype: str
     prompts: int
     equal: int
     furthest: float
+    parted: float
     plain: float
     moved: float
 
     @property
     def tolerance(self) -> float:
-        """What the steered answers may differ by: 4 times what the plain ones do, and 0.001 at least."""
+        """What the steered answers may differ by: 3 times what the plain ones do, and 0.001 at least."""
         return max(_LEAST, _SLACK * self.plain)
 
     @property
     def failure(self) -> str | None:
         """Why they are not the same, or not proved to be; None if they are."""
+        if self.plain > _MOST:
+            return (
+                f"unsteered answers differ by {self.plain:.3g} in {self.dtype}, beyond {_MOST}, and nothing is proved; "
+                "compare in float32 (--dtype float32), and see whether both load the same model"
+            )
+        if self.parted > self.tolerance:
+            return (
+                f"tokens differ, and no tie explains it: the hooked model's are likelier by {self.parted:.3g}, where "
+                f"unsteered answers differ by {self.plain:.3g}; {_HINT}"
+            )
         if self.furthest > self.tolerance:
             return (
-                f"the log-probabilities differ by {self.furthest:.3g}, where unsteered ones do by {self.plain:.3g}; is "
-                "the plugin kept out by VLLM_PLUGINS, or the bank another one?"
+                f"the log-probabilities differ by {self.furthest:.3g}, where unsteered ones do by {self.plain:.3g}; "
+                f"{_HINT}"
             )
         if self.moved <= self.tolerance:
             return (
@@ -63,15 +77,18 @@ class Comparison:
         return None
 
 
+_HINT = "is the plugin kept out by VLLM_PLUGINS, or the bank another one?"
+
+
 def compare(
-    steerer: Steerer, prompts: Sequence[Sequence[int]], *, model: str, bank: str, dtype: str = "auto", tokens: int = 16
+    steerer: Steerer, prompts: Sequence[Sequence[int]], *, model: str, bank: str, tokens: int = 16
 ) -> Comparison:
-    """Have vLLM and the hooked model answer the same prompts, steered and not, greedily.
+    """Have vLLM and the hooked model answer the same prompts, steered and not, greedily, both in the latter's dtype.
 
     Args:
         steerer: of the transformers model.
         prompts: token ids.
-        model, bank, dtype: what vLLM is to load, and in which dtype.
+        model, bank: what vLLM is to load.
         tokens: how many each answer has.
 
     Raises:
@@ -84,6 +101,7 @@ def compare(
     ours = [greedy(steerer.model, prompt, tokens) for prompt in prompts]
     with steerer:
         ours += [greedy(steerer.model, prompt, tokens) for prompt in prompts]
+    dtype = str(next(steerer.model.parameters()).dtype).removeprefix("torch.")
     llm = LLM(model, dtype=dtype, additional_config={NAME: {"bank": bank}})
     c: Any = dict(steerer.c) if isinstance(steerer.c, Mapping) else dict.fromkeys(steerer.bank, steerer.c)
     params = [
@@ -96,29 +114,33 @@ def compare(
         Answer(list(own.outputs[0].token_ids), [next(iter(step.values())).logprob for step in own.outputs[0].logprobs])
         for own in outputs
     ]
-    return compared(ours, theirs)
+    return compared(ours, theirs, dtype=dtype)
 
 
-def compared(ours: Sequence[tuple[Answer, Tensor]], theirs: Sequence[Answer]) -> Comparison:
-    """The answers of the hooked model, with all log-probabilities (S, V), and the engine's: first plain, then steered.
-
-    Where the tokens part, the difference is how much less likely the engine's is to the hooked model.
-    """
+def compared(ours: Sequence[tuple[Answer, Tensor]], theirs: Sequence[Answer], *, dtype: str) -> Comparison:
+    """The hooked model's answers, with all log-probabilities (S, V), and the engine's: first plain, then steered."""
     count = len(ours) // 2
     apart = [_apart(own, given) for own, given in zip(ours, theirs, strict=True)]
-    moved = max(_apart(ours[place + count], ours[place][0]) for place in range(count))
-    equal = sum(own[0].tokens == given.tokens for own, given in zip(ours[count:], theirs[count:], strict=True))
-    return Comparison(count, equal, furthest=max(apart[count:]), plain=max(apart[:count]), moved=moved)
+    return Comparison(
+        dtype,
+        count,
+        equal=sum(own[0].tokens == given.tokens for own, given in zip(ours[count:], theirs[count:], strict=True)),
+        furthest=max(far for far, _ in apart[count:]),
+        parted=max(part for _, part in apart[count:]),
+        plain=max(max(own) for own in apart[:count]),
+        moved=max(max(_apart(ours[place + count], ours[place][0])) for place in range(count)),
+    )
 
 
-def _apart(ours: tuple[Answer, Tensor], theirs: Answer) -> float:
+def _apart(ours: tuple[Answer, Tensor], theirs: Answer) -> tuple[float, float]:
+    """The largest difference of log-probabilities up to where the tokens part, and how much likelier ours is there."""
     answer, known = ours
     worst = 0.0
     for place, (one, other) in enumerate(zip(answer.tokens, theirs.tokens, strict=True)):
         worst = max(worst, abs(float(known[place, other]) - theirs.logprobs[place]))
         if one != other:
-            return max(worst, answer.logprobs[place] - float(known[place, other]))
-    return worst
+            return worst, answer.logprobs[place] - float(known[place, other])
+    return worst, 0.0
 
 
 @torch.no_grad()

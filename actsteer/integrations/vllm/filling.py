@@ -26,11 +26,13 @@ class Part(NamedTuple):
     length: int
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Known:
     """A request that the engine has taken on.
 
     Args:
+        sent: what the front end has said of it.
+        state: what the engine keeps of it, from its first pass to its last; None: the engine says when it ends.
         request: what is to be steered; None: nothing.
         prompt: the number of the prompt's tokens.
         steady_from: the token from which on all get the same.
@@ -40,6 +42,8 @@ class Known:
         kept: the decision, while another request has its slot.
     """
 
+    sent: Mapping[str, Any] | None
+    state: object
     request: Request | None
     prompt: int
     steady_from: float
@@ -64,26 +68,39 @@ class Filler:
         self._count = 0
         self._digest = served.digest
         self._known: dict[str, Known] = {}
-        self._last: list[tuple[str, int]] | None = None  # whose tokens the last pass had, if all were steady
+        self._replaced: set[str] = set()  # digests of the banks before
+        self._last: list[tuple[Known, int]] | None = None  # whose tokens the last pass had, if all were steady
         self._used = 0  # up to here the buffers are not zero
         self._slots: dict[int, Known] = {}
 
     def replace(self, served: Served) -> None:
-        """Another steering, from the next request on; one that is being steered by the present one cannot go on."""
-        self.forget([key for key, own in self._known.items() if own.request is not None])
+        """Another steering, from the next request on.
+
+        The front end waits until no client waits for an answer; what still runs then is about to be aborted, and goes
+        on unsteered.
+        """
+        for own in self._known.values():
+            own.request, own.steady = None, torch.zeros(1, len(served.concepts))
+        self._replaced = (self._replaced | {self._digest}) - {served.digest}
         self.served, self._digest, self._last = served, served.digest, None
 
-    def add(self, key: str, extra_args: Mapping[str, Any] | None, prompt: int) -> None:
+    def add(self, key: str, extra_args: Mapping[str, Any] | None, prompt: int, *, state: object = None) -> None:
         """A request begins, or comes back with the parameters that it had.
+
+        Args:
+            state: what the engine keeps of it as long as it runs, by which another one of the same key is told.
 
         Raises:
             ModelMismatchError: the front end has checked it against another bank than the one that is here.
         """
-        if (known := self._known.get(key)) is not None and known.prompt == prompt:
-            return
         sent = None if extra_args is None else extra_args.get(NAME)
-        if sent is None:
-            self._known[key] = Known(None, prompt, 0, torch.zeros(1, len(self.served.concepts)))
+        if (known := self._known.get(key)) is not None:
+            if known.state is state and known.prompt == prompt and (state is not None or known.sent == sent):
+                return
+            self.forget([key])
+        if sent is None or sent.get("digest") in self._replaced:
+            nothing = torch.zeros(1, len(self.served.concepts))
+            self._known[key] = Known(sent, state, None, prompt, 0, nothing)
             return
         if sent.get("digest") != self._digest:
             raise ModelMismatchError(
@@ -94,7 +111,7 @@ class Filler:
         assert request is not None  # the front end sends none that is not steered
         start = request.steady_from(prompt)
         steady = self._rows(request, _tokens(0 if start == math.inf else int(start), 1, prompt))
-        self._known[key] = Known(request, prompt, start, steady)
+        self._known[key] = Known(sent, state, request, prompt, start, steady)
 
     def forget(self, keys: Sequence[str]) -> None:
         """These requests have ended."""
@@ -113,8 +130,6 @@ class Filler:
         if self._count < 2:
             self._check()
             self._count += 1
-        if lost := [part.key for part in parts if part.key not in self._known]:
-            raise ModelMismatchError(f"requests {lost} are steered by a bank that was replaced while they ran")
         each = [self._known[part.key] for part in parts]
         total = sum(part.length for part in parts)
         if self.served.decides_once:
@@ -128,7 +143,7 @@ class Filler:
     def _is_as_before(self, parts: Sequence[Part], each: Sequence[Known]) -> bool:
         """Whether the buffers hold what is needed already, as they do step by step once all is steady."""
         steady = all(part.start >= own.steady_from for own, part in zip(each, parts, strict=True))
-        now = [(part.key, part.length) for part in parts] if steady else None
+        now = [(own, part.length) for own, part in zip(each, parts, strict=True)] if steady else None
         before, self._last = self._last, now
         return now is not None and now == before
 

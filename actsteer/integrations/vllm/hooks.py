@@ -54,11 +54,8 @@ class Hooks:
     """
 
     def __init__(self, model: nn.Module, served: Served, buffers: Buffers) -> None:
-        reading = {score.site for score in served.scores}
-        found = {
-            site: find(model, site, reads=site in reading or any(own.reads is not None for own in served.stages[site]))
-            for site in dict.fromkeys((*reading, *served.stages))
-        }
+        sites = dict.fromkeys((*(score.site for score in served.scores), *served.stages))
+        found = {site: find(model, site, reads=served.reads(site)) for site in sites}
         self._hooks: dict[str, _Hook] = {}
         for site, where in found.items():
             if where is not None:
@@ -172,6 +169,11 @@ class _Hook:
                 "it of another model, or does each process of a tensor-parallel group hold a part of the features?"
             )
         own: Callable[[str], Tensor] = lambda name: getattr(module, self._prefix + name)  # noqa: E731
+        if activation.dim() != 2 and (activation.dim() != 3 or activation.shape[0] != 1):
+            raise ShapeError(
+                f"site {self._site!r}: expected an activation of shape (tokens, features), got {activation.dim()} "
+                "dimensions, as heads or streams have; steer the module around it"
+            )
         part = activation.flatten(0, -2)
         count = part.shape[0]
         rows = part.float() if beside is None else part.float() + beside.flatten(0, -2).float()

@@ -28,13 +28,15 @@ def register() -> None:
 
         _wrap(InputProcessor, "__init__", functools.partial(_opening, VLLMValidationError))
         _wrap(InputProcessor, "process_inputs", functools.partial(_admitting, VLLMValidationError))
+        _wrap(InputProcessor, "assign_request_id", functools.partial(_handing_over, VLLMValidationError))
         _wrap(Worker, "load_model", _attaching)
+        _wrap(Worker, "initialize_from_config", _tried)
         _wrap(LLMEngine, "collective_rpc", _replacing)
         _wrap(AsyncLLM, "collective_rpc", _replacing_later)
     except (ImportError, AttributeError) as error:
         _wrap(VllmConfig, "__post_init__", functools.partial(_refusing, error))
         return
-    Worker.actsteer_replace_bank = lambda self, bank: self.actsteer.replace(bank)
+    Worker.actsteer_replace_bank = lambda self, bank, digest=None: self.actsteer.replace(bank, digest=digest)
 
 
 def _wrap(home: type, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -65,6 +67,7 @@ def _opening(refused: type[Exception], original: Callable[..., Any]) -> Callable
         original(self, vllm_config, *args, **kwargs)
         for home, name in (("chat_completion", "ChatCompletionRequest"), ("completion", "CompletionRequest")):
             _wrap_beams(home, name, refused)
+        _wrap_scoring(refused)
 
     return made
 
@@ -85,6 +88,21 @@ def _admitting(refused: type[Exception], original: Callable[..., Any]) -> Callab
     return processed
 
 
+def _handing_over(refused: type[Exception], original: Callable[..., Any]) -> Callable[..., Any]:
+    """The last thing that the front end does before the engine knows of a request, without a pause in between."""
+
+    def assigned(self: Any, request: Any) -> None:
+        from actsteer.integrations.vllm.front import Errors
+
+        try:
+            self.actsteer.confirm(request)
+        except Errors as error:
+            raise refused(f"actsteer: {error}") from None
+        original(request)
+
+    return assigned
+
+
 def _attaching(original: Callable[..., Any]) -> Callable[..., Any]:
     """A worker puts the edits on its model, which is neither profiled nor compiled yet."""
 
@@ -101,14 +119,28 @@ def _attaching(original: Callable[..., Any]) -> Callable[..., Any]:
     return loaded
 
 
+def _tried(original: Callable[..., Any]) -> Callable[..., Any]:
+    """vLLM has tried the model by now, where it does so at all."""
+
+    def initialized(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if hasattr(self, "actsteer"):
+            self.actsteer.check_fired()
+        return original(self, *args, **kwargs)
+
+    return initialized
+
+
 def _replacing(original: Callable[..., Any]) -> Callable[..., Any]:
     """A call of the workers' method that takes another bank tells the front end too."""
 
     def called(self: Any, method: Any, timeout: Any = None, args: Any = (), kwargs: Any = None) -> Any:
-        replaced = _asked(self, method, args, kwargs)
-        answers = original(self, method, timeout, args, kwargs)
-        if replaced is not None:
-            replaced(answers)
+        from actsteer.integrations.vllm.front import REPLACE
+
+        if method != REPLACE:
+            return original(self, method, timeout, args, kwargs)
+        front, bank, new = _asked(self, args, kwargs)
+        answers = original(self, method, timeout, (bank, new.digest), None)
+        front.replaced(new)
         return answers
 
     return called
@@ -116,24 +148,22 @@ def _replacing(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _replacing_later(original: Callable[..., Any]) -> Callable[..., Any]:
     async def called(self: Any, method: Any, timeout: Any = None, args: Any = (), kwargs: Any = None) -> Any:
-        replaced = _asked(self, method, args, kwargs)
-        answers = await original(self, method, timeout, args, kwargs)
-        if replaced is not None:
-            replaced(answers)
+        from actsteer.integrations.vllm.front import REPLACE
+
+        if method != REPLACE:
+            return await original(self, method, timeout, args, kwargs)
+        front, bank, new = _asked(self, args, kwargs)
+        answers = await original(self, method, timeout, (bank, new.digest), None)
+        front.replaced(new)
         return answers
 
     return called
 
 
-def _asked(engine: Any, method: Any, args: Any, kwargs: Any) -> Callable[[Any], None] | None:
-    from actsteer.integrations.vllm.front import REPLACE
-
-    if method != REPLACE:
-        return None
-    bank = args[0] if args else (kwargs or {})["bank"]
-    unfinished = engine.output_processor.get_num_unfinished_requests()
-    replaced: Callable[[Any], None] = engine.input_processor.actsteer.replacing(bank, unfinished=unfinished)
-    return replaced
+def _asked(engine: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
+    """The front end, the files, and what they hold; steered requests are refused from here on."""
+    front, bank = engine.input_processor.actsteer, args[0] if args else (kwargs or {})["bank"]
+    return front, bank, front.replacing(bank, unfinished=engine.output_processor.get_num_unfinished_requests())
 
 
 def _wrap_beams(home: str, name: str, refused: type[Exception]) -> None:
@@ -155,3 +185,21 @@ def _wrap_beams(home: str, name: str, refused: type[Exception]) -> None:
         return made
 
     _wrap(request, "to_beam_search_params", refusing)
+
+
+def _wrap_scoring(refused: type[Exception]) -> None:
+    """Generative scoring takes any field of a request, and has no use for vllm_xargs."""
+    from vllm.entrypoints.generate.generative_scoring.serving import ServingGenerativeScoring
+
+    def refusing(original: Callable[..., Any]) -> Callable[..., Any]:
+        async def made(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+            from actsteer.integrations.vllm.requests import said_in
+
+            given = (request.model_extra or {}).get("vllm_xargs")
+            if isinstance(given, dict) and said_in(given) is not None:
+                raise refused("actsteer: vLLM's generative scoring drops vllm_xargs, and would answer unsteered")
+            return await original(self, request, *args, **kwargs)
+
+        return made
+
+    _wrap(ServingGenerativeScoring, "create_generative_scoring", refusing)

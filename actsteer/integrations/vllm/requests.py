@@ -33,10 +33,10 @@ def steer(
 
     Args:
         c: the strength of all concepts, or concept -> strength, and what is not named is 0; a list has one for each
-            step of the generation (0 for the prompt), and its last one holds from there on. None: as the file says, or
-            1.
-        positions: which tokens are steered, as for a `Steerer`, for all concepts or concept -> positions; a callable
-            cannot be sent. None: as the file says, or all.
+            step of the generation (0 for the prompt), and its last one holds from there on. Numbers of numpy and of
+            torch are numbers, too. None: as the file says, or 1.
+        positions: which tokens are steered, as for a `Steerer` or as in JSON ("2:", [True, False]), for all concepts or
+            concept -> positions; a callable cannot be sent. None: as the file says, or all.
 
     Raises:
         StrengthError, PositionsError, TypeError, ValueError: what no engine could do.
@@ -54,7 +54,7 @@ def steer(
     if c is not None:
         said["c"] = _each(c, _checked)
     if positions is not None:
-        said["positions"] = _each(positions, lambda own, _: _sent(own))
+        said["positions"] = _each(positions, lambda own, _: _sent(own if callable(own) else _received(own)))
     return {NAME: json.dumps(said)}
 
 
@@ -128,6 +128,9 @@ def asked(extra_args: Mapping[str, Any] | None, *, concepts: Sequence[str], usua
     Raises:
         ConceptNotFoundError, StrengthError, PositionsError, TypeError, ValueError: with what was expected.
     """
+    for key in extra_args or ():
+        if key != NAME and "steer" in key.lower():
+            raise ValueError(f"extra argument {key!r}: did you mean {NAME!r}? Here it is what steers")
     if (said := said_in(extra_args)) is None:
         return None
     given = said.get("c")
@@ -145,8 +148,9 @@ def asked(extra_args: Mapping[str, Any] | None, *, concepts: Sequence[str], usua
     strengths = {name: _checked(own, name) for name, own in c.items()}
     each = {name: tuple(own if isinstance(own, list) else [own]) for name, own in strengths.items()}
     active = {name: own for name, own in each.items() if any(own)}
-    chosen = {name: _received(own) for name, own in positions.items() if name in active}
-    return Request(active, {n: own for n, own in chosen.items() if not _is_all(own)}) if active else None
+    chosen = {name: _received(own) for name, own in positions.items()}  # all, for what is wrong is said of any
+    placed = {name: own for name, own in chosen.items() if name in active and not _is_all(own)}
+    return Request(active, placed) if active else None
 
 
 def said_in(extra_args: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
@@ -165,9 +169,9 @@ def said_in(extra_args: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
         try:
             said = json.loads(said)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{NAME}: expected JSON such as {_EXAMPLE}, got {said[:80]!r}: {error}") from None
+            raise ValueError(f"expected JSON such as {_EXAMPLE}, got {said[:80]!r}: {error}") from None
     if not isinstance(said, Mapping):
-        raise TypeError(f"{NAME}: expected {_EXAMPLE}, got {str(said)[:80]!r}")
+        raise TypeError(f"expected {_EXAMPLE}, got {str(said)[:80]!r}")
     return said if said.keys() <= {"c", "positions"} else {"c": said}
 
 
@@ -186,10 +190,12 @@ def _each(given: Any, checked: Callable[[Any, str | None], Any]) -> Any:
 def _checked(strength: Any, concept: str | None) -> float | list[float]:
     """A strength, or one for each step."""
     where = "c" if concept is None else f"c[{concept!r}]"
+    if isinstance(strength, Tensor) or hasattr(strength, "__array__"):
+        strength = strength.tolist()
     if isinstance(strength, Sequence) and not isinstance(strength, str):
         if not strength:
             raise StrengthError(f"{where}: expected a number for each step of the generation, got none")
-        return [_number(own, where) for own in strength]
+        return [_number(own.item() if hasattr(own, "item") else own, where) for own in strength]
     return _number(strength, where)
 
 

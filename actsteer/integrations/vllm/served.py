@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeAlias, final
 
 import torch
@@ -116,7 +117,7 @@ class Served:
     usual: Request
     made_for: tuple[tuple[str, Mapping[str, str]], ...]
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Tells what it does from what others do."""
         tensors = {
@@ -157,6 +158,47 @@ class Served:
     def decides_once(self) -> bool:
         """Whether a gate decides for a whole sequence, from its prompt."""
         return any(score.per != "token" for score in self.scores)
+
+    def reads(self, site: str) -> bool:
+        """Whether an edit there, or a gate, depends on the activation."""
+        stages = self.stages.get(site, ())
+        return any(own.reads is not None for own in stages) or any(score.site == site for score in self.scores)
+
+    @cached_property
+    def sizes(self) -> Float[Tensor, "K 2"]:
+        """At strength 1: the largest number that a concept adds, summed over sites; the largest factor of a ‖h‖."""
+        sizes = torch.zeros(len(self.concepts), 2, dtype=torch.float64)
+        for stage in (own for stages in self.stages.values() for own in stages):
+            adds = stage.adds.double().abs()
+            if stage.reads is None or stage.offsets is None:
+                sizes[:, 0] += adds.amax(dim=1)
+                continue
+            (place,) = stage.places
+            sizes[place, 0] += (stage.offsets.double().abs() @ adds).amax()
+            sizes[place, 1] = max(sizes[place, 1], (stage.reads.double().norm(dim=1) @ adds).amax())
+        return sizes
+
+    def check_sizes(self, request: Request, dtype: torch.dtype) -> None:
+        """That no number overflows by what is added: what that leaves behind, other requests would read.
+
+        Raises:
+            StrengthError: what is added, summed over the sites, exceeds a 16th of what the dtype holds, or of the root
+                of what float32 does (norms square); or what an activation is multiplied by exceeds the root of that.
+        """
+        most = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max ** 0.5) / 16
+        given = torch.tensor(
+            [max(map(abs, request.c.get(name, (0.0,)))) for name in self.concepts], dtype=torch.float64
+        )
+        added, factor = (given @ self.sizes).tolist()
+        for found, limit, what in (
+            (added, most, "adds numbers of up to {:.3g}, summed over the sites"),
+            (factor, most**0.5, "multiplies activations by up to {:.3g}"),
+        ):
+            if found > limit:
+                raise StrengthError(
+                    f"c: what is asked for {what.format(found)}; in {dtype} at most {limit:.3g} is served, for numbers "
+                    "that overflow would reach other requests; take a smaller strength"
+                )
 
     def asked(self, extra_args: Mapping[str, Any] | None) -> Request | None:
         """What a request asks for; None if it is not to be steered. See `asked`."""

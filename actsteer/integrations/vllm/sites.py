@@ -23,6 +23,11 @@ _IN_PARTS = {  # blocks that give (hidden, residual), whose sum is the residual 
 }
 _NOT_CALLED = {"TorchCompileWithNoGuardsWrapper", "ParallelLMHead"}  # whose forward is run past their hooks
 _NORMS = {"RMSNorm", "GemmaRMSNorm"}  # give (normed, the stream)
+_LINEAR = {"LinearBase", "Linear"}
+_OUTSIDE = {*_NORMS, "LayerNorm", "VocabParallelEmbedding", "Embedding"}  # served outside of the blocks, too
+_FUSED = {"QKVParallelLinear", "MergedColumnParallelLinear"}
+_IN_ORDER = {"GPT2LMHeadModel", "Phi3ForCausalLM"}  # fuse as Hugging Face does, in its order; compared in the tests
+_IN_OWN_WAY = {"FusedMoE", "MoERunnerInterface", "MLAAttention", "MambaBase"}  # do the work of the modules beside them
 
 
 @final
@@ -79,6 +84,7 @@ def find(model: nn.Module, site: str, *, reads: bool) -> Where | None:
     place = resolve(model, [name])[name]
     place = Place(site=site, name=name, module=place.module, side=side, path=path)
     module = place.module
+    _check_kind(model, modules, place)
     if {own.__name__ for own in type(module).__mro__} & _NOT_CALLED:
         raise UnsupportedModelError(
             f"site {site!r}: vLLM does not call this {type(module).__name__} as a module, and an edit would be lost; "
@@ -104,6 +110,60 @@ def find(model: nn.Module, site: str, *, reads: bool) -> Where | None:
         )
     places = {own: place for place, own in enumerate(parameters)}
     return Where(place, rest, reads, (places[argument], argument), (places.get("residual", len(places)), "residual"))
+
+
+def _check_kind(model: nn.Module, modules: Mapping[str, nn.Module], place: Place) -> None:
+    """That the module is one that means in vLLM what it does in Hugging Face's model.
+
+    It is a block, or a block's attention, mlp, norm or other direct part, or a linear layer, or, outside of the blocks,
+    a norm or an embedding.
+
+    Raises:
+        UnsupportedModelError: it is another, or one whose output is another.
+    """
+    name, module = place.name, place.module
+    kinds, tells = _kinds(module), f"site {place.site!r}: vLLM's {type(module).__name__}"
+    above = _prefixes(name)
+    blocks = [own for own in above if isinstance(modules.get(own.rpartition(".")[0]), nn.ModuleList)]
+    inside = above[above.index(blocks[0]) + 1 :] if blocks else []
+    if not (kinds & _LINEAR or (len(inside) < 2 if blocks else kinds & _OUTSIDE)):
+        raise UnsupportedModelError(
+            f"{tells} is no block, no direct part of one, no linear layer, and no norm or embedding outside of the "
+            "blocks, and may give something else than Hugging Face's module of that name, or rows that are no tokens "
+            "(a gated activation multiplies, a norm of heads has a row for each); steer the module around it, or a "
+            "linear layer in it"
+        )
+    language: Any = getattr(model, "get_language_model", lambda: model)()
+    if not any(own is module for own in language.modules()) or (
+        language is not model and kinds & {"VocabParallelEmbedding", "Embedding"}
+    ):
+        raise UnsupportedModelError(
+            f"{tells} is not run on the tokens of a pass, one after another, in a model that takes more than text; "
+            "steer a block of its language model"
+        )
+    if found := [own for above in inside[:-1] for own in modules[above].modules() if _kinds(own) & _IN_OWN_WAY]:
+        raise UnsupportedModelError(
+            f"{tells} is a part of {inside[0].rpartition('.')[2]}, and {type(found[0]).__name__} does the work of such "
+            "parts in a way of its own; steer the whole, or the block"
+        )
+    if place.side == "in":
+        return
+    if kinds & _FUSED and type(model).__name__ not in _IN_ORDER:
+        raise UnsupportedModelError(
+            f"{tells} computes several layers in one, in an order of its own; that is known to be Hugging Face's of "
+            f"{', '.join(sorted(_IN_ORDER))} alone: steer its input, {place.name}:in, or the block"
+        )
+    apart = [own for own in module.modules() if not getattr(own, "reduce_results", True)]
+    if (not blocks or inside) and any(getattr(own, "tp_size", 1) > 1 for own in apart):
+        raise UnsupportedModelError(
+            f"{tells} gives a part of a sum in each process of a tensor-parallel group (reduce_results=False), and an "
+            "edit would be made several times; steer the block"
+        )
+
+
+def _kinds(module: nn.Module) -> set[str]:
+    """The names of its classes; of a layer that adapters are put on, those of the layer."""
+    return {own.__name__ for own in type(getattr(module, "base_layer", module)).__mro__}
 
 
 def _named(model: nn.Module, modules: Mapping[str, nn.Module], name: str, site: str) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
-from actsteer.errors import UnsupportedModelError
+from actsteer.errors import AttachedError, UnsupportedModelError
 from actsteer.integrations.vllm import banks
 from actsteer.integrations.vllm.filling import Filler, Part
-from actsteer.integrations.vllm.front import check_fits
+from actsteer.integrations.vllm.front import REPLACE, check_fits
 from actsteer.integrations.vllm.hooks import Buffers, Hooks
 from actsteer.integrations.vllm.requests import NAME
 from actsteer.integrations.vllm.served import Served
@@ -54,14 +54,29 @@ class Steered:
             "actsteer: %s of %s, at %s", ", ".join(self._served.concepts), bank, ", ".join(self._hooks.sites)
         )
 
-    def replace(self, bank: str | Sequence[str]) -> str:
+    def check_fired(self) -> None:
+        """After vLLM has tried the model: that every site ran. See `Hooks.check_fired`."""
+        self._hooks.check_fired()
+
+    def replace(self, bank: str | Sequence[str], *, digest: str | None) -> str:
         """Another bank of the same shape; its digest.
 
+        Args:
+            digest: of what the front end has read.
+
         Raises:
-            UnsupportedModelError: another shape.
+            UnsupportedModelError: another shape, or the front end has not been asked.
+            AttachedError: the file has changed since the front end read it; nothing has changed here.
         """
+        if digest is None:
+            raise UnsupportedModelError(
+                f"{REPLACE} was called past the front end, which would go on to take requests for the old bank; call "
+                "collective_rpc of the LLM or the AsyncLLM that takes the requests"
+            )
         new = banks.load(bank)
         check_fits(new, self._served)
+        if new.digest != digest:
+            raise AttachedError(f"the file {bank} has changed while it was read; replace the bank once more")
         self._filler.replace(new)
         self._hooks.replace(new)
         self._served = new
@@ -87,6 +102,16 @@ def check_modes(config: Any, served: Served) -> None:
         (freezes, "max_autotune on the CPU: it freezes what is to change"),
         (config.speculative_config, "speculative decoding: how many tokens hold is not known when a pass begins"),
         (getattr(config.model_config, "is_encoder_decoder", False), "an encoder: whose tokens a pass has is not known"),
+        (getattr(config.model_config, "is_diffusion", False), "a diffusion model: it computes tokens several times"),
+        (config.model_config.runner_type != "generate", "a model that pools: its requests ask for no steering"),
+        (
+            config.model_config.enable_prompt_embeds,
+            "prompt embeddings (enable_prompt_embeds): the embedding then has a part of a pass's tokens",
+        ),
+        (
+            config.kv_transfer_config,
+            "a KV connector or KV offloading (kv_transfer_config): it may hand on keys and values of another steering",
+        ),
     ]
     if served.decides_once:
         gate = "and a gate that decides once for a sequence, from its whole prompt; or gate per token"
@@ -95,6 +120,14 @@ def check_modes(config: Any, served: Served) -> None:
             (
                 config.scheduler_config.enable_chunked_prefill,
                 f"chunked prefill (enable_chunked_prefill=False turns it off) {gate}",
+            ),
+            (
+                config.scheduler_config.long_prefill_token_threshold,
+                f"long_prefill_token_threshold, which cuts prompts where chunked prefill is off, too, {gate}",
+            ),
+            (
+                config.model_config.is_multimodal_model,
+                f"a model that takes more than text, whose prompts are cut where the encoder's budget ends, {gate}",
             ),
         ]
     if found := [why for is_so, why in wrong if is_so]:
@@ -112,7 +145,8 @@ def _watch_first(runner: Any, filler: Filler) -> None:
         parts = []
         for row, key in enumerate(batch.req_ids):
             state = requests[key]
-            filler.add(key, getattr(state.sampling_params, "extra_args", None), state.num_prompt_tokens)
+            extra_args = getattr(state.sampling_params, "extra_args", None)
+            filler.add(key, extra_args, state.num_prompt_tokens, state=state)
             start = int(batch.num_computed_tokens_cpu[row])
             parts.append(Part(key, start, int(bounds[row + 1]) - int(bounds[row])))
         filler.fill(parts)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sys
@@ -26,12 +27,14 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         from actsteer.integrations.vllm.requests import Request
 
         Request.salt = lambda self, digest, prompt, given: given  # type: ignore[method-assign]
-    from vllm import LLM
-
     usual = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "block_size": 32, "seed": 0}
     options = usual | {"skip_tokenizer_init": True, "disable_log_stats": False} | job.get("engine", {})
     if job["bank"] is not None:
         options["additional_config"] = {"actsteer": {"bank": job["bank"]}}
+    if job.get("meanwhile"):
+        return asyncio.run(replaced_meanwhile(job, options))
+    from vllm import LLM
+
     llm = LLM(job["model"], **options)
     found: dict[str, Any] = {"answers": [answered(llm, batch) for batch in job["batches"]]}
     if job.get("replace"):
@@ -50,18 +53,48 @@ def interpret_triton() -> None:
     backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
 
 
+async def replaced_meanwhile(job: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """What requests are answered that come while a bank is replaced, and those that come then."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(job["model"], **options))
+
+    async def answer(number: int, request: dict[str, Any]) -> dict[str, Any]:
+        prompt = {"prompt_token_ids": request["ids"]}
+        try:
+            made = [own async for own in engine.generate(prompt, params(request), str(number))]
+        except VLLMValidationError as error:
+            return {"error": str(error)}
+        return {"tokens": list(made[-1].outputs[0].token_ids)}
+
+    async def answers(start: int) -> list[dict[str, Any]]:
+        return await asyncio.gather(*(answer(start + n, own) for n, own in enumerate(job["batches"][0])))
+
+    found = {"before": await answers(0)}
+    replacing = asyncio.create_task(engine.collective_rpc("actsteer_replace_bank", args=(job["replace"],)))
+    await asyncio.sleep(0)
+    found["meanwhile"] = await answers(1000)
+    await replacing
+    return found | {"after": await answers(2000), "errored": engine.errored}
+
+
+def params(request: dict[str, Any]) -> Any:
+    """What is asked for."""
+    from vllm import SamplingParams
+
+    said = {"c": request["c"], "positions": request["positions"]}
+    extra = {"actsteer": json.dumps(said)} if request["c"] else request.get("extra_args")
+    return SamplingParams(
+        max_tokens=TOKENS, min_tokens=TOKENS, temperature=0, logprobs=0, detokenize=False, extra_args=extra
+    )
+
+
 def answered(llm: Any, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The answers to requests that come at once; of one that is refused, why."""
-    from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError
     from vllm.lora.request import LoRARequest
-
-    def params(request: dict[str, Any]) -> Any:
-        said = {"c": request["c"], "positions": request["positions"]}
-        extra = {"actsteer": json.dumps(said)} if request["c"] else request.get("extra_args")
-        return SamplingParams(
-            max_tokens=TOKENS, min_tokens=TOKENS, temperature=0, logprobs=0, detokenize=False, extra_args=extra
-        )
 
     prompts = [{"prompt_token_ids": request["ids"]} for request in requests]
     adapters = sorted({request["adapter"] for request in requests if request.get("adapter")})

@@ -169,6 +169,26 @@ def gated(*, per: Any) -> Steering:
     return Steering(VectorBank(bank), gate=gates)
 
 
+def elsewhere(family: str) -> Steering:
+    """Sites that are no blocks, mlps or norms of them: embeddings, the last norm, linear layers, fused ones."""
+    at = f"{blocks(family)}.1"
+    sizes = {
+        "GPT2": {
+            "transformer.wte": SIZE,
+            f"{at}.attn.c_attn": 3 * SIZE,
+            f"{at}.mlp.c_fc": 4 * SIZE,
+            f"{at}.attn": SIZE,
+        },
+        "Phi3": {f"{at}.self_attn.qkv_proj": 2 * SIZE, f"{at}.mlp.gate_up_proj": 512, f"{at}.self_attn": SIZE},
+        "Llama": {"model.embed_tokens": SIZE, "model.norm": SIZE, f"{at}.mlp.down_proj": SIZE, f"{at}.self_attn": SIZE},
+    }[family]
+    bank = {site: SteeringVector({site: drawn(size, seed=hash_of(site))}, concept=site) for site, size in sizes.items()}
+    reads = {"GPT2": f"{at}.mlp.c_proj:in", "Phi3": f"{at}.mlp.down_proj:in", "Llama": f"{at}.self_attn.o_proj:in"}
+    size = {"GPT2": 4 * SIZE, "Phi3": 256, "Llama": SIZE}[family]
+    bank["reads"] = SteeringVector({reads[family]: drawn(size, seed=7)}, concept="reads")
+    return Steering(VectorBank(bank), intervention={"reads": Ablate()})
+
+
 def adapted(family: str, model: Any) -> dict[str, Steering]:
     """What a LoRA adapter can be: a direction taken out of the stream, and low-rank edits."""
     at = blocks(family)
@@ -208,6 +228,18 @@ def write(folder: Path) -> None:
     group("adding-twice", llama, Steering(twice), requests(concepts, 30), home=folder / "adding")
     fused = SteeringVector({"model.layers.1.self_attn.q_proj": torch.ones(SIZE)}, concept="fused")
     fused.save(folder / "adding-fused.safetensors", model=llama)
+    for name, family, site, size in (
+        ("activation", "Llama", "model.layers.1.mlp.act_fn", 256),
+        ("heads", "Qwen3", "model.layers.1.self_attn.q_norm", 32),
+        ("scaled", "Gemma2", "model.embed_tokens", SIZE),
+    ):
+        SteeringVector({site: torch.ones(size)}, concept=name).save(
+            folder / f"adding-{name}.safetensors", model=tiny(family)
+        )
+    for family in ("GPT2", "Phi3", "Llama"):
+        steering = elsewhere(family)
+        asked = requests(steering.vectors.concepts, 10, longest=40)
+        group(f"elsewhere-{family}", tiny(family), steering, asked)
     for family in FAMILIES:
         model = tiny(family)
         steering = adding(family)

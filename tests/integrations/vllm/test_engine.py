@@ -10,7 +10,6 @@ import re
 import socket
 import subprocess
 import sys
-import textwrap
 import time
 import urllib.error
 import urllib.request
@@ -120,6 +119,12 @@ def test_families(family: str, what: str, tmp_path: Path) -> None:
     assert not wrong(name, serve(name, tmp_path))
 
 
+@pytest.mark.parametrize("family", ["GPT2", "Phi3", "Llama"])
+def test_sites_elsewhere(family: str, tmp_path: Path) -> None:
+    name = f"elsewhere-{family}"
+    assert not wrong(name, serve(name, tmp_path))
+
+
 @pytest.mark.parametrize("runner", [{}, V2], ids=["first", "second"])
 @pytest.mark.parametrize("per", ["token", "sequence", "last"])
 def test_gates(per: str, runner: dict[str, str], tmp_path: Path) -> None:
@@ -161,14 +166,38 @@ def test_a_bank_is_replaced_at_run_time(tmp_path: Path) -> None:
     assert expected != own["expected"]
 
 
+def test_a_request_that_comes_while_a_bank_is_replaced_is_refused_or_right_and_the_engine_lives(tmp_path: Path) -> None:
+    own = group("adding")
+    twice = own["bank"].replace("adding", "adding-twice")
+    steered = [n for n, request in enumerate(own["requests"]) if any(request["c"].values())]
+    job = {"model": own["model"], "bank": own["bank"], "replace": twice, "environment": SEVERAL, "meanwhile": True}
+    found = done(job | {"batches": [[own["requests"][n] for n in steered]]}, tmp_path)
+    before, after = ([group(name)["expected"][n]["tokens"] for n in steered] for name in ("adding", "adding-twice"))
+    assert [answer.get("tokens") for answer in found["before"]] == before
+    assert [answer.get("tokens") for answer in found["after"]] == after
+    refused = [answer for answer in found["meanwhile"] if "replaced" in answer.get("error", "")]
+    assert refused
+    for answer, tokens in zip(found["meanwhile"], after, strict=True):
+        assert answer in refused or answer["tokens"] == tokens
+    assert not found["errored"]
+
+
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a concept": ({"c": {"polte": 1.0}}, "Close names: 'polite'"),
     "a strength": ({"c": {"polite": "much"}}, "expected a number"),
+    "a strength that overflows": ({"c": {"polite": 3.4e38}}, "at most 1.15e+18 is served"),
+    "a position that no text has": ({"c": {"polite": 1.0}, "positions": [10**30]}, "no text is as long"),
+    "a slice that stands still": ({"c": {"polite": 1.0}, "positions": "::0"}, "forward"),
     "positions": ({"c": {"polite": 1.0}, "positions": "some"}, "expected all, last, prompt"),
     "a position": ({"c": {"polite": 1.0}, "positions": -40}, "40 are needed"),
     "JSON": ({"extra_args": {"actsteer": "{"}}, "expected JSON"),
     "a name": ({"extra_args": {"acsteer": "{}"}}, "did you mean 'actsteer'"),
+    "another name": ({"extra_args": {"steering": "{}"}}, "did you mean 'actsteer'"),
 }
+
+
+WHOLE = {"enable_prefix_caching": False, "enable_chunked_prefill": False}
+CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
 
 
 def test_what_is_wrong_with_a_request_is_refused_and_the_engine_lives(tmp_path: Path) -> None:
@@ -183,20 +212,28 @@ def test_what_is_wrong_with_a_request_is_refused_and_the_engine_lives(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("bank", "engine", "message"),
+    ("model", "bank", "engine", "message"),
     [
-        ("editing-GPT2", {}, "was made for a gpt2"),
-        ("adding-Qwen2", {}, "was made for a qwen2"),
-        ("adding-fused", {}, "vLLM computes q_proj, k_proj, v_proj in one module"),
-        ("gated-sequence", {}, "prefix caching"),
-        ("gated-sequence", {"enable_prefix_caching": False}, "chunked prefill"),
+        ("adding", "editing-GPT2", {}, "was made for a gpt2"),
+        ("adding", "adding-Qwen2", {}, "was made for a qwen2"),
+        ("adding", "adding-fused", {}, "vLLM computes q_proj, k_proj, v_proj in one module"),
+        ("adding", "adding-activation", {}, "SiluAndMul is no block"),
+        ("adding-Qwen3", "adding-heads", {}, "RMSNorm is no block"),
+        ("adding-Gemma2", "adding-scaled", {}, "does more than look up"),
+        ("adding", "gated-sequence", {}, "prefix caching"),
+        ("adding", "gated-sequence", {"enable_prefix_caching": False}, "chunked prefill"),
+        ("adding", "gated-sequence", WHOLE | {"long_prefill_token_threshold": 32}, "which cuts prompts"),
+        ("adding", "adding", {"runner": "pooling"}, "a model that pools"),
+        ("adding", "adding", {"enable_prompt_embeds": True}, "prompt embeddings"),
+        ("adding", "adding", {"kv_transfer_config": CONNECTOR}, "a KV connector"),
     ],
 )
-def test_what_cannot_be_served_stops_the_start(bank: str, engine: dict[str, Any], message: str, tmp_path: Path) -> None:
-    own = group("adding")
-    file = own["bank"].replace("adding", bank)
+def test_what_cannot_be_served_stops_the_start(
+    model: str, bank: str, engine: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    file = group("adding")["bank"].replace("adding", bank)
     with pytest.raises(AssertionError, match=message):
-        done({"model": own["model"], "bank": file, "batches": [], "engine": engine}, tmp_path)
+        done({"model": group(model)["model"], "bank": file, "batches": [], "engine": engine}, tmp_path)
 
 
 @pytest.mark.real
@@ -211,9 +248,9 @@ def test_the_page_about_serving_runs_as_it_stands(tmp_path: Path) -> None:
     page = (Path(__file__).parents[3] / "docs" / "serving.md").read_text()
     (block,) = re.findall(r"^```py\n(.*?)^```", page, flags=re.M | re.S)
     (tmp_path / "tone.safetensors").write_bytes(Path(own["bank"]).read_bytes())
-    script = f"MODEL = {own['model']!r}\nif __name__ == '__main__':\n" + textwrap.indent(block, "    ")
-    (tmp_path / "page.py").write_text(script)
-    environment = os.environ | ENVIRONMENT | COMPILED
+    (tmp_path / "page.py").write_text(f"MODEL = {own['model']!r}\n{block}")
+    spawned = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    environment = os.environ | ENVIRONMENT | COMPILED | spawned
     ended = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, env=environment, check=False, timeout=1500)
     assert ended.returncode == 0
 
@@ -222,7 +259,7 @@ def test_the_page_about_serving_runs_as_it_stands(tmp_path: Path) -> None:
 def test_verify_compares_the_engine_with_the_hooked_model(tmp_path: Path) -> None:
     own = group("smollm2")
     (tmp_path / "prompts.txt").write_text("The weather today is\nOnce upon a time\n")
-    options = ["-m", own["model"], "--on", "prompts.txt", "-c", "polite=1", "--dtype", "float32", "--engine", "vllm"]
+    options = ["-m", own["model"], "--on", "prompts.txt", "-c", "polite=1", "--engine", "vllm"]
     command = [str(Path(sys.executable).with_name("actsteer")), "verify", own["bank"], *options]
     for plugins, code in ((None, 0), ("", 1)):  # the second engine answers unsteered
         environment = os.environ | ENVIRONMENT | ({} if plugins is None else {"VLLM_PLUGINS": plugins})
@@ -230,6 +267,7 @@ def test_verify_compares_the_engine_with_the_hooked_model(tmp_path: Path) -> Non
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=1500
         )
         assert ended.returncode == code, ended.stdout + ended.stderr
+        assert code or "both in float32" in ended.stdout  # as its weights are, and not as vLLM would choose
 
 
 @pytest.mark.real
@@ -259,6 +297,11 @@ def test_the_server_answers_clients_at_once_and_says_what_is_wrong(tmp_path: Pat
                 status, answer = completed(port, own["model"], plain | wrong, **more)
                 assert status == 400
                 assert message in json.dumps(answer)
+            scored = {"model": own["model"], "query": [5, 6], "items": [[7]], "label_token_ids": [8, 9]}
+            assert posted(port, "/generative_scoring", scored)[0] == 200
+            said = {"vllm_xargs": {"actsteer": '{"c": {"polite": 1.0}}'}}
+            status, answer = posted(port, "/generative_scoring", scored | said)
+            assert (status, "would answer unsteered" in json.dumps(answer)) == (400, True)
         finally:
             server.terminate()
             server.wait(60)
@@ -279,12 +322,16 @@ def wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
 
 
 def completed(port: int, model: str, request: dict[str, Any], **more: Any) -> tuple[int, Any]:
-    """The status and the answer to one request over HTTP."""
+    """What the server makes of one of a group's requests."""
     said = json.dumps({"c": request["c"], "positions": request["positions"]})
     usual = {"model": model, "max_tokens": 16, "min_tokens": 16, "temperature": 0, "return_token_ids": True}
-    body = usual | {"prompt": request["ids"], "vllm_xargs": {"actsteer": said}} | more
+    return posted(port, "/v1/completions", usual | {"prompt": request["ids"], "vllm_xargs": {"actsteer": said}} | more)
+
+
+def posted(port: int, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+    """The status and the answer to one request over HTTP."""
     sent = urllib.request.Request(
-        f"http://localhost:{port}/v1/completions",
+        f"http://localhost:{port}{path}",
         data=json.dumps(body).encode(),
         headers={"Content-Type": "application/json"},
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -78,10 +79,18 @@ def test_a_concept_may_be_called_c() -> None:
         ({"polite": float("nan")}, StrengthError, "finite"),
         ({"polite": 1e39}, StrengthError, "float32"),
         ({"polite": []}, StrengthError, "got none"),
-        ("{polite: 1}", ValueError, "expected JSON"),
-        ("[1]", TypeError, "expected"),
+        ("{polite: 1}", ValueError, "^expected JSON"),  # the plugin says whose it is
+        ("[1]", TypeError, "^expected"),
         ({"c": {"polite": 1.0}, "positions": "everywhere"}, ValueError, "expected all, last, prompt"),
         ({"c": {"polite": 1.0}, "positions": "5:1:-1"}, ValueError, "forward"),
+        ({"c": {"polite": 1.0}, "positions": "::0"}, ValueError, "forward"),
+        *(
+            ({"c": {"polite": 1.0}, "positions": own}, ValueError, "no text is as long")
+            for own in (10**30, -(10**400), [3, 10**30], "0:99999999999999999999999", "99999999999:", "::9999999999")
+        ),
+        ({"c": {"polite": 1.0}, "positions": {"brief": "junk"}}, ValueError, "expected all, last, prompt"),
+        ({"c": {"polite": 1.0, "brief": 0}, "positions": {"brief": 10**30}}, ValueError, "no text is as long"),
+        ({"c": {"polite": 0}, "positions": "junk"}, ValueError, "expected all, last, prompt"),
         ({"c": {"polite": 1.0}, "positions": {"polite": {}}}, TypeError, "positions"),
     ],
 )
@@ -93,6 +102,28 @@ def test_what_is_wrong_says_so(said: Any, error: type[Exception], message: str) 
 def test_a_name_that_is_nearly_right_is_not_ignored() -> None:
     with pytest.raises(ValueError, match="did you mean 'actsteer'"):
         asked({"actster": {"polite": 1.0}}, concepts=CONCEPTS, usual=USUAL)
+
+
+@pytest.mark.parametrize("name", ["steer", "activation_steering", "Steering", "acsteer"])
+def test_whatever_else_is_called_steer_is_not_ignored(name: str) -> None:
+    with pytest.raises(ValueError, match="did you mean 'actsteer'"):
+        asked({name: {"polite": 1.0}}, concepts=CONCEPTS, usual=USUAL)
+
+
+def test_steer_takes_numbers_of_numpy_and_of_torch_and_positions_as_in_json() -> None:
+    numbers = (np.float32(0.5), np.float64(0.5), torch.tensor(0.5), np.array(0.5))
+    assert all(steer(own) == steer(0.5) for own in numbers)
+    assert steer(np.int64(2)) == steer(torch.tensor(2)) == steer(2)
+    schedules = ([np.float32(1), torch.tensor(0.5)], np.array([1.0, 0.5]), torch.tensor([1.0, 0.5]))
+    assert all(steer({"polite": own}) == steer({"polite": [1.0, 0.5]}) for own in schedules)
+    for wrong in (np.bool_(True), torch.tensor(True), torch.ones(2, 2), np.float32("nan"), torch.tensor([])):
+        with pytest.raises(StrengthError):
+            steer(wrong)
+    assert steer(positions="2:") == steer(positions=slice(2, None))
+    assert steer(positions=[True, False]) == steer(positions=torch.tensor([True, False]))
+    for wrong in ("::0", slice(None, None, 0), 10**30, "some"):
+        with pytest.raises(ValueError, match="positions"):
+            steer(positions=wrong)
 
 
 def test_steer_checks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

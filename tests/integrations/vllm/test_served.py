@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,6 +42,7 @@ from actsteer import (
     UnsupportedModelError,
     VectorBank,
 )
+from actsteer.integrations.vllm.banks import of_config
 from actsteer.integrations.vllm.filling import Filler, Part
 from actsteer.integrations.vllm.front import Front
 from actsteer.integrations.vllm.hooks import Buffers, Hooks
@@ -271,12 +274,15 @@ def test_another_bank_of_the_same_shape_takes_its_place_and_no_request_is_steere
     assert new.shape == engine.served.shape
     assert new.digest != engine.served.digest
     engine.begin("a", {"one": 1.0}, 4)
+    engine.run([("a", 0, text)])
     engine.filler.replace(new)
-    with pytest.raises(ModelMismatchError, match="while they ran"):
-        engine.run([("a", 0, text)])
     engine.hooks.replace(new)
+    plain = Theirs()(torch.zeros(1), text)
+    assert torch.equal(engine.run([("a", 4, text)])[0], plain)  # nobody waits for it, and the engine goes on
+    engine.begin("late", {"one": 1.0}, 4)
+    assert torch.equal(engine.run([("late", 0, text)])[0], plain)
     with pytest.raises(ModelMismatchError, match="another bank"):
-        engine.begin("old", {"one": 1.0}, 4)
+        engine.filler.add("stray", {NAME: {"digest": "unheard of"}}, 4)
     engine.served = new
     engine.begin("b", {"three": 0.5}, 4)
     assert torch.allclose(engine.run([("b", 0, text)])[0], hooked(Steering(bank()), {"one": 1.0}, text), atol=1e-5)
@@ -365,14 +371,14 @@ def test_a_norms_output_is_edited_and_not_the_stream_beside_it_and_its_input_is_
 
 
 def test_what_gives_two_tensors_is_not_read() -> None:
-    class Pair(nn.Module):
+    class LinearBase(nn.Module):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             return x, x
 
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.linear = Pair()
+            self.linear = LinearBase()
 
         def forward(self, positions: Tensor, x: Tensor) -> Tensor:
             return self.linear(x)[0]
@@ -451,13 +457,24 @@ def config(**changed: Any) -> Any:
         "parallel_config": parallel,
         "compilation_config": compilation,
         "speculative_config": None,
-        "model_config": SimpleNamespace(is_encoder_decoder=False),
+        "model_config": model_config(),
+        "kv_transfer_config": None,
         "device_config": SimpleNamespace(device_type="cpu"),
         "cache_config": SimpleNamespace(enable_prefix_caching=True),
-        "scheduler_config": SimpleNamespace(enable_chunked_prefill=True, max_num_batched_tokens=64, max_num_seqs=4),
+        "scheduler_config": scheduler_config(),
         "additional_config": {},
     }
     return SimpleNamespace(**usual | changed)
+
+
+def model_config(**changed: Any) -> Any:
+    usual = {"is_encoder_decoder": False, "runner_type": "generate", "enable_prompt_embeds": False}
+    return SimpleNamespace(**usual | {"is_multimodal_model": False, "dtype": torch.float32} | changed)
+
+
+def scheduler_config(**changed: Any) -> Any:
+    usual = {"enable_chunked_prefill": True, "long_prefill_token_threshold": 0}
+    return SimpleNamespace(**usual | {"max_num_batched_tokens": 64, "max_num_seqs": 4} | changed)
 
 
 @pytest.mark.parametrize(
@@ -470,7 +487,11 @@ def config(**changed: Any) -> Any:
         ({"speculative_config": object()}, "speculative decoding"),
         ({"cache_config": SimpleNamespace(kv_sharing_fast_prefill=True)}, "fast prefill"),
         ({"parallel_config": SimpleNamespace(use_sequence_parallel_moe=True)}, "sequence-parallel experts"),
-        ({"model_config": SimpleNamespace(is_encoder_decoder=True)}, "an encoder"),
+        ({"model_config": model_config(is_encoder_decoder=True)}, "an encoder"),
+        ({"model_config": model_config(is_diffusion=True)}, "a diffusion model"),
+        ({"model_config": model_config(runner_type="pooling")}, "a model that pools"),
+        ({"model_config": model_config(enable_prompt_embeds=True)}, "prompt embeddings"),
+        ({"kv_transfer_config": object()}, "a KV connector"),
     ],
 )
 def test_ways_of_running_in_which_an_answer_could_be_wrong_are_refused(changed: Any, message: str) -> None:
@@ -483,9 +504,17 @@ def test_a_decision_for_a_sequence_needs_prompts_that_are_computed_whole() -> No
     steering = served(Steering(bank(), gate=gate("projection", "last")))
     with pytest.raises(UnsupportedModelError, match="prefix caching"):
         check_modes(config(), steering)
-    off = {"cache_config": SimpleNamespace(enable_prefix_caching=False)}
+    off: Any = {"cache_config": SimpleNamespace(enable_prefix_caching=False)}
     with pytest.raises(UnsupportedModelError, match="chunked prefill"):
         check_modes(config(**off), steering)
+    off["scheduler_config"] = scheduler_config(enable_chunked_prefill=False)
+    check_modes(config(**off), steering)
+    cut = scheduler_config(enable_chunked_prefill=False, long_prefill_token_threshold=32)
+    with pytest.raises(UnsupportedModelError, match="long_prefill_token_threshold"):
+        check_modes(config(**off | {"scheduler_config": cut}), steering)
+    with pytest.raises(UnsupportedModelError, match="more than text"):
+        check_modes(config(**off, model_config=model_config(is_multimodal_model=True)), steering)
+    check_modes(config(model_config=model_config(is_multimodal_model=True)), served(Steering(bank())))
 
 
 class Worker:
@@ -522,8 +551,8 @@ def test_both_of_vllms_runners_are_wired(kind: Any, tmp_path: Any, monkeypatch: 
     path = tmp_path / "bank.safetensors"
     bank().save(path)
     log = SimpleNamespace(init_logger=lambda name: SimpleNamespace(info=lambda *args: None))
-    monkeypatch.setitem(__import__("sys").modules, "vllm", SimpleNamespace())
-    monkeypatch.setitem(__import__("sys").modules, "vllm.logger", log)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "vllm.logger", log)
     from actsteer.integrations.vllm.worker import Steered
 
     model, own = Theirs(), served(Steering(bank()))
@@ -570,16 +599,80 @@ def test_both_of_vllms_runners_are_wired(kind: Any, tmp_path: Any, monkeypatch: 
     assert torch.allclose(model(torch.zeros(1), text), want, atol=1e-5)
 
 
-def front(path: Any, *, servers: int = 1, **additional: Any) -> Front:
+def test_another_request_of_the_same_name_is_steered_as_it_asks_and_decided_anew() -> None:
+    plain = Engine(Steering(bank()))
+    text = drawn(5, D, seed=3)
+    for c in (1.0, -1.0, 0.0, 2.0):  # each ends before the next begins, and the engine says nothing of it
+        said = sent(plain.served, {"c": {"one": c}}) if c else None
+        plain.filler.add("a", said, 5, state=object())
+        assert torch.allclose(plain.run([("a", 0, text)])[0], hooked(Steering(bank()), {"one": c}, text), atol=1e-5)
+    for c in (1.0, -1.0):  # nothing is kept by which it could be told
+        plain.filler.add("c", sent(plain.served, {"c": {"one": c}}), 5)
+        assert torch.allclose(plain.run([("c", 0, text)])[0], hooked(Steering(bank()), {"one": c}, text), atol=1e-5)
+    one = [drawn(1, D, seed=n) for n in (1, 2)]
+    for c, token in zip((1.0, -1.0), one, strict=True):  # passes of one token each
+        plain.filler.add("b", sent(plain.served, {"c": {"one": c}}), 1, state=object())
+        assert torch.allclose(plain.run([("b", 0, token)])[0], hooked(Steering(bank()), {"one": c}, token), atol=1e-5)
+    gated = Steering(bank(), gate={"one": gate("projection", "sequence")})
+    engine = Engine(gated)
+    for seed in range(40, 44):
+        text = drawn(5, D, seed=seed)
+        engine.filler.add("a", sent(engine.served, {"c": {"one": 1.0}}), 5, state=object())
+        want = hooked(gated, {"one": 1.0}, text, token_axis=1)
+        assert torch.allclose(engine.run([("a", 0, text)])[0], want, atol=1e-5)
+
+
+def test_a_request_that_comes_back_keeps_its_decision() -> None:
+    engine = Engine(Steering(bank(), gate=gate("projection", "sequence")))
+    said = sent(engine.served, {"c": {"one": 1.0}})
+    engine.filler.add("a", said, 5)
+    engine.run([("a", 0, drawn(5, D))])
+    engine.filler.add("a", dict(said), 5)
+    engine.run([("a", 0, drawn(3, D))])  # a part of its prompt, which would else not do
+
+
+def test_workers_take_a_bank_that_the_front_end_has_read_alone(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, other = tmp_path / "bank.safetensors", tmp_path / "other.safetensors"
+    bank().save(path)
+    twice = VectorBank({name: 2 * own for name, own in bank().items()})
+    twice.save(other)
+    own = worker_of(Theirs(), path, monkeypatch)
+    with pytest.raises(UnsupportedModelError, match="past the front end"):
+        own.replace(str(other), digest=None)
+    with pytest.raises(AttachedError, match="has changed while"):
+        own.replace(str(other), digest=served(Steering(bank())).digest)
+    assert own.replace(str(other), digest=served(Steering(twice)).digest) == served(Steering(twice)).digest
+
+
+def worker_of(model: nn.Module, path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    log = SimpleNamespace(init_logger=lambda name: SimpleNamespace(info=lambda *args: None))
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "vllm.logger", log)
+    from actsteer.integrations.vllm.worker import Steered
+
+    return Steered(Worker(first_runner(model)), str(path))
+
+
+@pytest.mark.parametrize("bank", [None, 5, [], [5], {"a": 1}, ["a", None]])
+def test_a_bank_is_a_file_or_several(bank: Any) -> None:
+    with pytest.raises(ValueError, match='expected "bank" to be a file, a pattern, or a list of them'):
+        of_config(SimpleNamespace(additional_config={NAME: {"bank": bank}}))
+    both = SimpleNamespace(additional_config={NAME: {"bank": ["a", Path("b")]}})
+    assert of_config(both) == ["a", "b"]
+    assert of_config(SimpleNamespace(additional_config={NAME: {"bank": Path("a")}})) == "a"
+
+
+def front(path: Any, *, servers: int = 1, dtype: torch.dtype = torch.float32, **additional: Any) -> Front:
     given = {} if path is None else {NAME: {"bank": str(path)} | additional}
     parallel = SimpleNamespace(_api_process_count=servers)
-    model = SimpleNamespace(hf_config=SimpleNamespace(model_type="mine"))
+    model = model_config(hf_config=SimpleNamespace(model_type="mine"), dtype=dtype)
     return Front(SimpleNamespace(additional_config=given, parallel_config=parallel, model_config=model))
 
 
 def request(extra_args: Any, *, salt: str | None = None, resumable: bool = False) -> Any:
     return SimpleNamespace(
         sampling_params=SimpleNamespace(extra_args=extra_args),
+        pooling_params=None,
         prompt_token_ids=[1, 2, 3],
         cache_salt=salt,
         resumable=resumable,
@@ -633,15 +726,81 @@ def test_the_front_end_learns_of_another_bank(tmp_path: Any) -> None:
     own.admit(before)
     with pytest.raises(AttachedError, match="running"):
         own.replacing(str(tmp_path / "two.safetensors"), unfinished=1)
-    with pytest.raises(AttachedError, match="has changed while"):
-        own.replacing(str(tmp_path / "two.safetensors"), unfinished=0)(["another"])
     with pytest.raises(UnsupportedModelError, match="several API servers"):
         front(tmp_path / "one.safetensors", servers=2).replacing("two", unfinished=0)
-    own.replacing(str(tmp_path / "two.safetensors"), unfinished=0)([served(Steering(twice)).digest])
+    own.replaced(own.replacing(str(tmp_path / "two.safetensors"), unfinished=0))
     own.admit(after)
     assert before.cache_salt != after.cache_salt
+    own.replaced(own.replacing(str(tmp_path / "one.safetensors"), unfinished=0))
+    again = request({NAME: {"one": 1.0}})
+    own.admit(again)
+    assert again.cache_salt != before.cache_salt  # what ran beside a replacement has written under that salt
     with pytest.raises(UnsupportedModelError, match="no bank that could"):
         front(None).replacing("x", unfinished=0)
+
+
+def test_no_steered_request_reaches_the_engine_while_a_bank_is_replaced_nor_one_that_was_checked_before(
+    tmp_path: Any,
+) -> None:
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    bank().save(one)
+    VectorBank({name: 2 * own for name, own in bank().items()}).save(two)
+    own, steered, plain = front(one), request({NAME: {"one": 1.0}}), request(None)
+    own.admit(steered)
+    own.confirm(steered)
+    first = own.replacing(str(two), unfinished=0)
+    with pytest.raises(AttachedError, match="is being replaced"):
+        own.confirm(steered)
+    own.confirm(plain)
+    second = own.replacing(str(one), unfinished=0)  # before the first is done
+    own.replaced(first)
+    with pytest.raises(AttachedError, match="is being replaced"):
+        own.confirm(steered)
+    own.replaced(second)
+    own.confirm(steered)
+    own.replaced(own.replacing(str(two), unfinished=0))
+    with pytest.raises(ModelMismatchError, match="was replaced since"):
+        own.confirm(steered)
+    for strange in ("{}", {"one": 1.0}):
+        with pytest.raises(ModelMismatchError):
+            own.confirm(request({NAME: strange}))  # which no front end has checked
+
+
+def test_a_request_that_pools_is_not_taken_for_a_steered_one(tmp_path: Any) -> None:
+    bank().save(tmp_path / "one.safetensors")
+    for own in (front(tmp_path / "one.safetensors"), front(None)):
+        asking = request(None)
+        asking.sampling_params, asking.pooling_params = None, SimpleNamespace(extra_kwargs={NAME: {"one": 1.0}})
+        with pytest.raises(UnsupportedModelError, match="pools"):
+            own.admit(asking)
+        asking.pooling_params.extra_kwargs = None
+        own.admit(asking)
+
+
+@pytest.mark.parametrize("name", ["Add", "Ablate", "LowRank", "Affine"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_strength_by_which_numbers_overflow_is_refused(name: str, dtype: torch.dtype, tmp_path: Any) -> None:
+    EDITS[name]().save(tmp_path / "bank.safetensors")
+    own = front(tmp_path / "bank.safetensors", dtype=dtype)
+    for c in (1.0, -10.0, [0.0, 10.0]):
+        own.admit(request({NAME: {"c": {"one": c, "two": 1.0}}}))
+    for c in (1e38, -1e30, [0.0, 3e20, 0.0], torch.finfo(dtype).max / 10 if dtype is torch.float16 else 1e19):
+        with pytest.raises(StrengthError, match=f"in {dtype} at most"):
+            own.admit(request({NAME: {"c": {"one": c}}}))
+
+
+def test_strengths_add_up_over_sites_and_concepts() -> None:
+    v = SteeringVector({f"layers.{number}": torch.full((D,), 100.0) for number in range(3)})
+    own = served(Steering(VectorBank({"a": v, "b": -v})))
+    limit = torch.finfo(torch.float16).max / 16
+    for c, fits in (({"a": limit / 301}, True), ({"a": limit / 299}, False), (dict.fromkeys("ab", limit / 299), False)):
+        wanted = own.asked({NAME: c})
+        assert wanted is not None
+        if fits:
+            own.check_sizes(wanted, torch.float16)
+        else:
+            with pytest.raises(StrengthError, match="summed over the sites"):
+                own.check_sizes(wanted, torch.float16)
 
 
 def test_several_files_make_one_bank(tmp_path: Any) -> None:
