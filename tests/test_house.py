@@ -27,6 +27,7 @@ FLOORS = {
     "folding": 5,
     "tuning": 6,
     "integrations": 7,
+    "looking": 7,
     "cli": 8,
     "public": 9,
     "__init__": 10,

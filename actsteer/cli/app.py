@@ -31,6 +31,10 @@ _EXAMPLES: dict[str, list[str]] = {  # command, a function in the file of its na
         "actsteer generate -m ./llama -b calm.safetensors -c 2 'The meeting was'",
         "actsteer generate -m ./llama -b tone.safetensors -c calm=2 -c brief=-1 --chat 'How was the meeting?'",
     ],
+    "play": [
+        "actsteer play -m ./llama -b calm.safetensors",
+        "actsteer play -m nets:build -b nine.safetensors --image 28x28 --mean 0.1307 --std 0.3081",
+    ],
     "convert": [
         "actsteer convert calm.safetensors calm.gguf",
         "actsteer convert --model ./llama repeng.gguf calm.safetensors",
