@@ -40,6 +40,10 @@ class Turns:
         self._queue: deque[object] = deque()
         self._changed = Condition()
 
+    def __len__(self) -> int:
+        """How many have it, or wait for it."""
+        return len(self._queue)
+
     def __enter__(self) -> None:
         mine = object()
         with self._changed:
@@ -121,7 +125,7 @@ class Live:
             raise UnsupportedModelError(f"{class_name(model)} is in training mode; call model.eval() first")
         if self.size is not None:
             self._check_image()
-        elif not hasattr(model, "generate"):
+        elif not (hasattr(model, "generate") and hasattr(model, "config")):
             raise UnsupportedModelError(
                 f"{class_name(model)} generates no text; give a language model or, for a classifier, the size of its "
                 "images, as in 28x28"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler
@@ -23,8 +24,17 @@ from actsteer.steering.strength import Strengths
 from actsteer.tokens.positions import from_text
 
 _LONGEST = 1_000_000  # bytes of a request
-_ONLY_THIS = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
-_ONLY_THIS += "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+_LOCAL = ("127.0.0.1", "localhost")
+_LEFT = (ConnectionError, TimeoutError)
+"""What a write raises where nobody listens any more."""
+_FROM_HERE = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+)
+_HEADERS = {
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": f"{_FROM_HERE}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+}
 
 
 def play(
@@ -118,11 +128,10 @@ class Page:
                 self._ended.notify_all()
 
     def is_for_us(self, headers: Any) -> bool:
-        """Whether a browser means this page: no other site sends it here, by a form or by a name that it has made."""
-        host, origin = headers.get("Host", ""), headers.get("Origin")
-        names = {f"{name}:{self.port}" for name in (self.host, "127.0.0.1", "localhost")}
-        is_local = self.host in ("127.0.0.1", "localhost")
-        return (host in names or not is_local) and origin in (None, f"http://{host}")
+        """Whether a browser means this page: no other site sends it here, by a script or by a name that it has made."""
+        host, origin = headers.get("Host", ""), headers.get("Origin", "")
+        is_known = host.rpartition(":")[0] in (*_LOCAL, self.host) or self.host not in _LOCAL
+        return is_known and (not origin or origin.partition("//")[2] == host)
 
     def __enter__(self) -> Page:
         return self
@@ -134,9 +143,14 @@ class Page:
 class _Server(ThreadingTCPServer):
     allow_reuse_address = daemon_threads = True
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Nothing where a browser has left, which is no error."""
+        if not isinstance(sys.exception(), _LEFT):
+            super().handle_error(request, client_address)
+
 
 class _Request(BaseHTTPRequestHandler):
-    """One request, in a thread of its own."""
+    """One request, in a thread of its own. What is asked for, and what is said, is JSON, a line at a time."""
 
     timeout = 30  # seconds after which a connection that says nothing is closed
 
@@ -145,93 +159,77 @@ class _Request(BaseHTTPRequestHandler):
         super().__init__(*connection)
 
     def do_GET(self) -> None:
-        with self.page.request():
-            if not self.page.is_for_us(self.headers):
-                self.send_error(403)
-            elif self.path == "/":
-                page = Path(__file__).with_name("play.html").read_bytes()
-                self._reply("text/html; charset=utf-8", page, **{"Content-Security-Policy": _ONLY_THIS})
-            elif self.path == "/setup":
-                self._reply_json(self.page.setup)
-            else:
-                self.send_error(404)
+        if not self.page.is_for_us(self.headers):
+            self.send_error(403)
+        elif self.path == "/":
+            self._begin("text/html; charset=utf-8")
+            self.wfile.write(Path(__file__).with_name("play.html").read_bytes())
+        elif self.path == "/setup":
+            self._begin("application/json")
+            self._say(self.page.setup)
+        else:
+            self.send_error(404)
 
     def do_POST(self) -> None:
-        with self.page.request():
-            replies: Mapping[str, Callable[[dict[str, Any]], None]]
-            replies = {"/answer": self._answer, "/classes": self._classes, "/strengths": self._strengths}
-            length = int(self.headers.get("Content-Length") or 0)
-            is_json = self.headers.get_content_type() == "application/json"  # which no form of another site can send
-            if not (self.page.is_for_us(self.headers) and is_json and length <= _LONGEST):
-                self.send_error(403)
-            elif self.path not in replies:
-                self.send_error(404)
-            else:
-                replies[self.path](json.loads(self.rfile.read(length)))
+        reply = {"/answer": self._answer, "/classes": self._classes, "/strengths": self._strengths}.get(self.path)
+        length = self.headers.get("Content-Length", "")
+        body = self.rfile.read(min(int(length), _LONGEST)) if length.isdecimal() else b""
+        is_json = self.headers.get_content_type() == "application/json"  # which no form of another site can send
+        if not (self.page.is_for_us(self.headers) and is_json):
+            self.send_error(403)
+        elif reply is None:
+            self.send_error(404)
+        else:
+            self._begin("application/x-ndjson")
+            try:
+                with self.page.request():
+                    reply(json.loads(body))
+            except _LEFT:
+                pass
+            except Exception as error:
+                self._say({"error": str(error) if isinstance(error, ActsteerError) else repr(error)})
 
     def _answer(self, asked: dict[str, Any]) -> None:
-        """An answer, a line of JSON after every token with the text so far; the first line has its name."""
-        self._reply("application/x-ndjson", b"")
-        name = secrets.token_hex(8)
+        """First the answer's name, then after every token the text so far."""
 
         def say(text: str) -> bool:
-            self._line({"text": text})  # which fails where nobody listens any more
+            self._say({"text": text})  # which fails where nobody listens any more
             return not self.page.closing
 
-        try:
-            with ExitStack() as stack:
-                if asked.get("c") is not None:
-                    steerer = stack.enter_context(self._steerer(asked))
-                    stack.callback(self.page.running.pop, name)
-                    self.page.running[name] = steerer
-                self._line({"name": name})
-                text = self.page.live.answer(asked["prompt"], length=int(asked["length"]), say=say)
-            self._line({"text": text, "done": True})
-        except ConnectionError:
-            pass
-        except Exception as error:
-            self._line({"error": _described(error)})
+        name, live = secrets.token_hex(8), self.page.live
+        with ExitStack() as stack:
+            if asked.get("c") is not None:
+                steerer = stack.enter_context(self._steerer(asked))
+                stack.callback(self.page.running.pop, name)
+                self.page.running[name] = steerer
+            self._say({"name": name})
+            self._say({"text": live.answer(asked["prompt"], length=int(asked["length"]), say=say), "done": True})
 
     def _classes(self, asked: dict[str, Any]) -> None:
-        try:
-            plain = self.page.live.classes(asked["image"])
-            with self._steerer(asked):
-                self._reply_json({"plain": plain, "steered": self.page.live.classes(asked["image"])})
-        except Exception as error:
-            self._reply_json({"error": _described(error)})
+        plain = self.page.live.classes(asked["image"])
+        with self._steerer(asked):
+            self._say({"plain": plain, "steered": self.page.live.classes(asked["image"])})
 
     def _strengths(self, asked: dict[str, Any]) -> None:
         """Other strengths for an answer that is being made, from its next token on."""
         steerer = self.page.running.get(asked["name"])
-        try:
-            if steerer is not None:
-                self.page.live.change(steerer, asked["c"])
-            self._reply_json({"found": steerer is not None})
-        except ActsteerError as error:
-            self._reply_json({"error": str(error)})
+        if steerer is not None:
+            self.page.live.change(steerer, asked["c"])
+        self._say({"found": steerer is not None})
 
     def _steerer(self, asked: dict[str, Any]) -> Steerer:
         where = asked.get("positions")
         positions = None if not where else from_text(where)
         return self.page.live.steerer(c=asked["c"], sites=asked.get("sites"), positions=positions)
 
-    def _line(self, part: dict[str, Any]) -> None:
+    def _say(self, part: Mapping[str, Any]) -> None:
         self.wfile.write(json.dumps(part).encode() + b"\n")
 
-    def _reply_json(self, part: dict[str, Any]) -> None:
-        self._reply("application/json", json.dumps(part).encode())
-
-    def _reply(self, kind: str, body: bytes, **headers: str) -> None:
+    def _begin(self, kind: str) -> None:
         self.send_response(200)
-        named = {"Content-Type": kind, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"} | headers
-        for header, value in named.items():
+        for header, value in {"Content-Type": kind, **_HEADERS}.items():
             self.send_header(header, value)
         self.end_headers()
-        self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  (the server's name)
         """Nothing."""
-
-
-def _described(error: Exception) -> str:
-    return str(error) if isinstance(error, ActsteerError) else f"{type(error).__name__}: {error}"
