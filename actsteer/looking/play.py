@@ -184,8 +184,6 @@ class _Request(BaseHTTPRequestHandler):
             try:
                 with self.page.request():
                     reply(json.loads(body))
-            except _LEFT:
-                pass
             except Exception as error:
                 self._say({"error": str(error) if isinstance(error, ActsteerError) else repr(error)})
 

@@ -45,15 +45,15 @@ def visit(monkeypatch):
     return during
 
 
-def test_a_language_model(run, files, visit):
+@pytest.mark.parametrize("chat", [[], ["--chat"]])
+def test_a_language_model(run, files, visit, chat):
     found = visit("/answer", {"prompt": "I love this day", "length": 5, "c": {"love": 4.0}})
-    done = run("play", "-m", "llama", "-b", "bank.safetensors", "--port", 0)
+    done = run("play", "-m", "llama", "-b", "bank.safetensors", "--port", 0, *chat)
     assert done.code == 0, done.err
     assert re.fullmatch(r"http://127.0.0.1:\d+  \(Ctrl-C ends it\)\n", done.out)
     *_, last, page = found
-    expected = run(
-        "generate", "-m", "llama", "-b", "bank.safetensors", "-c", "love=4", "--max-new-tokens", 5, "I love this day"
-    )
+    command = ["generate", "-m", "llama", "-b", "bank.safetensors", "-c", "love=4", "--max-new-tokens", 5, *chat]
+    expected = run(*command, "I love this day")
     assert last["done"] and last["text"].strip() == expected.out.split("love 4")[-1].strip()
     assert [own["c"] for own in page.setup["concepts"]] == [0.0, 0.0]
     assert steerers(page.live.model) == ()

@@ -1,5 +1,7 @@
 """Live: several people at one model; each gets, bit for bit, what a Steerer and the model alone give."""
 
+import signal
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier, Event, Thread
 
@@ -8,6 +10,8 @@ import torch
 from torch import nn
 
 from actsteer import (
+    Ablate,
+    Add,
     BatchError,
     ProjectionAbove,
     ShapeError,
@@ -180,6 +184,31 @@ def test_what_cannot_be_answered_is_refused_and_others_have_their_turn(live, pro
     assert len(live.answer("sea", length=3, say=silent)) == 3
 
 
+def test_a_model_that_searches_with_beams_tells_its_likeliest_text(live, alone):
+    live.model.generation_config.num_beams = 2
+    told = []
+    text = live.answer("the sea", length=6, say=lambda text: told.append(text) or True)
+    assert text == told[-1] == alone("the sea", 6)
+
+
+def test_an_encoder_and_a_decoder(letters):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"vocab_size": 35, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+    torch.manual_seed(0)
+    ends = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": None}
+    model = T5ForConditionalGeneration(T5Config(**sizes, **ends, initializer_factor=3.0)).eval()
+    v = SteeringVector({"encoder.block.0": torch.ones(16), "decoder.block.1": torch.linspace(-1, 1, 16)}, concept="v")
+    live, ids = Live(model, v, tokenizer=letters), torch.tensor([letters("the sea")["input_ids"]])
+    assert live.setup()["concepts"] == [{"name": "v", "c": 1.0, "reach": 5.0, "shares": {}}]
+    with live.steerer(c=2.0):
+        text = live.answer("the sea", length=6, say=silent)
+    with Steerer(model, v, c=2.0):
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6)
+    assert len(text) == 6
+    assert text == letters.decode(found[0, 1:], skip_special_tokens=True)
+
+
 # --- turns -------------------------------------------------------------------------------------------------------
 def test_a_turn_is_had_in_the_order_in_which_it_was_asked_for():
     turns, order, threads = Turns(), [], []
@@ -198,6 +227,49 @@ def test_a_turn_is_had_in_the_order_in_which_it_was_asked_for():
         thread.join(WAIT)
     assert order == list(range(5))
     assert len(turns) == 0
+
+
+def test_who_is_interrupted_while_waiting_leaves_the_queue():
+    turns, main, is_held, is_over = Turns(), threading.main_thread().ident, Event(), Event()
+
+    def hold():
+        with turns:
+            is_held.set()
+            while len(turns) < 2:
+                is_over.wait(0.001)
+            signal.pthread_kill(main, signal.SIGINT)
+            is_over.wait(WAIT)
+
+    before, thread = signal.signal(signal.SIGINT, signal.default_int_handler), Thread(target=hold)
+    try:
+        thread.start()
+        is_held.wait(WAIT)
+        with pytest.raises(KeyboardInterrupt), turns:
+            pass
+        assert len(turns) == 1
+    finally:
+        signal.signal(signal.SIGINT, before)
+        is_over.set()
+        thread.join(WAIT)
+    with turns:
+        assert len(turns) == 1
+
+
+def test_one_thread_at_a_time_runs_the_model():
+    class Counts(nn.Module):
+        now, most = 0, 0
+
+        def forward(self, x):
+            Counts.now += 1
+            Counts.most = max(Counts.most, Counts.now)
+            Event().wait(0.01)
+            Counts.now -= 1
+            return x
+
+    live = Live(flat().insert(0, Counts()).eval(), SteeringVector({"2": torch.ones(5)}), image=(3, 4))
+    with ThreadPoolExecutor(4) as pool:
+        assert len({tuple(found) for found in pool.map(live.classes, [X] * 8)}) == 1
+    assert Counts.most == 1
 
 
 # --- images ------------------------------------------------------------------------------------------------------
@@ -295,6 +367,12 @@ def test_setup_says_how_large_a_vector_is_beside_the_activations(live, model, ba
         assert own["shares"] == pytest.approx(shares)
         assert 1 / max(shares.values()) <= own["reach"] * (1 + 1e-6) < 2.6 / max(shares.values())
         assert own["c"] == 1.0
+
+
+def test_what_is_not_added_in_the_activations_units_has_no_share(model, bank, letters):
+    kinds = {"love": Add(relative=True), "calm": Ablate()}
+    setup = Live(model, Steering(bank, intervention=kinds), tokenizer=letters).setup()
+    assert [(own["shares"], own["reach"]) for own in setup["concepts"]] == [({}, 5.0)] * 2
 
 
 @pytest.mark.parametrize(("c", "starts", "reach"), [(1.0, 1.0, 5.0), (30.0, 30.0, 100.0), ({}, 0.0, 5.0)])
