@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from threading import Condition
 from typing import Any, final
 
 import torch
@@ -16,6 +13,7 @@ from torch import Tensor, nn
 from actsteer.collecting.collect import collect
 from actsteer.collecting.texts import input_device, text_batches
 from actsteer.errors import BatchError, OutputError, ShapeError, StrengthError, UnsupportedModelError
+from actsteer.looking.turns import Turns
 from actsteer.sites.wrappers import class_name
 from actsteer.steering.interventions.add import Add
 from actsteer.steering.steerer import Steerer
@@ -24,50 +22,6 @@ from actsteer.steering.strength import Strengths
 
 PROMPT = "List three animals:"
 _REACH = 4.0  # of a slider, where it is not known how large the activations are
-
-
-@final
-class Turns:
-    """A lock whose waiters have it in the order in which they came.
-
-    >>> turns = Turns()
-    >>> with turns:
-    ...     with turns.left():
-    ...         pass  # others have it here
-    """
-
-    def __init__(self) -> None:
-        self._queue: deque[object] = deque()
-        self._changed = Condition()
-
-    def __len__(self) -> int:
-        """How many have it, or wait for it."""
-        return len(self._queue)
-
-    def __enter__(self) -> None:
-        mine = object()
-        with self._changed:
-            self._queue.append(mine)
-            try:
-                self._changed.wait_for(lambda: self._queue[0] is mine)
-            except BaseException:  # an interrupt
-                self._queue.remove(mine)
-                self._changed.notify_all()
-                raise
-
-    def __exit__(self, *_: object) -> None:
-        with self._changed:
-            self._queue.popleft()
-            self._changed.notify_all()
-
-    @contextmanager
-    def left(self) -> Iterator[None]:
-        """A while in which others have their turn; then it is waited for again."""
-        self.__exit__()
-        try:
-            yield
-        finally:
-            self.__enter__()
 
 
 @final

@@ -109,7 +109,8 @@ class Page:
 
     def close(self) -> None:
         """End every answer, and the page; the model is what it was."""
-        self.closing = True
+        with self._ended:
+            self.closing = True
         self._server.shutdown()
         self._server.server_close()
         with self._ended:
@@ -117,8 +118,14 @@ class Page:
 
     @contextmanager
     def request(self) -> Iterator[None]:
-        """While one is answered."""
+        """While one is answered.
+
+        Raises:
+            ConnectionError: the page is closed.
+        """
         with self._ended:
+            if self.closing:
+                raise ConnectionError("the page is closed")
             self._requests += 1
         try:
             yield
@@ -198,7 +205,7 @@ class _Request(BaseHTTPRequestHandler):
         with ExitStack() as stack:
             if asked.get("c") is not None:
                 steerer = stack.enter_context(self._steerer(asked))
-                stack.callback(self.page.running.pop, name)
+                stack.callback(self.page.running.pop, name, None)
                 self.page.running[name] = steerer
             self._say({"name": name})
             self._say({"text": live.answer(asked["prompt"], length=int(asked["length"]), say=say), "done": True})

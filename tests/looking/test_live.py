@@ -1,7 +1,5 @@
 """Live: several people at one model; each gets, bit for bit, what a Steerer and the model alone give."""
 
-import signal
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier, Event, Thread
 
@@ -24,7 +22,7 @@ from actsteer import (
     collect,
     steerers,
 )
-from actsteer.looking.live import PROMPT, Live, Turns
+from actsteer.looking.live import PROMPT, Live
 from tests.oracles import state
 from tests.zoo import llama
 
@@ -207,52 +205,6 @@ def test_an_encoder_and_a_decoder(letters):
         found = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6)
     assert len(text) == 6
     assert text == letters.decode(found[0, 1:], skip_special_tokens=True)
-
-
-# --- turns -------------------------------------------------------------------------------------------------------
-def test_a_turn_is_had_in_the_order_in_which_it_was_asked_for():
-    turns, order, threads = Turns(), [], []
-
-    def wait(number):
-        with turns:
-            order.append(number)
-
-    with turns:
-        for number in range(5):
-            threads.append(Thread(target=wait, args=(number,)))
-            threads[-1].start()
-            while len(turns) < number + 2:
-                Event().wait(0.001)
-    for thread in threads:
-        thread.join(WAIT)
-    assert order == list(range(5))
-    assert len(turns) == 0
-
-
-def test_who_is_interrupted_while_waiting_leaves_the_queue():
-    turns, main, is_held, is_over = Turns(), threading.main_thread().ident, Event(), Event()
-
-    def hold():
-        with turns:
-            is_held.set()
-            while len(turns) < 2:
-                is_over.wait(0.001)
-            signal.pthread_kill(main, signal.SIGINT)
-            is_over.wait(WAIT)
-
-    before, thread = signal.signal(signal.SIGINT, signal.default_int_handler), Thread(target=hold)
-    try:
-        thread.start()
-        is_held.wait(WAIT)
-        with pytest.raises(KeyboardInterrupt), turns:
-            pass
-        assert len(turns) == 1
-    finally:
-        signal.signal(signal.SIGINT, before)
-        is_over.set()
-        thread.join(WAIT)
-    with turns:
-        assert len(turns) == 1
 
 
 def test_one_thread_at_a_time_runs_the_model():

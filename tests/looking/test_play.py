@@ -122,6 +122,9 @@ def test_to_close_the_page_ends_what_is_being_written(model, bank, letters):
     assert state(model) == state(llama(vocab_size=35, eos_token_id=None))
     with pytest.raises(ConnectionError), asked(page, "/setup", method="GET"):
         pass
+    with pytest.raises(ConnectionError, match="the page is closed"), page.request():
+        pass
+    page.close()
 
 
 @pytest.mark.parametrize(
