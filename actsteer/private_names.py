@@ -62,6 +62,7 @@ PARTS: Mapping[str, str] = MappingProxyType(
         "transformers.PreTrainedModel._tp_size": "statistics under tensor parallelism: every row counts once per rank",
         "transformers.PreTrainedModel._device_mesh": "the same",
         "transformers.PreTrainedModel._is_stateful": "the refusal to share prefixes where the cache is a state",
+        "transformers.PreTrainedConfig._commit_hash": "the model's revision in evidence",
         "accelerate.hooks._hf_hook": "that a pass runs whole where weights are offloaded",
         "vllm.v1.worker.gpu_model_runner.GPUModelRunner._prepare_inputs": "the bank: no engine that has one starts",
         "vllm.config.ParallelConfig._api_process_count": "the refusal to replace a bank that other servers know",

@@ -87,7 +87,14 @@ from actsteer.steering.interventions.rotate import Rotate as Rotate
 from actsteer.steering.saving import Saved as Saved
 from actsteer.steering.steerer import Steerer as Steerer
 from actsteer.steering.steering import Steering as Steering
+from actsteer.tuning.calibrate import calibrate as calibrate
+from actsteer.tuning.calibrate_gate import GateCalibration as GateCalibration
+from actsteer.tuning.calibrate_gate import calibrate_gate as calibrate_gate
+from actsteer.tuning.calibration import Calibration as Calibration
+from actsteer.tuning.evidence import Evidence as Evidence
+from actsteer.tuning.metrics import OutputMetric as OutputMetric
 from actsteer.tuning.sweep import sweep as sweep
+from actsteer.tuning.text_metric import TextMetric as TextMetric
 from actsteer.vectors.bank import VectorBank as VectorBank
 from actsteer.vectors.site_map import SiteMap as SiteMap
 from actsteer.vectors.vector import SteeringVector as SteeringVector

@@ -27,6 +27,10 @@ _EXAMPLES: dict[str, list[str]] = {  # command, a function in the file of its na
     ],
     "merge": ["actsteer merge part*.safetensors -o all.safetensors"],
     "show": ["actsteer show calm.safetensors", "actsteer show 'tones/*.safetensors'"],
+    "calibrate": [
+        "actsteer calibrate -m ./llama -b calm.safetensors --retain neutral.txt --prompts prompts.txt "
+        "--metric scores:calmness --picture pareto.png -o calibrated.safetensors",
+    ],
     "generate": [
         "actsteer generate -m ./llama -b calm.safetensors -c 2 'The meeting was'",
         "actsteer generate -m ./llama -b tone.safetensors -c calm=2 -c brief=-1 --chat 'How was the meeting?'",

@@ -14,6 +14,7 @@ from torch import nn
 from actsteer.errors import UnsupportedModelError
 
 _EXPECTED = {"MODEL": "a Hugging Face directory or name, or module:factory", "--estimator": "module:Class"}
+_EXPECTED |= {"--metric": "module:function"}
 
 
 def make(name: str) -> nn.Module:
@@ -26,8 +27,19 @@ def make(name: str) -> nn.Module:
 
 def made(name: str, kind: type, *, hint: str) -> Any:
     """What `module:factory` names, the current folder's modules included, if it is of this kind, or what it makes."""
-    home, _, attribute = name.partition(":")
-    if not all(part.isidentifier() for part in (*home.split("."), *attribute.split("."))):
+    found = attribute(name, hint=hint)
+    if not callable(found) or (isinstance(found, kind) and not isinstance(found, type)):
+        return found
+    try:
+        return found()
+    except Exception as error:
+        raise _failed(name, error) from error
+
+
+def attribute(name: str, *, hint: str) -> Any:
+    """What `module:name` is, the current folder's modules included."""
+    home, _, own = name.partition(":")
+    if not all(part.isidentifier() for part in (*home.split("."), *own.split("."))):
         raise typer.BadParameter(f"{name}: expected module:factory, as in nets:build", param_hint=hint)
     try:
         found = imported(home)
@@ -38,16 +50,11 @@ def made(name: str, kind: type, *, hint: str) -> Any:
                 param_hint=hint,
             ) from None
         raise _failed(name, error) from error
-    for part in attribute.split("."):
+    for part in own.split("."):
         if not hasattr(found, part):
-            raise typer.BadParameter(f"{name}: {home!r} has no {attribute!r}", param_hint=hint)
+            raise typer.BadParameter(f"{name}: {home!r} has no {own!r}", param_hint=hint)
         found = getattr(found, part)
-    if not callable(found) or (isinstance(found, kind) and not isinstance(found, type)):
-        return found
-    try:
-        return found()
-    except Exception as error:
-        raise _failed(name, error) from error
+    return found
 
 
 def imported(name: str) -> Any:

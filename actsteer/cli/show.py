@@ -11,8 +11,10 @@ import typer
 from actsteer.cli import banks, models, screen
 from actsteer.cli.options import Concepts, MaybeModelName, TrustRemoteCode
 from actsteer.steering.steering import Steering
+from actsteer.tuning.evidence import Evidence
 
 _PAIRS, _COMPARED = 20, 1000
+_MODEL = ("name", "revision", "model")
 
 
 def show(
@@ -23,8 +25,9 @@ def show(
 ) -> None:
     """Show the concepts of a file, their sites and norms, how they steer, and how far the concepts interfere.
 
-    How they steer is said of a file that has more than vectors: strengths, interventions, gates, positions, sites.
-    Interference is the cosine between two concepts over all their sites; the strongest pairs come first.
+    How they steer is said of a file that has more than vectors: strengths, interventions, gates, positions, sites; and
+    what was measured, of one that calibrate has written. Interference is the cosine between two concepts over all their
+    sites; the strongest pairs come first.
     """
     banks.check(bank)
     describe(banks.read(bank, models.names(model, trust_remote_code=trust_remote_code), concept))
@@ -47,6 +50,10 @@ def describe(steering: Steering) -> None:
         screen.say("")
         for line in _parts(steering):
             screen.say(line)
+    if (known := Evidence.of(steering)) is not None:
+        screen.say("")
+        for line in _measured(known):
+            screen.say(line)
     present = bank.select(*(concept for concept, vector in bank.items() if float(vector.norm()) > 0))
     if len(present) < 2:
         return
@@ -61,6 +68,22 @@ def describe(steering: Steering) -> None:
     screen.table("interference", "with", "cosine", rows=rows_, numbers=["cosine"])
     if len(pairs) > _PAIRS:
         screen.say(f"and {len(pairs) - _PAIRS} pairs that interfere less")
+
+
+def _measured(known: Evidence) -> Iterator[str]:
+    """What was measured, in a few lines."""
+    how = ", ".join(f"{name} {own}" for name, own in known.steering.items() if own not in ("all", "None"))
+    yield f"measured: {how}"
+    yield f"effect: {known.effect}, unsteered {known.unsteered:.4g}, by {known.metric}"
+    yield f"cost: {', '.join(f'{name} {own}' for name, own in known.costs.items())}"
+    if known.percentile is not None:
+        yield f"controls: percentile {known.percentile:.1f} of {known.controls}"
+    yield f"model: {', '.join(f'{name} {known.model[name]}' for name in _MODEL if name in known.model)}"
+    yield f"versions: {', '.join(f'{name} {own}' for name, own in known.versions.items())}"
+    rows = [(f"{c:.4g}", "" if effect is None else f"{effect:.4g}", f"{cost:.4g}") for c, effect, cost in known.curve]
+    if rows:
+        yield "dose response: c, effect, cost"
+        yield from ("    " + ", ".join(cell or "over the budget" for cell in row) for row in rows)
 
 
 def _parts(steering: Steering) -> Iterator[str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,11 +13,16 @@ import typer
 from torch import nn
 
 from actsteer.cli import banks, models, options, screen
-from actsteer.cli.examples import one_batch
+from actsteer.cli.examples import batches, one_batch
+from actsteer.cli.metrics import metric as metric_of
+from actsteer.cli.models import Loaded
 from actsteer.cli.options import Chat, Concepts, Device, DtypeName, TrustRemoteCode
 from actsteer.folding.proof import Proof, distance, is_lost, outputs
 from actsteer.integrations.vllm.comparing import compare
 from actsteer.steering.steerer import Steerer
+from actsteer.steering.steering import Steering
+from actsteer.tuning.evidence import Evidence, Held
+from actsteer.tuning.remeasure import remeasured
 
 
 def verify(
@@ -30,6 +38,10 @@ def verify(
         Literal["vllm"] | None,
         typer.Option(help="Have it serve the file, and compare its answers to the texts of --on."),
     ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="module:function, as of calibrate: measure the effect that was recorded anew.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens --metric is to see.")] = 32,
     c: Annotated[list[str] | None, typer.Option("-c", help="The strength; that of the file, or 1.")] = None,
     concept: Concepts = None,
     chat: Chat = False,
@@ -37,9 +49,11 @@ def verify(
     dtype: DtypeName = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Verify that a file is whole, that its vectors fit a model, that every edit runs, that others do the same.
+    """Verify that a file is whole, fits a model, that every edit runs, that others do the same, that evidence holds.
 
     Each further option asks for a further step; the exit code is 1 if one fails. Without --on no weights are loaded.
+    Where the file says what was measured, the steering is compared with what was recorded of it, and with --on what was
+    lost, with --metric the effect too, is measured again.
     """
     if (on is not None or folded is not None) and model is None:
         raise typer.BadParameter("it takes a model to run", param_hint="--model")
@@ -56,10 +70,12 @@ def verify(
     count = len(steering.vectors.items())  # every one is read
     screen.say(f"whole: {bank}, {count} concept{'s' * (count != 1)}")
     if loaded is None:
+        _check_evidence(steering, None, strength)
         return
     steerer = Steerer(loaded.model, steering, c=strength)
     screen.say(f"fits: {model}, {', '.join(steerer.sites)}")
     if on is None:
+        _check_evidence(steering, loaded.model, strength)
         return
     batch = one_batch(on, loaded, chat=chat)
     plain = outputs(loaded.model, batch)
@@ -77,6 +93,7 @@ def verify(
         _check_folded(steerer, batch, folded, same)
     if engine is not None and model is not None:
         _check_engine(steerer, batch, model=model, bank=bank, dtype=dtype)
+    _check_evidence(steering, loaded.model, strength, again=partial(_again, loaded, on, metric, max_new_tokens, chat))
 
 
 def _check_folded(steerer: Steerer, batch: Any, folded: str, same: nn.Module) -> None:
@@ -101,3 +118,33 @@ def _check_engine(steerer: Steerer, batch: Any, *, model: str, bank: str, dtype:
         f"served: vLLM gives the steered model's tokens for {found.equal} of {found.prompts} prompts; "
         f"log-probabilities differ by up to {found.furthest:.2g}, and where nothing is steered by {found.plain:.2g}"
     )
+
+
+def _check_evidence(
+    steering: Steering,
+    model: nn.Module | None,
+    strength: float | dict[str, float] | None,
+    *,
+    again: Callable[[Steering, Evidence], Iterator[Held]] | None = None,
+) -> None:
+    known = Evidence.of(steering)
+    if known is None:
+        return
+    given = steering if strength is None else replace(steering, c=strength)
+    found = [*known.compared(given, model), *(again(given, known) if again is not None else ())]
+    for own in found:
+        if not own.holds:
+            screen.complain("error", f"no longer as recorded: {own.what} was {own.recorded}, and is {own.now}")
+    if not all(own.holds for own in found):
+        raise typer.Exit(1)
+    screen.say(f"recorded: {len(found)} things hold: {', '.join(own.what for own in found)}")
+
+
+def _again(
+    loaded: Loaded, on: Path, metric: str | None, max_new_tokens: int, chat: bool, steering: Steering, known: Evidence
+) -> Iterator[Held]:
+    inputs, _ = batches(on, loaded, batch_size=16, chat=chat)
+    effect = None
+    if metric is not None:
+        effect = metric_of(metric, on, loaded, max_new_tokens=max_new_tokens, batch_size=16, chat=chat)
+    yield from remeasured(loaded.model, steering, known, retain=inputs, evaluate=effect)

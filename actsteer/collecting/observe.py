@@ -43,6 +43,8 @@ class Step(NamedTuple):
     keep: Keep
     rows: int | None = None
     """How many rows the batch has, for a caller to whom it matters from which each activation is."""
+    take: Callable[[Any], None] | None = None
+    """Who is given what the model returns, of a pass that does not end early."""
 
 
 @final
@@ -59,7 +61,7 @@ class Observation:
         model: nn.Module,
         names: Iterable[str],
         *,
-        axis: Axes | None,
+        axis: Axes | None = None,
         row_axis: Axes | None = None,
         token_axis: Axes | None = None,
         mask: Masks | None = None,
@@ -95,14 +97,16 @@ class Observation:
         with eval_mode(self.model), ExitStack() as handles:
             for listener in self._listeners:
                 handles.callback(listen(listener.place, listener))
-            for batch, keep, rows in steps:
+            for batch, keep, rows, take in steps:
                 args, kwargs = arguments(batch)
                 begun = {own: own.begun(args, kwargs, self._signature) for own in self._passes if own.modules}
                 self.stopper.begin()
                 self.asked = _Asked(keep, self._positions, begun, first_shape(batch)[:2], rows, {})
                 try:
                     with suppress(Stop), torch.no_grad():
-                        call(self.model, batch)
+                        output = call(self.model, batch)
+                        if take is not None:
+                            take(output)
                 finally:
                     self.asked = None
                 self.stopper.end()

@@ -104,6 +104,14 @@ def weights(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def digest_of(batches: Iterable[Any]) -> str:
+    """A digest of everything that batches hold."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        _add(digest, batch)
+    return digest.hexdigest()
+
+
 def code_of(function: Any) -> str:
     """A digest of what a function does: its code, constants and defaults, and what it closes over."""
     function = function if isinstance(function, FunctionType) else vars(type(function)).get("__call__")

@@ -24,6 +24,7 @@ from actsteer.sites.containers import is_opaque, tensors_in
 from actsteer.sites.lens import Lens
 from actsteer.steering.edit import SiteEdit, is_in_place
 from actsteer.steering.interventions.ablate import Ablate
+from actsteer.steering.norms import norms, typical
 
 FAR = 3.0
 """Standard deviations from 0 from which on a mean projection is far from it."""
@@ -39,7 +40,8 @@ class Seen:
     """How large the activations of one site are, and where they lie along each direction u.
 
     Args:
-        norm: the typical ‖h‖, the root of the mean of its square; 0 if there are no rows.
+        norm: the typical ‖h‖, its median; of statistics, which have no median, the root of the mean of its square;
+            0 if there are no rows.
         along: the mean and the standard deviation of h·u; empty if there are fewer than two rows, or no covariance.
     """
 
@@ -88,27 +90,27 @@ def checked(
     if isinstance(inputs, Statistics):
         return Check({site: _seen_in(inputs[site], units[site]) for site in edits}, [])
     calls = list(iterate(inputs, batch_size=batch_size, progress=False, label=""))
-    sums = {site: Moments.empty(len(units[site]) + 1, covariance="diagonal") for site in edits}
+    sums = {site: Moments.empty(len(units[site]), covariance="diagonal") for site in edits}
+    sizes: dict[str, list[Tensor]] = {site: [] for site in edits}
 
     def keep(site: str, rows: Tensor, owners: Tensor) -> None:
         own = exact(rows)
-        columns = [*(own @ unit.to(own) for unit in units[site].values()), own.square().sum(dim=1)]
-        sums[site].update(torch.stack(columns, dim=1))
+        sums[site].update(own @ torch.stack([*units[site].values()], dim=1).to(own) if units[site] else own[:, :0])
+        sizes[site].append(norms(rows)[:, 0].cpu())
 
     with buffers_kept(model):
         Observation(model, edits, **where, positions="all", stop=True).run(Step(batch, keep) for batch in calls)
-    return Check({site: _seen_by(sums[site], list(units[site])) for site in edits}, unreached(model, edits, calls[0]))
+    seen = {site: _seen_by(sizes[site], sums[site], list(units[site])) for site in edits}
+    return Check(seen, unreached(model, edits, calls[0]))
 
 
-def _seen_by(columns: Moments, own: Sequence[int]) -> Seen:
-    """From the moments of h·u, a column for each direction, and of ‖h‖², the last."""
-    if not columns.count:
-        return Seen(0.0, {})
-    *means, square = columns.mean.tolist()
+def _seen_by(sizes: Sequence[Tensor], columns: Moments, own: Sequence[int]) -> Seen:
+    """From every ‖h‖, and the moments of h·u, a column for each direction."""
+    norm = typical(sizes)
     if columns.count < 2:
-        return Seen(math.sqrt(square), {})
-    *spreads, _ = columns.variance.sqrt().tolist()
-    return Seen(math.sqrt(square), dict(zip(own, zip(means, spreads, strict=True), strict=True)))
+        return Seen(norm, {})
+    pairs = zip(columns.mean.tolist(), columns.variance.sqrt().tolist(), strict=True)
+    return Seen(norm, dict(zip(own, pairs, strict=True)))
 
 
 def _seen_in(moments: Moments, units: Mapping[int, Tensor]) -> Seen:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -31,6 +33,19 @@ def norms_by_largest(rows: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch 1
     scaled = rows / torch.where(largest > 0, largest, 1)
     found: Tensor = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True) * largest
     return found
+
+
+def typical(sizes: Sequence[Float[Tensor, " n"]]) -> float:
+    """The median of ‖h‖ over all rows; 0 if there are none.
+
+    Not its root mean square: in a language model a few tokens have activations a hundred times as large as the rest
+    (Sun et al. 2024, massive activations), and that would be their size alone.
+
+    >>> typical([torch.tensor([1.0, 2.0]), torch.tensor([900.0])])
+    2.0
+    """
+    found = torch.cat([*sizes, torch.zeros(0)])
+    return float(found.median()) if len(found) else 0.0
 
 
 def unit(direction: Float[Tensor, " d"]) -> Float[Tensor, " d"]:

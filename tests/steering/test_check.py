@@ -48,13 +48,14 @@ def warned(record):
 
 
 # --- how large -------------------------------------------------------------------------------------------------------
-def test_the_share_is_that_of_the_root_mean_square_norm():
+def test_the_share_is_that_of_the_median_norm_and_of_statistics_the_root_mean_square():
     model, v = nn.Sequential(nn.Identity()), SteeringVector({"0": torch.tensor([3.0, 4.0, 0.0])}, concept="up")
     steerer = Steerer(model, v, c=-2.0)
-    typical = float(X.square().sum(dim=1).mean().sqrt())
-    said = rf"up: Add, c = -2, norm 5, ‖c·v‖ {10 / typical:.2g} of the typical ‖h‖ {typical:.3g}"
     assert "‖" not in steerer.explain()
-    for inputs in (X, list(X.split(10)), iter([X]), (X,), {"input": X}, collect(model, X, sites="0", covariance=True)):
+    median, mean_square = float(X.norm(dim=1).median()), float(X.square().sum(dim=1).mean().sqrt())
+    given = [X, list(X.split(10)), iter([X]), (X,), {"input": X}, collect(model, X, sites="0", covariance=True)]
+    for inputs, typical in zip(given, [median] * 5 + [mean_square], strict=True):
+        said = rf"up: Add, c = -2, norm 5, ‖c·v‖ {10 / typical:.2g} of the typical ‖h‖ {typical:.3g}"
         steerer = Steerer(model, v, c=-2.0)
         found = steerer.check(inputs)
         assert said in found

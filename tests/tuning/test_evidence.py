@@ -1,0 +1,240 @@
+"""Evidence: what changes a steering is noticed, by what was recorded or by measuring; what changes nothing is not.
+
+The table of corruptions: each is noticed, and which of recorded things, or of measured ones, notice it is said here.
+"""
+
+import json
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+
+from actsteer import Evidence, FileFormatError, Steering, SteeringVector, VectorBank, calibrate
+from actsteer.steering.plan import gates_of
+from actsteer.tuning.evidence import KEY, Figure
+from actsteer.tuning.remeasure import remeasured
+from tests.tuning.trained import is_two, kept, rows, toward_two, trained, untrained
+from tests.zoo import llama
+
+# corruption -> what no longer is as recorded (the first word of each), measuring aside
+NOTICED = {
+    "sign flipped": {"direction"},
+    "next site": {"sites"},
+    "previous site": {"sites"},
+    "scaled by 2": {"‖c·v‖"},
+    "scaled by 0.1": {"‖c·v‖"},
+    "another precision": {"dtype"},
+    "renormalised": {"‖c·v‖"},
+    "shuffled features": {"direction"},
+    "another concept's direction": {"direction", "‖c·v‖"},
+    "other positions": {"positions"},
+    "another base model": {"weights"},
+}
+
+
+@pytest.fixture(scope="module")
+def good():
+    """A calibrated steering at the site in the middle, and its model."""
+    model = trained()
+    found = calibrate(
+        model, toward_two(model), evaluate=is_two(), retain=kept(), budget=0.3, sites=["3"], controls=19, progress=False
+    )
+    assert found.found
+    return model, found.best
+
+
+def changed(steering, make):
+    """The steering with other directions, its evidence and all else kept."""
+    bank = VectorBank(
+        {
+            concept: SteeringVector(make(dict(v.to()._directions)), metadata=v.metadata)
+            for concept, v in steering.vectors.items()
+        }
+    )
+    return replace(steering, vectors=bank)
+
+
+def corrupted(steering, model, how):
+    """(the steering, the model) after a corruption."""
+    generator = torch.Generator().manual_seed(0)
+    match how:
+        case "sign flipped":
+            return changed(steering, lambda d: {s: -v for s, v in d.items()}), model
+        case "next site" | "previous site":
+            moved = {"next site": "5", "previous site": "1"}[how]
+            return changed(steering, lambda d: dict.fromkeys([moved], *d.values())), model
+        case "scaled by 2":
+            return changed(steering, lambda d: {s: 2 * v for s, v in d.items()}), model
+        case "scaled by 0.1":
+            return changed(steering, lambda d: {s: 0.1 * v for s, v in d.items()}), model
+        case "another precision":
+            return changed(steering, lambda d: {s: v.half() for s, v in d.items()}), model
+        case "renormalised":
+            return changed(steering, lambda d: {s: v / v.norm() for s, v in d.items()}), model
+        case "shuffled features":
+            return changed(
+                steering, lambda d: {s: v[torch.randperm(len(v), generator=generator)] for s, v in d.items()}
+            ), model
+        case "another concept's direction":
+            return changed(
+                steering, lambda d: {s: torch.randn(len(v), generator=generator) for s, v in d.items()}
+            ), model
+        case "other positions":
+            return replace(steering, positions="last"), model
+        case _:
+            torch.manual_seed(1)
+            return steering, untrained().eval()
+
+
+@pytest.mark.parametrize("how", NOTICED)
+def test_a_corruption_is_noticed_by_what_was_recorded(good, how, tmp_path):
+    model, steering = good
+    other, its_model = corrupted(steering, model, how)
+    other.save(tmp_path / "x.safetensors")
+    loaded = Steering.load(tmp_path / "x.safetensors")
+    known = Evidence.of(loaded)
+    wrong = {own.what.split()[0] for own in known.compared(loaded, its_model) if not own.holds}
+    assert wrong == NOTICED[how]
+
+
+@pytest.mark.parametrize("how", [how for how in NOTICED if how not in ("another precision", "other positions")])
+def test_a_corruption_that_changes_answers_is_noticed_by_measuring_too(good, how):
+    model, steering = good
+    other, its_model = corrupted(steering, model, how)
+    known = Evidence.of(steering)
+    with warnings.catch_warnings(action="ignore"):  # of other weights
+        measured = list(remeasured(its_model, other, known, retain=kept(), evaluate=is_two()))
+    assert {own.what for own in measured} == {"cost (mean)", "effect"}
+    assert not all(own.holds for own in measured)
+
+
+SAME = {
+    "nothing": lambda s: s,
+    "saved and loaded": lambda s: s,
+    "twice as long at half the strength": lambda s: replace(
+        changed(s, lambda d: {k: 2 * v for k, v in d.items()}), c=s.c / 2
+    ),
+    "the reverse at the reverse strength": lambda s: replace(
+        changed(s, lambda d: {k: -v for k, v in d.items()}), c=-s.c
+    ),
+    "a wider dtype": lambda s: changed(s, lambda d: {k: v.double() for k, v in d.items()}),
+    "all positions, said": lambda s: replace(s, positions="all"),
+    "positions by concept": lambda s: replace(s, positions={"two": "all"}),
+    "strength by concept": lambda s: replace(s, c={"two": s.c}),
+    "a note in the metadata": lambda s: replace(
+        s,
+        vectors=VectorBank(
+            {c: SteeringVector({k: v[k] for k in v}, metadata=v.metadata | {"note": "x"}) for c, v in s.vectors.items()}
+        ),
+    ),
+    "vectors alone": lambda s: Steering(s.vectors),
+}
+
+
+@pytest.mark.parametrize("how", SAME)
+def test_what_changes_nothing_is_not_flagged(good, how, tmp_path):
+    model, steering = good
+    other = SAME[how](steering)
+    other.save(tmp_path / "x.safetensors")
+    loaded = Steering.load(tmp_path / "x.safetensors")
+    known = Evidence.of(loaded)
+    assert known is not None
+    found = [*known.compared(loaded, model), *remeasured(model, loaded, known, retain=kept(), evaluate=is_two())]
+    assert [own for own in found if not own.holds] == []
+    assert {"cost (mean)", "effect"} <= {own.what for own in found}
+
+
+@pytest.mark.parametrize("batch_size", [7, 64, 1000])
+def test_what_was_measured_is_measured_again_however_it_is_batched(good, batch_size):
+    model, steering = good
+    found = list(remeasured(model, steering, Evidence.of(steering), retain=kept(), batch_size=batch_size))
+    assert [own.what for own in found] == ["cost (mean)"]
+    assert found[0].holds
+
+
+def test_of_other_data_nothing_is_said(good):
+    model, steering = good
+    known = Evidence.of(steering)
+    assert list(remeasured(model, steering, known, retain=kept()[:-1], evaluate=is_two(seed=99))) == []
+
+
+# --- what it holds -----------------------------------------------------------------------------------------------
+def test_it_holds_what_was_measured(good):
+    model, steering = good
+    found = calibrate(
+        model,
+        toward_two(model),
+        evaluate=is_two(),
+        retain=kept(),
+        budget=0.3,
+        rows=rows(model),
+        controls=3,
+        progress=False,
+    )
+    known, row = Evidence.of(found.best), found.chosen
+    assert known.effect == Figure(row["effect"], *row["effect_interval"])
+    assert known.costs["mean"] == Figure(row["cost"], *row["cost_interval"])
+    assert known.controls == 6
+    assert known.percentile == found.percentile
+    assert known.unsteered == found.unsteered
+    assert (row["c"], row["effect"], row["cost"]) in known.curve
+    assert [c for c, _, _ in known.curve] == sorted(c for c, _, _ in known.curve)
+    assert {"retain", "effect"} == set(known.data)
+    assert {"actsteer", "torch", "python", "format"} <= set(known.versions)
+    assert known.metric == "tests.tuning.trained:two"
+    assert gates_of(steering.vectors, steering.gate) == {}
+
+
+def test_vectors_banks_and_steerings_carry_it_and_an_operation_that_keeps_metadata_keeps_it(good, tmp_path):
+    _, steering = good
+    known = Evidence.of(steering)
+    bank, v = steering.vectors, steering.vectors["two"]
+    assert Evidence.of(bank) == Evidence.of(v) == Evidence.of(-2 * v) == known
+    bank.save(tmp_path / "bank.safetensors")
+    v.save(tmp_path / "v.safetensors")
+    assert Evidence.of(VectorBank.load(tmp_path / "bank.safetensors")) == known
+    assert Evidence.of(SteeringVector.load(tmp_path / "v.safetensors")) == known
+    assert Evidence.of(SteeringVector({"0": torch.ones(2)})) is None
+    assert Evidence.read(known.text) == known
+
+
+@pytest.mark.parametrize("text", ["", "x", "[]", "{}", "null", '{"effect": 1}', "[" * 10**5])
+def test_what_is_no_evidence_is_refused(text):
+    v = SteeringVector({"0": torch.ones(2)}, metadata={KEY: text})
+    with pytest.raises(FileFormatError, match="evidence: not what calibrate writes"):
+        Evidence.of(v)
+
+
+def test_evidence_with_any_part_of_another_kind_is_refused(good):
+    document = json.loads(Evidence.of(good[1]).text)
+    for name in document:
+        for other in (None, "x", [1], {"a": 1}):
+            if type(other) is type(document[name]) or (name == "percentile" and other is None) or (name == "metric"):
+                continue
+            try:
+                found = Evidence.read(json.dumps(document | {name: other}))
+            except FileFormatError:
+                continue
+            list(found.compared(good[1], None))  # what is read can be compared
+
+
+def test_of_tokens_the_same_texts_are_known_however_they_are_padded():
+    lm = llama()
+    v = SteeringVector(
+        {"model.layers.0": torch.randn(lm.config.hidden_size, generator=torch.Generator().manual_seed(0))}
+    )
+    ids = torch.randint(1, lm.config.vocab_size, (6, 5), generator=torch.Generator().manual_seed(0))
+
+    def evaluate(model):
+        with torch.no_grad():
+            return model(input_ids=ids).logits[:, -1, 3]
+
+    from actsteer.collecting.texts import TextBatches
+
+    texts = [row[: 3 + number % 3] for number, row in enumerate(ids)]
+    one, other = TextBatches(texts, 2, None), TextBatches(texts, 6, None)
+    found = calibrate(lm, v, evaluate=evaluate, retain=one, budget=0.5, controls=0, progress=False)
+    (again,) = remeasured(lm, found.best, Evidence.of(found.best), retain=other)
+    assert again.what == "cost (mean)"
+    assert again.holds
