@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,18 @@ PROMPT = "List three animals:"
 _REACH = 4.0  # of a slider, where it is not known how large the activations are
 
 
+class Slider(NamedTuple):
+    """What a concept's strength is chosen with."""
+
+    concept: str
+    c: float
+    """The strength to begin with."""
+    reach: float
+    """How far it goes, to either side of 0."""
+    shares: Mapping[str, float]
+    """Site -> ‖v‖ as a share of the typical ‖h‖ of a prompt, where that is known."""
+
+
 @final
 class Live:
     """A model and a steering of it; whoever asks does so in a thread, and is steered in that thread alone.
@@ -36,9 +48,8 @@ class Live:
         steering: what the Steerer takes.
         tokenizer: the model's, for text.
         c: the strengths to begin with, where not those of the steering; one number per concept.
-        image: (height, width) in pixels or, for a model that takes a channel whatever its first layer is, (1, height,
-            width). Else a model whose first layer with weights is a convolution takes (rows, 1, height, width), and any
-            other (rows, height · width).
+        image: (height, width) in pixels of a model that takes (rows, height · width); (1, height, width) of one that
+            takes (rows, 1, height, width).
         mean, std: what is taken off the pixels, which are from 0, black, to 1, white, and what they are divided by.
         chat: apply the tokenizer's chat template.
 
@@ -72,9 +83,10 @@ class Live:
         self._turns, self._scale = Turns(), (mean, std)
         self._first = self.steerer(c=c)  # whether it fits
         self.concepts = self._first.bank.concepts
+        self.sites = self._first.sites
         self.c = _numbers(self._first.c, self.concepts)
-        self._shape = None if image is None else _shape(model, image)
-        self.size = None if image is None else tuple(image[-2:])
+        self._shape = None if image is None else _shape(image)
+        self.size = None if image is None else (image[-2], image[-1])
         if model.training:
             raise UnsupportedModelError(f"{class_name(model)} is in training mode; call model.eval() first")
         if self.size is not None:
@@ -162,16 +174,10 @@ class Live:
         found: list[float] = logits[0].double().softmax(dim=0).tolist()
         return found
 
-    def setup(self) -> dict[str, Any]:
-        """What a page shows: the concepts, with the strength to begin with, how far its slider goes, and how large
-        ‖v‖ is at each site beside the typical ‖h‖ of a prompt, where that is known; the sites; the kind of input."""
+    def sliders(self) -> list[Slider]:
+        """One for each concept, in order."""
         shares = self._shares() if self.size is None else {}
-        concepts = [
-            {"name": name, "c": c, "reach": _reach(c, shares.get(name, {})), "shares": shares.get(name, {})}
-            for name, c in self.c.items()
-        ]
-        kind = {"size": self.size, "prompt": PROMPT}
-        return {"model": class_name(self.model), "concepts": concepts, "sites": self._first.sites} | kind
+        return [Slider(name, c, _reach(c, shares.get(name, {})), shares.get(name, {})) for name, c in self.c.items()]
 
     def _batch(self, prompt: str) -> dict[str, Tensor]:
         (batch,) = text_batches(self._tokenizer, [prompt], chat=self._chat, device=input_device(self.model))
@@ -182,11 +188,11 @@ class Live:
         model: Any = self.model
         if model.config.is_encoder_decoder:
             return {}
-        sites, axis = self._first.sites, self._first.axes
+        axis = self._first.axes
         rest = slice(1, None)  # the first token's activation may be a hundred times larger than any other's
         how_large: dict[str, Any] = {"positions": rest, "covariance": "diagonal", "progress": False}
         with self._turns:
-            stats = collect(model, self._batch(PROMPT), sites=sites, axis=axis, **how_large)
+            stats = collect(model, self._batch(PROMPT), sites=self.sites, axis=axis, **how_large)
         found: dict[str, dict[str, float]] = {}
         for site, edit in self._first.edits.items():
             for own, place in enumerate(edit.concepts):
@@ -221,13 +227,11 @@ def _numbers(c: Strengths, concepts: Sequence[str]) -> dict[str, float]:
     return {concept: float(own) for concept, own in found.items()}
 
 
-def _shape(model: nn.Module, image: Sequence[int]) -> tuple[int, ...]:
+def _shape(image: Sequence[int]) -> tuple[int, ...]:
     """In which shape the model takes an image."""
     if len(image) not in (2, 3) or min(image) < 1 or (len(image) == 3 and image[0] != 1):
         raise ShapeError(f"image: expected (height, width), or (1, height, width), got {tuple(image)}")
-    first = next((own for own in model.modules() if next(own.parameters(recurse=False), None) is not None), None)
-    has_channel = len(image) == 3 or isinstance(first, nn.Conv2d)
-    return (1, 1, *image[-2:]) if has_channel else (1, math.prod(image))
+    return (1, math.prod(image)) if len(image) == 2 else (1, *image)
 
 
 def _reach(c: float, shares: Mapping[str, float]) -> float:

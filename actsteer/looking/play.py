@@ -1,40 +1,26 @@
-"""play: the live page, served by Python's own server: no package, and nothing that it fetches from elsewhere."""
+"""play: a page, made of Gradio's parts, on which a steering is tried."""
 
-from __future__ import annotations
-
-import json
-import secrets
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
-from http.server import BaseHTTPRequestHandler
-from pathlib import Path
-from socketserver import ThreadingTCPServer
-from threading import Condition, Thread
-from typing import Any, final
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from queue import SimpleQueue
+from threading import Event
+from typing import Any, Self, final
 
 from torch import nn
 
 from actsteer.errors import ActsteerError
-from actsteer.looking.live import Live
+from actsteer.looking.live import PROMPT, Live, Slider
+from actsteer.sites.wrappers import class_name
 from actsteer.steering.steerer import Steerer
 from actsteer.steering.steering import Steerable
 from actsteer.steering.strength import Strengths
 from actsteer.tokens.positions import from_text
 
-_LONGEST = 1_000_000  # bytes of a request
-_LOCAL = ("127.0.0.1", "localhost")
-_LEFT = (ConnectionError, TimeoutError)
-"""What a write raises where nobody listens any more."""
-_FROM_HERE = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
-)
-_HEADERS = {
-    "Cache-Control": "no-store",
-    "X-Content-Type-Options": "nosniff",
-    "Content-Security-Policy": f"{_FROM_HERE}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-}
+_ANSWERS = 32
+"""How many are written at once; whoever asks for more waits."""
+_CANVAS = 336  # pixels of a drawing's longer side
+_POSITIONS = [("as in the steering", ""), *((name, name) for name in ("all", "prompt", "generated", "last"))]
 
 
 def play(
@@ -48,8 +34,8 @@ def play(
     std: float = 1.0,
     chat: bool = False,
     host: str = "127.0.0.1",
-    port: int = 7860,
-) -> Page:
+    port: int | None = None,
+) -> "Page":
     """Serve a page on which a steering is tried: a slider per concept, and the answers without it and with it.
 
     Every answer is steered in its own thread alone, by a Steerer that is attached while it is made; a slider that moves
@@ -58,183 +44,217 @@ def play(
     Args:
         model, steering, tokenizer, c, image, mean, std, chat: as for `Live`.
         host: who may see it: "127.0.0.1" this machine alone, "0.0.0.0" everyone who reaches it.
-        port: 0 takes a free one.
+        port: None takes the first free one from 7860 on.
 
     Raises:
         UnsupportedModelError, SiteNotFoundError, ShapeError, StrengthError: see `Live`; before anything is served.
+        ImportError: Gradio is not installed.
         OSError: the port is taken.
 
     >>> import torch
     >>> from actsteer import SteeringVector
     >>> v = SteeringVector({"0": torch.tensor([0.0, 9.0])}, concept="right")
-    >>> with play(nn.Sequential(nn.Linear(4, 2)).eval(), v, image=(2, 2), port=0) as page:
+    >>> with play(nn.Sequential(nn.Linear(4, 2)).eval(), v, image=(2, 2)) as page:
     ...     page.url.startswith("http://127.0.0.1:")
     True
     """
+    try:
+        import gradio  # noqa: F401
+    except ImportError as error:
+        raise ImportError("a live page needs gradio; pip install 'actsteer[play]'") from error
     live = Live(model, steering, tokenizer=tokenizer, c=c, image=image, mean=mean, std=std, chat=chat)
     return Page(live, host=host, port=port)
 
 
 @final
 class Page:
-    """A page that is served until `close`, from a thread of its own.
+    """A page that is served until `close`.
 
     Args:
         live: what is tried.
         host, port: where.
     """
 
-    def __init__(self, live: Live, *, host: str, port: int) -> None:
-        self.live, self.closing = live, False
-        self.setup = live.setup()
-        self.running: dict[str, Steerer] = {}
-        """Name of an answer that is being made -> what steers it."""
-        self._requests, self._ended = 0, Condition()
-        try:
-            self._server = _Server((host, port), partial(_Request, self))
-        except OSError as error:
-            raise OSError(f"{host}, port {port}: {error.strerror or error}; give another host or port") from error
-        self.host, self.port = host, int(self._server.server_address[1])
-        self._thread = Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
-        self._thread.start()
+    def __init__(self, live: Live, *, host: str, port: int | None) -> None:
+        import gradio as gr
 
-    @property
-    def url(self) -> str:
-        """Where a browser finds it."""
-        return f"http://{self.host}:{self.port}"
+        self.live, self._closed = live, Event()
+        self._threads = ThreadPoolExecutor(_ANSWERS)
+        self._writing: dict[str | None, Steerer] = {}  # a tab's name -> what steers its answer
+        with gr.Blocks(title="actsteer", analytics_enabled=False) as self._blocks:
+            gr.Markdown(f"### {class_name(live.model)}, steered: φ(x) + c · v")
+            with gr.Row():
+                with gr.Column(scale=2, min_width=280):
+                    sliders = [_drawn(slider) for slider in live.sliders()]
+                    zero = gr.Button("c = 0", size="sm")
+                    sites = gr.CheckboxGroup(list(live.sites), value=list(live.sites), label="sites")
+                    place = self._text if live.size is None else self._image
+                with gr.Column(scale=5, min_width=320):
+                    place(sliders, sites)
+            zero.click(lambda: [0.0] * len(sliders), None, sliders, queue=False, api_visibility="private")
+        _, self.url, _ = self._blocks.launch(
+            server_name=host,
+            server_port=port,
+            prevent_thread_lock=True,
+            inline=False,
+            inbrowser=False,
+            share=False,
+            quiet=True,
+            footer_links=[],
+            run_history=False,
+            pwa=False,
+            ssr_mode=False,
+            mcp_server=False,
+            max_threads=2 * _ANSWERS,  # for sliders move while all are written
+        )
 
     def wait(self) -> None:
         """Until another thread closes it, or an interrupt comes."""
-        self._thread.join()
+        self._closed.wait()
 
     def close(self) -> None:
         """End every answer, and the page; the model is what it was."""
-        with self._ended:
-            self.closing = True
-        self._server.shutdown()
-        self._server.server_close()
-        with self._ended:
-            self._ended.wait_for(lambda: not self._requests)
+        self._closed.set()
+        self._threads.shutdown()
+        self._blocks.close(verbose=False)
 
-    @contextmanager
-    def request(self) -> Iterator[None]:
-        """While one is answered.
-
-        Raises:
-            ConnectionError: the page is closed.
-        """
-        with self._ended:
-            if self.closing:
-                raise ConnectionError("the page is closed")
-            self._requests += 1
-        try:
-            yield
-        finally:
-            with self._ended:
-                self._requests -= 1
-                self._ended.notify_all()
-
-    def is_for_us(self, headers: Any) -> bool:
-        """Whether a browser means this page: no other site sends it here, by a script or by a name that it has made."""
-        host, origin = headers.get("Host", ""), headers.get("Origin", "")
-        is_known = host.rpartition(":")[0] in (*_LOCAL, self.host) or self.host not in _LOCAL
-        return is_known and (not origin or origin.partition("//")[2] == host)
-
-    def __enter__(self) -> Page:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _text(self, sliders: list[Any], sites: Any) -> None:
+        """A prompt, and how a language model goes on with it: two columns, each an event of its own."""
+        import gradio as gr
 
-class _Server(ThreadingTCPServer):
-    allow_reuse_address = daemon_threads = True
+        prompt = gr.Textbox(PROMPT, lines=3, label="prompt")
+        with gr.Row(equal_height=True):
+            length = gr.Number(64, precision=0, minimum=1, label="new tokens at most", min_width=150)
+            where = gr.Dropdown(
+                _POSITIONS, value="", allow_custom_value=True, label="positions", info="or an index, or start:stop"
+            )
+            answer, stop = gr.Button("Answer", variant="primary", min_width=100), gr.Button("Stop", min_width=100)
+        with gr.Row():
+            columns = [gr.Textbox(label=name, lines=12, max_lines=30) for name in ("without the steering", "steered")]
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Nothing where a browser has left, which is no error."""
-        if not isinstance(sys.exception(), _LEFT):
-            super().handle_error(request, client_address)
+        def plain(prompt: str, length: int) -> Iterator[str]:
+            with _told():
+                yield from self._written(prompt, length, None)
 
+        def steered(
+            request: gr.Request, prompt: str, length: int, sites: list[str], positions: str, *c: float
+        ) -> Iterator[str]:
+            name = request.session_hash
+            with _told():
+                steerer = self._writing[name] = self._steerer(c, sites, positions)
+                try:
+                    yield from self._written(prompt, length, steerer)
+                finally:
+                    if self._writing.get(name) is steerer:
+                        del self._writing[name]
 
-class _Request(BaseHTTPRequestHandler):
-    """One request, in a thread of its own. What is asked for, and what is said, is JSON, a line at a time."""
+        def strengths(request: gr.Request, *c: float) -> None:
+            if (steerer := self._writing.get(request.session_hash)) is not None:
+                self.live.change(steerer, dict(zip(self.live.concepts, c, strict=True)))
 
-    timeout = 30  # seconds after which a connection that says nothing is closed
+        asked = [prompt, length]
+        together: Any = {"concurrency_limit": _ANSWERS, "concurrency_id": "answers", "show_progress": "minimal"}
+        events: list[Any] = [
+            answer.click(plain, asked, columns[0], **together),
+            answer.click(steered, [*asked, sites, where, *sliders], columns[1], **together),
+        ]
+        stop.click(None, cancels=events)
+        _on_change(sliders, strengths, sliders, None)
 
-    def __init__(self, page: Page, *connection: Any) -> None:
-        self.page = page
-        super().__init__(*connection)
+    def _image(self, sliders: list[Any], sites: Any) -> None:
+        """A canvas, and what a classifier says of what is drawn on it: ink is 1, and paper 0."""
+        import gradio as gr
 
-    def do_GET(self) -> None:
-        if not self.page.is_for_us(self.headers):
-            self.send_error(403)
-        elif self.path == "/":
-            self._begin("text/html; charset=utf-8")
-            self.wfile.write(Path(__file__).with_name("play.html").read_bytes())
-        elif self.path == "/setup":
-            self._begin("application/json")
-            self._say(self.page.setup)
-        else:
-            self.send_error(404)
+        assert self.live.size is not None
+        height, width = self.live.size
+        scale = max(1, _CANVAS // max(height, width))
+        with gr.Row():
+            drawing = gr.Sketchpad(
+                type="pil",
+                image_mode="L",
+                canvas_size=(width * scale, height * scale),
+                fixed_canvas=True,
+                brush=gr.Brush(default_size=max(1, height * scale // 14), colors=["#000"], color_mode="fixed"),
+                layers=False,
+                transforms=(),
+                buttons=[],
+                label="draw here",
+            )
+            columns = [gr.Label(label=name, min_width=160) for name in ("without the steering", "steered")]
 
-    def do_POST(self) -> None:
-        reply = {"/answer": self._answer, "/classes": self._classes, "/strengths": self._strengths}.get(self.path)
-        length = self.headers.get("Content-Length", "")
-        body = self.rfile.read(min(int(length), _LONGEST)) if length.isdecimal() else b""
-        is_json = self.headers.get_content_type() == "application/json"  # which no form of another site can send
-        if not (self.page.is_for_us(self.headers) and is_json):
-            self.send_error(403)
-        elif reply is None:
-            self.send_error(404)
-        else:
-            self._begin("application/x-ndjson")
-            try:
-                with self.page.request():
-                    reply(json.loads(body))
-            except Exception as error:
-                self._say({"error": str(error) if isinstance(error, ActsteerError) else repr(error)})
+        def classes(drawn: dict[str, Any] | None, sites: list[str], *c: float) -> tuple[dict[str, float], ...]:
+            ink = drawn and drawn["composite"]
+            pixels = [1 - own / 255 for own in ink.resize((width, height)).tobytes()] if ink else [0.0] * height * width
+            with _told():
+                plain = self.live.classes(pixels)
+                with self._steerer(c, sites, ""):
+                    both = plain, self.live.classes(pixels)
+            return tuple({str(place): share for place, share in enumerate(found)} for found in both)
 
-    def _answer(self, asked: dict[str, Any]) -> None:
-        """First the answer's name, then after every token the text so far."""
+        asked = [drawing, sites, *sliders]
+        _on_change([drawing, sites, *sliders], classes, asked, columns)
+        self._blocks.load(classes, asked, columns, queue=False, api_visibility="private")
+
+    def _steerer(self, c: Sequence[float], sites: Sequence[str], positions: str) -> Steerer:
+        where = from_text(positions) if positions else None
+        return self.live.steerer(c=dict(zip(self.live.concepts, c, strict=True)), sites=sites, positions=where)
+
+    def _written(self, prompt: str, length: int, steerer: Steerer | None) -> Iterator[str]:
+        """The text, while a thread writes it, which ends once it is not iterated any more.
+
+        Gradio takes each text in another thread, and a steering is of one thread alone.
+        """
+        texts: SimpleQueue[str | None] = SimpleQueue()
+        left = Event()
 
         def say(text: str) -> bool:
-            self._say({"text": text})  # which fails where nobody listens any more
-            return not self.page.closing
+            texts.put(text)
+            return not (left.is_set() or self._closed.is_set())
 
-        name, live = secrets.token_hex(8), self.page.live
-        with ExitStack() as stack:
-            if asked.get("c") is not None:
-                steerer = stack.enter_context(self._steerer(asked))
-                stack.callback(self.page.running.pop, name, None)
-                self.page.running[name] = steerer
-            self._say({"name": name})
-            self._say({"text": live.answer(asked["prompt"], length=int(asked["length"]), say=say), "done": True})
+        def write() -> str:
+            with steerer or nullcontext():
+                return self.live.answer(prompt, length=length, say=say)
 
-    def _classes(self, asked: dict[str, Any]) -> None:
-        plain = self.page.live.classes(asked["image"])
-        with self._steerer(asked):
-            self._say({"plain": plain, "steered": self.page.live.classes(asked["image"])})
+        written = self._threads.submit(write)
+        written.add_done_callback(lambda _: texts.put(None))
+        try:
+            for text in iter(texts.get, None):
+                if texts.empty():  # else there is a longer one already
+                    yield text
+            yield written.result()
+        finally:
+            left.set()
 
-    def _strengths(self, asked: dict[str, Any]) -> None:
-        """Other strengths for an answer that is being made, from its next token on."""
-        steerer = self.page.running.get(asked["name"])
-        if steerer is not None:
-            self.page.live.change(steerer, asked["c"])
-        self._say({"found": steerer is not None})
 
-    def _steerer(self, asked: dict[str, Any]) -> Steerer:
-        where = asked.get("positions")
-        positions = None if not where else from_text(where)
-        return self.page.live.steerer(c=asked["c"], sites=asked.get("sites"), positions=positions)
+def _drawn(slider: Slider) -> Any:
+    import gradio as gr
 
-    def _say(self, part: Mapping[str, Any]) -> None:
-        self.wfile.write(json.dumps(part).encode() + b"\n")
+    share = max(slider.shares.values(), default=0.0)
+    note = f"at 1, {share:.2g} of the typical ‖h‖" if share else None
+    reach, step = slider.reach, slider.reach / 500
+    return gr.Slider(-reach, reach, value=slider.c, step=step, label=slider.concept, info=note)
 
-    def _begin(self, kind: str) -> None:
-        self.send_response(200)
-        for header, value in {"Content-Type": kind, **_HEADERS}.items():
-            self.send_header(header, value)
-        self.end_headers()
 
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  (the server's name)
-        """Nothing."""
+def _on_change(parts: Sequence[Any], do: Callable[..., Any], inputs: Sequence[Any], outputs: Any) -> None:
+    """Whenever one of them changes, and once more if it did so meanwhile."""
+    import gradio as gr
+
+    how: Any = {"trigger_mode": "always_last", "queue": False, "show_progress": "hidden"}
+    gr.on([part.change for part in parts], do, inputs, outputs, **how)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What is wrong is said on the page."""
+    import gradio as gr
+
+    try:
+        yield
+    except (ActsteerError, ValueError) as error:
+        raise gr.Error(str(error), print_exception=False) from error
