@@ -27,7 +27,9 @@ def play(
     host: Annotated[
         str, typer.Option(help="Who may see it: this machine alone, or with 0.0.0.0 everyone.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Where; 0 takes a free one.")] = 7860,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Where; else the first free one from 7860 on.")
+    ] = None,
     device: Device = None,
     dtype: DtypeName = "auto",
     trust_remote_code: TrustRemoteCode = False,

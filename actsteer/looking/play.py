@@ -1,5 +1,6 @@
 """play: a page, made of Gradio's parts, on which a steering is tried."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -19,7 +20,8 @@ from actsteer.tokens.positions import from_text
 
 _ANSWERS = 32
 """How many are written at once; whoever asks for more waits."""
-_CANVAS = 336  # pixels of a drawing's longer side
+_PATIENCE = 1.0  # seconds in which tabs are told that their answers are over
+_CANVAS = 280  # pixels of a drawing's longer side
 _POSITIONS = [("as in the steering", ""), *((name, name) for name in ("all", "prompt", "generated", "last"))]
 
 
@@ -49,7 +51,7 @@ def play(
     Raises:
         UnsupportedModelError, SiteNotFoundError, ShapeError, StrengthError: see `Live`; before anything is served.
         ImportError: Gradio is not installed.
-        OSError: the port is taken.
+        OSError: the port is taken, or the host is not this machine's.
 
     >>> import torch
     >>> from actsteer import SteeringVector
@@ -84,29 +86,35 @@ class Page:
         with gr.Blocks(title="actsteer", analytics_enabled=False) as self._blocks:
             gr.Markdown(f"### {class_name(live.model)}, steered: φ(x) + c · v")
             with gr.Row():
-                with gr.Column(scale=2, min_width=280):
+                with gr.Column(scale=2, min_width=340):
+                    drawing = None if live.size is None else _canvas(*live.size)
                     sliders = [_drawn(slider) for slider in live.sliders()]
                     zero = gr.Button("c = 0", size="sm")
                     sites = gr.CheckboxGroup(list(live.sites), value=list(live.sites), label="sites")
-                    place = self._text if live.size is None else self._image
-                with gr.Column(scale=5, min_width=320):
-                    place(sliders, sites)
+                with gr.Column(scale=5, min_width=340):
+                    if drawing is None:
+                        self._text(sliders, sites)
+                    else:
+                        self._image(sliders, sites, drawing)
             zero.click(lambda: [0.0] * len(sliders), None, sliders, queue=False, api_visibility="private")
-        _, self.url, _ = self._blocks.launch(
-            server_name=host,
-            server_port=port,
-            prevent_thread_lock=True,
-            inline=False,
-            inbrowser=False,
-            share=False,
-            quiet=True,
-            footer_links=[],
-            run_history=False,
-            pwa=False,
-            ssr_mode=False,
-            mcp_server=False,
-            max_threads=2 * _ANSWERS,  # for sliders move while all are written
-        )
+        try:
+            _, self.url, _ = self._blocks.launch(
+                server_name=host,
+                server_port=port,
+                prevent_thread_lock=True,
+                inline=False,
+                inbrowser=False,
+                share=False,
+                quiet=True,
+                footer_links=[],
+                run_history=False,
+                pwa=False,
+                ssr_mode=False,
+                mcp_server=False,
+                max_threads=2 * _ANSWERS,  # for sliders move while all are written
+            )
+        except OSError as error:
+            raise OSError(f"{host}, port {port}: it cannot be served there; give another host or port") from error
 
     def wait(self) -> None:
         """Until another thread closes it, or an interrupt comes."""
@@ -116,6 +124,9 @@ class Page:
         """End every answer, and the page; the model is what it was."""
         self._closed.set()
         self._threads.shutdown()
+        end = time.monotonic() + _PATIENCE
+        while self._blocks.is_running and self._blocks.server.server_state.tasks and time.monotonic() < end:
+            time.sleep(0.05)  # an answer's last words are on their way
         self._blocks.close(verbose=False)
 
     def __enter__(self) -> Self:
@@ -129,11 +140,12 @@ class Page:
         import gradio as gr
 
         prompt = gr.Textbox(PROMPT, lines=3, label="prompt")
-        with gr.Row(equal_height=True):
-            length = gr.Number(64, precision=0, minimum=1, label="new tokens at most", min_width=150)
+        with gr.Row():
+            length = gr.Number(64, precision=0, minimum=1, label="new tokens", info="at most", min_width=150)
             where = gr.Dropdown(
                 _POSITIONS, value="", allow_custom_value=True, label="positions", info="or an index, or start:stop"
             )
+        with gr.Row():
             answer, stop = gr.Button("Answer", variant="primary", min_width=100), gr.Button("Stop", min_width=100)
         with gr.Row():
             columns = [gr.Textbox(label=name, lines=12, max_lines=30) for name in ("without the steering", "steered")]
@@ -167,25 +179,13 @@ class Page:
         stop.click(None, cancels=events)
         _on_change(sliders, strengths, sliders, None)
 
-    def _image(self, sliders: list[Any], sites: Any) -> None:
-        """A canvas, and what a classifier says of what is drawn on it: ink is 1, and paper 0."""
+    def _image(self, sliders: list[Any], sites: Any, drawing: Any) -> None:
+        """What a classifier says of what is drawn: ink is 1, and paper 0."""
         import gradio as gr
 
         assert self.live.size is not None
         height, width = self.live.size
-        scale = max(1, _CANVAS // max(height, width))
         with gr.Row():
-            drawing = gr.Sketchpad(
-                type="pil",
-                image_mode="L",
-                canvas_size=(width * scale, height * scale),
-                fixed_canvas=True,
-                brush=gr.Brush(default_size=max(1, height * scale // 14), colors=["#000"], color_mode="fixed"),
-                layers=False,
-                transforms=(),
-                buttons=[],
-                label="draw here",
-            )
             columns = [gr.Label(label=name, min_width=160) for name in ("without the steering", "steered")]
 
         def classes(drawn: dict[str, Any] | None, sites: list[str], *c: float) -> tuple[dict[str, float], ...]:
@@ -230,6 +230,16 @@ class Page:
             yield written.result()
         finally:
             left.set()
+
+
+def _canvas(height: int, width: int) -> Any:
+    import gradio as gr
+
+    scale = max(1, _CANVAS // max(height, width))
+    brush = gr.Brush(default_size=max(1, height * scale // 20), colors=["#000"], color_mode="fixed")
+    size = (width * scale, height * scale)
+    how: Any = {"layers": False, "transforms": (), "buttons": [], "label": "draw"}
+    return gr.Sketchpad(type="pil", image_mode="L", canvas_size=size, fixed_canvas=True, brush=brush, **how)
 
 
 def _drawn(slider: Slider) -> Any:

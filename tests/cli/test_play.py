@@ -1,9 +1,8 @@
 """actsteer play: what it serves, what it refuses before it does, and how it ends."""
 
-import json
 import re
 import signal
-import urllib.request
+import socket
 
 import pytest
 import torch
@@ -12,7 +11,19 @@ from actsteer import Steering, SteeringVector, VectorBank, steerers
 from actsteer.looking.play import Page
 from tests.cli.test_interrupts import launched
 
-IMAGE = [0.0, 0.5, 1.0, 0.25]
+pytest.importorskip("gradio")
+import httpx
+from gradio_client import Client
+
+WAIT = 60.0  # seconds after which a test that hangs fails
+
+
+@pytest.fixture
+def port():
+    """A free one."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 @pytest.fixture
@@ -28,16 +39,12 @@ def files(folder):
 
 @pytest.fixture
 def visit(monkeypatch):
-    """What a visitor does while the command waits, and what is found."""
+    """What a visitor asks while the command waits, and what is found."""
     found = []
 
-    def during(path, body=None):
+    def during(*asked, api_name):
         def wait(page):
-            data = None if body is None else json.dumps(body).encode()
-            asked = urllib.request.Request(page.url + path, data, {"Content-Type": "application/json"})
-            with urllib.request.urlopen(asked) as reply:
-                found.extend(json.loads(line) for line in reply)
-            found.append(page)
+            found.extend([Client(page.url, verbose=False).predict(*asked, api_name=api_name), page])
 
         monkeypatch.setattr(Page, "wait", wait)
         return found
@@ -46,16 +53,16 @@ def visit(monkeypatch):
 
 
 @pytest.mark.parametrize("chat", [[], ["--chat"]])
-def test_a_language_model(run, files, visit, chat):
-    found = visit("/answer", {"prompt": "I love this day", "length": 5, "c": {"love": 4.0}})
-    done = run("play", "-m", "llama", "-b", "bank.safetensors", "--port", 0, *chat)
+def test_a_language_model(run, files, visit, port, chat):
+    found = visit("I love this day", 5, ["model.layers.1"], "", 4.0, 0.0, api_name="/steered")
+    done = run("play", "-m", "llama", "-b", "bank.safetensors", "--port", port, *chat)
     assert done.code == 0, done.err
-    assert re.fullmatch(r"http://127.0.0.1:\d+  \(Ctrl-C ends it\)\n", done.out)
-    *_, last, page = found
+    assert re.fullmatch(rf"http://127.0.0.1:{port}/  \(Ctrl-C ends it\)\n", done.out)
+    text, page = found
     command = ["generate", "-m", "llama", "-b", "bank.safetensors", "-c", "love=4", "--max-new-tokens", 5, *chat]
     expected = run(*command, "I love this day")
-    assert last["done"] and last["text"].strip() == expected.out.split("love 4")[-1].strip()
-    assert [own["c"] for own in page.setup["concepts"]] == [0.0, 0.0]
+    assert text.strip() == expected.out.split("love 4")[-1].strip() != ""
+    assert page.live.c == {"love": 0.0, "calm": 0.0}
     assert steerers(page.live.model) == ()
 
 
@@ -63,16 +70,18 @@ def test_a_language_model(run, files, visit, chat):
     ("arguments", "c"),
     [(["-b", "nine.safetensors"], 0.0), (["-b", "nine.safetensors", "-c", 2], 2.0), (["-b", "three.safetensors"], 3.0)],
 )
-def test_a_classifier_and_where_its_sliders_begin(run, files, visit, arguments, c):
+def test_a_classifier_and_where_its_sliders_begin(run, files, visit, port, arguments, c):
     import nets
 
-    found = visit("/classes", {"image": IMAGE, "c": {"nine": 0.0}})
+    found = visit(None, ["1"], 0.0, api_name="/classes")
     scale = ["--mean", 0.5, "--std", 2]
-    done = run("play", "-m", "nets:build", *arguments, "--image", "2x2", *scale, "--port", 0)
+    done = run("play", "-m", "nets:build", *arguments, "--image", "2x2", *scale, "--port", port)
     assert done.code == 0, done.err
-    x = (torch.tensor([IMAGE]) - 0.5) / 2
-    assert found[0]["plain"] == found[0]["steered"] == nets.build()(x).double().softmax(1)[0].tolist()
-    assert found[-1].setup["concepts"][0]["c"] == c
+    (plain, steered), page = found
+    expected = nets.build()(torch.full((1, 4), -0.25)).double().softmax(1)[0].tolist()
+    assert plain == steered
+    assert {int(one["label"]): one["confidence"] for one in plain["confidences"]} == dict(enumerate(expected))
+    assert page.live.c == {"nine": c}
 
 
 @pytest.mark.parametrize(
@@ -95,11 +104,15 @@ def test_what_does_not_fit_is_refused_before_anything_is_served(run, files, monk
     assert done.out == ""
 
 
-def test_ctrl_c_ends_it(folder, files):
-    process = launched(folder, "play", "-m", "nets:build", "-b", "nine.safetensors", "--image", "2x2", "--port", "0")
+def test_ctrl_c_ends_it_and_what_is_being_written(folder, files, port):
+    process = launched(folder, "play", "-m", "llama", "-b", "bank.safetensors", "--port", str(port))
     url = process.stdout.readline().split()[0]
-    with urllib.request.urlopen(f"{url}/setup") as reply:
-        assert json.load(reply)["size"] == [2, 2]
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    (place,) = (own["id"] for own in httpx.get(f"{url}config").json()["dependencies"] if own["api_name"] == "plain")
+    asked = {"data": ["I love", 100_000], "fn_index": place, "session_hash": "tab"}
+    httpx.post(f"{url}gradio_api/queue/join", json=asked).raise_for_status()
+    with httpx.stream("GET", f"{url}gradio_api/queue/data", params={"session_hash": "tab"}, timeout=WAIT) as tab:
+        lines = tab.iter_lines()
+        assert any("process_generating" in line for line in lines)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=WAIT)
     assert (process.returncode, out, err) == (130, "", "")

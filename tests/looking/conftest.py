@@ -1,5 +1,7 @@
 """A tiny language model, letters as its tokens, and two concepts."""
 
+import socket
+
 import pytest
 import torch
 
@@ -40,3 +42,11 @@ def bank():
         return SteeringVector({site: torch.randn(16, generator=generator, dtype=torch.float64) for site in sites})
 
     return VectorBank({"love": v(), "calm": v()})
+
+
+@pytest.fixture
+def port():
+    """A free one."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]

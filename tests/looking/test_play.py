@@ -1,53 +1,41 @@
-"""The page as a browser has it: over HTTP, from a real server on a free port."""
+"""The page as a browser has it: through Gradio's client, from a real server on a free port."""
 
-import http.client
-import json
 import re
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-import actsteer.looking.play
-from actsteer import Steerer, SteeringVector, steerers
+from actsteer import ShapeError, SiteNotFoundError, Steerer, SteeringVector, UnsupportedModelError, steerers
+from actsteer.looking import play as module
 from actsteer.looking.play import play
 from tests.oracles import state
 from tests.zoo import llama
 
+pytest.importorskip("gradio")
+import httpx
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+from PIL import Image
+
 ENDLESS = 100_000  # tokens, of which none of these tests waits for the last
 WAIT = 20.0  # seconds after which a test that hangs fails
-JSON = {"Content-Type": "application/json"}
+SITES = ["model.layers.0", "model.layers.1"]
 
 
 @pytest.fixture
-def page(model, bank, letters, capsys):
-    with play(model, bank, tokenizer=letters, port=0) as page:
+def page(model, bank, letters, port):
+    with play(model, bank, tokenizer=letters, c=0.0, port=port) as page:
         yield page
-    assert capsys.readouterr() == ("", "")
     assert steerers(model) == ()
     assert state(model) == state(llama(vocab_size=35, eos_token_id=None))
 
 
-@contextmanager
-def asked(page, path, body=None, method="POST", **headers):
-    """The reply to a request, its lines not yet read."""
-    connection = http.client.HTTPConnection("127.0.0.1", page.port, timeout=WAIT)
-    connection.request(method, path, None if body is None else json.dumps(body), (JSON if body else {}) | headers)
-    reply = connection.getresponse()
-    try:
-        yield reply
-    finally:
-        reply.close()
-        connection.close()
-
-
-def said(page, path, body):
-    with asked(page, path, body) as reply:
-        return [json.loads(line) for line in reply]
+def visitor(page):
+    return Client(page.url, verbose=False)
 
 
 def until(law):
@@ -57,152 +45,161 @@ def until(law):
     assert law()
 
 
+def begun(visitor, page, *c):
+    """An answer without end, and what steers it."""
+    before = steerers(page.live.model)
+    job = visitor.submit("sea", ENDLESS, SITES, "", *c, api_name="/steered")
+    until(lambda: len(steerers(page.live.model)) > len(before) and job.outputs())
+    (steerer,) = set(steerers(page.live.model)) - set(before)
+    return job, steerer
+
+
 def alone(letters, bank, prompt, length, **steering):
+    """What `generate` writes of a model that nobody else has."""
     model, ids = llama(vocab_size=35, eos_token_id=None), torch.tensor([letters(prompt)["input_ids"]])
     with Steerer(model, bank, **({"c": 0.0} | steering)):
         found = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=length)
     return letters.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
 
 
-def test_two_people_at_once_and_one_who_leaves(page, letters, bank):
-    bodies = [
-        {"prompt": "the sea", "length": 30},
-        {"prompt": "the sea", "length": 30, "c": {"love": 2.0}, "sites": ["model.layers.0"], "positions": "prompt"},
-        {"prompt": "a quiet day", "length": 30, "c": {"love": -1.0, "calm": 1.0}, "positions": ""},
-    ]
-    where = {"sites": ["model.layers.0"], "positions": "prompt"}
+# --- text --------------------------------------------------------------------------------------------------------
+def test_people_at_once_and_one_who_stops(page, letters, bank):
+    where = {"sites": SITES[:1], "positions": "prompt"}
     expected = [
-        alone(letters, bank, "the sea", 30),
-        alone(letters, bank, "the sea", 30, c={"love": 2.0}, **where),
-        alone(letters, bank, "a quiet day", 30, c={"love": -1.0, "calm": 1.0}),
+        alone(letters, bank, "the sea", 40),
+        alone(letters, bank, "the sea", 40, c={"love": 2.0}, **where),
+        alone(letters, bank, "a quiet day", 40, c={"love": -1.0, "calm": 1.0}, positions=slice(1, 4)),
     ]
-    with ThreadPoolExecutor(3) as pool:
-        with asked(page, "/answer", {"prompt": "sea", "length": ENDLESS, "c": {"love": 3.0}}) as leaving:
-            leaving.readline(), leaving.readline()
-            assert len(page.running) == len(steerers(page.live.model)) == 1
-            replies = [pool.submit(said, page, "/answer", body) for body in bodies]
-            found = [reply.result(WAIT) for reply in replies]
-            assert len(page.running) == 1
-        until(lambda: not page.running)
-    for lines, text in zip(found, expected, strict=True):
-        assert [line["text"] for line in lines[1:-1]] == [text[:end] for end in range(1, 31)]
-        assert lines[-1] == {"text": text, "done": True}
-    assert steerers(page.live.model) == ()
-    assert said(page, "/answer", bodies[1])[-1]["text"] == expected[1]
+    assert len(set(expected)) == 3
+    one, two, three = (visitor(page) for _ in range(3))
+    stopped, _ = begun(three, page, 1.0, 0.0)
+    jobs = [
+        one.submit("the sea", 40, api_name="/plain"),
+        one.submit("the sea", 40, SITES[:1], "prompt", 2.0, 0.0, api_name="/steered"),
+        two.submit("a quiet day", 40, SITES, "1:4", -1.0, 1.0, api_name="/steered"),
+    ]
+    assert [job.result(WAIT) for job in jobs] == expected
+    assert all(text.startswith(part) for job, text in zip(jobs, expected, strict=True) for part in job.outputs())
+    assert len(steerers(page.live.model)) == 1
+    stopped.cancel()
+    until(lambda: not steerers(page.live.model))
+    assert three.predict("the sea", 40, SITES[:1], "prompt", 2.0, 0.0, api_name="/steered") == expected[1]
 
 
-def test_a_slider_that_moves_steers_the_answer_that_is_being_made(page):
-    body = {"prompt": "the sea", "length": ENDLESS, "c": {"love": 0.0, "calm": 0.0}}
-    with asked(page, "/answer", body) as reply:
-        name = json.loads(reply.readline())["name"]
-        (steerer,) = steerers(page.live.model)
-        assert said(page, "/strengths", {"name": name, "c": {"love": 4.0}}) == [{"found": True}]
-        assert steerers(page.live.model) == (steerer,) and dict(steerer.c) == {"love": 4.0}
-        assert "expected a finite number" in said(page, "/strengths", {"name": name, "c": {"love": 1e999}})[0]["error"]
-        assert dict(steerer.c) == {"love": 4.0}
-    until(lambda: not page.running)
-    assert said(page, "/strengths", {"name": name, "c": {}}) == [{"found": False}]
+def test_a_slider_that_moves_steers_this_persons_answer_that_is_being_written(page):
+    one, two = visitor(page), visitor(page)
+    (first, mine), (second, other) = begun(one, page, 0.0, 0.0), begun(two, page, 1.0, 0.0)
+    one.predict(2.0, -1.0, api_name="/strengths")
+    assert dict(mine.c) == {"love": 2.0, "calm": -1.0} and dict(other.c) == {"love": 1.0, "calm": 0.0}
+    first.cancel()
+    until(lambda: steerers(page.live.model) == (other,))
+    one.predict(1.0, 1.0, api_name="/strengths")  # nothing is written
+    assert dict(mine.c) == {"love": 2.0, "calm": -1.0} and dict(other.c) == {"love": 1.0, "calm": 0.0}
+    second.cancel()
+    until(lambda: not steerers(page.live.model))
 
 
-def test_to_close_the_page_ends_what_is_being_written(model, bank, letters):
-    page, decode = play(model, bank, tokenizer=letters, port=0), letters.decode
+def test_a_tab_that_is_closed_ends_its_answers(page):
+    (place,) = (own["id"] for own in visitor(page).config["dependencies"] if own["api_name"] == "steered")
+    asked = {"data": ["sea", ENDLESS, SITES, "", 1.0, 0.0], "fn_index": place, "session_hash": "tab"}
+    httpx.post(f"{page.url}gradio_api/queue/join", json=asked).raise_for_status()
+    with httpx.stream("GET", f"{page.url}gradio_api/queue/data", params={"session_hash": "tab"}) as tab:
+        assert "process_starts" in next(line for line in tab.iter_lines() if line and "estimation" not in line)
+        until(lambda: len(steerers(page.live.model)) == 1)
+    until(lambda: not steerers(page.live.model))
 
-    def slow(ids, *, skip_special_tokens):
-        time.sleep(0.5 * page.closing)  # an answer that is not over when the server is
-        return decode(ids, skip_special_tokens=skip_special_tokens)
 
-    letters.decode = slow
-    with asked(page, "/answer", {"prompt": "sea", "length": ENDLESS, "c": {"love": 1.0}}) as reply:
-        reply.readline(), reply.readline()
-        assert len(steerers(model)) == 1
-        page.close()
-        assert steerers(model) == ()
-        *_, last = (json.loads(line) for line in reply)
-        assert last["done"] and len(last["text"]) < ENDLESS
-    assert state(model) == state(llama(vocab_size=35, eos_token_id=None))
-    with pytest.raises(ConnectionError), asked(page, "/setup", method="GET"):
-        pass
-    with pytest.raises(ConnectionError, match="the page is closed"), page.request():
-        pass
+def test_to_close_the_page_ends_what_is_being_written(page):
+    _, steerer = begun(visitor(page), page, 1.0, 0.0)
+    page.close()
+    assert not steerer.attached
+    assert state(page.live.model) == state(llama(vocab_size=35, eos_token_id=None))
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(page.url)
+    page.wait()  # no longer
     page.close()
 
 
 @pytest.mark.parametrize(
-    ("body", "why"),
+    ("asked", "why"),
     [
-        ({"prompt": "sea", "length": 3, "c": {"hate": 1.0}}, "hate"),
-        ({"prompt": "sea", "length": 3, "c": {"love": "x"}}, "expected a number"),
-        ({"prompt": "sea", "length": 3, "c": {}, "sites": []}, "no sites were named"),
-        ({"prompt": "sea", "length": 3, "c": {}, "positions": "here"}, "expected all, last, prompt"),
-        ({"prompt": "", "length": 3}, "has no tokens"),
-        ({"prompt": "sea"}, "length"),
+        (["sea", 3, [], "", 0.0, 0.0], "no sites were named"),
+        (["sea", 3, SITES, "here", 0.0, 0.0], "expected all, last, prompt"),
+        (["", 3, SITES, "", 0.0, 0.0], "has no tokens"),
     ],
 )
-def test_what_cannot_be_done_is_said(page, body, why):
-    assert why in said(page, "/answer", body)[-1]["error"]
+def test_what_cannot_be_done_is_said(page, asked, why):
+    one = visitor(page)
+    with pytest.raises(AppError, match=why):
+        one.predict(*asked, api_name="/steered")
     assert steerers(page.live.model) == ()
-    assert len(said(page, "/answer", {"prompt": "sea", "length": 3})) == 5
+    assert len(one.predict("sea", 3, SITES, "", 0.0, 0.0, api_name="/steered")) == 3
 
 
-def test_classes_with_and_without_the_steering():
+# --- images ------------------------------------------------------------------------------------------------------
+def classifier():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)).eval()
-    v = SteeringVector({"0": torch.ones(4), "1": torch.tensor([1.0, -2.0, 3.0, 0.5])}, concept="nine")
-    image = [0.0, 0.5, 1.0, 0.25, 0.75, 0.0]
-    x = torch.tensor([image])
-    with play(model, v, image=(2, 3), port=0) as page:
-        (found,) = said(page, "/classes", {"image": image, "c": {"nine": 2.0}, "sites": ["1"]})
-        assert found["plain"] == model(x).double().softmax(1)[0].tolist()
-        with Steerer(model, v, c=2.0, sites="1"):
-            assert found["steered"] == model(x).double().softmax(1)[0].tolist()
-        assert "expected 2 x 3 pixels" in said(page, "/classes", {"image": [0.0], "c": {}})[0]["error"]
-        with asked(page, "/setup", method="GET") as reply:
-            assert json.loads(reply.read())["size"] == [2, 3]
+    return nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)).eval()
+
+
+V = SteeringVector({"0": torch.ones(4), "1": torch.tensor([1.0, -2.0, 3.0, 0.5])}, concept="nine")
+
+
+def test_classes_of_what_is_drawn_with_and_without_the_steering(tmp_path, port):
+    model, grey = classifier(), [0, 51, 102, 255, 204, 255]
+    Image.frombytes("L", (3, 2), bytes(grey)).save(tmp_path / "drawn.png")
+    drawn = {"background": None, "layers": [], "composite": handle_file(str(tmp_path / "drawn.png"))}
+    ink, paper = torch.tensor([[1 - own / 255 for own in grey]]), torch.zeros(1, 6)
+
+    def shares(x):
+        return dict(enumerate(model(x).double().softmax(1)[0].tolist()))
+
+    with play(model, V, image=(2, 3), port=port) as page:
+        people = [visitor(page) for _ in range(2)]
+        for x, shown in ((ink, drawn), (paper, None)):
+            with ThreadPoolExecutor(2) as pool:
+                asked = [(shown, ["1"], 2.0), (shown, ["0", "1"], -1.0)]
+                found = list(pool.map(lambda one, own: one.predict(*own, api_name="/classes"), people, asked))
+            for (plain, steered), (_, sites, c) in zip(found, asked, strict=True):
+                expected = [shares(x)]
+                with Steerer(model, V, c=c, sites=sites):
+                    expected.append(shares(x))
+                for label, own in zip((plain, steered), expected, strict=True):
+                    assert {int(one["label"]): one["confidence"] for one in label["confidences"]} == own
+                    assert label["label"] == str(max(own, key=own.get))
     assert steerers(model) == ()
 
 
-# --- for this page alone -----------------------------------------------------------------------------------------
-def test_the_page_fetches_nothing_from_elsewhere(page):
-    with asked(page, "/", method="GET") as reply:
-        html, policy = reply.read().decode(), reply.getheader("Content-Security-Policy")
-    assert policy.startswith("default-src 'none';") and "connect-src 'self'" in policy
-    assert re.findall(r"https?:|//[a-z]+\.|@import|url\(|src=", html) == []
-    assert re.findall(r'href="([^"]*)"', html) == ["data:,"]
-
-
+# --- before, and around ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("headers", "status"),
+    ("v", "image", "kind"),
     [
-        ({"Origin": "http://elsewhere.example"}, 403),
-        ({"Host": "elsewhere.example:80"}, 403),
-        ({"Content-Type": "text/plain"}, 403),
-        ({"Host": "localhost:9000", "Origin": "http://localhost:9000"}, 200),  # a tunnel
+        (SteeringVector({"9": torch.ones(4)}), (2, 3), SiteNotFoundError),
+        (SteeringVector({"0": torch.ones(5)}), (2, 3), ShapeError),
+        (V, (2, 2), UnsupportedModelError),
     ],
 )
-def test_no_other_site_can_ask_through_the_browser(page, headers, status):
-    with asked(page, "/strengths", {"name": "", "c": {}}, **headers) as reply:
-        assert reply.status == status
-        reply.read()
+def test_what_does_not_fit_is_refused_before_anything_is_served(monkeypatch, v, image, kind):
+    monkeypatch.setattr(module, "Page", lambda *_, **__: pytest.fail("it is served"))
+    with pytest.raises(kind):
+        play(classifier(), v, image=image)
 
 
-@pytest.mark.parametrize(("method", "path"), [("GET", "/../live.py"), ("GET", "/x"), ("POST", "/x"), ("POST", "/")])
-def test_there_is_nothing_else(page, method, path):
-    with asked(page, path, {"a": 1}, method=method) as reply:
-        assert reply.status == 404
+def test_the_page_fetches_nothing_from_elsewhere(page):
+    html = httpx.get(page.url).text
+    parts = re.findall(r"<(?:script|link|img|iframe)[^>]*(?:src|href)=[\"']([^\"']*)", html)
+    assert parts and [part for part in parts if re.match(r"https?:|//", part)] == []
+    theme = httpx.get(f"{page.url}theme.css").text
+    assert "--body-text-color" in theme and re.findall(r"url\(.?(?:https?:|//)|@import", theme) == []
 
 
-def test_what_is_no_json_is_an_error_and_no_end(page):
-    connection = http.client.HTTPConnection("127.0.0.1", page.port, timeout=WAIT)
-    connection.request("POST", "/answer", b"{", JSON)
-    assert "JSONDecodeError" in json.loads(connection.getresponse().read())["error"]
-    connection.close()
-    assert len(said(page, "/answer", {"prompt": "sea", "length": 3})) == 5
+@pytest.mark.filterwarnings("ignore:unclosed .socket.socket:ResourceWarning")  # with which Gradio looks for ports
+def test_a_port_that_is_taken_is_named(page, model, bank, letters, port):
+    with pytest.raises(OSError, match=rf"127.0.0.1, port {port}: it cannot be served there; give another host or port"):
+        play(model, bank, tokenizer=letters, port=port)
 
 
-def test_a_port_that_is_taken_is_named(page, model, bank, letters):
-    with pytest.raises(OSError, match=f"127.0.0.1, port {page.port}: Address already in use; give another"):
-        play(model, bank, tokenizer=letters, port=page.port)
-
-
-def test_the_page_is_a_file_of_the_package():
-    assert Path(actsteer.looking.play.__file__).with_name("play.html").is_file()
+def test_without_gradio_the_extra_is_named(monkeypatch, model, bank, letters):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(ImportError, match=r"pip install 'actsteer\[play\]'"):
+        play(model, bank, tokenizer=letters)
