@@ -52,6 +52,7 @@ from actsteer.files.formats import FORMATS as FORMATS
 from actsteer.files.formats import Format as Format
 from actsteer.folding.fold import fold as fold
 from actsteer.folding.fold import unfold as unfold
+from actsteer.looking.look import look as look
 from actsteer.sites.blocks import attention_sites as attention_sites
 from actsteer.sites.blocks import mlp_sites as mlp_sites
 from actsteer.sites.blocks import residual_sites as residual_sites

@@ -16,6 +16,7 @@ ROOT = Path(actsteer.__file__).parent.parent
 FILES = sorted((ROOT / "actsteer").rglob("*.py"))
 FLOORS = {
     "errors": 0,
+    "html": 0,
     "private_names": 0,
     "files": 1,
     "sites": 1,
@@ -79,6 +80,13 @@ def test_imports_are_absolute_and_every_folder_has_a_floor():
     nodes = [(path, node) for path in FILES for node in ast.walk(ast.parse(path.read_text()))]
     assert [str(path) for path, node in nodes if isinstance(node, ast.ImportFrom) and node.level] == []
     assert {folder(name(path)) for path in FILES} <= set(FLOORS)
+
+
+def test_no_file_asks_the_package_for_a_name():
+    """`from actsteer import x` loads all the public names first, and with them the file that asks."""
+    nodes = [(name(path), node) for path in FILES for node in ast.walk(ast.parse(path.read_text()))]
+    asking = {module for module, node in nodes if isinstance(node, ast.ImportFrom) and node.module == "actsteer"}
+    assert asking == set()
 
 
 def test_the_files_import_one_another():

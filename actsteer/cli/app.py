@@ -35,6 +35,10 @@ _EXAMPLES: dict[str, list[str]] = {  # command, a function in the file of its na
         "actsteer generate -m ./llama -b calm.safetensors -c 2 'The meeting was'",
         "actsteer generate -m ./llama -b tone.safetensors -c calm=2 -c brief=-1 --chat 'How was the meeting?'",
     ],
+    "look": [
+        "actsteer look -m ./llama -b calm.safetensors -c 2 --prompts prompts.txt -o look.html",
+        "actsteer look -m nets:build -b nine.safetensors --prompts digits.pt --image-shape 28x28 -o look.html",
+    ],
     "play": [
         "actsteer play -m ./llama -b calm.safetensors",
         "actsteer play -m nets:build -b nine.safetensors --image 28x28 --mean 0.1307 --std 0.3081",

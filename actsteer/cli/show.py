@@ -72,7 +72,8 @@ def describe(steering: Steering) -> None:
 
 def _measured(known: Evidence) -> Iterator[str]:
     """What was measured, in a few lines."""
-    how = ", ".join(f"{name} {own}" for name, own in known.steering.items() if own not in ("all", "None"))
+    shown = {name: f"{own:.4g}" if isinstance(own, float) else own for name, own in known.steering.items()}
+    how = ", ".join(f"{name} {own}" for name, own in shown.items() if own not in ("all", "None"))
     yield f"measured: {how}"
     yield f"effect: {known.effect}, unsteered {known.unsteered:.4g}, by {known.metric}"
     yield f"cost: {', '.join(f'{name} {own}' for name, own in known.costs.items())}"

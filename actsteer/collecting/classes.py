@@ -7,6 +7,7 @@ from functools import reduce as fold
 from os import PathLike
 from typing import TypeAlias, final
 
+import actsteer.html as html
 from actsteer.collecting import moments_file
 from actsteer.collecting.moments import Moments
 from actsteer.collecting.processes import Group, reduce
@@ -126,3 +127,10 @@ class ClassStatistics(Mapping[Label, Statistics]):
 
     def __repr__(self) -> str:
         return f"ClassStatistics(labels={list(self)}, sites={self.sites})"
+
+    def _repr_html_(self) -> str:
+        counts = {label: max((m.count for m in own._moments.values()), default=0) for label, own in self.items()}
+        largest = max(counts.values(), default=0)
+        rows = ((str(label), count, html.bar(count, of=largest)) for label, count in counts.items())
+        said = html.table("ClassStatistics", ["class", "rows", ""], rows, total=len(self))
+        return html.beside(said, html.table("sites", ["site"], ([site] for site in self.sites), total=len(self.sites)))

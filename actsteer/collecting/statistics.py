@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from typing import final
 
+import actsteer.html as html
 from actsteer.collecting import moments_file
 from actsteer.collecting.moments import Moments
 from actsteer.collecting.processes import Group, reduce
@@ -134,3 +135,17 @@ class Statistics:
 
     def __repr__(self) -> str:
         return f"Statistics({self._moments})"
+
+    def _repr_html_(self) -> str:
+        typical = {s: own.typical_norm for s, own in self._moments.items() if own.kept and own.count}
+        largest = max(typical.values(), default=0.0)
+        rows = (
+            (
+                site,
+                own.count,
+                own.d,
+                *((typical[site], html.bar(typical[site], of=largest)) if site in typical else ("", "")),
+            )
+            for site, own in self._moments.items()
+        )
+        return html.table("Statistics", ["site", "rows", "features", "typical ‖h‖", ""], rows, total=len(self))

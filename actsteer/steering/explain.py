@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import final
+from typing import Protocol, final, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+import actsteer.html as html
 from actsteer.sites.wrappers import class_name
 from actsteer.steering.attach import Steers
 from actsteer.steering.choose import Choice
@@ -32,6 +33,25 @@ class Explanation(str):
 
     def __repr__(self) -> str:
         return str(self)
+
+    def _repr_html_(self) -> str:
+        return html.outline(self.splitlines())
+
+
+@runtime_checkable
+class Explains(Protocol):
+    """A Steerer, to those that must not know the class."""
+
+    bank: VectorBank
+
+    def explain(self) -> Explanation:
+        """What would be edited where."""
+        ...
+
+
+def as_html(steerer: Explains) -> str:
+    """What `explain` says; of a bank too large to be read for it, the first vectors."""
+    return (steerer.explain() if len(steerer.bank) <= html.SHOWN else steerer.bank)._repr_html_()
 
 
 def explain(

@@ -102,6 +102,15 @@ def encoded(values: Mapping[str, Any]) -> tuple[Document, dict[str, Tensor]]:
     return document, encoder.tensors
 
 
+def digest(value: Any) -> str:
+    """What tells a value from others: its JSON and its tensors; of what cannot be saved, what it shows of itself."""
+    encoder = _Encoder()
+    try:
+        return f"{json.dumps(encoder.node(value, ''))} {sealed.digest(encoder.tensors)}"
+    except FileFormatError:
+        return repr(value)
+
+
 def decoded(document: Mapping[str, Any], tensors: Mapping[str, Tensor], kinds: Iterable[type] = ()) -> dict[str, Any]:
     """What `encoded` was given.
 

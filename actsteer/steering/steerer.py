@@ -21,7 +21,7 @@ from actsteer.steering.check import checked
 from actsteer.steering.checkpointing import Checkpointing
 from actsteer.steering.choose import Backend, Choice, check
 from actsteer.steering.edit import SiteEdit
-from actsteer.steering.explain import Explanation, explain
+from actsteer.steering.explain import Explanation, as_html, explain
 from actsteer.steering.handles import Handles
 from actsteer.steering.plan import is_alike, make_plan
 from actsteer.steering.scope import Presence, Scope
@@ -133,8 +133,7 @@ class Steerer:
         self._given = steering.parts() | where | {"backend": backend, "scope": scope, "strict": strict}
         self._checkpointing = Checkpointing(model, one_context=scope == "context")
         self._plan = make_plan(model, steering, axis=axis, **where, checkpointing=self._checkpointing)
-        self._attached, self._installed = Handles(), Handles()
-        self._watch = Watch()
+        self._attached, self._installed, self._watch = Handles(), Handles(), Watch()
         self._presence: Presence | None = None
         self._chosen: Mapping[str, Choice] = {}  # what was attached
         self._norms: Mapping[str, float] = {}  # site -> the typical ‖h‖, where it is known
@@ -238,8 +237,7 @@ class Steerer:
         """
         if self._attached:
             raise AttachedError(f"{self!r} is attached, and what is checked is the unsteered model; leave the block")
-        where = self._tells | {"axis": self.axes}
-        found = checked(self.model, self.edits, inputs, batch_size=batch_size, where=where)
+        found = checked(self.model, self.edits, inputs, batch_size=batch_size, where=self._tells | {"axis": self.axes})
         self._norms = {site: seen.norm for site, seen in found.seen.items()}
         for message in found.warnings(self.edits, self.bank.concepts):
             warnings.warn(message, UserWarning, stacklevel=2)
@@ -359,6 +357,8 @@ class Steerer:
 
     def __repr__(self) -> str:
         return f"Steerer({type(self.model).__name__}, concepts={self.bank.concepts}, sites={self.sites}, c={self._c})"
+
+    _repr_html_ = as_html
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuilt, self._arguments()

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, final
 
 from torch import Tensor, nn
 
+import actsteer.html as html
 from actsteer.errors import ConceptNotFoundError, FileFormatError, close_names
 from actsteer.files import formats, native
 from actsteer.files.formats import Format
@@ -206,6 +207,17 @@ class Steering:
     def __repr__(self) -> str:
         shown = [f"concepts={self.concepts}", *(f"{name}={part!r}" for name, part in self._given().items())]
         return f"Steering({', '.join(shown)})"
+
+    def _repr_html_(self) -> str:
+        each = {name: part if isinstance(part, dict) else {"": part} for name, part in self.parts().items()}
+        rows = [
+            (name, concept, own if isinstance(own, str) else repr(own))
+            for name, part in each.items()
+            for concept, own in part.items()
+            if own is not None
+        ]
+        said = html.table("Steering", ["part", "concept", ""], rows, total=len(rows))
+        return said + self.vectors._repr_html_()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuilt, (self.vectors, self.parts())

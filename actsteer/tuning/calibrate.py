@@ -15,12 +15,13 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from actsteer.collecting.batches import Batches
-from actsteer.collecting.resume import code_of, digest_of, weights
+from actsteer.collecting.resume import digest_of, weights
 from actsteer.errors import SiteNotFoundError, StrengthError, close_names
 from actsteer.estimators.estimator import Estimator
 from actsteer.estimators.mean_difference import MeanDifference
 from actsteer.sites.axes import Axes
 from actsteer.sites.resolve import Sites
+from actsteer.steering import saving
 from actsteer.steering.interventions.intervention import Edit, Intervention, PerSite
 from actsteer.steering.steerer import Steerer
 from actsteer.steering.steering import Gates, Steerable, Steering, steering_of
@@ -28,14 +29,14 @@ from actsteer.tokens.positions import Positions
 from actsteer.tokens.whose import Masks
 from actsteer.tuning.budget import Budget
 from actsteer.tuning.calibration import Calibration, place_of
-from actsteer.tuning.candidates import settings
+from actsteer.tuning.candidates import Candidate, settings
 from actsteer.tuning.controls import Labelled, check_rows, random_banks, shuffled_banks
-from actsteer.tuning.evidence import digests_of, evidence, name_of
+from actsteer.tuning.evidence import code_of_metric, digests_of, evidence, name_of
 from actsteer.tuning.measuring import Measuring
 from actsteer.tuning.memory import Memory, number
 from actsteer.tuning.metrics import Figures, Metric
 from actsteer.tuning.retained import Retained
-from actsteer.tuning.search import search
+from actsteer.tuning.search import Point, search
 from actsteer.vectors.bank import VectorBank
 
 
@@ -133,9 +134,11 @@ def calibrate(
     _check(vectors, controls=controls, refine=refine, steps=steps, doses=doses, groups=groups, sites=placed)
     bank, fitter = steering.vectors, MeanDifference() if estimator is None else estimator
     labelled = None if rows is None else check_rows(bank, rows, fitter)
-    evaluated = " ".join(type(own).__name__ + code_of(own) for own in (evaluate, confirm))
-    asked = [doses, groups, interventions, positions, gate, refine, steps, controls, rows is None, dict(bounds.bounds)]
-    state = digest_of([generator.get_state()])
+    asked: dict[str, Any] = {"doses": doses, "groups": groups, "interventions": interventions, "positions": positions}
+    asked |= {"steering": steering.parts(), "refine": refine, "steps": steps, "controls": controls}
+    job = {name: saving.digest(own) for name, own in asked.items()}
+    job |= {"evaluate": code_of_metric(evaluate), "confirm": code_of_metric(confirm), "budget": repr(bounds.bounds)}
+    job |= {"generator": digest_of([generator.get_state()]), "rows": digest_of([labelled]), "estimator": repr(fitter)}
     retained = Retained(
         model,
         retain,
@@ -148,8 +151,8 @@ def calibrate(
         keep_outputs=bool(bounds.of_kl),
         progress=progress,
     )
-    job = {"model": weights(model), "vectors": _digest(bank), "retain": retained.digest, "asked": repr(asked)}
-    memory = Memory(checkpoint, job | {"evaluate": evaluated, "generator": state})
+    job |= {"model": weights(model), "vectors": _digest(bank), "retain": retained.digest}
+    memory = Memory(checkpoint, job)
     measuring = Measuring(
         model,
         retained,
@@ -166,13 +169,17 @@ def calibrate(
     steerings = settings(steering, interventions=interventions, positions=positions)
     bar = tqdm(total=1 + controls * (1 if labelled is None else 2), desc="calibrate", disable=not progress, delay=2.0)
 
+    def measure(candidate: Candidate, doses: Sequence[float]) -> list[Point]:
+        bar.set_postfix_str(" ".join(candidate.sites))
+        return measuring.measure(candidate, doses)
+
     def control(other: VectorBank) -> Figures:
         own = [replace(one, vectors=other) for one in steerings]
         best = max(search(own, partial(measuring.measure, remember=False), **how), key=lambda point: point.rank)
         return number(measuring.confirmed(best)[0] if best.feasible else measuring.unsteered())
 
     with bar:
-        points = search(steerings, measuring.measure, **how)
+        points = search(steerings, measure, **how)
         bar.update()
         others = random_banks(bank, retained.drawn, controls)
         if labelled is not None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any, final
 
+import actsteer.html as html
 from actsteer.steering.interventions.add import Add
 from actsteer.steering.steering import Steering
 from actsteer.tuning.intervals import Interval
@@ -62,7 +63,7 @@ class Calibration:
         """What was found, in a sentence."""
         if self.chosen is None:
             return "c = 0: no strength is within the budget"
-        where = f"at {place_of(self.chosen)}, c = {self.chosen['c']:.4g}"
+        where = f"at site{'s' * (len(self.chosen['sites']) > 1)} {place_of(self.chosen)}, c = {self.chosen['c']:.4g}"
         effect = f"effect {_with(self.chosen['effect'], self.chosen['effect_interval'])} {where}"
         said = f"{effect}, unsteered {self.unsteered:.4g}"
         note = "; chosen and reported on the same data, for which evaluate gives one number" * self.reported_on_choice
@@ -93,6 +94,15 @@ class Calibration:
             for row in [_HEADS, *rows]
         ]
         return "\n".join([*lines, "", self.verdict])
+
+    def _repr_html_(self) -> str:
+        rows = self._shown()
+        gains = [0.0 if row["effect"] is None else row["effect"] - self.unsteered for row in rows]
+        cells = (
+            (*_cells(row, chosen=row is self.chosen), html.bar(gain, of=max(gains)))
+            for row, gain in zip(rows, gains, strict=True)
+        )
+        return html.table(self.verdict, [*_HEADS, "effect over unsteered"], cells, total=len(rows))
 
     def _shown(self) -> list[dict[str, Any]]:
         """The best row of every place and way, in the order of the table, and the chosen one."""

@@ -9,13 +9,14 @@ import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from actsteer.collecting.resume import digest_of
+from actsteer.collecting.resume import code_of, digest_of
 from actsteer.errors import FileFormatError
 from actsteer.files.sealed import VERSION
 from actsteer.sites import fingerprint
@@ -147,12 +148,13 @@ class Evidence:
         )
         return replace(steering, vectors=bank)
 
-    def compared(self, steering: Steering, model: nn.Module | None) -> Iterator[Held]:
+    def compared(self, steering: Steering | VectorBank | SteeringVector, model: nn.Module | None) -> Iterator[Held]:
         """What the file and the model are now, beside what was recorded of them.
 
         Of vectors alone the strength is the recorded one. A vector that is twice as long, at half the strength, is the
         same steering, and so is one in a wider dtype.
         """
+        steering = steering if isinstance(steering, Steering) else Steering(steering)
         c = self.steering["c"] if steering.is_plain else steering.c
         recorded = {concept: list(sites) for concept, sites in self.directions.items()}
         now = {concept: list(vector) for concept, vector in steering.vectors.items()}
@@ -249,6 +251,15 @@ def digests_of(metric: Metric) -> dict[str, str]:
     return {"effect": digest(metric.inputs, metric.inputs)} if isinstance(metric, OutputMetric) else {}
 
 
+def code_of_metric(metric: Metric | None) -> str:
+    """A digest of what a metric does, by its code and what it holds."""
+    if metric is None:
+        return ""
+    own: Any = metric.score if isinstance(metric, OutputMetric | TextMetric) else metric
+    held = dict(getattr(metric, "__dict__", {}))
+    return f"{name_of(metric)} {code_of(own)} {digest_of([held])} {digests_of(metric)}"
+
+
 def _figure(found: Any) -> Figure:
     value, low, high = found
     return Figure(float(value), None if low is None else float(low), None if high is None else float(high))
@@ -261,7 +272,7 @@ def _told(steering: Steering) -> dict[str, str]:
     every = {concept: "all" if named.get(concept) is None else named[concept] for concept in steering.concepts}
     acts = dict(zip(steering.concepts, interventions_of(steering.vectors, steering.intervention), strict=True))
     return {
-        "positions": _alike({concept: repr(own) for concept, own in every.items()}),
+        "positions": _alike({concept: own if isinstance(own, str) else repr(own) for concept, own in every.items()}),
         "intervention": _alike({concept: repr(own) for concept, own in acts.items()}),
         "gate": _alike({concept: repr(gates.get(concept)) for concept in steering.concepts}),
     }
@@ -287,8 +298,10 @@ def _is_same_model(name: str, recorded: str, now: str) -> bool:
 def _named(model: nn.Module) -> dict[str, str]:
     """The name and the revision of a Hugging Face model."""
     config = vars(unwrapped(model)).get("config")
-    found = {"name": getattr(config, "name_or_path", None), "revision": getattr(config, "_commit_hash", None)}
-    return {key: own for key, own in found.items() if isinstance(own, str) and own}
+    name = str(getattr(config, "name_or_path", None) or "")
+    name = Path(name).name if Path(name).is_dir() else name  # where it lies here is nobody else's matter
+    found = {"name": name, "revision": str(getattr(config, "_commit_hash", None) or "")}
+    return {key: own for key, own in found.items() if own}
 
 
 def _versions() -> dict[str, str]:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+import actsteer.html as html
 from actsteer.errors import (
     ConceptNotFoundError,
     ShapeError,
@@ -22,7 +23,7 @@ from actsteer.files.lazy import Stored
 from actsteer.sites import fingerprint
 from actsteer.vectors import on_disk
 from actsteer.vectors.stack import Stack, Vectors, read
-from actsteer.vectors.vector import SteeringVector, as_float, axes_in
+from actsteer.vectors.vector import SteeringVector, as_float, axes_in, site_norms
 
 
 @final
@@ -116,6 +117,20 @@ class VectorBank:
 
     def __repr__(self) -> str:
         return f"VectorBank(concepts={self.concepts}, sites={self.sites})"
+
+    def _repr_html_(self) -> str:
+        first = self.select(*self.concepts[: html.SHOWN])  # no more than these are read
+        norms = {concept: site_norms(vector) for concept, vector in first.items()}
+        rows = [
+            (concept, float(first[concept].norm()), html.bars(list(own.values()), list(own)))
+            for concept, own in norms.items()
+        ]
+        said = f"VectorBank of {len(self)} concept{'s' * (len(self) != 1)}"
+        shown = [html.table(said, ["concept", "norm", "norm at each site"], rows, total=len(self))]
+        present = first.select(*(concept for concept, own in norms.items() if any(own.values())))
+        if len(present) > 1:
+            shown.append(html.matrix("cosines", present.concepts, present.cosines().tolist()))
+        return html.beside(*shown)
 
     def __or__(self, other: object) -> VectorBank:
         """Both banks in one; where both have a concept, the right one's vector stands, as in a dict."""

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+import actsteer.html as html
 from actsteer.errors import FileFormatError, ShapeError, SiteNotFoundError, ZeroDirectionError, close_names
 from actsteer.files.formats import Format
 from actsteer.files.lazy import Stored
@@ -108,6 +109,15 @@ class SteeringVector:
     def __repr__(self) -> str:
         sizes = ", ".join(f"{site!r}: {len(direction)}" for site, direction in self._directions.items())
         return f"SteeringVector({{{sizes}}}, concept={self.concept!r}, norm={float(self.norm()):.4g})"
+
+    def _repr_html_(self) -> str:
+        norms = site_norms(self)
+        rows = (
+            (site, len(self._directions[site]), n, html.bar(n, of=max(norms.values()))) for site, n in norms.items()
+        )
+        return html.table(
+            f"SteeringVector {self.concept or ''}", ["site", "features", "norm", ""], rows, total=len(self)
+        )
 
     # --- the vector space ----------------------------------------------------------------------------------------
     def __add__(self, other: object) -> SteeringVector:
@@ -300,6 +310,11 @@ def named(concept: str | None, metadata: Mapping[str, str] | None) -> dict[str, 
         if not (isinstance(key, str) and isinstance(value, str)):
             raise TypeError(f"metadata maps str to str, got {key!r}: {value!r}; convert the value with str()")
     return told
+
+
+def site_norms(vector: SteeringVector) -> dict[str, float]:
+    """Site -> the norm of the direction there."""
+    return {site: float(direction.double().norm()) for site, direction in vector._directions.items()}
 
 
 def from_file(stored: Stored) -> SteeringVector:

@@ -19,9 +19,11 @@ from actsteer import (
     OutputMetric,
     Steerer,
     SteeringVector,
+    WhitenedMeanDifference,
     align,
     calibrate,
     collect,
+    fit,
     record,
 )
 from reference.mnist.cross import paired
@@ -31,6 +33,7 @@ from reference.mnist.scores import balance
 from reference.mnist.study import BUDGETS, STRENGTHS, Edit, Study
 
 NEW, OLD = 9, tuple(range(9))
+FITTED = WhitenedMeanDifference(shrinkage=0.1)
 DOSES = [sign * 0.02 * 1.15**power for sign in (1, -1) for power in range(44)]
 """From 0.02 to 8 typical norms in steps of 15 %, either sign: as fine as the suite's own search."""
 
@@ -55,7 +58,7 @@ def fixed(study: Study, data: Mnist) -> dict[str, SteeringVector]:
 
 
 def against_search(data: Mnist, *, seed: int, source: Source = "bundled") -> list[dict[str, Any]]:
-    """For each fixed method the balance that either search reaches, on the held-out images, which choose, and on test."""
+    """For each fixed method the balance that either search reaches, on held-out images, which choose, and on test."""
     budget = BUDGETS[source]
     study = Study(train_classifier(data.train.of(*OLD), seed=seed, epochs=budget.epochs), data, (NEW,), seed, budget)
     rows: list[dict[str, Any]] = []
@@ -84,8 +87,8 @@ def against_search(data: Mnist, *, seed: int, source: Source = "bundled") -> lis
 
 
 def shuffled(data: Mnist, *, seed: int, controls: int = 99, count: int = 200, means: bool = False) -> Calibration:
-    """Calibrated directions between two sets of images of 0-8 that the labels do not tell apart; or, if they mean
-    something, from all other digits to 3.
+    """A calibrated direction from other digits to 3, that is to turn fives into threes; of shuffled labels, unless they
+    are to mean something.
     """
     generator = torch.Generator().manual_seed(seed)
     model = train_classifier(data.train.of(*OLD), seed=0, epochs=10)
@@ -93,11 +96,9 @@ def shuffled(data: Mnist, *, seed: int, controls: int = 99, count: int = 200, me
     both = torch.cat([_some(side, count, generator) for side in sides])
     if not means:
         both = both[torch.randperm(len(both), generator=generator)]
-    rows = [record(model, own, sites=list(SITES[1:3]), progress=False) for own in both.split(count)]
-    v = MeanDifference()(
-        positive=collect(model, both[:count], sites=list(SITES[1:3]), progress=False),
-        negative=collect(model, both[count:], sites=list(SITES[1:3]), progress=False),
-    )
+    positive, negative = both.split(count)
+    v = fit(model, positive=positive, negative=negative, sites=SITES[-1], estimator=FITTED, progress=False)
+    rows = [record(model, own, sites=SITES[-1], progress=False) for own in (positive, negative)]
     return calibrate(
         model,
         v,
@@ -105,6 +106,7 @@ def shuffled(data: Mnist, *, seed: int, controls: int = 99, count: int = 200, me
         retain=_some(data.held_out.of(0, 1, 2, 4, 6, 7, 8).x, count, generator),
         budget=0.1,
         rows=(rows[0], rows[1]),
+        estimator=FITTED,
         controls=controls,
         generator=generator,
         progress=False,

@@ -1120,3 +1120,38 @@ def test_fold_and_verify_an_edit_at_the_strength_of_its_file(run, folder):
     VectorBank({"half": edit.constant}).save("edit.safetensors")
     done = run("fold", *common, "-o", "other.safetensors")
     assert done.code == 2 and "the file holds vectors alone, and no strength" in done.err
+
+
+# --- look --------------------------------------------------------------------------------------------------------
+def test_look_writes_one_page_of_texts(run, folder):
+    v = SteeringVector({"model.layers.1": torch.ones(16)}, concept="calm")
+    v.save(folder / "calm.safetensors")
+    options = ["--prompts", "love.txt", "-c", 20, "--max-new-tokens", 4, "-o", "look.html"]
+    done = run("look", "-m", "llama", "-b", "calm.safetensors", *options)
+    assert done.code == 0, done.err
+    page = (folder / "look.html").read_text()
+    assert page.count("<h3>Text ") == 3 and "calm" in page and ">weather<" in page
+    assert done.lines[-1][0] == "look.html:"
+    assert run("look", "-m", "llama", "-b", "calm.safetensors", "--chat", *options).code == 0
+    assert ">day<" in (folder / "look.html").read_text()
+
+
+def test_look_takes_tensors_and_images(run, folder):
+    SteeringVector({"1": torch.ones(8)}, concept="nine").save(folder / "nine.safetensors")
+    first = ["look", "-m", "nets:build", "-b", "nine.safetensors", "--prompts", "right.pt", "-o", "look.html"]
+    assert run(*first).code == 0
+    assert '<h2 id="inputs">Rows</h2>' in (folder / "look.html").read_text()
+    assert run(*first, "--image-shape", "2x2").code == 0
+    assert (folder / "look.html").read_text().count("<img ") == 6
+    for wrong, why in (("2x", "expected HxW or CxHxW"), ("3x3", "image_shape: expected")):
+        done = run(*first, "--image-shape", wrong)
+        assert done.code != 0 and why in done.err
+
+
+def test_look_checks_before_any_work(run, folder):
+    SteeringVector({"1": torch.ones(8)}).save(folder / "nine.safetensors")
+    first = ["look", "-m", "nets:build", "-b", "nine.safetensors", "--prompts", "right.pt"]
+    assert "expected a name with .html" in run(*first, "-o", "look.pdf").err
+    assert "expected one strength" in run(*first, "-o", "look.html", "-c", 1, "-c", 2).err
+    assert run(*first, "-o", "look.html", "--positions", "nowhere").code == 2
+    assert not (folder / "look.html").exists()

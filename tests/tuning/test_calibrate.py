@@ -1,6 +1,7 @@
 """calibrate: what it chooses is the best that was measured, within the budget, and more than what means nothing."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -25,24 +26,23 @@ from actsteer import (
     steerers,
 )
 from actsteer.errors import OutputError
+from actsteer.tuning.evidence import code_of_metric
 from tests.oracles import state
-from tests.tuning.trained import SITES, is_two, kept, points, rows, toward_two, trained
+from tests.tuning.trained import SITES, is_two, kept, points, rows, toward_two, trained, two
 from tests.zoo import llama
 
 QUICK = {"controls": 0, "progress": False}
 
 
-class Counted:
+STOPS = {"calls": 0, "at": math.inf}
+
+
+def counted(model):
     """A metric that is interrupted after so many calls."""
-
-    def __init__(self, stop_at):
-        self.calls, self._stop_at = 0, stop_at
-
-    def __call__(self, model):
-        self.calls += 1
-        if self.calls > self._stop_at:
-            raise KeyboardInterrupt
-        return is_two()(model)
+    STOPS["calls"] += 1
+    if STOPS["calls"] > STOPS["at"]:
+        raise KeyboardInterrupt
+    return is_two()(model)
 
 
 def kl(model, vectors, x, **how):
@@ -281,9 +281,9 @@ def test_a_search_that_was_stopped_goes_on_and_ends_as_it_would_have(model, tmp_
     path = tmp_path / "search.safetensors"
 
     def once(stop_at=math.inf, **how):
-        evaluate = Counted(stop_at)
-        how |= {"evaluate": evaluate, "retain": kept(), "budget": 0.3, "controls": 2, "progress": False}
-        return calibrate(model, toward_two(model), **how), evaluate.calls
+        STOPS.update(calls=0, at=stop_at)
+        how |= {"evaluate": counted, "retain": kept(), "budget": 0.3, "controls": 2, "progress": False}
+        return calibrate(model, toward_two(model), **how), STOPS["calls"]
 
     whole, needed = once()
     with pytest.raises(KeyboardInterrupt):
@@ -294,8 +294,36 @@ def test_a_search_that_was_stopped_goes_on_and_ends_as_it_would_have(model, tmp_
     assert rest < 0.8 * needed
     assert again.table == whole.table
     assert again.controls == whole.controls
-    with pytest.raises(StatisticsError, match="a checkpoint of another calibration"):
-        calibrate(model, 2 * toward_two(model), evaluate=is_two(), retain=kept(), checkpoint=path, **QUICK)
+    other = trained()
+    other[0].weight.data[0, 0] += 1.0
+    same = {"evaluate": counted, "retain": kept(), "budget": 0.3, "controls": 2, "checkpoint": path, "progress": False}
+    for changed in (
+        {"model": other},
+        {"vectors": 2 * toward_two(model)},
+        {"evaluate": is_two()},
+        {"retain": kept() + 1},
+        {"budget": 0.2},
+        {"controls": 3},
+        {"doses": [1.0]},
+        {"groups": [["1"]]},
+        {"gate": ProjectionAbove(toward_two(model).select("1"), 1e-9)},
+        {"confirm": is_two()},
+        {"rows": rows(model)},
+        {"steps": 9},
+        {"generator": torch.Generator().manual_seed(1)},
+    ):
+        how = {"model": model, "vectors": toward_two(model), **same, **changed}
+        mismatch = pytest.raises(StatisticsError, match="a checkpoint of another calibration")
+        with mismatch, warnings.catch_warnings(action="ignore"):  # of other weights
+            calibrate(how.pop("model"), how.pop("vectors"), **how)
+
+
+def test_metrics_are_told_apart_by_what_they_hold():
+    metrics = [is_two(), is_two(seed=9), OutputMetric(inputs=points(0, 100, seed=20), score=lambda out: out[:, 1])]
+    metrics += [OutputMetric(inputs=points(0, 100, seed=20), score=two, targets=torch.arange(100)), counted, None]
+    found = [code_of_metric(own) for own in metrics]
+    assert len(set(found)) == len(found)
+    assert code_of_metric(is_two()) == code_of_metric(is_two())
 
 
 def test_the_model_is_left_as_it_was_found(model):
@@ -441,6 +469,9 @@ def test_it_is_printed_as_a_table_and_a_verdict_and_drawn(found, tmp_path):
     assert sum(line.startswith("*") for line in text.splitlines()) == 1
     assert "percentile 100.0 of 78 controls" in text
     assert "\n" not in repr(found)
+    shown = found._repr_html_()
+    assert shown.count("<tr>") == 1 + len(text.splitlines()[1:-2])
+    assert found.verdict in shown
     for suffix in ("png", "svg"):
         found.plot(tmp_path / f"pareto.{suffix}")
         assert (tmp_path / f"pareto.{suffix}").stat().st_size > 5000
