@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from queue import SimpleQueue
 from threading import Event
-from typing import Any, Self, final
+from typing import Any, final
 
 from torch import nn
 
@@ -129,7 +129,7 @@ class Page:
             time.sleep(0.05)  # an answer's last words are on their way
         self._blocks.close(verbose=False)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Page":
         return self
 
     def __exit__(self, *_: object) -> None:
