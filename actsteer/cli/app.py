@@ -39,6 +39,10 @@ _EXAMPLES: dict[str, list[str]] = {  # command, a function in the file of its na
         "actsteer look -m ./llama -b calm.safetensors -c 2 --prompts prompts.txt -o look.html",
         "actsteer look -m nets:build -b nine.safetensors --prompts digits.pt --image-shape 28x28 -o look.html",
     ],
+    "play": [
+        "actsteer play -m ./llama -b calm.safetensors",
+        "actsteer play -m nets:build -b nine.safetensors --image 28x28 --mean 0.1307 --std 0.3081",
+    ],
     "convert": [
         "actsteer convert calm.safetensors calm.gguf",
         "actsteer convert --model ./llama repeng.gguf calm.safetensors",

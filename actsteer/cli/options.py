@@ -111,6 +111,18 @@ def shard(text: str) -> tuple[int, int]:
     return int(number), int(of)
 
 
+def size(text: str) -> tuple[int, ...]:
+    """ "28x28": height and width; "1x28x28": the channel before them.
+
+    >>> size("28x28")
+    (28, 28)
+    """
+    parts = text.split("x")
+    if len(parts) not in (2, 3) or not all(part.isdecimal() for part in parts):
+        raise typer.BadParameter(f"{text!r}: expected height x width, as in 28x28, or 1x28x28", param_hint="--image")
+    return tuple(map(int, parts))
+
+
 def positions(text: str) -> Positions:
     """What `from_text` makes of it."""
     try:

@@ -10,7 +10,7 @@ import pytest
 
 from actsteer import BatchError
 
-COMMANDS = ("sites", "fit", "show", "generate", "look", "convert", "fold", "verify")
+COMMANDS = ("sites", "fit", "show", "generate", "look", "play", "convert", "fold", "verify")
 
 
 def shell(*arguments, cwd, **environment):
