@@ -11,7 +11,7 @@ import typer
 from actsteer.cli import banks, models, screen
 from actsteer.cli.options import Concepts, MaybeModelName, TrustRemoteCode
 from actsteer.steering.steering import Steering
-from actsteer.tuning.evidence import Evidence
+from actsteer.tuning.evidence import Evidence, evidences
 
 _PAIRS, _COMPARED = 20, 1000
 _MODEL = ("name", "revision", "model")
@@ -50,7 +50,7 @@ def describe(steering: Steering) -> None:
         screen.say("")
         for line in _parts(steering):
             screen.say(line)
-    if (known := Evidence.of(steering)) is not None:
+    for known, _ in evidences(steering):
         screen.say("")
         for line in _measured(known):
             screen.say(line)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,12 @@ from actsteer.cli.examples import batches, one_batch
 from actsteer.cli.metrics import metric as metric_of
 from actsteer.cli.models import Loaded
 from actsteer.cli.options import Chat, Concepts, Device, DtypeName, TrustRemoteCode
+from actsteer.files import sealed
 from actsteer.folding.proof import Proof, distance, is_lost, outputs
 from actsteer.integrations.vllm.comparing import compare
 from actsteer.steering.steerer import Steerer
 from actsteer.steering.steering import Steering
-from actsteer.tuning.evidence import Evidence, Held
+from actsteer.tuning.evidence import Evidence, Held, evidences, name_of
 from actsteer.tuning.remeasure import remeasured
 
 
@@ -60,6 +61,8 @@ def verify(
     if (folded is not None or engine is not None) and on is None:
         raise typer.BadParameter("it takes inputs to compare outputs", param_hint="--on")
     banks.check(bank)
+    if metric is not None and (on is None or sealed.kind_of(bank) is None):
+        raise typer.BadParameter("it takes --on, and a file with evidence", param_hint="--metric")
     if folded is not None:
         models.check_folded(folded)
     strength = options.one_strength(c) if c else None
@@ -70,12 +73,12 @@ def verify(
     count = len(steering.vectors.items())  # every one is read
     screen.say(f"whole: {bank}, {count} concept{'s' * (count != 1)}")
     if loaded is None:
-        _check_evidence(steering, None, strength)
+        _check_evidence(bank, steering, None, strength)
         return
     steerer = Steerer(loaded.model, steering, c=strength)
     screen.say(f"fits: {model}, {', '.join(steerer.sites)}")
     if on is None:
-        _check_evidence(steering, loaded.model, strength)
+        _check_evidence(bank, steering, loaded.model, strength)
         return
     batch = one_batch(on, loaded, chat=chat)
     plain = outputs(loaded.model, batch)
@@ -93,7 +96,8 @@ def verify(
         _check_folded(steerer, batch, folded, same)
     if engine is not None and model is not None:
         _check_engine(steerer, batch, model=model, bank=bank)
-    _check_evidence(steering, loaded.model, strength, again=partial(_again, loaded, on, metric, max_new_tokens, chat))
+    again = partial(_again, loaded, on, metric, max_new_tokens, chat)
+    _check_evidence(bank, steering, loaded.model, strength, again=again)
 
 
 def _check_folded(steerer: Steerer, batch: Any, folded: str, same: nn.Module) -> None:
@@ -123,30 +127,37 @@ def _check_engine(steerer: Steerer, batch: Any, *, model: str, bank: str) -> Non
 
 
 def _check_evidence(
+    bank: str,
     steering: Steering,
     model: nn.Module | None,
     strength: float | dict[str, float] | None,
     *,
-    again: Callable[[Steering, Evidence], Iterator[Held]] | None = None,
+    again: Callable[[Any, Evidence], list[Held]] | None = None,
 ) -> None:
-    known = Evidence.of(steering)
-    if known is None:
-        return
-    given = steering if strength is None else replace(steering, c=strength)
-    found = [*known.compared(given, model), *(again(given, known) if again is not None else ())]
-    for own in found:
-        if not own.holds:
-            screen.complain("error", f"no longer as recorded: {own.what} was {own.recorded}, and is {own.now}")
-    if not all(own.holds for own in found):
-        raise typer.Exit(1)
-    screen.say(f"recorded: {len(found)} things hold: {', '.join(own.what for own in found)}")
+    alone = strength is None and steering.is_plain and sealed.kind_of(bank) != "steering"  # vectors, and no strength
+    given = steering.vectors if alone else steering if strength is None else replace(steering, c=strength)
+    for known, own in evidences(given):
+        found = [*known.compared(own, model), *(again(own, known) if again is not None else ())]
+        for held in found:
+            if not held.holds:
+                screen.complain("error", f"no longer as recorded: {held.what} was {held.recorded}, and is {held.now}")
+        if not all(held.holds for held in found):
+            raise typer.Exit(1)
+        screen.say(f"recorded: {len(found)} things hold: {', '.join(held.what for held in found)}")
+        figures = ["effect", *(f"cost ({name})" for name in known.costs)]
+        if rest := [name for name in figures if name not in [held.what for held in found]]:
+            screen.say(
+                f"not measured again: {', '.join(rest)}; that takes --on the data of then, an effect --metric too"
+            )
 
 
 def _again(
-    loaded: Loaded, on: Path, metric: str | None, max_new_tokens: int, chat: bool, steering: Steering, known: Evidence
-) -> Iterator[Held]:
+    loaded: Loaded, on: Path, metric: str | None, max_new_tokens: int, chat: bool, given: Any, known: Evidence
+) -> list[Held]:
     inputs, _ = batches(on, loaded, batch_size=16, chat=chat)
     effect = None
     if metric is not None:
         effect = metric_of(metric, on, loaded, max_new_tokens=max_new_tokens, batch_size=16, chat=chat)
-    yield from remeasured(loaded.model, steering, known, retain=inputs, evaluate=effect)
+        if (own := name_of(effect)) != known.metric:
+            raise typer.BadParameter(f"{own}: the effect was measured by {known.metric}", param_hint="--metric")
+    return list(remeasured(loaded.model, given, known, retain=inputs, evaluate=effect))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from itertools import chain
 from os import PathLike
 from pathlib import Path
@@ -114,6 +115,9 @@ def digest_of(batches: Iterable[Any]) -> str:
 
 def code_of(function: Any) -> str:
     """A digest of what a function does: its code, constants and defaults, and what it closes over."""
+    if isinstance(function, partial):
+        given = digest_of([function.args, function.keywords])
+        return f"{code_of(function.func)} {given}"
     function = function if isinstance(function, FunctionType) else vars(type(function)).get("__call__")
     code = getattr(function, "__code__", None)
     if code is None:

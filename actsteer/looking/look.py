@@ -40,10 +40,10 @@ class Look:
     def save(self, path: str | PathLike[str]) -> None:
         """Write it to a file that needs no other: no server, no network."""
         with replacing(Path(path)) as beside:
-            beside.write_text(self.html, encoding="utf-8")
+            beside.write_bytes(self.html.encode("utf-8", "replace"))  # a token may be half a character
 
     def __repr__(self) -> str:
-        return f"Look({len(self.html.encode()):,} bytes)"
+        return f"Look({len(self.html.encode('utf-8', 'replace')):,} bytes)"
 
     def _repr_html_(self) -> str:
         style = "width:100%;height:44em;border:1px solid rgba(128,128,128,.4);border-radius:6px"

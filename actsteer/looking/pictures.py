@@ -96,7 +96,7 @@ def _map(
         axes.set_xticks(sorted({round(own, 3) for own in _ticks(row["dose"] for row in rows)}))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
-        axes.set_xlabel("dose, in typical norms")
+        axes.set_xlabel("dose")
         axes.margins(x=0.1)
         axes.grid(axis="x", color=_INK, alpha=0.12, linewidth=0.6)
         axes.set_axisbelow(True)

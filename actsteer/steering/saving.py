@@ -111,6 +111,16 @@ def digest(value: Any) -> str:
         return repr(value)
 
 
+def digest_of_tensors(value: Any) -> str:
+    """A digest of the tensors that a value holds; empty if it holds none, or cannot be saved."""
+    encoder = _Encoder()
+    try:
+        encoder.node(value, "")
+    except FileFormatError:
+        return ""
+    return sealed.digest(encoder.tensors) if encoder.tensors else ""
+
+
 def decoded(document: Mapping[str, Any], tensors: Mapping[str, Tensor], kinds: Iterable[type] = ()) -> dict[str, Any]:
     """What `encoded` was given.
 

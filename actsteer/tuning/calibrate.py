@@ -16,12 +16,14 @@ from tqdm.auto import tqdm
 
 from actsteer.collecting.batches import Batches
 from actsteer.collecting.resume import digest_of, weights
-from actsteer.errors import SiteNotFoundError, StrengthError, close_names
+from actsteer.errors import AttachedError, SiteNotFoundError, StrengthError, close_names
 from actsteer.estimators.estimator import Estimator
 from actsteer.estimators.mean_difference import MeanDifference
+from actsteer.sites import fingerprint
 from actsteer.sites.axes import Axes
 from actsteer.sites.resolve import Sites
 from actsteer.steering import saving
+from actsteer.steering.attached import steerers
 from actsteer.steering.interventions.intervention import Edit, Intervention, PerSite
 from actsteer.steering.steerer import Steerer
 from actsteer.steering.steering import Gates, Steerable, Steering, steering_of
@@ -31,13 +33,15 @@ from actsteer.tuning.budget import Budget
 from actsteer.tuning.calibration import Calibration, place_of
 from actsteer.tuning.candidates import Candidate, settings
 from actsteer.tuning.controls import Labelled, check_rows, random_banks, shuffled_banks
-from actsteer.tuning.evidence import code_of_metric, digests_of, evidence, name_of
+from actsteer.tuning.doses import has_independent_rows
+from actsteer.tuning.evidence import KEY, code_of_metric, digests_of, evidence, name_of
 from actsteer.tuning.measuring import Measuring
 from actsteer.tuning.memory import Memory, number
-from actsteer.tuning.metrics import Figures, Metric
+from actsteer.tuning.metrics import Figures, Metric, OutputMetric
 from actsteer.tuning.retained import Retained
 from actsteer.tuning.search import Point, search
 from actsteer.vectors.bank import VectorBank
+from actsteer.vectors.vector import SteeringVector
 
 
 def calibrate(
@@ -91,7 +95,8 @@ def calibrate(
             every token. For positions="generated" every token but the first counts as generated. What the model
             returns for all of `retain` is kept in memory.
         budget: the bound on the mean cost; or name -> bound, of "mean", "p95" (the 95th percentile) and of metrics of
-            `evaluate`.
+            `evaluate`. A strength is within it if the upper end of the interval on the half that chooses is; where the
+            other half says otherwise, the verdict does too.
         confirm: the same metric on other data, where `evaluate` gives one number: what is reported is then of these.
         rows: (positive, negative), each site -> (n, d) as `record` gives it, of which the vector was made; or concept
             -> such a pair. As many directions are then fitted on shuffled labels too, and steer at the same c: that a
@@ -107,12 +112,16 @@ def calibrate(
         refine: how many of the groups are searched more finely.
         steps: in how many steps each.
         batch_size: how many rows are fed at a time.
-        checkpoint: a `.safetensors` file that keeps what has been measured; if it is there, the search goes on.
+        checkpoint: a `.safetensors` file that keeps what has been measured; if it is there, the search goes on. A
+            metric is known again by its code and by what it holds, not by globals that it reads.
         generator: of the halves and the controls; one with seed 0, unless given.
 
     Raises:
-        as `Steerer` and `collect`; TypeError or ValueError if `evaluate` gives no finite numbers, or the budget names
-        what it does not give; OutputError if the model returns no logits, and the budget bounds the KL.
+        AttachedError: the model is steered already.
+        TypeError, ValueError: `evaluate` gives no finite numbers, or others in number than for the unsteered model; or
+            the budget names what it does not give.
+        OutputError: the model returns no logits, and the budget bounds the KL.
+        And what `Steerer` and `collect` raise.
 
     Source: for the halves, sample splitting (Cox 1975); for the controls, a Monte Carlo test (Barnard 1963).
 
@@ -125,8 +134,10 @@ def calibrate(
     >>> result.found, result.percentile, 0.4 < result.chosen["cost"] < 0.6
     (True, 100.0, True)
     """
+    if there := steerers(model):
+        raise AttachedError(f"the model is steered already, by {there[0]!r}; leave its block, to measure it unsteered")
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    bounds = Budget(budget)
+    bounds, doses = Budget(budget), None if doses is None else [float(dose) for dose in doses]
     steering = steering_of(vectors, {"gate": gate, "sites": sites})
     where: dict[str, Any] = {"axis": axis, "row_axis": row_axis, "token_axis": token_axis, "mask": mask}
     placed = Steerer(model, steering, c=0.0, **where).sites  # all is checked before anything runs
@@ -151,7 +162,12 @@ def calibrate(
         keep_outputs=bool(bounds.of_kl),
         progress=progress,
     )
-    job |= {"model": weights(model), "vectors": _digest(bank), "retain": retained.digest}
+    job |= {
+        "model": weights(model),
+        "architecture": repr(fingerprint.described(model)),
+        "vectors": _digest(bank),
+        "retain": retained.digest,
+    }
     memory = Memory(checkpoint, job)
     measuring = Measuring(
         model,
@@ -161,6 +177,7 @@ def calibrate(
         budget=bounds,
         where=where,
         batch_size=batch_size,
+        together=_may_go_together(model, retained, evaluate),
         generator=generator,
         memory=memory,
     )
@@ -170,7 +187,7 @@ def calibrate(
     bar = tqdm(total=1 + controls * (1 if labelled is None else 2), desc="calibrate", disable=not progress, delay=2.0)
 
     def measure(candidate: Candidate, doses: Sequence[float]) -> list[Point]:
-        bar.set_postfix_str(" ".join(candidate.sites))
+        bar.set_postfix_str(" ".join(candidate.sites), refresh=False)
         return measuring.measure(candidate, doses)
 
     def control(other: VectorBank) -> Figures:
@@ -195,12 +212,13 @@ def calibrate(
     is_found = chosen is not None and chosen["effect"] > max([plain, *effects])
     percentile = _percentile(chosen, effects)
     at_best = _at(best.candidate.steering, best.candidate.sites)
-    found = replace(at_best, c=chosen["c"] if chosen is not None and is_found else 0.0)
-    if chosen is not None:
+    found = replace(_without_evidence(at_best), c=chosen["c"] if chosen is not None and is_found else 0.0)
+    if chosen is not None and is_found:
         known = evidence(
             found,
             model,
             metric=name_of(evaluate),
+            measure=measuring.effect,
             data={"retain": retained.digest} | digests_of(evaluate),
             row=chosen,
             unsteered=plain,
@@ -248,6 +266,23 @@ def _check(
         for site in group:
             if site not in sites:
                 raise SiteNotFoundError(f"groups: {site!r} is not steered. {close_names(site, sites)}")
+
+
+def _may_go_together(model: nn.Module, retained: Retained, evaluate: Metric) -> bool:
+    """Whether several strengths may go in one pass."""
+    if not has_independent_rows(model, retained.batches, batch_size=retained.batch_size):
+        return False
+    if not isinstance(evaluate, OutputMetric):
+        return True
+    return has_independent_rows(model, evaluate.inputs, batch_size=evaluate.batch_size)
+
+
+def _without_evidence(steering: Steering) -> Steering:
+    bank = {
+        concept: SteeringVector({s: v[s] for s in v}, metadata={k: own for k, own in v.metadata.items() if k != KEY})
+        for concept, v in steering.vectors.items()
+    }
+    return replace(steering, vectors=VectorBank(bank))
 
 
 def _digest(bank: VectorBank) -> str:

@@ -109,6 +109,11 @@ def calibrate_gate(
             observation.run([Step(batch, keep)])
             before = 0 if not owners else int(owners[-1].max()) + 1
     score, owner = torch.cat(scores), torch.cat(owners)
+    if not bool(score.isfinite().all()):
+        raise StatisticsError(
+            f"retain: {int((~score.isfinite()).sum())} of {len(score)} scores at site {gate.site!r} are not finite; "
+            "look for inf or nan in the data"
+        )
     count = int(owner.max()) + 1
     chooses, reports = halves(count, torch.Generator().manual_seed(0) if generator is None else generator)
     seen = score[chooses[owner]].sort().values

@@ -63,7 +63,7 @@ class Calibration:
         """What was found, in a sentence."""
         if self.chosen is None:
             return "c = 0: no strength is within the budget"
-        where = f"at site{'s' * (len(self.chosen['sites']) > 1)} {place_of(self.chosen)}, c = {self.chosen['c']:.4g}"
+        where = f"at site{'s' * (len(self.chosen['sites']) > 1)} {said_of(self.chosen)}, c = {self.chosen['c']:.4g}"
         effect = f"effect {_with(self.chosen['effect'], self.chosen['effect_interval'])} {where}"
         said = f"{effect}, unsteered {self.unsteered:.4g}"
         note = "; chosen and reported on the same data, for which evaluate gives one number" * self.reported_on_choice
@@ -71,6 +71,8 @@ class Calibration:
             against = "no controls were asked for, so that any direction might do the same"
         else:
             against = f"percentile {self.percentile:.1f} of {len(self.controls)} controls"
+        over = [f"{name} {value:.4g}" for name, (value, _) in self.chosen["costs"].items() if value > self.budget[name]]
+        note += f"; on the half that reports the cost is over the budget: {', '.join(over)}" if over else ""
         if self.found:
             return f"{said}; {against}{note}"
         why = "no more than unsteered" if self.chosen["effect"] <= self.unsteered else "no more than what means nothing"
@@ -108,13 +110,12 @@ class Calibration:
         """The best row of every place and way, in the order of the table, and the chosen one."""
         best: dict[Any, dict[str, Any]] = {}
         for row in self.table:
-            key = (row["sites"], row["intervention"], row["positions"])
+            key = place_of(row)
             rank = (row["feasible"], row["effect"] if row["effect"] is not None else float("-inf"), -row["cost"])
             if key not in best or rank > best[key]["_rank"]:
                 best[key] = {"_rank": rank, "row": row}
         if self.chosen is not None:
-            key = (self.chosen["sites"], self.chosen["intervention"], self.chosen["positions"])
-            best[key]["row"] = self.chosen
+            best[place_of(self.chosen)]["row"] = self.chosen
         return [own["row"] for own in best.values()]
 
     def __repr__(self) -> str:
@@ -128,7 +129,7 @@ def _cells(row: dict[str, Any], *, chosen: bool) -> tuple[str, ...]:
     effect = "over the budget" if row["effect"] is None else _with(row["effect"], row["effect_interval"])
     return (
         "*" * chosen,
-        place_of(row),
+        said_of(row),
         f"{row['c']:.4g}",
         f"{row['dose']:.3g}",
         effect,
@@ -140,8 +141,13 @@ def _with(value: float, interval: Interval | None) -> str:
     return f"{value:.4g}" if interval is None else f"{value:.4g} ({interval[0]:.4g} to {interval[1]:.4g})"
 
 
-def place_of(row: dict[str, Any]) -> str:
-    """Where and how a row steers, in a few words."""
+def place_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Where and how a row steers, which tells it from rows at other places."""
+    return (row["sites"], row["intervention"], repr(row["positions"]))
+
+
+def said_of(row: dict[str, Any]) -> str:
+    """The same in a few words."""
     sites = row["sites"]
     named = sites[0] if len(sites) == 1 else f"{sites[0]} … {sites[-1]} ({len(sites)})"
     return " ".join(

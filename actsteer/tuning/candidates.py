@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
 
-from torch import nn
+from torch import Tensor, nn
 
 from actsteer.errors import ZeroDirectionError
 from actsteer.steering.interventions.add import Add
 from actsteer.steering.interventions.intervention import Intervention, PerSite
+from actsteer.steering.interventions.keep_norm import KeepNorm
 from actsteer.steering.plan import interventions_of
 from actsteer.steering.steerer import Steerer
 from actsteer.steering.steering import AllPositions, Steering
@@ -47,6 +48,14 @@ class Candidate:
     def name(self) -> str:
         """What tells it from others of the same vectors."""
         return f"{self.number} {' '.join(self.sites)}"
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether positions are a mask, which is of the rows of one batch."""
+        positions = self.steering.positions
+        return any(
+            isinstance(own, Tensor) for own in (positions.values() if isinstance(positions, Mapping) else [positions])
+        )
 
     @property
     def steers_alike_on_texts(self) -> bool:
@@ -97,9 +106,7 @@ def candidate(
     unit = sqrt(mean over sites and concepts of (‖v‖ / ‖h‖)²), with v of `units`: those that are calibrated, of which
     controls have the same strengths. Any other intervention is searched in c itself.
     """
-    if not all(
-        isinstance(own, Add) and not own.relative for own in interventions_of(steering.vectors, steering.intervention)
-    ):
+    if not all(map(adds, interventions_of(steering.vectors, steering.intervention))):
         return Candidate(number, steering, tuple(sites), 1.0, tuple(SHARES if doses is None else doses))
     ratios = [
         float(vector[site].double().norm()) / norms[site]
@@ -113,6 +120,13 @@ def candidate(
             f"sites {list(sites)}: the vectors are zero there, or the activations are; leave them out"
         )
     return Candidate(number, steering, tuple(sites), unit, tuple(DOSES if doses is None else doses))
+
+
+def adds(intervention: Any) -> bool:
+    """Whether it adds c · v, in the activation's units."""
+    if isinstance(intervention, KeepNorm):
+        return adds(intervention.intervention)
+    return isinstance(intervention, Add) and not intervention.relative
 
 
 def grown(sites: Sequence[str], best: str) -> Iterator[tuple[str, ...]]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import FunctionType
 from typing import Any, NamedTuple, final
 
 import torch
@@ -19,10 +20,15 @@ from torch import Tensor, nn
 from actsteer.collecting.resume import code_of, digest_of
 from actsteer.errors import FileFormatError
 from actsteer.files.sealed import VERSION
+from actsteer.files.untrusted import DTYPES
 from actsteer.sites import fingerprint
 from actsteer.sites.wrappers import unwrapped
+from actsteer.steering import saving
+from actsteer.steering.interventions.ablate import Ablate
+from actsteer.steering.interventions.add import Add
 from actsteer.steering.plan import gates_of, interventions_of
 from actsteer.steering.steering import Steering
+from actsteer.tuning.candidates import adds
 from actsteer.tuning.metrics import Metric, OutputMetric
 from actsteer.tuning.retained import digest
 from actsteer.tuning.text_metric import TextMetric
@@ -75,7 +81,7 @@ class Evidence:
     Args:
         model: its fingerprint, as vectors have it; its name and revision, where it has them.
         data: name -> digest of the inputs.
-        metric: what measured the effect.
+        metric: what measured the effect, and `measure`: under which name it gave it.
         steering: "c", "dose" in typical norms, "positions", "intervention", "gate".
         directions: concept -> site -> "dtype", "norm", and "projections" on eight fixed random directions.
         effect, unsteered: of the steered and of the plain model.
@@ -88,6 +94,7 @@ class Evidence:
     model: Mapping[str, str]
     data: Mapping[str, str]
     metric: str
+    measure: str
     steering: Mapping[str, Any]
     directions: Mapping[str, Mapping[str, Mapping[str, Any]]]
     effect: Figure
@@ -104,11 +111,13 @@ class Evidence:
 
         Raises:
             FileFormatError: it is not what `calibrate` writes.
+            ValueError: they carry several; `evidences` gives each with its concepts.
         """
-        vectors = steering.vectors if isinstance(steering, Steering) else steering
-        every = [vectors] if isinstance(vectors, SteeringVector) else [vector for _, vector in vectors.items()]
-        text = next((own.metadata[KEY] for own in every if KEY in own.metadata), None)
-        return None if text is None else cls.read(text)
+        found = evidences(steering)
+        if len(found) > 1:
+            concepts = [list(own.directions) for own, _ in found]
+            raise ValueError(f"the vectors carry evidence of several measurements, of {concepts}; select the concepts")
+        return found[0][0] if found else None
 
     @classmethod
     def read(cls, text: str) -> Evidence:
@@ -118,20 +127,9 @@ class Evidence:
             FileFormatError: it is something else.
         """
         try:
-            found = json.loads(text)
-            named = {field.name: found[field.name] for field in dataclasses.fields(cls)}
-            named["effect"] = _figure(named["effect"])
-            named["costs"] = {str(name): _figure(own) for name, own in named["costs"].items()}
-            named["curve"] = [(float(c), None if e is None else float(e), float(cost)) for c, e, cost in named["curve"]]
-            for name in ("model", "data", "steering", "directions", "versions"):
-                named[name] = dict(named[name])
-            for sites in named["directions"].values():
-                for told in dict(sites).values():
-                    float(told["norm"]), str(told["dtype"]), torch.tensor(told["projections"], dtype=torch.float64)
-            float(named["steering"]["c"]), float(named["unsteered"]), int(named["controls"])
+            return cls(**_checked(json.loads(text)))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise FileFormatError(f"evidence: not what calibrate writes ({error!r}); calibrate anew") from None
-        return cls(**named)
 
     @property
     def text(self) -> str:
@@ -149,45 +147,71 @@ class Evidence:
         return replace(steering, vectors=bank)
 
     def compared(self, steering: Steering | VectorBank | SteeringVector, model: nn.Module | None) -> Iterator[Held]:
-        """What the file and the model are now, beside what was recorded of them.
+        """What the steering and the model are now, beside what was recorded of them.
 
-        Of vectors alone the strength is the recorded one. A vector that is twice as long, at half the strength, is the
-        same steering, and so is one in a wider dtype.
+        Of vectors the strength is the recorded one. What is added is compared as c · v: a vector that is twice as long,
+        at half the strength, is the same steering. A wider dtype is, and so is another name for the only concept.
         """
-        steering = steering if isinstance(steering, Steering) else Steering(steering)
-        c = self.steering["c"] if steering.is_plain else steering.c
-        recorded = {concept: list(sites) for concept, sites in self.directions.items()}
-        now = {concept: list(vector) for concept, vector in steering.vectors.items()}
-        yield Held("concepts", ", ".join(sorted(recorded)), ", ".join(sorted(now)), recorded.keys() == now.keys())
-        for concept in [concept for concept in recorded if concept in now]:
-            sites = sorted(recorded[concept]), sorted(now[concept])
-            yield Held(f"sites of {concept}", ", ".join(sites[0]), ", ".join(sites[1]), sites[0] == sites[1])
-            strength = c.get(concept, 0.0) if isinstance(c, Mapping) else c
-            for site in [site for site in sites[0] if site in sites[1]]:
-                own = steering.vectors[concept][site]
-                yield from self._direction(f"{concept} at {site}", own, self.directions[concept][site], strength)
-        for name, told in _told(steering).items():
-            yield Held(name, str(self.steering[name]), told, self.steering[name] == told)
+        given = steering if isinstance(steering, Steering) else Steering(steering)
+        c: Any = given.c if isinstance(steering, Steering) else self.steering["c"]
+        recorded, now = list(self.directions), list(given.concepts)
+        is_one = len(recorded) == len(now) == 1
+        named = dict(zip(recorded, now, strict=True)) if is_one else {own: own for own in recorded if own in now}
+        are_same = is_one or set(recorded) == set(now)
+        yield Held("concepts", ", ".join(sorted(recorded)), ", ".join(sorted(now)), are_same)
+        acts = dict(zip(now, interventions_of(given.vectors, given.intervention), strict=True))
+        for concept, own in named.items():
+            vector, told = given.vectors[own], self.directions[concept]
+            yield Held(f"sites of {own}", ", ".join(sorted(told)), ", ".join(sorted(vector)), set(told) == set(vector))
+            strength = c.get(own, 0.0) if isinstance(c, Mapping) else c
+            if not isinstance(strength, int | float):
+                yield Held(f"strength of {own}", f"{self.steering['c']:.4g}", "not one number", False)
+                continue
+            for site in sorted(set(told) & set(vector)):
+                yield from self._direction(f"{own} at {site}", vector[site], told[site], strength, acts[own])
+        for name, text in _told(given).items():
+            yield Held(name, str(self.steering[name]), text, self.steering[name] == text)
         if model is not None:
-            for name, told in fingerprint.described(model).items():
-                if name in self.model and name in ("model", "weights"):
-                    yield Held(name, self.model[name], told, _is_same_model(name, self.model[name], told))
+            for name, text in fingerprint.described(model).items():
+                if name in self.model and name in ("model", "weights", "layers"):
+                    yield Held(name, self.model[name], text, _is_same_model(name, self.model[name], text))
 
-    def _direction(self, what: str, own: Tensor, told: Mapping[str, Any], c: Any) -> Iterator[Held]:
-        lossless = own.to(getattr(torch, told["dtype"])).to(own.dtype).equal(own)
-        is_kept = lossless and torch.finfo(own.dtype).eps <= torch.finfo(getattr(torch, told["dtype"])).eps
+    def _direction(self, what: str, own: Tensor, told: Mapping[str, Any], c: float, act: Any) -> Iterator[Held]:
+        dtype: torch.dtype = getattr(torch, told["dtype"])
+        is_kept = own.to(dtype).to(own.dtype).equal(own) and torch.finfo(own.dtype).eps <= torch.finfo(dtype).eps
         yield Held(f"dtype of {what}", told["dtype"], str(own.dtype)[6:], is_kept)
-        if not isinstance(c, int | float):
-            yield Held(f"strength of {what}", f"{self.steering['c']:.4g}", "not one number", False)
-            return
-        norm, before = abs(c) * float(own.double().norm()), abs(self.steering["c"]) * told["norm"]
-        yield Held(f"‖c·v‖ of {what}", f"{before:.4g}", f"{norm:.4g}", abs(norm - before) <= _CLOSE * before)
-        sign = math.copysign(1.0, c) * math.copysign(1.0, self.steering["c"])
+        sign, before_c = 1.0, float(self.steering["c"])
+        length, before = float(own.double().norm()), float(told["norm"])
+        if adds(act):
+            sign = math.copysign(1.0, c) * math.copysign(1.0, before_c)
+            yield _close(f"‖c·v‖ of {what}", abs(before_c) * before, abs(c) * length)
+        else:
+            yield _close(f"strength of {what}", before_c, c)
+            if not isinstance(act, Ablate) and not (isinstance(act, Add) and act.relative):  # for which v/‖v‖ counts
+                yield _close(f"‖v‖ of {what}", before, length)
         given, known = sign * projections(own), torch.tensor(told["projections"], dtype=torch.float64)
-        apart = float((given - known).abs().max()) if given.shape == known.shape else math.inf
-        reverse = float((given + known).abs().max()) if given.shape == known.shape else math.inf
-        said = "as recorded" if apart <= _CLOSE else "the reverse" if reverse <= _CLOSE else "another one"
-        yield Held(f"direction of {what}", "as recorded", said, apart <= _CLOSE)
+        apart, reverse = (float((given - side * known).abs().max()) for side in (1.0, -1.0))
+        is_it = apart <= _CLOSE or (isinstance(act, Ablate) and reverse <= _CLOSE)
+        said = "as recorded" if is_it else "the reverse" if reverse <= _CLOSE else "another one"
+        yield Held(f"direction of {what}", "as recorded", said, is_it)
+
+
+def evidences(steering: Steering | VectorBank | SteeringVector) -> list[tuple[Evidence, Any]]:
+    """Every evidence that vectors carry, and the steering, or the vectors, by the concepts that carry it.
+
+    Raises:
+        FileFormatError: it is not what `calibrate` writes.
+    """
+    if isinstance(steering, SteeringVector):
+        text = steering.metadata.get(KEY)
+        return [] if text is None else [(Evidence.read(text), steering)]
+    bank = steering.vectors if isinstance(steering, Steering) else steering
+    carried: dict[str, list[str]] = {}
+    for concept, vector in bank.items():
+        if KEY in vector.metadata:
+            carried.setdefault(vector.metadata[KEY], []).append(concept)
+    every = len(carried) == 1
+    return [(Evidence.read(text), steering if every else steering.select(*own)) for text, own in carried.items()]
 
 
 def evidence(
@@ -195,6 +219,7 @@ def evidence(
     model: nn.Module,
     *,
     metric: str,
+    measure: str,
     data: Mapping[str, str],
     row: Mapping[str, Any],
     unsteered: float,
@@ -207,7 +232,8 @@ def evidence(
         model=fingerprint.described(model) | _named(model),
         data=dict(data),
         metric=metric,
-        steering={"c": steering.c, "dose": row["dose"], **_told(steering)},
+        measure=measure,
+        steering={"c": float(row["c"]), "dose": float(row["dose"]), **_told(steering)},
         directions={
             concept: {
                 site: {
@@ -247,8 +273,10 @@ def name_of(metric: Metric) -> str:
 def digests_of(metric: Metric) -> dict[str, str]:
     """Of the data of the effect, where the metric says which they are."""
     if isinstance(metric, TextMetric):
-        return {"effect": digest_of(metric.prompts)}
-    return {"effect": digest(metric.inputs, metric.inputs)} if isinstance(metric, OutputMetric) else {}
+        return {"effect": digest_of([list(metric.prompts), metric.max_new_tokens, metric.chat])}
+    if not isinstance(metric, OutputMetric):
+        return {}
+    return {"effect": digest_of([digest(metric.inputs, metric.inputs), metric.targets])}
 
 
 def code_of_metric(metric: Metric | None) -> str:
@@ -260,9 +288,52 @@ def code_of_metric(metric: Metric | None) -> str:
     return f"{name_of(metric)} {code_of(own)} {digest_of([held])} {digests_of(metric)}"
 
 
+def _checked(found: dict[str, Any]) -> dict[str, Any]:
+    """The fields, each of its kind."""
+    steering: dict[str, Any] = {name: _number(found["steering"][name]) for name in ("c", "dose")}
+    steering |= {name: str(found["steering"][name]) for name in ("positions", "intervention", "gate")}
+    directions = {
+        str(concept): {str(site): _checked_direction(told) for site, told in sites.items()}
+        for concept, sites in found["directions"].items()
+    }
+    return {
+        **{name: {str(k): str(own) for k, own in found[name].items()} for name in ("model", "data", "versions")},
+        **{name: str(found[name]) for name in ("metric", "measure")},
+        "steering": steering,
+        "directions": directions,
+        "effect": _figure(found["effect"]),
+        "unsteered": _number(found["unsteered"]),
+        "costs": {str(name): _figure(own) for name, own in found["costs"].items()},
+        "controls": int(_number(found["controls"])),
+        "percentile": None if found["percentile"] is None else _number(found["percentile"]),
+        "curve": [(_number(c), None if e is None else _number(e), _number(cost)) for c, e, cost in found["curve"]],
+    }
+
+
+def _checked_direction(told: dict[str, Any]) -> dict[str, Any]:
+    if told["dtype"] not in {str(dtype)[6:] for dtype in DTYPES}:
+        raise ValueError(f"an unknown dtype {told['dtype']!r}")
+    numbers = [_number(own) for own in told["projections"]]
+    if len(numbers) != _PROJECTIONS:
+        raise ValueError(f"expected {_PROJECTIONS} projections, got {len(numbers)}")
+    return {"dtype": told["dtype"], "norm": _number(told["norm"]), "projections": numbers}
+
+
+def _number(found: Any) -> float:
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        raise TypeError(f"expected a number, got {found!r}")
+    return float(found)
+
+
 def _figure(found: Any) -> Figure:
     value, low, high = found
-    return Figure(float(value), None if low is None else float(low), None if high is None else float(high))
+    if (low is None) != (high is None):
+        raise ValueError(f"an interval with one end, {found}")
+    return Figure(_number(value), None if low is None else _number(low), None if high is None else _number(high))
+
+
+def _close(what: str, before: float, now: float) -> Held:
+    return Held(what, f"{before:.4g}", f"{now:.4g}", abs(now - before) <= _CLOSE * abs(before))
 
 
 def _told(steering: Steering) -> dict[str, str]:
@@ -272,10 +343,20 @@ def _told(steering: Steering) -> dict[str, str]:
     every = {concept: "all" if named.get(concept) is None else named[concept] for concept in steering.concepts}
     acts = dict(zip(steering.concepts, interventions_of(steering.vectors, steering.intervention), strict=True))
     return {
-        "positions": _alike({concept: own if isinstance(own, str) else repr(own) for concept, own in every.items()}),
-        "intervention": _alike({concept: repr(own) for concept, own in acts.items()}),
-        "gate": _alike({concept: repr(gates.get(concept)) for concept in steering.concepts}),
+        "positions": _alike({concept: _said(own) for concept, own in every.items()}),
+        "intervention": _alike({concept: _said(own) for concept, own in acts.items()}),
+        "gate": _alike({concept: _said(gates.get(concept)) for concept in steering.concepts}),
     }
+
+
+def _said(own: Any) -> str:
+    """What an object shows of itself and, if it holds tensors, a digest of it; of a function its name."""
+    if isinstance(own, str):
+        return own
+    if isinstance(own, FunctionType):
+        return f"{own.__module__}.{own.__qualname__}"
+    mark = saving.digest_of_tensors(own)
+    return repr(own) + (f" #{mark[:8]}" if mark else "")
 
 
 def _alike(told: Mapping[str, str]) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -11,16 +12,16 @@ from torch import nn
 
 from actsteer.steering.plan import interventions_of
 from actsteer.steering.steerer import Steerer
-from actsteer.tuning.budget import Budget, share
+from actsteer.tuning.budget import KL, Budget, share
 from actsteer.tuning.candidates import Candidate
 from actsteer.tuning.doses import Doses
 from actsteer.tuning.intervals import Interval, Of, Sample, halves
 from actsteer.tuning.memory import Memory
-from actsteer.tuning.metrics import Figures, Metric, OutputMetric, figures
+from actsteer.tuning.metrics import Figures, Found, Metric, OutputMetric, figures
 from actsteer.tuning.retained import Retained
 from actsteer.tuning.search import Point
 
-_KL = "kl on retain"  # beside the names of the metrics
+_KL = "kl"  # beside the names of the metrics
 
 
 @final
@@ -43,13 +44,16 @@ class Measuring:
         budget: Budget,
         where: Mapping[str, Any],
         batch_size: int,
+        together: bool,
         generator: torch.Generator,
         memory: Memory,
     ) -> None:
         self._model, self._retained, self._budget = model, retained, budget
         self._evaluate, self._confirm, self._where, self._memory = evaluate, confirm, where, memory
-        self._doses: dict[str, Any] = {"batch_size": batch_size, "one_by_one": where["row_axis"] is not None}
+        self._batch_size, self._together = batch_size, together
         self._plain = memory.once("unsteered", lambda: figures(evaluate(model)))
+        if taken := [name for name in self._plain if name in (*KL, _KL)]:
+            raise ValueError(f"evaluate: {taken} are names of what is lost on retain; give the metrics other names")
         self.effect = budget.effect(list(self._plain))
         seed = int(torch.randint(2**31, (), generator=generator))
         sizes = {name: torch.arange(len(row)) for name, row in self._plain.items()}
@@ -87,35 +91,60 @@ class Measuring:
         found: list[Figures] = [{} for _ in doses]
         if self._budget.of_kl:
             with candidate.steerer(self._model, self._where, on_texts=True) as steerer:
-                lost = self._retained.kl(Doses(self._model, steerer, **self._doses), strengths)
+                lost = self._retained.kl(self._doses(candidate, steerer, self._batch_size), strengths)
                 found = [{_KL: own} for own in lost]
                 if candidate.steers_alike_on_texts:
-                    self._evaluated(steerer, strengths, found)
+                    self._evaluated(candidate, steerer, strengths, found)
                     return found
         with candidate.steerer(self._model, self._where) as steerer:
-            self._evaluated(steerer, strengths, found)
+            self._evaluated(candidate, steerer, strengths, found)
         return found
 
-    def _evaluated(self, steerer: Steerer, strengths: Sequence[float], found: list[Figures]) -> None:
+    def _doses(self, candidate: Candidate, steerer: Steerer, batch_size: int) -> Doses:
+        axis = self._where["row_axis"]
+        together = self._together and axis is None and not candidate.has_mask
+        return Doses(
+            self._model,
+            steerer,
+            batch_size=batch_size,
+            together=together,
+            row_axis=axis if isinstance(axis, int) else 0,
+        )
+
+    def _evaluated(
+        self, candidate: Candidate, steerer: Steerer, strengths: Sequence[float], found: list[Figures]
+    ) -> None:
         """Add what `evaluate` gives at the strengths that are within the budget so far."""
         rest = [place for place, own in enumerate(found) if self._spent(own, self._chooses) <= 1.0]
         if isinstance(self._evaluate, OutputMetric) and rest:
-            rows = self._evaluate.at(Doses(self._model, steerer, **self._doses), [strengths[own] for own in rest])
-            for place, row in zip(rest, rows, strict=True):
-                found[place] |= figures(row)
-            return
-        for place in rest:
-            steerer.c = strengths[place]
-            found[place] |= figures(self._evaluate(self._model))
+            doses = self._doses(candidate, steerer, self._evaluate.batch_size)
+            given: Iterable[Found] = self._evaluate.at(doses, [strengths[own] for own in rest])
+        else:
+            given = map(partial(self._at, steerer), (strengths[own] for own in rest))
+        for place, own in zip(rest, given, strict=True):
+            by = f"evaluate, at c = {strengths[place]:.4g} and sites {list(candidate.sites)}"
+            new = figures(own, by=by)
+            sizes = ({name: len(row) for name, row in each.items()} for each in (self._plain, new))
+            if len({tuple(sorted(each.items())) for each in sizes}) > 1:
+                raise ValueError(f"{by}: expected what the unsteered model has, the same names and as many numbers")
+            found[place] |= new
+
+    def _at(self, steerer: Steerer, c: float) -> Found:
+        steerer.c = c
+        return self._evaluate(self._model)
 
     def _point(self, candidate: Candidate, dose: float, found: Figures) -> Point:
         effect = self._chooses[self.effect].of(found[self.effect], "mean") if self.effect in found else -math.inf
         return Point(candidate, dose, effect, self._spent(found, self._chooses), found)
 
     def _spent(self, found: Figures, samples: Mapping[str, Sample]) -> float:
-        """The largest share of a bound that is used up, as far as it was measured."""
+        """The largest share of a bound that is used up, by the upper ends of intervals, as far as it was measured."""
+        costs = self._costs(found, samples, intervals=True)
         return max(
-            (share(value, self._budget.bounds[name]) for name, (value, _) in self._costs(found, samples).items()),
+            (
+                share(value if interval is None else interval[1], self._budget.bounds[name])
+                for name, (value, interval) in costs.items()
+            ),
             default=0.0,
         )
 

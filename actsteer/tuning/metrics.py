@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, TypeAlias, final
 
 import torch
@@ -38,18 +38,20 @@ def figures(found: Any, *, by: str = "evaluate") -> Figures:
 
 
 def _row(found: Any, by: str) -> Tensor:
-    several = isinstance(found, list | tuple) and found and all(isinstance(own, Real) for own in found)
-    row = torch.tensor(found, dtype=torch.float64) if several or isinstance(found, Real) else found
-    if not isinstance(row, Tensor) or row.ndim > 1 or not row.numel() or row.is_complex():
-        shape = f" of shape {tuple(found.shape)}" if isinstance(found, Tensor) else ""
+    row: Any = None
+    if not isinstance(found, str | bytes):
+        with suppress(TypeError, ValueError, RuntimeError):
+            row = torch.as_tensor(found)
+    if row is None or row.ndim > 1 or not row.numel() or row.is_complex():
+        shape = "" if row is None else f" of shape {tuple(row.shape)}"
         raise TypeError(
             f"{by}: expected one number, or a tensor (n,) with a number for every example, got "
             f"{type(found).__name__}{shape}"
         )
-    row = row.detach().reshape(-1).double().cpu()
-    if not bool(row.isfinite().all()):
-        raise ValueError(f"{by}: expected finite numbers, got {float(row[~row.isfinite()][0])}")
-    return row
+    numbers: Tensor = row.detach().reshape(-1).double().cpu()
+    if not bool(numbers.isfinite().all()):
+        raise ValueError(f"{by}: expected finite numbers, got {float(numbers[~numbers.isfinite()][0])}")
+    return numbers
 
 
 @final

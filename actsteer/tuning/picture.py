@@ -6,7 +6,7 @@ import math
 from os import PathLike
 from typing import Any
 
-from actsteer.tuning.calibration import Calibration, place_of
+from actsteer.tuning.calibration import Calibration, said_of
 
 
 def draw(calibration: Calibration, path: str | PathLike[str]) -> None:
@@ -49,7 +49,7 @@ def draw(calibration: Calibration, path: str | PathLike[str]) -> None:
             if side is not None:
                 span: Any = ([row["cost"]] * 2, side) if index == 0 else (side, [row["effect"]] * 2)
                 axes.plot(*span, color="#b3541e", linewidth=1)
-        axes.set_title(f"{place_of(row)}, c = {calibration.best.c:.4g}", fontsize=10, loc="left")
+        axes.set_title(f"{said_of(row)}, c = {calibration.best.c:.4g}", fontsize=10, loc="left")
     unit = " KL, nats" if name in ("mean", "p95") else ""
     axes.set_xlabel(f"cost ({name}{unit})")
     axes.set_ylabel("effect")

@@ -18,11 +18,13 @@ from actsteer.tuning.evidence import Evidence, Figure, Held, digests_of
 from actsteer.tuning.intervals import Sample
 from actsteer.tuning.metrics import Metric, figures
 from actsteer.tuning.retained import Retained
+from actsteer.vectors.bank import VectorBank
+from actsteer.vectors.vector import SteeringVector
 
 
 def remeasured(
     model: nn.Module,
-    steering: Steering,
+    steering: Steering | VectorBank | SteeringVector,
     known: Evidence,
     *,
     retain: Batches | None = None,
@@ -34,9 +36,9 @@ def remeasured(
     They hold where the intervals overlap. Of other data nothing is said, for nothing was recorded.
 
     Args:
-        steering: of vectors alone the strength is the recorded one.
+        steering: of vectors the strength is the recorded one.
     """
-    given = replace(steering, c=float(known.steering["c"])) if steering.is_plain else steering
+    given = steering if isinstance(steering, Steering) else Steering(steering, c=float(known.steering["c"]))
     bounded = [name for name in KL if name in known.costs]
     if retain is not None and bounded:
         sites = [site for _, vector in given.vectors.items() for site in vector]
@@ -62,7 +64,11 @@ def remeasured(
     if evaluate is not None and digests_of(evaluate).get("effect") == known.data.get("effect"):
         with Steerer(model, given):
             found = figures(evaluate(model))
-        row = next(iter(found.values()))
-        sample = Sample(torch.arange(len(row)), torch.ones(len(row), dtype=torch.bool), seed=0)
-        now = Figure(sample.of(row, "mean"), *(sample.interval(row, "mean") or ()))
-        yield Held("effect", str(known.effect), str(now), now.overlaps(known.effect))
+        recorded = {known.measure: ("effect", known.effect)}
+        recorded |= {name: (f"cost ({name})", own) for name, own in known.costs.items() if name not in KL}
+        for measure, row in found.items():
+            if measure in recorded:
+                what, before = recorded[measure]
+                sample = Sample(torch.arange(len(row)), torch.ones(len(row), dtype=torch.bool), seed=0)
+                now = Figure(sample.of(row, "mean"), *(sample.interval(row, "mean") or ()))
+                yield Held(what, str(before), str(now), now.overlaps(before))

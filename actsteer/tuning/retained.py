@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, final
 
@@ -15,7 +16,9 @@ from actsteer.collecting.moments import exact
 from actsteer.collecting.observe import Observation, Step
 from actsteer.collecting.resume import digest_of
 from actsteer.collecting.texts import TextBatches
-from actsteer.errors import OutputError
+from actsteer.errors import OutputError, StatisticsError
+from actsteer.sites.axes import Axes, sequence_first
+from actsteer.sites.wrappers import unwrapped
 from actsteer.steering.norms import norms, typical
 from actsteer.tokens.inputs import Mask, signature_of, tokens_of
 from actsteer.tokens.whose import Masks
@@ -53,11 +56,12 @@ class Retained:
         keep_outputs: bool,
         progress: bool,
     ) -> None:
-        self._batches = [*iterate(batches, batch_size=batch_size, progress=False, label="")]
-        self._model, self._batch_size = model, batch_size
+        self.batches, self.batch_size = [*iterate(batches, batch_size=batch_size, progress=False, label="")], batch_size
+        self._model = model
         self._expected: list[Tensor] = []  # log-probabilities, (n, classes) for the n rows or tokens of a batch
         self._real: list[Tensor | None] = []  # which tokens count, (rows, tokens)
-        self.digest = digest(batches, self._batches)
+        self._row_axis: Axes | None = where.get("row_axis")
+        self.digest = digest(batches, self.batches)
         owners: list[Tensor] = []
         sizes: dict[str, list[Tensor]] = {}
         sums: dict[str, _Draws] = {}
@@ -65,7 +69,7 @@ class Retained:
         signature = signature_of(model)
 
         def steps() -> Iterable[Step]:
-            for batch in iterate(self._batches, batch_size=batch_size, progress=progress, label="retain"):
+            for batch in iterate(self.batches, batch_size=batch_size, progress=progress, label="retain"):
                 epsilon: dict[int, Tensor] = {}  # one draw for a token, whatever the site
 
                 def keep(site: str, rows: Tensor, _: Tensor, epsilon: dict[int, Tensor] = epsilon) -> None:
@@ -81,7 +85,7 @@ class Retained:
                 def take(output: Any, batch: Any = batch) -> None:
                     named = signature.named(*arguments(batch))
                     tokens = tokens_of(named, prefix=signature.prefix(named), mask=said, strict=False, data=True)
-                    logits = logits_of(output)
+                    logits = self._logits(output)
                     real = None if tokens is None or logits.ndim < 3 else tokens.real
                     if real is not None and real.shape != logits.shape[:2]:
                         raise OutputError(f"retain: logits of shape {tuple(logits.shape)}, mask {tuple(real.shape)}")
@@ -97,15 +101,33 @@ class Retained:
             Observation(model, sites, **where, mask=mask, positions="all", stop=not keep_outputs).run(steps())
         self.owners: Int[Tensor, " m"] = torch.cat(owners) if owners else torch.zeros(0, dtype=torch.long)
         self.norms = {site: typical(own) for site, own in sizes.items()}
+        if odd := [site for site, own in self.norms.items() if not math.isfinite(own)]:
+            raise StatisticsError(f"retain: the activations at {odd} are not finite; look for inf or nan in the data")
         self.drawn = {site: own.directions() for site, own in sums.items()}
+
+    def _logits(self, output: Any) -> Tensor:
+        """The logits with the rows first.
+
+        Raises:
+            OutputError: it is not known on which axis they are.
+        """
+        found = logits_of(output)
+        if found.ndim == 2:
+            return found
+        if self._row_axis not in (None, 0, 1) or (self._row_axis is None and sequence_first(unwrapped(self._model))):
+            raise OutputError(
+                f"retain: logits of shape {tuple(found.shape)}, and a module of the model has its positions on axis 0; "
+                "pass row_axis=0 or row_axis=1, where the rows of the batch are"
+            )
+        return found.movedim(1, 0) if self._row_axis == 1 else found
 
     def kl(self, doses: Doses, strengths: list[float]) -> list[Float[Tensor, " m"]]:
         """KL(unsteered ‖ steered) in nats for every row, or token, at each of the strengths: Σ p log(p / q)."""
         found: list[list[Tensor]] = [[] for _ in strengths]
         with eval_mode(self._model), buffers_kept(self._model), torch.no_grad():
-            for run in doses.runs(self._batches, strengths):
+            for run in doses.runs(self.batches, strengths):
                 expected, real = self._expected[run.number], self._real[run.number]
-                for place, logits in zip(run.which, logits_of(run.output).chunk(len(run.which)), strict=True):
+                for place, logits in zip(run.which, self._logits(run.output).chunk(len(run.which)), strict=True):
                     given = _counted(logits, real).float().log_softmax(dim=-1)
                     terms = (expected.exp() * (expected - given)).masked_fill(expected == -torch.inf, 0.0)
                     apart = terms.double().sum(dim=-1).nan_to_num(nan=torch.inf)
@@ -139,9 +161,8 @@ class _Draws:
 
 def digest(batches: Batches, each: Iterable[Any]) -> str:
     """Of the data, however it is cut into batches where that is known: a tensor, or texts."""
-    return digest_of(
-        [batches] if isinstance(batches, Tensor) else batches.ids if isinstance(batches, TextBatches) else each
-    )
+    whole = isinstance(batches, Tensor | Mapping)
+    return digest_of([batches] if whole else batches.ids if isinstance(batches, TextBatches) else each)
 
 
 def logits_of(output: Any) -> Float[Tensor, "rows *tokens classes"]:

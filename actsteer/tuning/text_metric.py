@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from actsteer.collecting.eval_mode import eval_mode
 from actsteer.collecting.texts import Text, input_device, text_batches
 from actsteer.errors import UnsupportedModelError
 
@@ -67,7 +68,14 @@ class TextMetric:
         device = input_device(model)
         ids = text_batches(self.tokenizer, self.prompts, chat=self.chat).ids
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
-        told = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        told = {
+            "do_sample": False,
+            "temperature": None,
+            "top_p": None,
+            "top_k": None,
+            "num_beams": 1,
+            "use_cache": True,
+        }
         found: list[str] = []
         for start in range(0, len(ids), self.batch_size):
             own = ids[start : start + self.batch_size]
@@ -76,13 +84,14 @@ class TextMetric:
             mask = torch.zeros_like(batch)
             for row, text in enumerate(own):  # on the right, where the model goes on
                 batch[row, length - len(text) :], mask[row, length - len(text) :] = text, 1
-            made = known.generate(
-                batch.to(device),
-                attention_mask=mask.to(device),
-                max_new_tokens=self.max_new_tokens,
-                pad_token_id=pad,
-                **told,
-            )
+            with eval_mode(model):
+                made = known.generate(
+                    batch.to(device),
+                    attention_mask=mask.to(device),
+                    max_new_tokens=self.max_new_tokens,
+                    pad_token_id=pad,
+                    **told,
+                )
             skipped = 1 if getattr(known.config, "is_encoder_decoder", False) else length
             found += self.tokenizer.batch_decode(made[:, skipped:], skip_special_tokens=True)
         return found

@@ -20,8 +20,8 @@ def up(output):
     return output[:, 0].double()
 
 
-def odd(texts):
-    return 1.0
+def down(output):
+    return -output[:, 0].double()
 
 
 number = 3
@@ -90,14 +90,21 @@ def test_show_prints_what_was_measured(run, calibrated):
 def test_verify_measures_it_again(run, calibrated):
     done = run("verify", "out.safetensors", "-m", "nets:build")
     assert done.code == 0, done.err
-    assert [line[0] for line in done.lines] == ["whole:", "fits:", "recorded:"]
+    assert [line[0] for line in done.lines] == ["whole:", "fits:", "recorded:", "not"]
     done = run("verify", "out.safetensors", "-m", "nets:build", "--on", "neutral.safetensors")
     assert done.code == 0, done.err
     assert "cost (mean)" in done.out
     done = run("verify", "out.safetensors", "-m", "nets:build", "--on", "inputs.safetensors", "--metric", "scores:up")
     assert done.code == 0, done.err
-    assert "effect" in done.out.splitlines()[-1]
-    assert run("verify", "out.safetensors").lines[-1][0] == "recorded:"
+    assert "effect" in done.out.splitlines()[-2]
+    assert done.out.splitlines()[-1].startswith("not measured again: cost (mean);")
+    assert run("verify", "out.safetensors").lines[-2][0] == "recorded:"
+    assert run("verify", "out.safetensors", "-m", "nets:build", "--metric", "scores:up").code == 2
+    other = run(
+        "verify", "out.safetensors", "-m", "nets:build", "--on", "inputs.safetensors", "--metric", "scores:down"
+    )
+    assert other.code == 2
+    assert "the effect was measured by scores:up" in " ".join(other.err.split())
     done = run("verify", "out.safetensors", "-m", "nets:build", "-c", "0.1")
     assert done.code == 1
     assert "no longer as recorded: ‖c·v‖ of up at 1 was" in done.err

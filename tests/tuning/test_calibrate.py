@@ -10,6 +10,7 @@ from torch import nn
 from actsteer import (
     Ablate,
     Add,
+    AttachedError,
     Calibration,
     LowRank,
     OutputMetric,
@@ -178,8 +179,8 @@ def test_negative_doses_find_the_other_direction(model):
 # --- the budget --------------------------------------------------------------------------------------------------
 def test_the_budget_bounds_what_it_names(model):
     v = toward_two(model)
-    loose = calibrate(model, v, evaluate=is_two(), retain=kept(), budget={"mean": 1.0, "p95": 1.0}, **QUICK)
-    tight = calibrate(model, v, evaluate=is_two(), retain=kept(), budget={"mean": 1.0, "p95": 0.1}, **QUICK)
+    loose = calibrate(model, v, evaluate=is_two(), retain=kept(), budget={"mean": 1.0, "p95": 3.0}, **QUICK)
+    tight = calibrate(model, v, evaluate=is_two(), retain=kept(), budget={"mean": 1.0, "p95": 0.5}, **QUICK)
     assert list(loose.chosen["costs"]) == ["mean", "p95"]
     assert loose.chosen["costs"]["p95"][0] > tight.chosen["costs"]["p95"][0]
     assert loose.chosen["effect"] > tight.chosen["effect"]
@@ -406,6 +407,56 @@ def test_what_is_steered_as_it_is_generated_costs_on_every_token_but_the_first()
     assert one.table[0]["cost"] > 0
 
 
+@pytest.mark.parametrize("positions", [slice(1, 3), [0, 2], {"vector": "last"}, lambda batch: batch["input_ids"] > 5])
+def test_positions_of_every_kind_are_searched_printed_and_shown(positions):
+    lm = llama()
+    v = SteeringVector(
+        {"model.layers.0": torch.randn(lm.config.hidden_size, generator=torch.Generator().manual_seed(0))}
+    )
+    ids = torch.randint(1, lm.config.vocab_size, (4, 6), generator=torch.Generator().manual_seed(0))
+
+    def evaluate(own):
+        with torch.no_grad():
+            return own(input_ids=ids).logits[:, -1, 3]
+
+    found = calibrate(lm, v, evaluate=evaluate, retain={"input_ids": ids}, budget=50.0, positions=[positions], **QUICK)
+    assert str(found)
+    assert "sites" in found._repr_html_()
+
+
+def test_a_mask_of_positions_is_of_one_batch_and_runs_one_strength_at_a_time():
+    lm = llama()
+    v = SteeringVector(
+        {"model.layers.0": torch.randn(lm.config.hidden_size, generator=torch.Generator().manual_seed(0))}
+    )
+    ids = torch.randint(1, lm.config.vocab_size, (4, 6), generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(4, 6, dtype=torch.bool)
+    mask[:, 2:] = True
+    how = {"evaluate": lambda own: own(input_ids=ids).logits[:, -1, 3].detach(), "retain": {"input_ids": ids}}
+    one = calibrate(lm, v, positions=[mask], budget=50.0, **how, **QUICK)
+    other = calibrate(lm, v, positions=[slice(2, None)], budget=50.0, **how, **QUICK)
+    assert [row["cost"] for row in one.table] == pytest.approx([row["cost"] for row in other.table], rel=1e-4, abs=1e-7)
+
+
+def test_rows_on_another_axis_are_the_rows_of_the_halves_or_are_refused():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 5))
+    model.batch_first = False  # as a recurrent network of torch says it
+    x, v = torch.randn(7, 12, 4), SteeringVector({"0": torch.randn(8)})  # 7 positions of 12 rows
+    how = {"evaluate": lambda own: own(x).mean(dim=(0, 2)).detach(), "retain": x, "budget": 5.0, **QUICK}
+    with pytest.raises(OutputError, match="pass row_axis=0 or row_axis=1, where the rows of the batch are"):
+        calibrate(model, v, **how)
+    found = calibrate(model, v, row_axis=1, **how)
+    flipped = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 5))
+    flipped.load_state_dict(model.state_dict())
+    how |= {
+        "evaluate": lambda own: own(x.transpose(0, 1)).mean(dim=(1, 2)).detach(),
+        "retain": x.transpose(0, 1).contiguous(),
+    }
+    same = calibrate(flipped, v, **how)
+    assert [row["cost"] for row in found.table] == pytest.approx([row["cost"] for row in same.table], rel=1e-3)
+
+
 # --- refused -----------------------------------------------------------------------------------------------------
 def test_bad_arguments_are_refused_before_the_model_runs(model):
     v, calls = toward_two(model), []
@@ -440,6 +491,59 @@ def test_a_model_that_returns_no_logits_needs_a_metric_in_the_budget():
     both = lambda own: {"gain": evaluate(own), "size": own(x).flatten(1).norm(dim=1)}  # noqa: E731
     found = calibrate(model, v, evaluate=both, retain=x, budget={"size": 5.0}, **QUICK)
     assert found.found
+
+
+def test_a_model_that_is_steered_already_is_refused(model):
+    v = toward_two(model)
+    with Steerer(model, v, strict=False), pytest.raises(AttachedError, match="the model is steered already"):
+        calibrate(model, v, evaluate=is_two(), retain=kept(), **QUICK)
+
+
+def test_data_that_are_not_finite_are_said_to_be():
+    model = nn.Sequential(nn.Identity())
+    x = torch.randn(9, 4)
+    x[:6] = float("nan")
+    with pytest.raises(StatisticsError, match=r"retain: the activations at \['0'\] are not finite"):
+        calibrate(
+            model, SteeringVector({"0": torch.ones(4)}), evaluate=lambda own: own(x).sum(dim=1), retain=x, **QUICK
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (lambda found: found[:-1], "at c = .* and sites .*: expected what the unsteered model has"),
+        (lambda found: {"effect": found, "more": found}, "expected what the unsteered model has"),
+        (lambda found: found * float("nan"), "at c = .* and sites .*: expected finite numbers"),
+    ],
+)
+def test_a_metric_that_changes_with_the_strength_is_refused(model, changes, message):
+    calls = []
+
+    def evaluate(own):
+        calls.append(1)
+        found = is_two()(own)
+        return found if len(calls) == 1 else changes(found)
+
+    with pytest.raises(ValueError, match=message):
+        calibrate(model, toward_two(model), evaluate=evaluate, retain=kept(), budget=math.inf, **QUICK)
+
+
+def test_a_metric_called_as_a_cost_is_refused(model):
+    for name in ("mean", "p95", "kl"):
+        with pytest.raises(ValueError, match="are names of what is lost on retain"):
+            calibrate(model, toward_two(model), evaluate=lambda own, name=name: {name: 1.0}, retain=kept(), **QUICK)
+
+
+def test_a_cost_that_is_over_the_budget_on_the_other_half_is_said_to_be(model):
+    over = 0
+    for seed in range(6):
+        how = {"evaluate": is_two(), "retain": kept(), "budget": 0.3, "generator": torch.Generator().manual_seed(seed)}
+        found = calibrate(model, toward_two(model), **how, **QUICK)
+        is_over = found.chosen["cost"] > 0.3
+        assert ("on the half that reports the cost is over the budget" in found.verdict) == is_over
+        over += is_over
+    assert over <= 3
 
 
 @pytest.mark.parametrize("wrong", [None, "0.5", torch.ones(2, 2), torch.tensor(float("nan")), {}, {"a": None}])

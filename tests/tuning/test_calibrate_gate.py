@@ -54,6 +54,13 @@ def test_a_gate_is_calibrated_on_what_it_reads(per):
     assert low / 2 <= fires <= high * 2
 
 
+def test_scores_that_are_not_finite_are_refused():
+    x = torch.randn(400, 3)
+    x[:30] = float("nan")
+    with pytest.raises(StatisticsError, match="30 of 400 scores at site '0' are not finite"):
+        calibrate_gate(nn.Sequential(nn.Identity()), ProjectionAbove(V, 0.0), retain=x, false_positive_rate=0.05)
+
+
 def test_too_few_rows_and_what_is_no_such_gate_are_refused():
     model, x = nn.Sequential(nn.Identity()), torch.randn(50, 3)
     with pytest.raises(StatisticsError, match=r"25 scores .* do not tell a rate of 0.01; expected more than 200 rows"):

@@ -10,11 +10,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from actsteer import Evidence, FileFormatError, Steering, SteeringVector, VectorBank, calibrate
+from actsteer import (
+    Ablate,
+    Evidence,
+    FileFormatError,
+    ProjectionAbove,
+    Steering,
+    SteeringVector,
+    VectorBank,
+    calibrate,
+)
+from actsteer.cli.show import _measured as measured_lines
 from actsteer.steering.plan import gates_of
-from actsteer.tuning.evidence import KEY, Figure
+from actsteer.tuning.evidence import KEY, Figure, evidences
 from actsteer.tuning.remeasure import remeasured
-from tests.tuning.trained import is_two, kept, rows, toward_two, trained, untrained
+from tests.tuning.trained import is_two, kept, points, rows, toward_two, trained, two, untrained
 from tests.zoo import llama
 
 # corruption -> what no longer is as recorded (the first word of each), measuring aside
@@ -128,7 +138,9 @@ SAME = {
             {c: SteeringVector({k: v[k] for k in v}, metadata=v.metadata | {"note": "x"}) for c, v in s.vectors.items()}
         ),
     ),
-    "vectors alone": lambda s: Steering(s.vectors),
+    "vectors alone": lambda s: s.vectors,
+    "another name": lambda s: Steering(VectorBank({"zwei": s.vectors["two"]}), c=s.c),
+    "a vector with the strength in it": lambda s: Steering(VectorBank({"two": s.c * s.vectors["two"]}), c=1.0),
 }
 
 
@@ -137,7 +149,7 @@ def test_what_changes_nothing_is_not_flagged(good, how, tmp_path):
     model, steering = good
     other = SAME[how](steering)
     other.save(tmp_path / "x.safetensors")
-    loaded = Steering.load(tmp_path / "x.safetensors")
+    loaded = type(other).load(tmp_path / "x.safetensors")
     known = Evidence.of(loaded)
     assert known is not None
     found = [*known.compared(loaded, model), *remeasured(model, loaded, known, retain=kept(), evaluate=is_two())]
@@ -206,17 +218,103 @@ def test_what_is_no_evidence_is_refused(text):
         Evidence.of(v)
 
 
-def test_evidence_with_any_part_of_another_kind_is_refused(good):
+def test_evidence_with_any_part_of_another_kind_is_refused_or_can_be_compared_and_shown(good, capsys):
     document = json.loads(Evidence.of(good[1]).text)
-    for name in document:
-        for other in (None, "x", [1], {"a": 1}):
-            if type(other) is type(document[name]) or (name == "percentile" and other is None) or (name == "metric"):
-                continue
+
+    def places(node, path=()):
+        yield path
+        for key, own in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+            yield from places(own, (*path, key))
+
+    refused = 0
+    for path in list(places(document))[1:]:
+        for other in (None, "x", "load", 5, [1], {"a": 1}, True):
+            changed_ = json.loads(json.dumps(document))
+            inner = changed_
+            for key in path[:-1]:
+                inner = inner[key]
+            inner[path[-1]] = other
             try:
-                found = Evidence.read(json.dumps(document | {name: other}))
+                found = Evidence.read(json.dumps(changed_))
             except FileFormatError:
+                refused += 1
                 continue
-            list(found.compared(good[1], None))  # what is read can be compared
+            list(found.compared(good[1], good[0]))
+            list(measured_lines(found))
+    assert refused > 200
+
+
+def test_a_strength_of_1_is_a_strength(good):
+    model, steering = good
+    known = Evidence.of(steering)
+    wrong = [own.what for own in known.compared(replace(steering, c=1.0), model) if not own.holds]
+    assert wrong == ["‖c·v‖ of two at 3"]
+    assert not all(own.holds for own in remeasured(model, replace(steering, c=1.0), known, retain=kept()))
+
+
+def test_a_gate_that_is_another_one_is_noticed_though_it_looks_the_same(good):
+    model, steering = good
+    v = toward_two(model).select("1")
+    gated = replace(steering, gate=ProjectionAbove(v, 0.5))
+    found = calibrate(model, gated, evaluate=is_two(), retain=kept(), budget=0.3, controls=0, progress=False)
+    known = Evidence.of(found.best)
+    for gate, holds in ((ProjectionAbove(v, 0.5), True), (ProjectionAbove(-v, 0.5), False), (None, False)):
+        other = replace(found.best, gate=gate)
+        assert all(own.holds for own in known.compared(other, model)) == holds
+
+
+def test_what_ablates_is_compared_by_its_strength_and_its_line(good):
+    model, _ = good
+    how = {"evaluate": is_two(), "retain": kept(), "budget": 5.0, "controls": 0, "progress": False}
+    found = calibrate(model, -1 * toward_two(model), interventions=[Ablate()], **how)
+    assert found.found
+    known, v = Evidence.of(found.best), found.best.vectors
+    for other, holds in ((2, True), (-1, True), (0.5, True)):
+        bank = VectorBank({c: other * own for c, own in v.items()})
+        assert all(own.holds for own in known.compared(replace(found.best, vectors=bank), model)) == holds
+    assert not all(own.holds for own in known.compared(replace(found.best, c=found.best.c / 2), model))
+
+
+def test_of_several_measurements_each_is_compared_with_its_own_concepts(good):
+    model, steering = good
+    again = calibrate(
+        model,
+        3 * toward_two(model),
+        evaluate=is_two(),
+        retain=kept(),
+        budget=0.2,
+        sites=["5"],
+        controls=0,
+        progress=False,
+    )
+    bank = VectorBank({"two": steering.vectors["two"], "other": again.best.vectors["two"]})
+    with pytest.raises(ValueError, match="evidence of several measurements"):
+        Evidence.of(bank)
+    assert [list(own.concepts) for _, own in evidences(bank)] == [["two"], ["other"]]
+    assert all(own.holds for known, part in evidences(bank) for own in known.compared(part, model))
+
+
+def test_where_nothing_is_found_nothing_is_claimed(good):
+    model, steering = good
+    found = calibrate(model, steering, evaluate=is_two(), retain=kept(), budget=1e-12, controls=0, progress=False)
+    assert found.best.c == 0
+    assert Evidence.of(found.best) is None
+
+
+def test_an_effect_that_is_not_named_first_and_a_cost_that_is_a_metric_are_measured_again(good):
+    model, _ = good
+    found = calibrate(
+        model, toward_two(model), evaluate=both, retain=kept(), budget={"wrong": 0.9}, controls=0, progress=False
+    )
+    known = Evidence.of(found.best)
+    assert known.measure == "gain"
+    seen = {own.what: own.holds for own in remeasured(model, found.best, known, evaluate=both)}
+    assert seen == {"effect": True, "cost (wrong)": True}
+
+
+def both(model):
+    with torch.no_grad():
+        return {"wrong": (model(kept()).argmax(dim=1) == 2).double(), "gain": two(model(points(0, 50, seed=7)))}
 
 
 def test_of_tokens_the_same_texts_are_known_however_they_are_padded():

@@ -58,6 +58,19 @@ def test_a_continuation_is_the_one_that_the_prompt_has_alone(model, batch_size, 
         assert metric(model).tolist() == [float(len(text)) for text in found]
 
 
+def test_it_writes_the_same_in_training_mode_and_whatever_the_models_own_beams(model):
+    metric = TextMetric(tokenizer=Letters(), prompts=PROMPTS, score=lambda texts: [0.0] * 4, max_new_tokens=4)
+    before = metric.continuations(model)
+    model.train()
+    model.generation_config.num_beams = 2
+    try:
+        assert metric.continuations(model) == before
+        assert model.training
+    finally:
+        model.eval()
+        model.generation_config.num_beams = 1
+
+
 @pytest.mark.parametrize("wrong", [lambda texts: [1.0], lambda texts: torch.ones(2, 2)])
 def test_a_score_that_is_no_number_for_every_text_is_refused(model, wrong):
     with pytest.raises(TypeError, match=r"TextMetric\.score: expected a number for each of 4 texts, got"):
