@@ -22,8 +22,9 @@ from actsteer.folding.proof import Proof, distance, is_lost, outputs
 from actsteer.integrations.vllm.comparing import compare
 from actsteer.steering.steerer import Steerer
 from actsteer.steering.steering import Steering
-from actsteer.tuning.evidence import Evidence, Held, evidences, name_of
+from actsteer.tuning.evidence import Evidence, Held, evidences
 from actsteer.tuning.remeasure import remeasured
+from actsteer.tuning.told import name_of
 
 
 def verify(

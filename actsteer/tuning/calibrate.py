@@ -34,12 +34,13 @@ from actsteer.tuning.calibration import Calibration, place_of
 from actsteer.tuning.candidates import Candidate, settings
 from actsteer.tuning.controls import Labelled, check_rows, random_banks, shuffled_banks
 from actsteer.tuning.doses import has_independent_rows
-from actsteer.tuning.evidence import KEY, code_of_metric, digests_of, evidence, name_of
+from actsteer.tuning.evidence import KEY, evidence
 from actsteer.tuning.measuring import Measuring
 from actsteer.tuning.memory import Memory, number
 from actsteer.tuning.metrics import Figures, Metric, OutputMetric
 from actsteer.tuning.retained import Retained
 from actsteer.tuning.search import Point, search
+from actsteer.tuning.told import code_of_metric, digests_of, name_of
 from actsteer.vectors.bank import VectorBank
 from actsteer.vectors.vector import SteeringVector
 

@@ -5,40 +5,28 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from types import FunctionType
 from typing import Any, NamedTuple, final
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from actsteer.collecting.resume import code_of, digest_of
 from actsteer.errors import FileFormatError
-from actsteer.files.sealed import VERSION
 from actsteer.files.untrusted import DTYPES
 from actsteer.sites import fingerprint
-from actsteer.sites.wrappers import unwrapped
-from actsteer.steering import saving
 from actsteer.steering.interventions.ablate import Ablate
 from actsteer.steering.interventions.add import Add
-from actsteer.steering.plan import gates_of, interventions_of
+from actsteer.steering.plan import interventions_of
 from actsteer.steering.steering import Steering
 from actsteer.tuning.candidates import adds
-from actsteer.tuning.metrics import Metric, OutputMetric
-from actsteer.tuning.retained import digest
-from actsteer.tuning.text_metric import TextMetric
+from actsteer.tuning.told import PROJECTIONS, name_and_revision, projections, told_of, versions
 from actsteer.vectors.bank import VectorBank
 from actsteer.vectors.vector import SteeringVector
 
 KEY = "evidence"
 """Where metadata has it, as JSON."""
 _CLOSE = 1e-3  # of a norm: what rounding, of float16 even, does not reach
-_PROJECTIONS = 8
 
 
 class Figure(NamedTuple):
@@ -169,7 +157,7 @@ class Evidence:
                 continue
             for site in sorted(set(told) & set(vector)):
                 yield from self._direction(f"{own} at {site}", vector[site], told[site], strength, acts[own])
-        for name, text in _told(given).items():
+        for name, text in told_of(given).items():
             yield Held(name, str(self.steering[name]), text, self.steering[name] == text)
         if model is not None:
             for name, text in fingerprint.described(model).items():
@@ -229,11 +217,11 @@ def evidence(
 ) -> Evidence:
     """The evidence for a steering of one strength, from the row of a calibration's table."""
     return Evidence(
-        model=fingerprint.described(model) | _named(model),
+        model=fingerprint.described(model) | name_and_revision(model),
         data=dict(data),
         metric=metric,
         measure=measure,
-        steering={"c": float(row["c"]), "dose": float(row["dose"]), **_told(steering)},
+        steering={"c": float(row["c"]), "dose": float(row["dose"]), **told_of(steering)},
         directions={
             concept: {
                 site: {
@@ -251,41 +239,8 @@ def evidence(
         controls=controls,
         percentile=percentile,
         curve=list(curve),
-        versions=_versions(),
+        versions=versions(),
     )
-
-
-def projections(direction: Float[Tensor, " d"]) -> Float[Tensor, " 8"]:
-    """The unit direction on eight random ones of norm sqrt(d), the same for ever: what tells it from any other."""
-    own = direction.double().cpu()
-    generator = torch.Generator().manual_seed(len(own))
-    fixed = torch.randint(0, 2, (_PROJECTIONS, len(own)), generator=generator).double() * 2 - 1
-    unit: Tensor = own / own.norm().clamp(min=torch.finfo(torch.float64).tiny)
-    return fixed @ unit
-
-
-def name_of(metric: Metric) -> str:
-    """module:function of what makes the numbers."""
-    own: Any = metric.score if isinstance(metric, OutputMetric | TextMetric) else metric
-    return f"{getattr(own, '__module__', '')}:{getattr(own, '__qualname__', type(own).__qualname__)}"
-
-
-def digests_of(metric: Metric) -> dict[str, str]:
-    """Of the data of the effect, where the metric says which they are."""
-    if isinstance(metric, TextMetric):
-        return {"effect": digest_of([list(metric.prompts), metric.max_new_tokens, metric.chat])}
-    if not isinstance(metric, OutputMetric):
-        return {}
-    return {"effect": digest_of([digest(metric.inputs, metric.inputs), metric.targets])}
-
-
-def code_of_metric(metric: Metric | None) -> str:
-    """A digest of what a metric does, by its code and what it holds."""
-    if metric is None:
-        return ""
-    own: Any = metric.score if isinstance(metric, OutputMetric | TextMetric) else metric
-    held = dict(getattr(metric, "__dict__", {}))
-    return f"{name_of(metric)} {code_of(own)} {digest_of([held])} {digests_of(metric)}"
 
 
 def _checked(found: dict[str, Any]) -> dict[str, Any]:
@@ -314,8 +269,8 @@ def _checked_direction(told: dict[str, Any]) -> dict[str, Any]:
     if told["dtype"] not in {str(dtype)[6:] for dtype in DTYPES}:
         raise ValueError(f"an unknown dtype {told['dtype']!r}")
     numbers = [_number(own) for own in told["projections"]]
-    if len(numbers) != _PROJECTIONS:
-        raise ValueError(f"expected {_PROJECTIONS} projections, got {len(numbers)}")
+    if len(numbers) != PROJECTIONS:
+        raise ValueError(f"expected {PROJECTIONS} projections, got {len(numbers)}")
     return {"dtype": told["dtype"], "norm": _number(told["norm"]), "projections": numbers}
 
 
@@ -336,37 +291,6 @@ def _close(what: str, before: float, now: float) -> Held:
     return Held(what, f"{before:.4g}", f"{now:.4g}", abs(now - before) <= _CLOSE * abs(before))
 
 
-def _told(steering: Steering) -> dict[str, str]:
-    """How and where it steers, in words that are alike where it does the same."""
-    positions, gates = steering.positions, gates_of(steering.vectors, steering.gate)
-    named = positions if isinstance(positions, Mapping) else dict.fromkeys(steering.concepts, positions)
-    every = {concept: "all" if named.get(concept) is None else named[concept] for concept in steering.concepts}
-    acts = dict(zip(steering.concepts, interventions_of(steering.vectors, steering.intervention), strict=True))
-    return {
-        "positions": _alike({concept: _said(own) for concept, own in every.items()}),
-        "intervention": _alike({concept: _said(own) for concept, own in acts.items()}),
-        "gate": _alike({concept: _said(gates.get(concept)) for concept in steering.concepts}),
-    }
-
-
-def _said(own: Any) -> str:
-    """What an object shows of itself and, if it holds tensors, a digest of it; of a function its name."""
-    if isinstance(own, str):
-        return own
-    if isinstance(own, FunctionType):
-        return f"{own.__module__}.{own.__qualname__}"
-    mark = saving.digest_of_tensors(own)
-    return repr(own) + (f" #{mark[:8]}" if mark else "")
-
-
-def _alike(told: Mapping[str, str]) -> str:
-    return (
-        next(iter(told.values()))
-        if len({*told.values()}) == 1
-        else ", ".join(f"{c}: {own}" for c, own in sorted(told.items()))
-    )
-
-
 def _is_same_model(name: str, recorded: str, now: str) -> bool:
     """Of weights, by a dtype that both know."""
     if name != "weights":
@@ -374,22 +298,3 @@ def _is_same_model(name: str, recorded: str, now: str) -> bool:
     one, other = (dict(part.split(":", 1) for part in text.split() if ":" in part) for text in (recorded, now))
     shared = [dtype for dtype in one if dtype in other]
     return bool(shared) and one[shared[0]] == other[shared[0]]
-
-
-def _named(model: nn.Module) -> dict[str, str]:
-    """The name and the revision of a Hugging Face model."""
-    config = vars(unwrapped(model)).get("config")
-    name = str(getattr(config, "name_or_path", None) or "")
-    name = Path(name).name if Path(name).is_dir() else name  # where it lies here is nobody else's matter
-    found = {"name": name, "revision": str(getattr(config, "_commit_hash", None) or "")}
-    return {key: own for key, own in found.items() if own}
-
-
-def _versions() -> dict[str, str]:
-    found = {"format": str(VERSION), "python": platform.python_version()}
-    for package in ("actsteer", "torch", "transformers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # transformers is not needed
-            continue
-    return found

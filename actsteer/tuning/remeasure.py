@@ -14,10 +14,11 @@ from actsteer.steering.steering import Steering
 from actsteer.tuning.budget import KL
 from actsteer.tuning.candidates import as_read
 from actsteer.tuning.doses import Doses
-from actsteer.tuning.evidence import Evidence, Figure, Held, digests_of
+from actsteer.tuning.evidence import Evidence, Figure, Held
 from actsteer.tuning.intervals import Sample
 from actsteer.tuning.metrics import Metric, figures
 from actsteer.tuning.retained import Retained
+from actsteer.tuning.told import digests_of
 from actsteer.vectors.bank import VectorBank
 from actsteer.vectors.vector import SteeringVector
 

@@ -27,7 +27,7 @@ from actsteer import (
     steerers,
 )
 from actsteer.errors import OutputError
-from actsteer.tuning.evidence import code_of_metric
+from actsteer.tuning.told import code_of_metric
 from tests.oracles import state
 from tests.tuning.trained import SITES, is_two, kept, points, rows, toward_two, trained, two
 from tests.zoo import llama
