@@ -29,7 +29,7 @@ _EXAMPLES: dict[str, list[str]] = {  # command, a function in the file of its na
     "show": ["actsteer show calm.safetensors", "actsteer show 'tones/*.safetensors'"],
     "calibrate": [
         "actsteer calibrate -m ./llama -b calm.safetensors --retain neutral.txt --prompts prompts.txt "
-        "--metric scores:calmness --picture pareto.png -o calibrated.safetensors",
+        "--metric scores:calmness -o calibrated.safetensors",
     ],
     "generate": [
         "actsteer generate -m ./llama -b calm.safetensors -c 2 'The meeting was'",

@@ -52,7 +52,10 @@ def calibrate(
         list[str] | None,
         typer.Option(help="all, prompt, generated, last, an index, or start:stop; repeatable, each is tried."),
     ] = None,
-    picture: Annotated[Path | None, typer.Option(help="Draw effect against cost, .png, .svg or .pdf.")] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(help="Where to draw effect against cost, .png, .svg or .pdf; beside the output, unless given."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens are written after a prompt.")] = 32,
     batch_size: BatchSize = 16,
     seed: Annotated[int, typer.Option(help="Of the halves of the data and of the controls.")] = 0,
@@ -72,8 +75,10 @@ def calibrate(
     options.check_output(output, ".safetensors", inputs=(bank, retain, prompts))
     banks.check_own(output, "bank")
     banks.check(bank)
-    if picture is not None:
-        options.check_output(picture, ".png", ".svg", ".pdf", inputs=(bank, retain, prompts, output))
+    drawn = output.with_suffix(".png") if picture is None else picture
+    options.check_output(drawn, ".png", ".svg", ".pdf", inputs=(bank, retain, prompts, output))
+    if drawn.exists() and not output.exists() and picture is None:
+        raise typer.BadParameter(f"{drawn}: it is there already; choose another name", param_hint="--picture")
     where = None if positions is None else [options.positions(own) for own in positions]
     loaded = models.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     steering = banks.read(bank, loaded.model, concept)
@@ -98,9 +103,11 @@ def calibrate(
     )
     for line in str(found).split("\n"):
         screen.say(line)
-    if picture is not None:
-        found.plot(picture)
-        screen.say(f"drawn to {picture}")
+    try:
+        found.plot(drawn)
+        screen.say(f"drawn to {drawn}")
+    except ImportError as error:
+        screen.complain("warning", str(error))
     if found.found:
         found.best.save(output, model=loaded.model)
         screen.say(f"written to {output}")

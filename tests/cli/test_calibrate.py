@@ -52,7 +52,7 @@ UP += ["--metric", "scores:up", "--controls", "19", "--budget", "1000"]
 
 @pytest.fixture
 def calibrated(run, ready):
-    model = run("calibrate", *UP, "-o", "out.safetensors", "--picture", "pareto.png")
+    model = run("calibrate", *UP, "-o", "out.safetensors")
     assert model.code == 0, model.err
     return model
 
@@ -63,7 +63,7 @@ def test_it_writes_a_steering_with_evidence_a_table_and_a_picture(calibrated, re
     assert any(line[0] == "*" for line in rest if line)
     assert "percentile 100.0 of 19 controls" in calibrated.out
     assert calibrated.lines[-1] == ["written", "to", "out.safetensors"]
-    assert (ready / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    assert (ready / "out.png").read_bytes().startswith(b"\x89PNG")
     steering = Steering.load("out.safetensors")
     assert steering.vectors.sites == ("1",)
     assert steering.c != 0
@@ -120,6 +120,16 @@ def test_verify_says_what_no_longer_holds(run, calibrated):
     assert done.code == 1
     assert "no longer as recorded: direction of up at 1 was as recorded, and is the reverse" in done.err
     assert "no longer as recorded: effect was" in done.err
+
+
+def test_a_picture_is_drawn_where_it_is_asked_for_and_none_is_lost(run, ready):
+    (ready / "out.png").write_bytes(b"another")
+    done = run("calibrate", *UP, "-o", "out.safetensors")
+    assert done.code == 2
+    assert "it is there already" in done.err
+    assert run("calibrate", *UP, "-o", "out.safetensors", "--picture", "pareto.svg").code == 0
+    assert (ready / "pareto.svg").read_text().startswith("<?xml")
+    assert (ready / "out.png").read_bytes() == b"another"
 
 
 def test_texts_are_scored_by_what_the_model_writes_after_them(run, ready):
