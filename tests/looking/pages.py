@@ -99,8 +99,9 @@ def measured(*, site="2"):
     points = [("0", 0.1, 0.2, True), ("0", 0.4, None, False), ("2", 0.1, -0.1, True), (site, 0.4, 0.5, True)]
     same = {"intervention": "Add(relative=False)", "positions": "all", "effect_interval": None, "cost_interval": None}
     table = [
-        {"sites": (site,), "dose": dose, "c": 2 * dose, "effect": effect, "cost": dose**2, "feasible": feasible, **same}
-        for site, dose, effect, feasible in points
+        {"sites": (own,), "dose": dose, "c": 2 * dose, "effect": effect, "cost": dose**2, "feasible": feasible, **same}
+        | {"costs": {"mean": (dose**2, None)}}
+        for own, dose, effect, feasible in points
     ]
     return Calibration(
         best=Steering(SteeringVector({"2": torch.ones(4)}), c=0.8),
