@@ -78,12 +78,13 @@ class Measuring:
     def measure(self, candidate: Candidate, doses: Sequence[float], *, remember: bool = True) -> list[Point]:
         """The candidate at each of these doses; the effect of those alone that are within the budget."""
         keys = [f"{candidate.name} at {dose!r}" for dose in doses]
-        if remember and all(map(self._memory.knows, keys)):
-            found = [self._memory.once(key, dict) for key in keys]
-        else:
+        known = [self._memory.get(key) for key in keys] if remember else []
+        found = [own for own in known if own is not None]
+        if len(found) < len(doses):
             found = self._measured(candidate, doses)
-            if remember:
-                found = [self._memory.once(key, lambda own=own: own) for key, own in zip(keys, found, strict=True)]  # type: ignore[misc]
+            for key, own in zip(keys, found, strict=True):
+                if remember:
+                    self._memory.keep(key, own)
         return [self._point(candidate, dose, own) for dose, own in zip(doses, found, strict=True)]
 
     def _measured(self, candidate: Candidate, doses: Sequence[float]) -> list[Figures]:

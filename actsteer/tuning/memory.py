@@ -47,17 +47,21 @@ class Memory:
             number, _, figure = name.partition("/")
             self._known.setdefault(keys[int(number)], {})[figure] = row
 
-    def once(self, key: str, measure: Callable[[], Figures]) -> Figures:
-        """What is known under this key, or is now."""
-        if key not in self._known:
-            self._known[key] = {name: row.clone() for name, row in measure().items()}
-            if self._path is not None and time.monotonic() - self._written > _EVERY:
-                self.write()
+    def get(self, key: str) -> Figures | None:
+        """What was measured under this key, if it was."""
+        return self._known.get(key)
+
+    def keep(self, key: str, figures: Figures) -> Figures:
+        """The figures, which are known from now on."""
+        self._known[key] = {name: row.clone() for name, row in figures.items()}
+        if self._path is not None and time.monotonic() - self._written > _EVERY:
+            self.write()
         return self._known[key]
 
-    def knows(self, key: str) -> bool:
-        """Whether it was measured."""
-        return key in self._known
+    def once(self, key: str, measure: Callable[[], Figures]) -> Figures:
+        """What is known under this key, or is measured now."""
+        known = self.get(key)
+        return self.keep(key, measure()) if known is None else known
 
     def write(self) -> None:
         """Write the file, if there is to be one."""
