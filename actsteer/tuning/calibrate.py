@@ -24,6 +24,7 @@ from actsteer.sites.axes import Axes
 from actsteer.sites.resolve import Sites
 from actsteer.steering import saving
 from actsteer.steering.attached import steerers
+from actsteer.steering.gates.gate import ScoredGate
 from actsteer.steering.interventions.intervention import Edit, Intervention, PerSite
 from actsteer.steering.steerer import Steerer
 from actsteer.steering.steering import Gates, Steerable, Steering, steering_of
@@ -137,6 +138,8 @@ def calibrate(
     """
     if there := steerers(model):
         raise AttachedError(f"the model is steered already, by {there[0]!r}; leave its block, to measure it unsteered")
+    if isinstance(vectors, ScoredGate):
+        raise TypeError(f"vectors: got a gate, {vectors!r}; calibrate_gate(model, gate, retain=...) sets its threshold")
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     bounds, doses = Budget(budget), None if doses is None else [float(dose) for dose in doses]
     steering = steering_of(vectors, {"gate": gate, "sites": sites})

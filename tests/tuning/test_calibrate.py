@@ -474,6 +474,8 @@ def test_bad_arguments_are_refused_before_the_model_runs(model):
     low_rank = LowRank({"1": (torch.ones(1, 64), torch.ones(1, 64), torch.zeros(1))})
     with pytest.raises(TypeError, match="has no direction to compare with others; give controls=0"):
         calibrate(model, low_rank, **how)
+    with pytest.raises(TypeError, match=r"got a gate, ProjectionAbove.*; calibrate_gate\(model, gate, retain=...\)"):
+        calibrate(model, ProjectionAbove(v.select("1"), 0.0), **how)
     assert calls == []
 
 
