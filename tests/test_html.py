@@ -86,7 +86,7 @@ def test_a_bank_shows_cosines_and_leaves_out_a_vector_of_zero():
     assert text.endswith("a+1.00+0.00b+0.00+1.00") and "none0" in text
 
 
-def test_statistics_show_counts_and_typical_norms_where_they_are_kept():
+def test_statistics_show_counts_and_rms_norms_where_they_are_kept():
     assert "0225" in Parsed(STATS._repr_html_()).text  # site, rows, features, norm
     assert "022" in Parsed(VALUES["statistics of means"]._repr_html_()).text
 

@@ -11,7 +11,7 @@ import typer
 
 from actsteer.cli import banks, models, options, screen
 from actsteer.cli.options import BankPath, Chat, Concepts, Device, DtypeName, ModelName, StrengthTexts, TrustRemoteCode
-from actsteer.collecting.texts import input_device, text_batches
+from actsteer.collecting.texts import input_device, pad_of, text_batches
 from actsteer.errors import ActsteerError, UnsupportedModelError
 from actsteer.steering.steerer import Steerer
 from actsteer.steering.strength import Strengths
@@ -73,12 +73,13 @@ def _continue(model: Any, tokenizer: Any, batch: Any, length: int, temperature: 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             screen.write(text + "\n" * stream_end)
 
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     drawn = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     plain = {} if temperature else {"temperature": None, "top_p": None, "top_k": None}
     has_beams = (model.generation_config.num_beams or 1) > 1  # of which none is the text before the end
     streamer = None if has_beams else Printed(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    ids = model.generate(**batch, **drawn, **plain, max_new_tokens=length, pad_token_id=pad, streamer=streamer)
+    ids = model.generate(
+        **batch, **drawn, **plain, max_new_tokens=length, pad_token_id=pad_of(tokenizer), streamer=streamer
+    )
     if has_beams:
         start = 1 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
         screen.write(tokenizer.decode(ids[0, start:], skip_special_tokens=True) + "\n")

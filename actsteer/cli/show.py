@@ -75,7 +75,7 @@ def _measured(known: Evidence) -> Iterator[str]:
     shown = {name: f"{own:.4g}" if isinstance(own, float) else own for name, own in known.steering.items()}
     how = ", ".join(f"{name} {own}" for name, own in shown.items() if own not in ("all", "None"))
     yield f"measured: {how}"
-    yield f"effect: {known.effect}, unsteered {known.unsteered:.4g}, by {known.metric}"
+    yield f"effect: {known.effect}, unsteered {known.unsteered}, by {known.metric}"
     yield f"cost: {', '.join(f'{name} {own}' for name, own in known.costs.items())}"
     if known.percentile is not None:
         yield f"controls: percentile {known.percentile:.1f} of {known.controls}"

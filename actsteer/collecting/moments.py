@@ -155,8 +155,8 @@ class Moments:
         return self.scatter.div_(self._degrees("covariance"))
 
     @property
-    def typical_norm(self) -> float:
-        """The root of the mean of ‖x‖², sqrt(‖mean‖² + tr S / n): how large a typical activation is.
+    def rms_norm(self) -> float:
+        """The root of the mean of ‖x‖², sqrt(‖mean‖² + tr S / n); a few huge activations make it large.
 
         Raises:
             StatisticsError: no variance was collected, or there are no rows.

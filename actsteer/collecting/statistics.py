@@ -137,15 +137,15 @@ class Statistics:
         return f"Statistics({self._moments})"
 
     def _repr_html_(self) -> str:
-        typical = {s: own.typical_norm for s, own in self._moments.items() if own.kept and own.count}
-        largest = max(typical.values(), default=0.0)
+        rms = {s: own.rms_norm for s, own in self._moments.items() if own.kept and own.count}
+        largest = max(rms.values(), default=0.0)
         rows = (
             (
                 site,
                 own.count,
                 own.d,
-                *((typical[site], html.bar(typical[site], of=largest)) if site in typical else ("", "")),
+                *((rms[site], html.bar(rms[site], of=largest)) if site in rms else ("", "")),
             )
             for site, own in self._moments.items()
         )
-        return html.table("Statistics", ["site", "rows", "features", "typical ‖h‖", ""], rows, total=len(self))
+        return html.table("Statistics", ["site", "rows", "features", "rms ‖h‖", ""], rows, total=len(self))

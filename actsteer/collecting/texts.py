@@ -17,6 +17,10 @@ Text: TypeAlias = str | Sequence[Mapping[str, Any]]
 """A text or, for `chat`, the messages of a conversation: mappings with "role" and "content"."""
 
 
+GREEDY: Mapping[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+"""What makes `generate` take the likeliest token each time, whatever a model's own configuration says."""
+
+
 @runtime_checkable
 class Dataset(Protocol):
     """A dataset of Hugging Face `datasets`, in memory or streamed."""
@@ -172,6 +176,12 @@ def _padded(ids: Sequence[Tensor], device: torch.device | str | None) -> dict[st
     mask = pad_sequence([torch.ones_like(own) for own in ids], batch_first=True)
     batch = {"input_ids": pad_sequence(list(ids), batch_first=True), "attention_mask": mask}
     return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def pad_of(tokenizer: Any) -> int | None:
+    """The token that fills up what is generated: the tokenizer's pad or, without one, its end of a text."""
+    pad: int | None = getattr(tokenizer, "pad_token_id", None)
+    return getattr(tokenizer, "eos_token_id", None) if pad is None else pad
 
 
 def input_device(model: nn.Module) -> torch.device | None:

@@ -10,12 +10,13 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
-from actsteer.collecting.collect import collect
-from actsteer.collecting.texts import input_device, text_batches
+from actsteer.collecting.record import record
+from actsteer.collecting.texts import GREEDY, input_device, pad_of, text_batches
 from actsteer.errors import BatchError, OutputError, ShapeError, StrengthError, UnsupportedModelError
 from actsteer.looking.turns import Turns
 from actsteer.sites.wrappers import class_name
 from actsteer.steering.interventions.add import Add
+from actsteer.steering.norms import norms, typical
 from actsteer.steering.steerer import Steerer
 from actsteer.steering.steering import AllPositions, Steerable
 from actsteer.steering.strength import Strengths
@@ -145,10 +146,8 @@ class Live:
             batch = self._batch(prompt)
             if not model.config.is_encoder_decoder:
                 start = batch["input_ids"].shape[1]
-            pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-            plain = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-            told = StoppingCriteriaList([Told()])
-            ids = model.generate(**batch, **plain, max_new_tokens=length, pad_token_id=pad, stopping_criteria=told)
+            how = {"max_new_tokens": length, "pad_token_id": pad_of(tokenizer)}
+            ids = model.generate(**batch, **GREEDY, **how, stopping_criteria=StoppingCriteriaList([Told()]))
             text: str = tokenizer.decode(ids[0, start:], skip_special_tokens=True)
             return text
 
@@ -188,17 +187,14 @@ class Live:
         model: Any = self.model
         if model.config.is_encoder_decoder:
             return {}
-        axis = self._first.axes
-        rest = slice(1, None)  # the first token's activation may be a hundred times larger than any other's
-        how_large: dict[str, Any] = {"positions": rest, "covariance": "diagonal", "progress": False}
         with self._turns:
-            stats = collect(model, self._batch(PROMPT), sites=self.sites, axis=axis, **how_large)
+            acts = record(model, self._batch(PROMPT), sites=self.sites, axis=self._first.axes, progress=False)
         found: dict[str, dict[str, float]] = {}
         for site, edit in self._first.edits.items():
             for own, place in enumerate(edit.concepts):
-                how, typical = edit.interventions[own], stats[site].typical_norm
-                if isinstance(how, Add) and not how.relative and typical:
-                    share = float(edit.directions[own].norm()) / typical
+                how, size = edit.interventions[own], typical([norms(acts[site])[:, 0]])
+                if isinstance(how, Add) and not how.relative and size:
+                    share = float(edit.directions[own].norm()) / size
                     found.setdefault(self.concepts[place], {})[site] = share
         return found
 

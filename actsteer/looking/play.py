@@ -82,6 +82,8 @@ class Page:
 
         self.live, self._closed = live, Event()
         self._threads = ThreadPoolExecutor(_ANSWERS)
+        self._drawing = ThreadPoolExecutor(1)  # the one thread that is steered for all drawings
+        self._drawn: Steerer | None = None  # what is attached in it
         self._writing: dict[str | None, Steerer] = {}  # a tab's name -> what steers its answer
         with gr.Blocks(title="actsteer", analytics_enabled=False) as self._blocks:
             gr.Markdown(f"### {class_name(live.model)}, steered: φ(x) + c · v")
@@ -124,6 +126,9 @@ class Page:
         """End every answer, and the page; the model is what it was."""
         self._closed.set()
         self._threads.shutdown()
+        if self._drawn is not None:
+            self._drawing.submit(self._drawn.detach).result()
+        self._drawing.shutdown()
         end = time.monotonic() + _PATIENCE
         while self._blocks.is_running and self._blocks.server.server_state.tasks and time.monotonic() < end:
             time.sleep(0.05)  # an answer's last words are on their way
@@ -192,9 +197,7 @@ class Page:
             ink = drawn and drawn["composite"]
             pixels = [1 - own / 255 for own in ink.resize((width, height)).tobytes()] if ink else [0.0] * height * width
             with _told():
-                plain = self.live.classes(pixels)
-                with self._steerer(c, sites, ""):
-                    both = plain, self.live.classes(pixels)
+                both = self._drawing.submit(self._both, pixels, tuple(sites), c).result()
             return tuple({str(place): share for place, share in enumerate(found)} for found in both)
 
         asked = [drawing, sites, *sliders]
@@ -204,6 +207,19 @@ class Page:
     def _steerer(self, c: Sequence[float], sites: Sequence[str], positions: str) -> Steerer:
         where = from_text(positions) if positions else None
         return self.live.steerer(c=dict(zip(self.live.concepts, c, strict=True)), sites=sites, positions=where)
+
+    def _both(self, pixels: Sequence[float], sites: tuple[str, ...], c: Sequence[float]) -> list[list[float]]:
+        """The classes of a drawing at strength 0 and at c; nothing is attached anew unless other sites are steered."""
+        if self._drawn is None or set(self._drawn.sites) != set(sites):
+            other = self.live.steerer(c=0.0, sites=sites)
+            if self._drawn is not None:
+                self._drawn.detach()
+            self._drawn = other.attach()
+        found = []
+        for strengths in ([0.0] * len(c), c):
+            self._drawn.c = dict(zip(self.live.concepts, strengths, strict=True))
+            found.append(self.live.classes(pixels))
+        return found
 
     def _written(self, prompt: str, length: int, steerer: Steerer | None) -> Iterator[str]:
         """The text, while a thread writes it, which ends once it is not iterated any more.

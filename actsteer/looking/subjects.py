@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from actsteer.collecting.batches import call
-from actsteer.collecting.texts import input_device, text_batches
+from actsteer.collecting.texts import GREEDY, input_device, pad_of, text_batches
 from actsteer.errors import BatchError, ShapeError, UnsupportedModelError
 from actsteer.looking.meter import Measured, measured
 from actsteer.looking.words import Token, differing, pieces
@@ -87,16 +87,13 @@ def see_text(model: nn.Module, steerer: Steerer, ids: Sequence[int], tokenizer: 
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UnsupportedModelError("a model with a decoder of its own has other tokens there, and is not shown")
     goes_on = length > 0 and can()
-    pad = getattr(tokenizer, "pad_token_id", None)
-    pad = getattr(tokenizer, "eos_token_id", None) if pad is None else pad
+    how = {**GREEDY, "use_cache": True, "pad_token_id": pad_of(tokenizer), "max_new_tokens": length}
 
     def run() -> list[int]:
         if not goes_on:
             call(model, batch)
             return []
-        greedy: dict[str, Any] = {"do_sample": False, "num_beams": 1, "use_cache": True, "pad_token_id": pad}
-        greedy |= {"temperature": None, "top_p": None, "top_k": None, "max_new_tokens": length}
-        answer: list[int] = any_model.generate(**batch, **greedy)[0, len(ids) :].tolist()
+        answer: list[int] = any_model.generate(**batch, **how)[0, len(ids) :].tolist()
         return answer
 
     answers, runs = [], []

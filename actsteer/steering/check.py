@@ -120,7 +120,7 @@ def _seen_in(moments: Moments, units: Mapping[int, Tensor]) -> Seen:
         mean, covariance = moments.mean, moments.covariance
         for own, unit in ((own, unit.to(mean)) for own, unit in units.items()):
             along[own] = float(mean @ unit), math.sqrt(max(0.0, float(unit @ covariance @ unit)))
-    return Seen(moments.typical_norm, along)
+    return Seen(moments.rms_norm, along)
 
 
 def unreached(model: nn.Module, edits: Edits, batch: Any) -> list[str]:

@@ -102,23 +102,17 @@ def encoded(values: Mapping[str, Any]) -> tuple[Document, dict[str, Tensor]]:
     return document, encoder.tensors
 
 
-def digest(value: Any) -> str:
-    """What tells a value from others: its JSON and its tensors; of what cannot be saved, what it shows of itself."""
+def told(value: Any) -> tuple[str, str]:
+    """What tells a value from others: its JSON, and a digest of its tensors, empty without any.
+
+    Of what cannot be saved it is what the value shows of itself.
+    """
     encoder = _Encoder()
     try:
-        return f"{json.dumps(encoder.node(value, ''))} {sealed.digest(encoder.tensors)}"
+        text = json.dumps(encoder.node(value, ""))
     except FileFormatError:
-        return repr(value)
-
-
-def digest_of_tensors(value: Any) -> str:
-    """A digest of the tensors that a value holds; empty if it holds none, or cannot be saved."""
-    encoder = _Encoder()
-    try:
-        encoder.node(value, "")
-    except FileFormatError:
-        return ""
-    return sealed.digest(encoder.tensors) if encoder.tensors else ""
+        return repr(value), ""
+    return text, sealed.digest(encoder.tensors) if encoder.tensors else ""
 
 
 def decoded(document: Mapping[str, Any], tensors: Mapping[str, Tensor], kinds: Iterable[type] = ()) -> dict[str, Any]:

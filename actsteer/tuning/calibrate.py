@@ -35,7 +35,7 @@ from actsteer.tuning.calibration import Calibration, place_of
 from actsteer.tuning.candidates import Candidate, settings
 from actsteer.tuning.controls import Labelled, check_rows, random_banks, shuffled_banks
 from actsteer.tuning.doses import has_independent_rows
-from actsteer.tuning.evidence import KEY, evidence
+from actsteer.tuning.evidence import KEY, Figure, evidence
 from actsteer.tuning.measuring import Measuring
 from actsteer.tuning.memory import Memory, number
 from actsteer.tuning.metrics import Figures, Metric, OutputMetric
@@ -113,7 +113,9 @@ def calibrate(
         gate, sites, axis, row_axis, token_axis, mask: as for `Steerer`.
         refine: how many of the groups are searched more finely.
         steps: in how many steps each.
-        batch_size: how many rows are fed at a time.
+        batch_size: how many rows are fed at a time, those of all strengths that go together counted; where fewer than
+            two batches fit, every strength has a pass of its own. Strengths go together where a trial with the first
+            batch shows that no row's outputs depend on other rows, but for a thousandth.
         checkpoint: a `.safetensors` file that keeps what has been measured; if it is there, the search goes on. A
             metric is known again by its code and by what it holds, not by globals that it reads.
         generator: of the halves and the controls; one with seed 0, unless given.
@@ -151,7 +153,7 @@ def calibrate(
     labelled = None if rows is None else check_rows(bank, rows, fitter)
     asked: dict[str, Any] = {"doses": doses, "groups": groups, "interventions": interventions, "positions": positions}
     asked |= {"steering": steering.parts(), "refine": refine, "steps": steps, "controls": controls}
-    job = {name: saving.digest(own) for name, own in asked.items()}
+    job = {name: " ".join(saving.told(own)) for name, own in asked.items()}
     job |= {"evaluate": code_of_metric(evaluate), "confirm": code_of_metric(confirm), "budget": repr(bounds.bounds)}
     job |= {"generator": digest_of([generator.get_state()]), "rows": digest_of([labelled]), "estimator": repr(fitter)}
     retained = Retained(
@@ -197,7 +199,7 @@ def calibrate(
     def control(other: VectorBank) -> Figures:
         own = [replace(one, vectors=other) for one in steerings]
         best = max(search(own, partial(measuring.measure, remember=False), **how), key=lambda point: point.rank)
-        return number(measuring.confirmed(best)[0] if best.feasible else measuring.unsteered())
+        return number((measuring.reported(best) if best.feasible else measuring.unsteered())[0])
 
     with bar:
         points = search(steerings, measure, **how)
@@ -211,8 +213,8 @@ def calibrate(
             bar.update()
     memory.write()
     best = max(points, key=lambda point: point.rank)
-    table = [measuring.row(point, confirm=point is best) for point in points]
-    plain, chosen = measuring.unsteered(), table[points.index(best)] if best.feasible else None
+    table = [measuring.row(point, is_best=point is best) for point in points]
+    (plain, plain_interval), chosen = measuring.unsteered(), table[points.index(best)] if best.feasible else None
     is_found = chosen is not None and chosen["effect"] > max([plain, *effects])
     percentile = _percentile(chosen, effects)
     at_best = _at(best.candidate.steering, best.candidate.sites)
@@ -225,7 +227,7 @@ def calibrate(
             measure=measuring.effect,
             data={"retain": retained.digest} | digests_of(evaluate),
             row=chosen,
-            unsteered=plain,
+            unsteered=Figure(plain, *(plain_interval or ())),
             controls=len(effects),
             percentile=percentile,
             curve=sorted(
@@ -239,6 +241,7 @@ def calibrate(
         table=table,
         chosen=chosen,
         unsteered=plain,
+        unsteered_interval=plain_interval,
         controls=tuple(effects),
         percentile=percentile,
         budget=bounds.bounds,

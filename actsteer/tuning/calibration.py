@@ -18,7 +18,8 @@ class Calibration:
     """What `calibrate` has found.
 
     Every figure is of the half of the data by which nothing was chosen, with the interval in which 95 % of bootstrap
-    draws lie, None where there is one number for all data.
+    draws lie, None where there is one number for all data. With `confirm` the effects of the chosen point, of the model
+    as it is, and of controls are of its data.
 
     Args:
         best: the chosen steering, with its evidence; of strength 0 where nothing was found that can be trusted.
@@ -27,7 +28,7 @@ class Calibration:
             None where it was not measured for the cost was over the budget, and "effect_interval"; "cost", what the
             budget bounds first, and "cost_interval"; "costs", all that it bounds; "feasible", by the half that chooses.
         chosen: the row of the best point; None if none is within the budget.
-        unsteered: the effect of the model as it is.
+        unsteered: the effect of the model as it is, and `unsteered_interval`.
         controls: the effects at the points that were chosen for the random and the shuffled directions.
         percentile: how many of them, in %, lie below the chosen point's effect; None without controls.
         budget: bound by name.
@@ -38,6 +39,7 @@ class Calibration:
     table: list[dict[str, Any]]
     chosen: dict[str, Any] | None
     unsteered: float
+    unsteered_interval: Interval | None
     controls: tuple[float, ...]
     percentile: float | None
     budget: dict[str, float]
@@ -65,7 +67,7 @@ class Calibration:
             return "c = 0: no strength is within the budget"
         where = f"at site{'s' * (len(self.chosen['sites']) > 1)} {said_of(self.chosen)}, c = {self.chosen['c']:.4g}"
         effect = f"effect {_with(self.chosen['effect'], self.chosen['effect_interval'])} {where}"
-        said = f"{effect}, unsteered {self.unsteered:.4g}"
+        said = f"{effect}, unsteered {_with(self.unsteered, self.unsteered_interval)}"
         note = "; chosen and reported on the same data, for which evaluate gives one number" * self.reported_on_choice
         if self.percentile is None:
             against = "no controls were asked for, so that any direction might do the same"

@@ -74,7 +74,7 @@ class Evidence:
         directions: concept -> site -> "dtype", "norm", and "projections" on eight fixed random directions.
         effect, unsteered: of the steered and of the plain model.
         costs: name -> what was lost.
-        controls: how many directions that mean nothing were tried, and at which percentile of them the effect lies.
+        controls: how many directions that mean nothing were tried; `percentile`: how many of them, in %, did less.
         curve: (c, effect, cost) at these sites, by c; the effect is None where it was not measured.
         versions: of the libraries and of the file's format.
     """
@@ -86,7 +86,7 @@ class Evidence:
     steering: Mapping[str, Any]
     directions: Mapping[str, Mapping[str, Mapping[str, Any]]]
     effect: Figure
-    unsteered: float
+    unsteered: Figure
     costs: Mapping[str, Figure]
     controls: int
     percentile: float | None
@@ -210,7 +210,7 @@ def evidence(
     measure: str,
     data: Mapping[str, str],
     row: Mapping[str, Any],
-    unsteered: float,
+    unsteered: Figure,
     controls: int,
     percentile: float | None,
     curve: Sequence[tuple[float, float | None, float]],
@@ -257,7 +257,7 @@ def _checked(found: dict[str, Any]) -> dict[str, Any]:
         "steering": steering,
         "directions": directions,
         "effect": _figure(found["effect"]),
-        "unsteered": _number(found["unsteered"]),
+        "unsteered": _figure(found["unsteered"]),
         "costs": {str(name): _figure(own) for name, own in found["costs"].items()},
         "controls": int(_number(found["controls"])),
         "percentile": None if found["percentile"] is None else _number(found["percentile"]),

@@ -42,6 +42,11 @@ class Sample:
         self._weights = torch.zeros(DRAWS, self.rows, dtype=torch.float64)
         self._weights.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
 
+    @classmethod
+    def of_all(cls, rows: int) -> Sample:
+        """Every one of so many rows counts, with a number each."""
+        return cls(torch.arange(rows), torch.ones(rows, dtype=torch.bool), seed=0)
+
     def of(self, values: Float[Tensor, " m"], what: Of) -> float:
         """The mean, or the 95th percentile, of the rows that count."""
         own = values[self._counts]

@@ -69,11 +69,9 @@ class Measuring:
         """Whether the effect is reported on other data than those by which it is chosen."""
         return len(self._plain[self.effect]) > 1 or self._confirm is not None
 
-    def unsteered(self) -> float:
+    def unsteered(self) -> tuple[float, Interval | None]:
         """The effect of the model as it is, as it is reported."""
-        return self._effect_of(
-            self._plain if self._confirm is None else figures(self._confirm(self._model), by="confirm")
-        )[0]
+        return self._of_half(self._plain) if self._confirm is None else self._confirmed(self._confirm)
 
     def measure(self, candidate: Candidate, doses: Sequence[float], *, remember: bool = True) -> list[Point]:
         """The candidate at each of these doses; the effect of those alone that are within the budget."""
@@ -160,28 +158,30 @@ class Measuring:
             if row in found
         }
 
-    def _effect_of(self, found: Figures) -> tuple[float, Interval | None]:
-        row = found[self.effect]
-        known = (
-            self._reports[self.effect]
-            if self._confirm is None
-            else Sample(torch.arange(len(row)), torch.ones(len(row), dtype=torch.bool), seed=0)
-        )
-        return known.of(row, "mean"), known.interval(row, "mean")
+    def _of_half(self, found: Figures) -> tuple[float, Interval | None]:
+        """The effect on the half that reports."""
+        sample = self._reports[self.effect]
+        return sample.of(found[self.effect], "mean"), sample.interval(found[self.effect], "mean")
 
-    def confirmed(self, point: Point) -> tuple[float, Interval | None]:
+    def _confirmed(self, confirm: Metric) -> tuple[float, Interval | None]:
+        """The effect on the data of `confirm`, of the model as it is now."""
+        row = figures(confirm(self._model), by="confirm")[self.effect]
+        sample = Sample.of_all(len(row))
+        return sample.of(row, "mean"), sample.interval(row, "mean")
+
+    def reported(self, point: Point) -> tuple[float, Interval | None]:
         """The effect at a point as it is reported."""
         if self._confirm is None:
-            return self._effect_of(point.figures)
+            return self._of_half(point.figures)
         with point.candidate.steerer(self._model, self._where) as steerer:
             steerer.c = point.candidate.c(point.dose)
-            return self._effect_of(figures(self._confirm(self._model), by="confirm"))
+            return self._confirmed(self._confirm)
 
-    def row(self, point: Point, *, confirm: bool = False) -> dict[str, Any]:
+    def row(self, point: Point, *, is_best: bool = False) -> dict[str, Any]:
         """The point as a row of the table, with the figures of the half that reports."""
         effect: tuple[float | None, Interval | None] = (None, None)
         if self.effect in point.figures:
-            effect = self.confirmed(point) if confirm or self._confirm is None else (point.effect, None)
+            effect = self.reported(point) if is_best else self._of_half(point.figures)
         costs = self._costs(point.figures, self._reports, intervals=True)
         first = next(iter(costs.values()))
         steering = point.candidate.steering

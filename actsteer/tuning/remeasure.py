@@ -70,6 +70,6 @@ def remeasured(
         for measure, row in found.items():
             if measure in recorded:
                 what, before = recorded[measure]
-                sample = Sample(torch.arange(len(row)), torch.ones(len(row), dtype=torch.bool), seed=0)
+                sample = Sample.of_all(len(row))
                 now = Figure(sample.of(row, "mean"), *(sample.interval(row, "mean") or ()))
                 yield Held(what, str(before), str(now), now.overlaps(before))

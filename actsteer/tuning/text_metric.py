@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from actsteer.collecting.eval_mode import eval_mode
-from actsteer.collecting.texts import Text, input_device, text_batches
+from actsteer.collecting.texts import GREEDY, Text, input_device, pad_of, text_batches
 from actsteer.errors import UnsupportedModelError
 
 
@@ -67,15 +67,7 @@ class TextMetric:
             raise UnsupportedModelError(f"{type(model).__name__} generates no text; give a language model")
         device = input_device(model)
         ids = text_batches(self.tokenizer, self.prompts, chat=self.chat).ids
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
-        told = {
-            "do_sample": False,
-            "temperature": None,
-            "top_p": None,
-            "top_k": None,
-            "num_beams": 1,
-            "use_cache": True,
-        }
+        pad = pad_of(self.tokenizer)
         found: list[str] = []
         for start in range(0, len(ids), self.batch_size):
             own = ids[start : start + self.batch_size]
@@ -90,7 +82,8 @@ class TextMetric:
                     attention_mask=mask.to(device),
                     max_new_tokens=self.max_new_tokens,
                     pad_token_id=pad,
-                    **told,
+                    **GREEDY,
+                    use_cache=True,
                 )
             skipped = 1 if getattr(known.config, "is_encoder_decoder", False) else length
             found += self.tokenizer.batch_decode(made[:, skipped:], skip_special_tokens=True)

@@ -45,7 +45,7 @@ def _said(own: Any) -> str:
         return own
     if isinstance(own, FunctionType):
         return f"{own.__module__}.{own.__qualname__}"
-    mark = saving.digest_of_tensors(own)
+    _, mark = saving.told(own)
     return repr(own) + (f" #{mark[:8]}" if mark else "")
 
 

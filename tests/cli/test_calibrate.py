@@ -16,6 +16,15 @@ def calm(texts):
     return [text.count("calm") + 0.01 * len(text.split()) for text in texts]
 
 
+def far(texts):
+    """How many texts are not those of the model as it is, which are scored first."""
+    plain.extend([] if plain else texts)
+    return [float(text != own) for text, own in zip(texts, plain)]
+
+
+plain = []
+
+
 def up(output):
     return output[:, 0].double()
 
@@ -187,7 +196,16 @@ def test_wrong_usage_is_refused(run, ready, change, message):
 
 def test_generate_steers_by_what_was_written(run, ready):
     """At the strength of the file, which is all that it needs to be told."""
-    Steering(SteeringVector({SITE: torch.ones(16)}, concept="calm"), c=2.0).save("out.safetensors")
-    done = run("generate", "-m", "llama", "-b", "out.safetensors", "I love", "--max-new-tokens", "2")
+    words = ["I love", "this day", "the weather is", "very good", "bad", "that is", "calm weather", "I hate this"]
+    (ready / "many.txt").write_text("\n".join(words))
+    done = run(
+        *("calibrate", "-m", "llama", "-b", "calm.safetensors", "--retain", "love.txt", "--prompts", "many.txt"),
+        *("--metric", "scores:far", "--controls", "0", "--budget", "1000", "--max-new-tokens", "4", "--dose", "3"),
+        *("-o", "out.safetensors"),
+    )
+    assert done.code == 0, done.err + done.out
+    c = Steering.load("out.safetensors").c
+    done = run("generate", "-m", "llama", "-b", "out.safetensors", "I love", "--max-new-tokens", "4")
     assert done.code == 0, done.err
-    assert "c = 2" in done.out
+    heads = [line for line in done.out.splitlines() if line.startswith("c = ")]
+    assert heads == ["c = 0", f"c = {c:g}"]

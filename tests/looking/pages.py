@@ -108,6 +108,7 @@ def measured(*, site="2"):
         table=table,
         chosen=table[-1],
         unsteered=0.0,
+        unsteered_interval=None,
         controls=(0.1, 0.2),
         percentile=100.0,
         budget={"mean": 0.3},

@@ -170,6 +170,21 @@ def test_classes_of_what_is_drawn_with_and_without_the_steering(tmp_path, port):
     assert steerers(model) == ()
 
 
+def test_a_slider_that_moves_attaches_nothing_anew(port, monkeypatch):
+    model, attached = classifier(), []
+    attach = Steerer.attach
+    monkeypatch.setattr(Steerer, "attach", lambda self: attached.append(self.sites) or attach(self))
+    with play(model, V, image=(2, 3), port=port) as page:
+        person = visitor(page)
+        for c in (1.0, -2.0, 3.0):
+            person.predict(None, ["1"], c, api_name="/classes")
+        assert attached == [("1",)]
+        person.predict(None, ["0", "1"], 3.0, api_name="/classes")
+        assert attached == [("1",), ("0", "1")]
+        assert len(steerers(model)) == 1
+    assert steerers(model) == ()
+
+
 # --- before, and around ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("v", "image", "kind"),

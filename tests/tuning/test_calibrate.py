@@ -217,21 +217,27 @@ def test_a_budget_that_bounds_nothing_is_refused(model, budget, message):
 
 # --- honest ------------------------------------------------------------------------------------------------------
 def test_half_of_the_data_chooses_and_the_other_reports(model):
-    """A metric whose halves disagree: what is chosen is best by one half, and reported as poor by the other."""
-    seen = []
+    """Noise tells them apart: which rows are reported follows from the table, and the others have chosen."""
+    noise, drawn = torch.Generator().manual_seed(5), []
 
     def evaluate(own):
         with torch.no_grad():
-            dose = float((own(torch.zeros(1, 36)) - plain).abs().sum())
-        seen.append(dose)
-        return torch.tensor([dose, -dose] * 20)
+            own(kept())
+        drawn.append(torch.randn(30, generator=noise, dtype=torch.float64))
+        return drawn[-1]
 
-    with torch.no_grad():
-        plain = model(torch.zeros(1, 36))
-    found = calibrate(model, toward_two(model), evaluate=evaluate, retain=kept(), budget=math.inf, **QUICK)
-    by_all = found.chosen["effect"]
-    assert not found.reported_on_choice
-    assert abs(by_all) < max(seen)  # the halves were drawn by chance, and not by their values
+    how = {"retain": kept(), "budget": math.inf, "refine": 1, **QUICK}
+    found = calibrate(model, toward_two(model), evaluate=evaluate, **how)
+    every = torch.stack(drawn[1:])  # the first is of the unsteered model
+    reported = torch.tensor([row["effect"] for row in found.table], dtype=torch.float64)
+    share = torch.linalg.lstsq(every, reported[:, None]).solution[:, 0]
+    is_reported = share > 1 / 30
+    assert torch.allclose(share, is_reported.double() / 15, atol=1e-9)
+    assert int(is_reported.sum()) == 15
+    chosen = int(every[:, ~is_reported].mean(dim=1).argmax())
+    assert found.chosen is found.table[chosen]
+    assert chosen != int(reported.argmax())
+    assert found.unsteered == pytest.approx(float(drawn[0][is_reported].mean()))
 
 
 def test_one_number_is_chosen_and_reported_on_the_same_data_unless_there_is_other(model):
@@ -243,6 +249,8 @@ def test_one_number_is_chosen_and_reported_on_the_same_data_unless_there_is_othe
     other = calibrate(model, v, evaluate=half, confirm=is_two(seed=41), retain=kept(), budget=0.3, **QUICK)
     assert not other.reported_on_choice
     assert other.chosen["effect_interval"] is not None
+    assert sum(row["effect_interval"] is not None for row in other.table) == 1  # of the best, on the other data
+    assert other.unsteered_interval is not None
     with Steerer(model, other.best):
         assert other.chosen["effect"] == pytest.approx(float(is_two(seed=41)(model).mean()))
     assert other.unsteered == pytest.approx(float(is_two(seed=41)(model).mean()))

@@ -24,6 +24,7 @@ from actsteer.cli.show import _measured as measured_lines
 from actsteer.steering.plan import gates_of
 from actsteer.tuning.evidence import KEY, Figure, evidences
 from actsteer.tuning.remeasure import remeasured
+from actsteer.tuning.told import name_and_revision
 from tests.tuning.trained import is_two, kept, points, rows, toward_two, trained, two, untrained
 from tests.zoo import llama
 
@@ -189,7 +190,7 @@ def test_it_holds_what_was_measured(good):
     assert known.costs["mean"] == Figure(row["cost"], *row["cost_interval"])
     assert known.controls == 6
     assert known.percentile == found.percentile
-    assert known.unsteered == found.unsteered
+    assert known.unsteered == Figure(found.unsteered, *found.unsteered_interval)
     assert (row["c"], row["effect"], row["cost"]) in known.curve
     assert [c for c, _, _ in known.curve] == sorted(c for c, _, _ in known.curve)
     assert {"retain", "effect"} == set(known.data)
@@ -209,6 +210,16 @@ def test_vectors_banks_and_steerings_carry_it_and_an_operation_that_keeps_metada
     assert Evidence.of(SteeringVector.load(tmp_path / "v.safetensors")) == known
     assert Evidence.of(SteeringVector({"0": torch.ones(2)})) is None
     assert Evidence.read(known.text) == known
+
+
+def test_of_a_model_of_hugging_faces_it_has_the_name_and_the_revision_and_not_where_it_lies(tmp_path):
+    lm = llama()
+    lm.config.name_or_path, lm.config._commit_hash = "people/model", "abc123"
+    assert name_and_revision(lm) == {"name": "people/model", "revision": "abc123"}
+    (tmp_path / "mine").mkdir()
+    lm.config.name_or_path, lm.config._commit_hash = str(tmp_path / "mine"), None
+    assert name_and_revision(lm) == {"name": "mine"}
+    assert name_and_revision(trained()) == {}
 
 
 @pytest.mark.parametrize("text", ["", "x", "[]", "{}", "null", '{"effect": 1}', "[" * 10**5])
