@@ -154,6 +154,21 @@ def test_shuffled_labels_are_given_strength_0(model):
     assert zero >= 4
 
 
+def test_what_does_more_than_not_steering_but_not_more_than_what_means_nothing_is_given_strength_0(model):
+    """A control as the vector: random directions do something too, some of them more than others."""
+    generator, refused = torch.Generator().manual_seed(2), 0
+    for _ in range(6):
+        v = SteeringVector({"3": torch.randn(64, generator=generator)})
+        how = {"evaluate": is_two(), "retain": kept(), "budget": 0.3, "controls": 19, "progress": False}
+        found = calibrate(model, v, **how, generator=generator)
+        if found.chosen["effect"] > found.unsteered and found.chosen["effect"] <= max(found.controls):
+            assert found.best.c == 0
+            assert found.verdict.startswith("c = 0: ")
+            assert found.verdict.endswith("no more than what means nothing")
+            refused += 1
+    assert refused >= 2
+
+
 def test_where_nothing_is_within_the_budget_the_strength_is_0(model):
     found = calibrate(model, toward_two(model), evaluate=is_two(), retain=kept(), budget=1e-12, **QUICK)
     assert found.chosen is None
