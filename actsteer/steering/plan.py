@@ -112,6 +112,7 @@ class Plan:
         if self._strengths is not None:
             self.set_strengths(self._strengths)
 
+    @torch.inference_mode(mode=False)  # as above
     def hold(self) -> None:
         """Have the edits keep their tensors from now on, with room for every concept.
 
@@ -120,7 +121,7 @@ class Plan:
         """
         self.count_every()
         for edit in self.edits.values():
-            edit.in_place = True
+            edit.hold()
 
     def release(self) -> None:
         """Undo `hold`."""
@@ -133,6 +134,7 @@ class Plan:
         self.count_every()
         return leaves
 
+    @torch.inference_mode(mode=False)  # as above
     def find_again(self) -> None:
         """The modules may have been replaced since the plan was made.
 
@@ -140,15 +142,18 @@ class Plan:
             SiteNotFoundError: one of them is gone.
         """
         present = [edit.place for edit in self.edits.values()] + [reader.place for reader in self.readers]
-        if are_there(self.model, present):
-            return
-        places = resolve(self.model, [place.site for place in present])
+        if not are_there(self.model, present):
+            places = resolve(self.model, [place.site for place in present])
+            for edit in self.edits.values():
+                edit.lens.place = places[edit.place.site]
+            for reader in self.readers:
+                reader.lens.place = places[reader.place.site]
+            for passes in self.passes:
+                passes.find_again({place.module for place in places.values()})
+        first = next(self.model.parameters(), None)
         for edit in self.edits.values():
-            edit.lens.place = places[edit.place.site]
-        for reader in self.readers:
-            reader.lens.place = places[reader.place.site]
-        for passes in self.passes:
-            passes.find_again({place.module for place in places.values()})
+            weight = next(edit.place.module.parameters(), first)
+            edit.expect_on(None if weight is None or weight.is_meta else weight.device)
 
     def vectors(self) -> VectorBank:
         """The bank with the directions as they are now."""
