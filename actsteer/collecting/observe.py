@@ -177,7 +177,8 @@ class _Listener:
         self._lens, self._passes = Lens(place, layout), passes
         self._frame: Frame | None = None  # the last one, whose axis is noticed
         is_converted = getattr(place.module, "hook_conversion", None) is not None
-        self._is_plain = place.side == "out" and not place.path and not is_converted and is_alone()
+        is_whole = not place.path and place.features is None
+        self._is_plain = place.side == "out" and is_whole and not is_converted and is_alone()
         """Whether a tensor that the module gives is the activation, as its users see it."""
 
     def __call__(self, module: nn.Module, args: Any, last: Any) -> None:
