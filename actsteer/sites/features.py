@@ -139,11 +139,12 @@ def _heads_of(config: Any, *, kv: bool) -> tuple[int, int]:
     """
     if getattr(config, "is_encoder_decoder", False):
         return 0, 0
-    count, size, width = (
-        own if isinstance(own := getattr(config, key, None), int) else 0
-        for key in ("num_attention_heads", "head_dim", "hidden_size")
-    )
+
+    def told(key: str) -> int:
+        found = getattr(config, key, None)
+        return found if isinstance(found, int) else 0
+
+    count, size, width = told("num_attention_heads"), told("head_dim"), told("hidden_size")
     if not size and count and width % count == 0:
         size = width // count
-    shared = getattr(config, "num_key_value_heads", None)
-    return (shared if kv and isinstance(shared, int) else count), size
+    return (told("num_key_value_heads") or count) if kv else count, size
