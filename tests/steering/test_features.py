@@ -307,7 +307,11 @@ def test_files_keep_the_names(tmp_path):
 
 # --- compiled --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("backend", ["auto", "buffer"])
-@pytest.mark.parametrize("options", [{}, {"intervention": Ablate()}], ids=["Add", "Ablate"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"intervention": Ablate()}, {"gate": above("0[2:4]", torch.tensor([1.0, -1.0]))}],
+    ids=["Add", "Ablate", "gate"],
+)
 def test_a_new_strength_compiles_nothing(options, backend):
     torch._dynamo.reset()
     model, counter = exact(), CompileCounter()
