@@ -33,6 +33,7 @@ from actsteer.errors import ZeroDirectionError as ZeroDirectionError
 from actsteer.estimators.align import align as align
 from actsteer.estimators.centroids import Centroids as Centroids
 from actsteer.estimators.concept_erasure import ConceptErasure as ConceptErasure
+from actsteer.estimators.conceptor import Conceptor as Conceptor
 from actsteer.estimators.discover import discover as discover
 from actsteer.estimators.estimator import Estimator as Estimator
 from actsteer.estimators.fit import fit as fit
@@ -87,6 +88,7 @@ from actsteer.steering.interventions.keep_norm import KeepNorm as KeepNorm
 from actsteer.steering.interventions.low_rank import LowRank as LowRank
 from actsteer.steering.interventions.replace import Replace as Replace
 from actsteer.steering.interventions.rotate import Rotate as Rotate
+from actsteer.steering.interventions.soft_projection import SoftProjection as SoftProjection
 from actsteer.steering.saving import Saved as Saved
 from actsteer.steering.steerer import Steerer as Steerer
 from actsteer.steering.steering import Steering as Steering

@@ -212,3 +212,8 @@ def dtype_of(*moments: Moments) -> torch.dtype:
     for own in moments:
         kind = wider(kind, own.dtype or torch.float64)
     return kind
+
+
+def second_moment(moments: Moments) -> Float[Tensor, "d d"]:
+    """E[h hᵀ]."""
+    return moments.scatter / moments.count + torch.outer(moments.mean, moments.mean)
