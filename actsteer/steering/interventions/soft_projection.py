@@ -35,7 +35,7 @@ class SoftProjection:
 
     Args:
         sites: site -> C, of shape (d, d).
-        concept, metadata: as for a `SteeringVector`.
+        concept, metadata: as for a `SteeringVector`; `~` drops the concept, `&` and `|` keep what both sides share.
 
     Raises:
         ShapeError: what is not symmetric, or has eigenvalues outside of [0, 1].
@@ -68,7 +68,8 @@ class SoftProjection:
 
     def __invert__(self) -> SoftProjection:
         """What this one leaves out: 1 - C."""
-        return SoftProjection({site: _rest(kept) for site, kept in self._kept.items()}, metadata=self._axes)
+        described = {key: text for key, text in self._metadata.items() if key != "concept"}
+        return SoftProjection({site: _rest(kept) for site, kept in self._kept.items()}, metadata=described)
 
     def __and__(self, other: object) -> SoftProjection:
         """What both keep; of the same sites."""
@@ -85,19 +86,11 @@ class SoftProjection:
         return self._joined(other, lambda one, two: _rest(_both(_rest(one), _rest(two))))
 
     def _joined(self, other: SoftProjection, rule: Callable[[Tensor, Tensor], Tensor]) -> SoftProjection:
+        described = (self.constant + other.constant).metadata  # which refuses other sizes
         joined = self._kept | other._kept
         for site in self._kept.keys() & other._kept.keys():
-            if len(self._kept[site]) != len(other._kept[site]):
-                sizes = len(self._kept[site]), len(other._kept[site])
-                raise ShapeError(f"site {site!r}: {sizes[0]} features against {sizes[1]}; are they of one model?")
             joined[site] = rule(self._kept[site], other._kept[site])
-        return SoftProjection(joined, metadata=self._axes | other._axes)
-
-    @property
-    def _axes(self) -> dict[str, str]:
-        """The metadata that still hold of a combination: not the concept, nor how it was fitted."""
-        fitted = ("concept", "estimator", "positive count", "negative count")
-        return {key: text for key, text in self._metadata.items() if key not in fitted}
+        return SoftProjection(joined, metadata=described)
 
     @property
     def sites(self) -> tuple[str, ...]:
