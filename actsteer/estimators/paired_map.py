@@ -30,7 +30,7 @@ class PairedMap:
     larger λ, the nearer to adding b alone, which is `MeanDifference`.
 
     `fit` pairs the first row of `positive` with the first of `negative`, and so on: the same inputs with and without a
-    prompt, before and after a change; see `collect_joint`.
+    prompt, or before and after a change of theirs; see `collect_joint`.
 
     Args:
         rank: how many directions are added along; None for all, and W as a whole.
