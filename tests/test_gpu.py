@@ -8,11 +8,11 @@ from torch import nn
 
 from actsteer import (
     ConceptErasure,
+    GaussianMap,
     LayerMean,
     LogisticDirection,
     LowRank,
     MeanDifference,
-    MomentMatching,
     NullSpace,
     OutputMetric,
     PrincipalDirection,
@@ -53,7 +53,7 @@ ESTIMATORS = {
         PrincipalDirection(),
         LogisticDirection(),
         ConceptErasure(),
-        MomentMatching(),
+        GaussianMap(),
         NullSpace(SteeringVector({site: normal(6) for site in ("2", "5")}), tolerance=0.3),
     )
 }
