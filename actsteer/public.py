@@ -80,6 +80,7 @@ from actsteer.steering.interventions.clamp import Clamp as Clamp
 from actsteer.steering.interventions.intervention import Edit as Edit
 from actsteer.steering.interventions.intervention import Intervention as Intervention
 from actsteer.steering.interventions.intervention import PerSite as PerSite
+from actsteer.steering.interventions.intervention import Placed as Placed
 from actsteer.steering.interventions.intervention import Prepared as Prepared
 from actsteer.steering.interventions.keep_norm import KeepNorm as KeepNorm
 from actsteer.steering.interventions.low_rank import LowRank as LowRank
