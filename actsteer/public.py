@@ -95,6 +95,8 @@ from actsteer.tuning.calibrate_gate import calibrate_gate as calibrate_gate
 from actsteer.tuning.calibration import Calibration as Calibration
 from actsteer.tuning.evidence import Evidence as Evidence
 from actsteer.tuning.metrics import OutputMetric as OutputMetric
+from actsteer.tuning.patched import Patched as Patched
+from actsteer.tuning.patching import patching as patching
 from actsteer.tuning.sweep import sweep as sweep
 from actsteer.tuning.text_metric import TextMetric as TextMetric
 from actsteer.vectors.bank import VectorBank as VectorBank

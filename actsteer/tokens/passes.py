@@ -342,12 +342,16 @@ def groups(
     return tuple(made.values()), of_site
 
 
+def pass_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, mask: Mask | None = None) -> Pass:
+    """What a call of a model says of its tokens."""
+    return Passes(unwrapped(model), whose=Whose("call", mask), data=True).begun(args, kwargs, signature_of(model))
+
+
 def real_of(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, mask: Mask | None = None
 ) -> Tensor | None:
     """Which tokens of a call are no pads, (B, S), of a decoder's if there is one; None: all, as far as can be told."""
-    passes = Passes(unwrapped(model), whose=Whose("call", mask), data=True)
-    return passes.begun(args, kwargs, signature_of(model)).real
+    return pass_of(model, args, kwargs, mask=mask).real
 
 
 def taps(passes: Iterable[Passes]) -> list[tuple[nn.Module, Callable[..., Any]]]:
