@@ -67,9 +67,8 @@ def check(positions: Positions, *, steers: bool) -> None:
                 )
         case _ if not callable(positions):
             raise TypeError(
-                "positions: expected a word, an index, a list of indices, or of one for each row, a slice, a mask or a "
-                f"callable, got "
-                f"{positions!r}"
+                "positions: expected a word, an index, a list of indices, or one for each row, a slice, a mask or a "
+                f"callable, got {positions!r}"
             )
 
 

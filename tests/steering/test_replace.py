@@ -225,9 +225,9 @@ def test_in_a_loop_of_the_users_own_the_end_of_the_prompt_is_not_known(model):  
     ("positions", "error", "message"),
     [
         ([[0], [1, 2]], ShapeError, "as many indices for each row"),
-        ([[0], []], TypeError, "or of one for each row"),
-        ([[0], 1], TypeError, "or of one for each row"),
-        ([[0], [True]], TypeError, "or of one for each row"),
+        ([[0], []], TypeError, "or one for each row"),
+        ([[0], 1], TypeError, "or one for each row"),
+        ([[0], [True]], TypeError, "or one for each row"),
         ([[0], [2**40]], ValueError, "indices of at most"),
     ],
 )
