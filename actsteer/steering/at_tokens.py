@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from actsteer.errors import ShapeError
+from actsteer.errors import PositionsError, ShapeError
 from actsteer.sites.lens import Frame
-from actsteer.tokens.order import check_none_behind, in_this_pass, numbered
+from actsteer.tokens.order import are_behind, in_this_pass, numbered
 from actsteer.tokens.passes import Pass
 from actsteer.tokens.positions import Positions
 from actsteer.tokens.tokens import Tokens
@@ -35,8 +35,14 @@ def at_tokens(
     is_all = isinstance(positions, str) and positions == "all"
     if tokens is None or (is_all and tokens.prompt is None) or not _has_tokens(frame, tokens):
         return _everywhere(values, frame)
-    check_none_behind(positions, tokens)
     lead = [size for axis, size in enumerate(frame.shape) if axis != frame.axis]
+    if are_behind(positions, tokens):
+        return values.reshape(-1, values.shape[-1])[0].expand(*lead, -1)
+    if not tokens.copies:
+        raise PositionsError(
+            f"site {frame.site!r}: the generation goes on with other rows than it began with, and has no values for "
+            "them; generate each row by itself"
+        )
     rest = frame.order[2:-1]
     others = math.prod(lead[axis] for axis in rest)
     if values.ndim == 2:
@@ -72,10 +78,10 @@ def _everywhere(values: Float[Tensor, "*shape d"], frame: Frame) -> Float[Tensor
 
 def _of_columns(values: Float[Tensor, "*shape d"], frame: Frame, tokens: Tokens) -> Int[Tensor, "rows prompt"]:
     """The number of every column of the prompt, pads and all, among values that have its shape."""
-    assert frame.row_axis is not None and frame.token_axis is not None and tokens.prompt is not None
-    wanted = list(frame.shape)
-    wanted[frame.row_axis] = tokens.rows // max(1, tokens.copies)
-    wanted[frame.token_axis] = tokens.prompt
+    assert frame.row_axis is not None and tokens.prompt is not None
+    rows, length, wanted = tokens.rows // tokens.copies, tokens.prompt, list(frame.shape)
+    if frame.token_axis is not None:  # or the tokens of all rows lie in a line
+        wanted[frame.row_axis], wanted[frame.token_axis] = rows, length
     wanted.append(wanted.pop(frame.axis))
     if list(values.shape) != wanted:
         raise ShapeError(
@@ -83,5 +89,4 @@ def _of_columns(values: Float[Tensor, "*shape d"], frame: Frame, tokens: Tokens)
             f"shape {tuple(wanted)}, features last; record them on a batch of that shape with keep_shape=True, or give "
             "one row (d,), or (n, d), one for each token that is steered"
         )
-    rows, length = wanted[frame.order[0]], tokens.prompt
     return torch.arange(rows * length, device=tokens.device).view(rows, length)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from actsteer.errors import PositionsError, ShapeError
+from actsteer.errors import ShapeError
 from actsteer.tokens.positions import Positions, chosen, one_by_one
 from actsteer.tokens.tokens import Tokens
 
@@ -24,14 +24,10 @@ def numbered(positions: Positions, tokens: Tokens) -> Int[Tensor, "rows prompt"]
     """The number that each token of the prompt has in the order of `places`, -1 where it is not meant.
 
     Raises:
-        PositionsError: it is not known where the prompt ends, or which rows the generation goes on with.
+        PositionsError: it is not known where the prompt ends.
     """
     whole, several = tokens.whole(), one_by_one(positions)
     assert whole.prompt is not None
-    if not whole.copies:
-        raise PositionsError(
-            "values for tokens: the generation goes on with other rows than it began with; generate each by itself"
-        )
     found = torch.full((whole.rows // whole.copies, whole.prompt), -1, device=whole.device)
     for place, own in enumerate(several):
         meant = chosen(own, whole).expand(whole.rows, whole.length)[:: whole.copies, : whole.prompt]
@@ -47,15 +43,24 @@ def in_this_pass(table: Int[Tensor, "rows prompt"], tokens: Tokens) -> Int[Tenso
     return here.repeat_interleave(tokens.copies, dim=0)
 
 
-def check_none_behind(positions: Positions, tokens: Tokens) -> None:
-    """ShapeError if any of the tokens that are meant were generated."""
-    assert tokens.prompt is not None
+def are_behind(positions: Positions, tokens: Tokens) -> bool:
+    """Whether it is plain to see that none of these tokens is of the prompt and meant.
+
+    Raises:
+        ShapeError: some were generated, and are meant.
+        PositionsError: some are meant, and it is not known where the prompt ends.
+    """
+    prompt, start = tokens.prompt, tokens.start
     if torch.compiler.is_compiling() or (
-        isinstance(tokens.start, int) and tokens.start + tokens.length <= tokens.prompt
+        prompt is not None and isinstance(start, int) and start + tokens.length <= prompt
     ):
-        return
-    if bool((chosen(positions, tokens) & ~tokens.in_prompt).any()):
+        return False
+    meant = chosen(positions, tokens)
+    if prompt is None and not bool(meant.any()):
+        return True
+    if bool((meant & ~tokens.in_prompt).any()):
         raise ShapeError(
-            f"values for the tokens of a prompt of {tokens.prompt}, and positions={positions!r} go on into what is "
-            "generated; give positions='prompt', or others that end with it"
+            f"values for the tokens of a prompt of {prompt}, and positions={positions!r} go on into what is generated; "
+            "give positions='prompt', or others that end with it"
         )
+    return isinstance(start, int) and prompt is not None and start >= prompt

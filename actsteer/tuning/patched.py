@@ -42,8 +42,8 @@ class Patched:
         shares, (worst, best) = self.recovered, (float(own.mean()) for own in (self.corrupted, self.clean))
         site, column = divmod(int(shares.argmax()), len(self.positions))
         return (
-            f"of {best - worst:.4g} (from {worst:.4g} to {best:.4g}) {float(shares.max()):.2f} recovered at "
-            f"{self.sites[site]!r}, {self.positions[column]}"
+            f"a share of {float(shares.max()):.2f} of {best - worst:.4g} (corrupted {worst:.4g}, clean {best:.4g}) is "
+            f"recovered at {self.sites[site]!r}, positions {self.positions[column]}"
         )
 
     def plot(self, path: str | PathLike[str]) -> None:

@@ -78,7 +78,7 @@ def patching(
     0     1.00
     1     1.00
     <BLANKLINE>
-    of 6 (from 0 to 6) 1.00 recovered at '0', all
+    a share of 1.00 of 6 (corrupted 0, clean 6) is recovered at '0', positions all
     """
     seen = _alike(model, clean, corrupted, mask)
     columns = _columns(positions, seen)

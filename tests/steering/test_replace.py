@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from actsteer import (
     BatchError,
@@ -16,13 +17,18 @@ from actsteer import (
     SteeringVector,
     record,
 )
-from tests.steering.test_generation import IDS, MASK, MODES, NEW, SITE, D, generate, model  # noqa: F401  (a fixture)
-from tests.zoo import CASES, bits, cnn, identity, normal
+from tests.steering.test_generation import IDS, MASK, MODES, NEW, SITE, D, generate
+from tests.zoo import CASES, bits, cnn, identity, llama, normal
 
 LENGTHS = [int(own.sum()) for own in MASK]
 LINE = identity(dtype=torch.float64)
 OTHER = torch.tensor([[0, 0, 8, 2, 4, 9], [0, 3, 25, 3, 6, 6], [4, 8, 1, 20, 14, 2]])
 SOURCE = {"input_ids": OTHER, "attention_mask": MASK}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return llama(vocab_size=31, num_hidden_layers=2, eos_token_id=None, pad_token_id=0).double()
 
 
 # --- where values go -------------------------------------------------------------------------------------------------
@@ -52,7 +58,7 @@ def test_the_tokens_i_of_a_text_go_to_the_tokens_j_of_another_of_any_length(data
 
 @pytest.mark.parametrize("positions", ["all", "last", "prompt", 1, [1, 0], slice(1, 3), [[0], [1], [-1]]], ids=str)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_what_is_recorded_of_a_padded_batch_is_put_back_where_it_was(model, side, positions):  # noqa: F811
+def test_what_is_recorded_of_a_padded_batch_is_put_back_where_it_was(model, side, positions):
     ids, other, mask = (own if side == "left" else own.flip(1) for own in (IDS, OTHER, MASK))
     kept = record(model, [{"input_ids": other, "attention_mask": mask}], sites=SITE, positions=positions)
     batch = [{"input_ids": ids, "attention_mask": mask}]
@@ -82,6 +88,28 @@ def test_the_pixels_of_a_picture_are_rows():
     assert kept.ndim == 2 and len(kept) > 2
     with Steerer(net, Replace({"0": kept})), torch.no_grad():
         assert torch.equal(net(x), net(x.flip(0)))
+
+
+class Line(nn.Module):
+    """The tokens of all rows lie in a line at its site."""
+
+    def __init__(self):
+        super().__init__()
+        self.site = nn.Identity()
+
+    def forward(self, input_ids, attention_mask=None):
+        x = input_ids.double()[..., None].expand(*input_ids.shape, 3)
+        return self.site(x.flatten(0, 1)).reshape(x.shape)
+
+
+def test_tokens_in_a_line_are_those_of_their_rows():
+    net, batch = Line(), {"input_ids": IDS, "attention_mask": MASK}
+    for positions in ("all", [1, -1], [[0], [2], [1]]):
+        with Steerer(net, Replace(record(net, [SOURCE], sites="site", positions=positions)), positions=positions):
+            again = record(net, [batch], sites="site", positions=positions)
+        assert torch.equal(again["site"], record(net, [SOURCE], sites="site", positions=positions)["site"])
+    with Steerer(net, Replace({"site": normal(3, 6, 3)})), pytest.raises(ShapeError, match=r"has shape \(18, 3\)"):
+        net(**batch)
 
 
 def test_heads_beside_the_tokens_are_rows_of_their_token():
@@ -116,7 +144,7 @@ def test_a_gate_decides_which_rows_are_patched_and_no_value_moves():
 
 # --- and then generate -----------------------------------------------------------------------------------------------
 @torch.no_grad()
-def truth(model, places):  # noqa: F811
+def truth(model, places):
     """Greedy tokens of every row alone, where `places(row)` of its prompt have the activations of the source's."""
     rows = []
     for row, (ids, mask, other) in enumerate(zip(IDS, MASK, OTHER, strict=True)):
@@ -151,7 +179,7 @@ PATCHED = {
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 @pytest.mark.parametrize(("here", "there", "places"), PATCHED.values(), ids=PATCHED)
-def test_the_prompt_is_patched_and_what_follows_is_left_alone(model, here, there, places, mode):  # noqa: F811
+def test_the_prompt_is_patched_and_what_follows_is_left_alone(model, here, there, places, mode):
     kept = record(model, [SOURCE], sites=SITE, positions=here)
     if isinstance(there, slice):  # which goes on into what is generated
         message = "go on into what is generated; give positions='prompt'"
@@ -164,7 +192,7 @@ def test_the_prompt_is_patched_and_what_follows_is_left_alone(model, here, there
 
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
-def test_values_in_the_shape_of_the_prompt_are_patched_and_then_it_generates(model, mode):  # noqa: F811
+def test_values_in_the_shape_of_the_prompt_are_patched_and_then_it_generates(model, mode):
     kept = record(model, [SOURCE], sites=SITE, keep_shape=True)
     assert kept[SITE].shape == (3, 6, D)
     ends = lambda row: [(0, 0), (LENGTHS[row] - 1,) * 2]  # noqa: E731
@@ -174,7 +202,7 @@ def test_values_in_the_shape_of_the_prompt_are_patched_and_then_it_generates(mod
         assert torch.equal(patched, truth(model, places))
 
 
-def test_every_beam_of_a_row_has_its_values(model):  # noqa: F811
+def test_every_beam_of_a_row_has_its_values(model):
     kept = record(model, [SOURCE], sites=SITE, positions=[[1], [2], [0]])
     with Steerer(model, Replace(kept), positions=[[2], [0], [1]]):
         together = generate(model, num_beams=3)
@@ -186,13 +214,13 @@ def test_every_beam_of_a_row_has_its_values(model):  # noqa: F811
     assert not torch.equal(together, generate(model, num_beams=3))
 
 
-def test_one_row_for_all_goes_on_as_long_as_its_positions_do(model):  # noqa: F811
+def test_one_row_for_all_goes_on_as_long_as_its_positions_do(model):
     with Steerer(model, Replace({SITE: torch.zeros(D)})):
         generate(model)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
-def test_other_numbers_of_values_than_of_tokens_are_refused(model):  # noqa: F811
+def test_other_numbers_of_values_than_of_tokens_are_refused(model):
     kept = record(model, [SOURCE], sites=SITE, positions=[0, 1])[SITE]
     for values, positions, message in (
         (kept, 1, f"site '{SITE}': 6 values for 3 rows of the activation at positions=1"),
@@ -201,24 +229,29 @@ def test_other_numbers_of_values_than_of_tokens_are_refused(model):  # noqa: F81
     ):
         with Steerer(model, Replace({SITE: values}), positions=positions), pytest.raises(ShapeError, match=message):
             generate(model)
-    with Steerer(LINE, Replace({"0": normal(5, 3)})), pytest.raises(ShapeError, match="values of shape"):
-        LINE(normal(2, 3, 3))
+    for values in (normal(5, 3), normal(2, 4, 3), normal(2, 1, 3, 3)):
+        with Steerer(LINE, Replace({"0": values})), pytest.raises(ShapeError, match="values of shape"):
+            LINE(normal(2, 3, 3))
 
 
-def test_values_of_all_tokens_do_not_reach_into_what_is_generated(model):  # noqa: F811
+def test_values_of_all_tokens_do_not_reach_into_what_is_generated(model):
     for kept in (record(model, [SOURCE], sites=SITE), record(model, [SOURCE], sites=SITE, keep_shape=True)):
         with Steerer(model, Replace(kept)), pytest.raises(ShapeError, match=r"a prompt of 6, and positions='all'"):
             generate(model)
 
 
-def test_in_a_loop_of_the_users_own_the_end_of_the_prompt_is_not_known(model):  # noqa: F811
+def test_in_a_loop_of_the_users_own_the_end_of_the_prompt_is_not_known(model):
     from transformers import DynamicCache
 
-    kept, cache = record(model, [{"input_ids": OTHER}], sites=SITE), DynamicCache()
-    with Steerer(model, Replace(kept), positions="prompt"), torch.no_grad():
-        model(input_ids=IDS, past_key_values=cache)
-        with pytest.raises(PositionsError, match="cannot be told where the prompt ended"):
-            model(input_ids=IDS[:, :1], past_key_values=cache)
+    for positions in ("prompt", 2, [3], slice(1, 9)):
+        kept, cache = record(model, [{"input_ids": OTHER}], sites=SITE, positions=positions), DynamicCache()
+        with Steerer(model, Replace(kept), positions=positions), torch.no_grad():
+            model(input_ids=IDS, past_key_values=cache)
+            if isinstance(positions, int | list):  # they are not among the tokens that follow
+                model(input_ids=IDS[:, :1], past_key_values=cache)
+                continue
+            with pytest.raises(PositionsError, match="cannot be told where the prompt ended"):
+                model(input_ids=IDS[:, :1], past_key_values=cache)
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def test_what_a_branch_carries_is_its_share():
 
     found = patching(Branches(), torch.ones(2, 1), torch.zeros(2, 1), metric=lambda y: y[:, 0], sites=["one", "other"])
     assert found.recovered.tolist() == [[0.75], [0.25]]
-    assert found.verdict == "of 4 (from 0 to 4) 0.75 recovered at 'one', all"
+    assert found.verdict == "a share of 0.75 of 4 (corrupted 0, clean 4) is recovered at 'one', positions all"
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
