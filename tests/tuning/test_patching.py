@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from actsteer import BatchError, ShapeError, SiteNotFoundError, UnsupportedModelError, patching
+from actsteer import BatchError, ShapeError, SiteNotFoundError, UnsupportedModelError, patching, residual_sites
+from actsteer.collecting.eval_mode import eval_mode
+from reference.language.model import cache, load, packaged
 from tests.oracles import state
 from tests.zoo import cnn, mlp, normal
 
@@ -145,6 +147,27 @@ def test_what_a_branch_carries_is_its_share():
     found = patching(Branches(), torch.ones(2, 1), torch.zeros(2, 1), metric=lambda y: y[:, 0], sites=["one", "other"])
     assert found.recovered.tolist() == [[0.75], [0.25]]
     assert found.verdict == "a share of 0.75 of 4 (corrupted 0, clean 4) is recovered at 'one', positions all"
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not (cache().exists() or packaged()), reason="SmolLM2 is not installed")
+def test_a_real_model_carries_the_subject_and_then_the_answer_and_equals_plain_hooks():
+    net, tokenizer = load()
+    clean, corrupted = (
+        tokenizer(f"John and Mary went to the shop. {name} gave a bottle of milk to", return_tensors="pt")
+        for name in ("John", "Mary")
+    )
+    mary, john = (tokenizer(f" {name}").input_ids[0] for name in ("Mary", "John"))
+    metric = lambda output: output.logits[:, -1, mary] - output.logits[:, -1, john]  # noqa: E731
+    sites, columns = residual_sites(net, [9, 27]), {"name": 8, "last": -1}
+    found = patching(net, clean, corrupted, metric=metric, sites=sites, positions=columns, progress=False)
+    with eval_mode(net):
+        for row, site in enumerate(sites):
+            for place, token in enumerate((8, 14)):
+                expected = by_hooks(net, dict(clean), dict(corrupted), metric, site, put_at(token))
+                assert torch.equal(found.patched[row, place], expected)
+    (early, early_last), (late, late_last) = found.recovered.tolist()
+    assert early > 0.9 > 0.5 > late and late_last > 0.9 > 0.5 > early_last
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
