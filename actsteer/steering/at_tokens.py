@@ -44,7 +44,7 @@ def at_tokens(
             "them; generate each row by itself"
         )
     rest = frame.order[2:-1]
-    others = math.prod(lead[axis] for axis in rest)
+    others = math.prod([lead[axis] for axis in rest])
     if values.ndim == 2:
         table = numbered(positions, tokens)
         meant = (table >= 0).sum() * others

@@ -112,6 +112,30 @@ def test_tokens_in_a_line_are_those_of_their_rows():
         net(**batch)
 
 
+def test_compiled_it_is_the_same():
+    net, other = Line(), OTHER[:, 1:]
+    torch.compiler.reset()
+    for source, target in (([1, -1], [2, 0]), ([[0], [2], [1]], [[1], [-1], [0]]), (slice(2), slice(-2, None))):
+        kept = record(net, [{"input_ids": other}], sites="site", positions=source)
+        with Steerer(net, Replace(kept), positions=target):
+            compiled = torch.compile(net, backend="eager", fullgraph=True)
+            assert torch.equal(compiled(IDS, MASK), net(IDS, MASK))
+            assert not torch.equal(compiled(IDS, MASK), IDS[..., None].expand(3, 6, 3))
+    torch.compiler.reset()
+
+
+def test_texts_that_are_packed_into_a_row_have_indices_of_their_own(model):
+    packed = {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
+    other, ids = (packed | {"input_ids": own[2:]} for own in (OTHER, IDS))
+    plain = record(model, [ids], sites=SITE)[SITE]
+    kept = record(model, [other], sites=SITE, positions=[[0, 1], [2, 1]])[SITE]
+    with Steerer(model, Replace({SITE: kept}), positions=[[-1, 0], [0, 1]]):
+        seen = record(model, [ids], sites=SITE)[SITE]
+    expected = plain.clone()
+    expected[[2, 0, 3, 4]] = kept
+    assert torch.equal(seen, expected)
+
+
 def test_heads_beside_the_tokens_are_rows_of_their_token():
     source, target = normal(2, 4, 3, 5, seed=1), normal(2, 3, 3, 5, seed=2)  # rows, tokens, heads, features
     where = {"axis": -1, "token_axis": 1}

@@ -149,6 +149,7 @@ def test_what_a_branch_carries_is_its_share():
     assert found.verdict == "a share of 0.75 of 4 (corrupted 0, clean 4) is recovered at 'one', positions all"
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.skipif(not (cache().exists() or packaged()), reason="SmolLM2 is not installed")
 def test_a_real_model_carries_the_subject_and_then_the_answer_and_equals_plain_hooks():
