@@ -21,9 +21,9 @@ from actsteer.vectors.vector import SteeringVector, named
 @final
 @dataclass(frozen=True)
 class ReplaceAt:
-    """The edit of one site, h + c · (a - h), with `values` a of shape (d,) or that of the activation."""
+    """The edit of one site, h + c · (a - h), with `values` a for every row and position."""
 
-    values: Float[Tensor, "*batch d"]
+    values: Float[Tensor, " d"]
 
     def __call__(
         self, activation: Float[Tensor, "*batch d"], direction: Float[Tensor, " d"], c: Float[Tensor, ...]
