@@ -66,7 +66,7 @@ def _has_tokens(frame: Frame, tokens: Tokens) -> bool:
     return frame.by_token(torch.ones(1, tokens.length), rows=tokens.rows) is not None
 
 
-def _everywhere(values: Float[Tensor, "*shape d"], frame: Frame) -> Float[Tensor, "*shape d"]:
+def _everywhere(values: Float[Tensor, "*shape d"], frame: Frame) -> Float[Tensor, "*batch d"]:
     """The values at every row of the activation; those that do not fit as they are, for the intervention to refuse."""
     order = frame.order
     sizes = [frame.shape[axis] for axis in range(len(frame.shape)) if axis != frame.axis]
