@@ -84,6 +84,7 @@ from actsteer.steering.interventions.clamp import Clamp as Clamp
 from actsteer.steering.interventions.intervention import Edit as Edit
 from actsteer.steering.interventions.intervention import Intervention as Intervention
 from actsteer.steering.interventions.intervention import PerSite as PerSite
+from actsteer.steering.interventions.intervention import Placed as Placed
 from actsteer.steering.interventions.intervention import Prepared as Prepared
 from actsteer.steering.interventions.keep_norm import KeepNorm as KeepNorm
 from actsteer.steering.interventions.low_rank import LowRank as LowRank
@@ -99,6 +100,8 @@ from actsteer.tuning.calibrate_gate import calibrate_gate as calibrate_gate
 from actsteer.tuning.calibration import Calibration as Calibration
 from actsteer.tuning.evidence import Evidence as Evidence
 from actsteer.tuning.metrics import OutputMetric as OutputMetric
+from actsteer.tuning.patched import Patched as Patched
+from actsteer.tuning.patching import patching as patching
 from actsteer.tuning.sweep import sweep as sweep
 from actsteer.tuning.text_metric import TextMetric as TextMetric
 from actsteer.vectors.bank import VectorBank as VectorBank

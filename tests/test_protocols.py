@@ -54,6 +54,29 @@ def steered(x=X, vectors=V, **options):
 
 
 # --- interventions ---------------------------------------------------------------------------------------------------
+class OwnValues:
+    """A value to add to each of several tokens, as a user writes it."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __call__(self, activation, direction, c):
+        return activation + c * self.values
+
+    def placed(self, place):
+        return OwnValues(place(self.values))
+
+
+@torch.no_grad()
+def test_an_intervention_of_the_users_own_has_values_for_single_tokens():
+    model, x = network(), X.view(2, 6, D)
+    h = model[0](x)
+    for value, (row, token) in zip(Y, [(0, 3), (0, 0), (1, 1), (1, 5)], strict=False):
+        h[row, token] += value
+    found = steered(x, intervention=OwnValues(Y[:4]), positions=[[3, 0], [1, -1]])
+    assert torch.equal(found, model[2](h))
+
+
 class OwnAdd:
     """Add, as a user writes it."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple, final
 
@@ -23,8 +23,9 @@ from actsteer.sites.resolve import resolve
 from actsteer.sites.shards import is_alone
 from actsteer.sites.wrappers import unwrapped
 from actsteer.tokens.inputs import signature_of
+from actsteer.tokens.order import places
 from actsteer.tokens.passes import Pass, Passes, groups
-from actsteer.tokens.positions import Positions, check, chosen
+from actsteer.tokens.positions import Positions, check
 from actsteer.tokens.real import real_at
 from actsteer.tokens.tokens import Tokens
 from actsteer.tokens.whose import Masks, said_of
@@ -268,7 +269,7 @@ class _Listener:
             return _Choice(order, None, owners[texts.places[:, 0]], others, texts)
         if ordered and tokens.real is None:
             return _Choice(order, None, owners.repeat_interleave(others), others)
-        where = _where(positions, tokens).to(whole.device)
+        where = places(positions, tokens).to(whole.device)
         return _Choice(order, where, owners[where].repeat_interleave(others), others)
 
     def _order(
@@ -285,11 +286,11 @@ class _Listener:
             elif asked.rows is not None and asked.tokens[:1] == (asked.rows,) and count == math.prod(asked.tokens):
                 batch, length = asked.tokens[0], count // max(1, asked.rows)
             return (0, 1), batch, length, 1
-        first = [own - (own > frame.axis) for own in (rows, frame.token_axis) if own is not None]
-        rest = [own for own in range(rank - 1) if own not in first]
-        size = math.prod(whole.shape[own] for own in rest)
-        length, others = (size, 1) if frame.token_axis is None else (whole.shape[first[1]], size)
-        return (*first, *rest, rank - 1), whole.shape[first[0]], length, others
+        first, *rest = frame.order[:-1]
+        if frame.token_axis is None:
+            return frame.order, whole.shape[first], math.prod(whole.shape[own] for own in rest), 1
+        tokens_at, *rest = rest
+        return frame.order, whole.shape[first], whole.shape[tokens_at], math.prod(whole.shape[own] for own in rest)
 
     def _check_everything(self, positions: Positions, whole: Tensor, *, packed: bool = False) -> None:
         if not (isinstance(positions, str) and positions in ("all", "prompt")):
@@ -298,13 +299,6 @@ class _Listener:
                 f"site {self.place.site!r}: positions={positions!r} of an activation that {what}; choose a site whose "
                 "activation has the shape (rows, positions, d), or positions='all'"
             )
-
-
-def _where(positions: Positions, tokens: Tokens) -> Int[Tensor, " n"]:
-    """Which of all tokens in a line are meant; of several indices, row by row, in their order."""
-    several = positions if isinstance(positions, Sequence) and not isinstance(positions, str) else [positions]
-    found = [chosen(own, tokens).expand(tokens.rows, tokens.length).flatten().nonzero()[:, 0] for own in several]
-    return torch.stack(found, dim=1).flatten()
 
 
 def _texts(tokens: Tokens, *, device: torch.device) -> _Texts:

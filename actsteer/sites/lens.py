@@ -234,6 +234,13 @@ class Frame:
             return None
         return last.movedim(self.row_axis - (self.row_axis > self.axis), 0)
 
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The axes of an activation whose features are last in the order of rows, tokens, any others, and features."""
+        known = (self.row_axis, self.token_axis) if self.row_axis != self.axis else ()
+        first = [own - (own > self.axis) for own in known if own is not None]
+        return (*first, *(own for own in range(len(self.shape)) if own not in first))
+
     def vectors(self, delta: Float[Tensor, "*B d"], *, copies: int = 1) -> Tensor:
         """(d,) on the axis of the features; or (B, d), one per row, on that and the axis of the rows."""
         shape = [1] * len(self.shape)

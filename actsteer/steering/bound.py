@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, TypeAlias, final
 
 import torch
@@ -13,9 +14,11 @@ from actsteer.errors import ShapeError, StrengthError, ZeroDirectionError
 from actsteer.private_names import is_functorch_wrapped
 from actsteer.sites.device import brought
 from actsteer.sites.lens import Frame, View
-from actsteer.steering.interventions.intervention import Intervention, prepared
+from actsteer.steering.at_tokens import at_tokens
+from actsteer.steering.interventions.intervention import Intervention, Placed, prepared
 from actsteer.steering.strength import weighted, without_autocast
 from actsteer.tokens.passes import Pass
+from actsteer.tokens.positions import Positions
 from actsteer.tokens.real import real_at
 
 _is_compiling = torch.compiler.is_compiling
@@ -42,12 +45,13 @@ class Amount:
         decide: what its gate decides of the activation.
         place: its place in the bank, under which a pass has its dose.
         is_by_token: whether a pass has one.
+        at: its positions.
     """
 
-    __slots__ = ("c", "decide", "is_by_token", "place")
+    __slots__ = ("at", "c", "decide", "is_by_token", "place")
 
-    def __init__(self, c: Tensor, decide: Decide | None, *, place: int, is_by_token: bool) -> None:
-        self.c, self.decide, self.place, self.is_by_token = c, decide, place, is_by_token
+    def __init__(self, c: Tensor, decide: Decide | None, *, place: int, is_by_token: bool, at: Positions) -> None:
+        self.c, self.decide, self.place, self.is_by_token, self.at = c, decide, place, is_by_token, at
 
     @property
     def is_number(self) -> bool:
@@ -247,6 +251,8 @@ def applied(
             c = c if real is None else torch.where(real, c.to(last.device), 0.0)
             if c.ndim:  # a number for all stays on the CPU: reading it waits for no other device
                 c = brought(c, last.device, last.dtype).movedim(frame.axis, -1)
+            if isinstance(intervention, Placed):
+                intervention = intervention.placed(partial(at_tokens, frame=frame, now=now, positions=amount.at))
             last = edited_by(intervention, last, direction, c)
         return last
 
@@ -276,6 +282,8 @@ def _known(
         return None
     if not amount.c:
         return lambda h: h
+    if isinstance(intervention, Placed):
+        return None
     if direction.requires_grad:
         return lambda h: intervention(h, direction, amount.c)
     try:

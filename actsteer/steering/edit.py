@@ -21,7 +21,7 @@ from actsteer.steering.bound import Amount, Bound, Decide, Run, applied, has_no_
 from actsteer.steering.checkpointing import Checkpointing
 from actsteer.steering.directions import Directions
 from actsteer.steering.interventions.add import Add
-from actsteer.steering.interventions.intervention import Intervention
+from actsteer.steering.interventions.intervention import Intervention, Placed
 from actsteer.steering.limits import check_direction, check_dtype, check_strength, check_sum
 from actsteer.steering.reader import GateReader, Reader
 from actsteer.steering.strength import PerConcept, Terms
@@ -52,10 +52,10 @@ class SiteEdit:
     """
 
     __slots__ = (
-        *("_apart", "_asks", "_by_row", "_by_token", "_checkpointing", "_device", "_directed", "_directions"),
-        *("_exported", "_given", "_in_range", "_kept", "_stack", "_strengths", "_terms", "_traced_shift"),
-        *("_whole", "changed", "constant", "fired", "gates", "in_place", "interventions", "is_sum", "lens"),
-        "passes",
+        *("_apart", "_asks", "_by_row", "_by_token", "_checkpointing", "_device", "_directed"),
+        *("_directions", "_exported", "_given", "_in_range", "_kept", "_stack", "_strengths", "_terms"),
+        *("_traced_shift", "_whole", "changed", "constant", "fired", "gates", "has_values", "in_place"),
+        *("interventions", "is_sum", "lens", "passes"),
     )
 
     def __init__(
@@ -73,6 +73,7 @@ class SiteEdit:
         self.interventions = interventions
         kinds = {id(own): own for own in interventions}.values()
         self.is_sum = all(isinstance(own, Add) and not own.relative for own in kinds)  # of terms without h
+        self.has_values = any(isinstance(own, Placed) for own in kinds)  # for some tokens, or rows
         self.fired = Fired.NO
         self.in_place = False  # new strengths are written into the tensors that compiled code reads already
         self.changed: Callable[[], None] | None = None  # called after new strengths
@@ -209,7 +210,7 @@ class SiteEdit:
             self.constant = constant
             self._strengths = [strengths.at(own).clone() for own in others]
             self._bring()
-        self._asks = self.passes.sees_inputs or self._by_token or self._by_row or bool(self.gates)
+        self._asks = self.passes.sees_inputs or self._by_token or self._by_row or self.has_values or bool(self.gates)
         self._kept = self._in_range = None
         if self.changed is not None:
             self.changed()
@@ -225,9 +226,8 @@ class SiteEdit:
 
     def expect_on(self, device: torch.device | None) -> None:
         """The activations are likely to be on this device: there compiled code finds what it adds."""
-        if device != self._device:
-            self._device = device
-            self._bring()
+        self._device = device
+        self._bring()
 
     def hold(self) -> None:
         """From now on write new strengths into the tensors that compiled code and CUDA graphs read, on the device."""
@@ -313,8 +313,9 @@ class SiteEdit:
         self._check_range(view.part.dtype)
         others = self._directions.others
         places = [self._stack.concepts[own] for own in others]
+        at = self.passes.positions
         amounts = [
-            Amount(c, self._decide(own, view), place=place, is_by_token=self._is_placed(own))
+            Amount(c, self._decide(own, view), place=place, is_by_token=self._is_placed(own), at=at.get(place, "all"))
             for c, own, place in zip(self._strengths, others, places, strict=True)
         ]
         rows = self._directions.cast(None, None, view.part.device) if others else None

@@ -249,8 +249,9 @@ def make_plan(
                 for edit in users
             )
         )
-    for site in read:
-        passes_of[site].is_read = True
+    placed = [site for site, edit in edits.items() if edit.has_values]
+    for site in (*read, *placed):
+        passes_of[site].is_asked = True
     return Plan(model, bank, edits, distinct, passes, axes)
 
 

@@ -101,6 +101,7 @@ SPREAD = {
     "a word": "last",
     "an index": -2,
     "indices": [0, 3],
+    "indices of each row": [[0, 3], [1, -1], [4, 2]],
     "a slice": slice(1, None, 2),
     "a mask": torch.tensor([True, False, True, True, False]),
     "for each": {"kind": "prompt", "calm": slice(None, 2)},
