@@ -6,13 +6,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-PANEL = 512
+PANEL = 256
 
 
-def add_product(matrix: Float[Tensor, "d d"], left: Float[Tensor, "n d"], right: Float[Tensor, "n d"]) -> None:
-    """Add leftᵀ right, which is symmetric, to the lower half of `matrix`, in place."""
+def add_square(matrix: Float[Tensor, "d d"], rows: Float[Tensor, "n d"]) -> None:
+    """Add rowsᵀ rows to the lower half of `matrix`, and to what of the upper one lies in its panels, in place."""
     for start in range(0, len(matrix), PANEL):
-        matrix[start:, start : start + PANEL].addmm_(left[:, start:].T, right[:, start : start + PANEL])
+        matrix[start:, start : start + PANEL].addmm_(rows[:, start:].T, rows[:, start : start + PANEL])
 
 
 def times(matrix: Float[Tensor, "d d"], vector: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
@@ -20,10 +20,9 @@ def times(matrix: Float[Tensor, "d d"], vector: Float[Tensor, " d"]) -> Float[Te
     result = torch.zeros_like(vector)
     for start in range(0, len(matrix), PANEL):
         end = start + PANEL
-        result[start:end] += whole(matrix[start:end, start:end]) @ vector[start:end]
-        below = matrix[end:, start:end]
-        result[end:] += below @ vector[start:end]
-        result[start:end] += below.T @ vector[end:]
+        panel = matrix[start:, start:end]
+        result[start:] += panel @ vector[start:end]
+        result[start:end] += panel[PANEL:].T @ vector[end:]
     return result
 
 
