@@ -92,14 +92,14 @@ def fit(
     if one_by_one:
         _check_one_by_one(one_by_one, chosen)
         first, options = _first(negative, batch_size)[0], options | {"progress": progress}
-        if one_by_one is True:
-            _check_repeats(positive)
-        else:
+        if one_by_one == "negative":
             goal = collect(model, positive, sites=sites, covariance=COVARIANCE[chosen.reads], **where, **options)
+        else:
+            _check_repeats(positive)
 
         def fitted(site: str) -> Result:
             here = options | {name: said_at(said, (site,)) for name, said in where.items()} | {"sites": site}
-            if one_by_one is True:
+            if one_by_one != "negative":
                 return fit(model, positive=positive, negative=negative, estimator=chosen, concept=concept, **here)
             toward = Statistics({site: goal[site]}, metadata=goal.metadata)
             away = collect(model, negative, covariance=COVARIANCE[chosen.reads], **here)
