@@ -43,6 +43,7 @@ from actsteer.estimators.layer_mean import LayerMean as LayerMean
 from actsteer.estimators.logistic_direction import LogisticDirection as LogisticDirection
 from actsteer.estimators.mean_difference import MeanDifference as MeanDifference
 from actsteer.estimators.null_space import NullSpace as NullSpace
+from actsteer.estimators.one_by_one import one_by_one as one_by_one
 from actsteer.estimators.optimize import optimize as optimize
 from actsteer.estimators.paired_map import PairedMap as PairedMap
 from actsteer.estimators.principal_direction import PrincipalDirection as PrincipalDirection

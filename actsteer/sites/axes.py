@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, TypeAlias
@@ -219,6 +219,11 @@ def _by_site(word: str, axis: Axes | None, places: Mapping[str, Place]) -> Mappi
         if not isinstance(chosen, int) or isinstance(chosen, bool):
             raise TypeError(f"{word}: expected an int for site {site!r}, got {chosen!r}")
     return axis or {}
+
+
+def said_at(said: Any, sites: Container[str]) -> Any:
+    """What is said of all sites, or site -> what is said of it, as far as it is of these sites."""
+    return {site: own for site, own in said.items() if site in sites} if isinstance(said, Mapping) else said
 
 
 def _evidence(model: nn.Module, place: Place) -> tuple[tuple[tuple[int, int], ...], bool]:

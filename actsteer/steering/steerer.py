@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from actsteer.collecting.batches import Batches
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import AttachedError, UnsupportedModelError
-from actsteer.sites.axes import Axes
+from actsteer.sites.axes import Axes, said_at
 from actsteer.sites.place import Side
 from actsteer.sites.resolve import Sites
 from actsteer.sites.tap import lock
@@ -184,12 +184,8 @@ class Steerer:
 
     def on(self, model: nn.Module, *, sites: Sequence[str]) -> Steerer:
         """The same steering, of another model of this architecture, at some of the sites."""
-        axes = {site: axis for site, axis in self.axes.items() if site in sites}
-        tells = {
-            name: {site: said for site, said in own.items() if site in sites} if isinstance(own, Mapping) else own
-            for name, own in self._tells.items()
-        }
-        return Steerer(model, of_any_model(self.bank), **self._arguments()[2] | tells | {"sites": sites, "axis": axes})
+        tells = {name: said_at(own, sites) for name, own in (self._tells | {"axis": self.axes}).items()}
+        return Steerer(model, of_any_model(self.bank), **self._arguments()[2] | tells | {"sites": sites})
 
     def choices(self) -> dict[str, Choice]:
         """Site -> the backend that would serve it now, and why.

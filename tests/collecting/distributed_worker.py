@@ -30,15 +30,18 @@ from actsteer import (
     Centroids,
     ConceptErasure,
     DistributedError,
+    LowRank,
     MeanDifference,
     PairedMap,
     SiteNotFoundError,
     Statistics,
+    Steerer,
     WhitenedMeanDifference,
     collect,
     collect_differences,
     collect_joint,
     fit,
+    one_by_one,
     record,
 )
 
@@ -233,6 +236,24 @@ def tensor_parallel_ranks_count_once() -> None:
     same(seen.all_reduce().all_reduce(), truth())
     v = fit(network, positive=data(), negative=-data(), sites="2", progress=False)
     assert v.allclose(fit(model(), positive=data(), negative=-data(), sites="2", progress=False))
+
+
+@check
+def sites_are_fitted_one_by_one_from_shares() -> None:
+    network, rows, labels = model(), data(), (data()[:, 0] > 5).long()
+
+    def erased(site: str, which: slice) -> LowRank:
+        seen = collect(network, rows[which], by=labels[which], sites=site, covariance=True, progress=False)
+        return ConceptErasure().classes(seen if which == slice(None) else seen.all_reduce())
+
+    shared, alone = (
+        one_by_one(network, rows[:2], sites=["0", "1", "2"], fitted=functools.partial(erased, which=which))
+        for which in (slice(rank, None, world), slice(None))
+    )
+    with Steerer(network, shared):
+        seen = gather(network, rows)
+    with Steerer(network, alone):
+        same(seen, gather(network, rows))
 
 
 @check

@@ -103,6 +103,13 @@ class Affine:
         """The same edit with other metadata."""
         return Affine({site: self[site] for site in self._parts}, metadata=metadata)
 
+    def __or__(self, other: object) -> Affine:
+        """The edits of both; where both have a site, the right one's stands, as in a dict."""
+        if not isinstance(other, Affine):
+            return NotImplemented
+        described = (self.constant + other.constant).metadata
+        return Affine({site: edit[site] for edit in (self, other) for site in edit.sites}, metadata=described)
+
     def saved(self) -> dict[str, Any]:
         """What it is made with; see `Saved`."""
         return {"maps": {site: self[site] for site in self._parts}, "metadata": self.metadata}

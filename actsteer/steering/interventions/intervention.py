@@ -129,7 +129,8 @@ class PerSite(Protocol):
 class Edit(PerSite, Protocol):
     """An intervention that has its sites, and takes the place of vectors in `Steerer(model, edit)`.
 
-    An estimator may return one in the place of a SteeringVector, and `fit` names it by `described`.
+    An estimator may return one in the place of a SteeringVector, and `fit` names it by `described`. With `one | other`,
+    which has the sites of both, it may be fitted `one_by_one` too.
 
     >>> import torch
     >>> from torch import nn

@@ -110,6 +110,13 @@ class LowRank:
         """What is added whatever the activation, Uᵀ b: the part of the edit that is plain steering."""
         return SteeringVector({site: p.adds.T @ p.offsets for site, p in self._parts.items()}, metadata=self._metadata)
 
+    def __or__(self, other: object) -> LowRank:
+        """The edits of both; where both have a site, the right one's stands, as in a dict."""
+        if not isinstance(other, LowRank):
+            return NotImplemented
+        described = (self.constant + other.constant).metadata
+        return LowRank({site: edit[site] for edit in (self, other) for site in edit.sites}, metadata=described)
+
     def saved(self) -> dict[str, Any]:
         """What it is made with; see `Saved`."""
         sites = {site: self[site] for site in self._parts} or None
