@@ -41,6 +41,8 @@ from actsteer.estimators.mean_difference import MeanDifference as MeanDifference
 from actsteer.estimators.moment_matching import MomentMatching as MomentMatching
 from actsteer.estimators.null_space import NullSpace as NullSpace
 from actsteer.estimators.optimize import optimize as optimize
+from actsteer.estimators.preference import preference as preference
+from actsteer.estimators.preference import preference_shift as preference_shift
 from actsteer.estimators.principal_direction import PrincipalDirection as PrincipalDirection
 from actsteer.estimators.retention import Retain as Retain
 from actsteer.estimators.ridge_direction import RidgeDirection as RidgeDirection
