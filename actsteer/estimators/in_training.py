@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, final
+from typing import Any, Protocol, final, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -25,6 +25,7 @@ from actsteer.vectors.bank import VectorBank
 from actsteer.vectors.vector import SteeringVector
 
 
+@runtime_checkable
 class InTraining(Protocol):
     """A vector or an edit whose numbers are leaf tensors, in float32 at least."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, final
 
@@ -35,14 +35,9 @@ class Measured:
         self._asked = asked_for(loss)
         self._activations = None if reads is None else _Activations(steerer.model, reads)
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Hear what it reads, after the steering, which is attached already."""
-        if self._activations is None:
-            yield
-        else:
-            with self._activations.heard():
-                yield
+    def attached(self) -> AbstractContextManager[None]:
+        """A block in which it hears what it reads, after the steering, which is attached already."""
+        return nullcontext() if self._activations is None else self._activations.heard()
 
     def __call__(self, batch: Any, target: Any) -> Tensor:
         """The loss at the steerer's strength."""

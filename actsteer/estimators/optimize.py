@@ -221,8 +221,8 @@ def _checked_strengths(c: Any) -> tuple[float, ...]:
 def _rounds(strengths: Sequence[float], generator: torch.Generator | None) -> Iterator[float]:
     """One after another without end, each once in every round, in an order that is drawn anew."""
     while True:
-        order = torch.randperm(len(strengths), generator=generator) if len(strengths) > 1 else torch.zeros(1)
-        yield from (strengths[int(place)] for place in order)
+        order = [0] if len(strengths) == 1 else torch.randperm(len(strengths), generator=generator).tolist()
+        yield from (strengths[place] for place in order)
 
 
 def in_single(zeros: SteeringVector, start: SteeringVector | None = None) -> SteeringVector:
