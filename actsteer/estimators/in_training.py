@@ -170,8 +170,8 @@ class SteeringInTraining:
         self._steering = steering
         self._given = gates_of(steering.vectors, steering.gate).get(self._concept)
         given = self._given
-        each = [given.at(site) for site in given.sites] if isinstance(given, AtSites) else [given] if given else []
-        self._softs = {id(own): _SoftInTraining(own) for own in each}
+        each = [given.at(site) for site in given.sites] if isinstance(given, AtSites) else [given]
+        self._softs = {id(own): _SoftInTraining(own) for own in each if own is not None}
         self._inner: InTraining
 
     def options(self, *, gate: AnyGate | None, positions: Positions | None) -> tuple[AnyGate | None, Positions | None]:
@@ -208,9 +208,9 @@ class SteeringInTraining:
 
     def result(self, metadata: Mapping[str, str]) -> Steering:
         """The steering as it is now."""
-        found, gate = self._inner.result(metadata), self._gate({key: own.result() for key, own in self._softs.items()})
+        found, softs = self._inner.result(metadata), {key: own.result(metadata) for key, own in self._softs.items()}
         vectors: Any = found if isinstance(found, LowRank) else VectorBank({self._concept: found})
-        return replace(self._steering, vectors=vectors, intervention=None, gate=gate)
+        return replace(self._steering, vectors=vectors, intervention=None, gate=self._gate(softs))
 
     def _gate(self, instead: Mapping[int, Gate]) -> AnyGate | None:
         """The steering's gate, with these in the places of the soft ones."""
@@ -241,8 +241,8 @@ class _SoftInTraining:
         return torch.sigmoid(rows @ weights + offset)
 
     @torch.no_grad()
-    def result(self) -> Soft:
+    def result(self, metadata: Mapping[str, str]) -> Soft:
         """The gate as it is now."""
-        metadata = dict(self.metadata) | {"estimator": "optimize", f"offset {self.site}": repr(float(self.leaves[1]))}
-        vector = SteeringVector({self.site: self.leaves[0]}, metadata=metadata)
+        known = self.metadata | dict(metadata) | {f"offset {self.site}": repr(float(self.leaves[1]))}
+        vector = SteeringVector({self.site: self.leaves[0]}, metadata=known)
         return Soft(ProbeAbove(vector, per=self.per))

@@ -107,6 +107,8 @@ def optimize(
         SiteNotFoundError, BatchError, LossError: no such site; batches or a loss that cannot be used.
         StatisticsError: a site never ran.
         ShapeError: the result is not finite, because the loss diverged; `train` is of another size.
+        ValueError: a strength of 0.
+        TypeError: what cannot be trained.
 
     Source: steering vectors by gradient, Subramani et al. 2022; bias-only tuning, BitFit, Ben Zaken et al. 2022;
     low-rank edits, ReFT, Wu et al. 2024; both directions, BiPO, Cao et al. 2024, and RePS, Wu et al. 2025; a gate
@@ -212,7 +214,7 @@ def _check(train: Any, *, steps: int, lr: float, max_norm: float | None, l2: flo
 
 
 def _checked_strengths(c: Any) -> tuple[float, ...]:
-    strengths = tuple(finite(strength, "c") for strength in (c if isinstance(c, Sequence) else (c,)))
+    strengths = tuple(finite(strength, "c") for strength in ((c,) if isinstance(c, int | float) else c))
     if not strengths or not all(strengths):
         raise ValueError(f"c: expected a number other than 0, with which nothing is steered, or several, got {c!r}")
     return strengths

@@ -15,6 +15,8 @@ from actsteer.errors import BatchError, LossError
 
 Loss: TypeAlias = Callable[..., Tensor]
 """`loss(output)` or `loss(output, target)`, 0-dim; with parameters `c` and `plain`, if it asks for these by name."""
+TOLD = frozenset({"c", "plain"})
+"""What a loss is told if it has a parameter of this name: the strength, and what the unsteered model gives."""
 Targets: TypeAlias = Tensor | Mapping[str, Tensor] | Iterable[Any]
 """One for each row of a tensor, in a tensor or in a mapping of tensors; for each batch of an iterable; or for the one
 call that a mapping or a tuple is."""
@@ -92,10 +94,6 @@ def takes_target(loss: Loss) -> bool:
 def asked_for(loss: Loss) -> frozenset[str]:
     """Which of `TOLD` the loss has as parameters without a default."""
     return frozenset(p.name for p in _needed(loss)) & TOLD
-
-
-TOLD = frozenset({"c", "plain"})
-"""What a loss is told if it has a parameter of this name: the strength, and what the unsteered model gives."""
 
 
 def _needed(loss: Loss) -> list[inspect.Parameter]:

@@ -155,6 +155,8 @@ def preference_batches(
     """
     if not answers or any(isinstance(own, str) or len(own) != 3 for own in answers):
         raise BatchError("answers: expected one or more of (prompt, chosen answer, rejected answer)")
+    if batch_size < 1:
+        raise BatchError(f"batch_size: expected 1 or more, got {batch_size}")
     rows: list[Tensor] = []
     targets: list[tuple[Tensor, Tensor]] = []
     for start in range(0, len(answers), batch_size):

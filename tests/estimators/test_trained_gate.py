@@ -122,7 +122,7 @@ def test_the_start_is_the_gate_that_was_given_whatever_its_width_and_threshold()
     found = trained(Steering(V.select("1"), gate=start), sites="1", steps=1, lr=1e-9).gate
     x = torch.randn(5, D)
     torch.testing.assert_close(found(x), start(x))
-    assert found.per == "token" and found.site == "1"
+    assert found.per == "token" and found.site == "1" and found.metadata["model"].startswith("Sequential:")
 
 
 def test_what_is_given_stays_as_it_is_and_so_does_the_model():

@@ -96,6 +96,11 @@ def test_what_is_no_pair_of_answers_is_refused(answers, message):
         preference_batches(tokenizer(), answers)
 
 
+def test_a_batch_has_a_pair_at_least():
+    with pytest.raises(BatchError, match="batch_size: expected 1 or more, got 0"):
+        preference_batches(tokenizer(), ANSWERS, batch_size=0)
+
+
 CHEERFUL = [
     (
         "How was your day?",
