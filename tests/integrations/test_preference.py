@@ -128,7 +128,7 @@ def test_smollm_prefers_cheerful_answers_at_c_and_gloomy_ones_at_minus_c():
     """To prompts that it was not trained on."""
     model, made = load()
     batches, targets = preference_batches(made, CHEERFUL, batch_size=3, chat=True)
-    options = {"sites": "model.layers.12", "max_norm": 15.0, "steps": 24, "lr": 0.5, "progress": False}
+    options = {"sites": "model.layers.12", "max_norm": 15.0, "steps": 16, "lr": 0.5, "progress": False}
     generator = torch.Generator().manual_seed(0)
     v = optimize(model, batches, targets=targets, loss=preference_shift, c=[-1, 1], generator=generator, **options)
     up, plain, down = (preferred(model, v, HELD_OUT, c, made) for c in (1, 0, -1))
