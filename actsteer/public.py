@@ -31,6 +31,7 @@ from actsteer.errors import UnsupportedModelError as UnsupportedModelError
 from actsteer.errors import ZeroDirectionError as ZeroDirectionError
 from actsteer.estimators.align import align as align
 from actsteer.estimators.centroids import Centroids as Centroids
+from actsteer.estimators.choose_sites import choose_sites as choose_sites
 from actsteer.estimators.concept_erasure import ConceptErasure as ConceptErasure
 from actsteer.estimators.discover import discover as discover
 from actsteer.estimators.estimator import Estimator as Estimator

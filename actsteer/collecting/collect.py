@@ -16,13 +16,14 @@ from actsteer.collecting.classes import ClassStatistics, Label
 from actsteer.collecting.labels import Labels, labelled
 from actsteer.collecting.moments import Covariance, Moments, absorb
 from actsteer.collecting.observe import Observation, Step
-from actsteer.collecting.processes import announced, in_step, is_alone, replicas
+from actsteer.collecting.processes import announced, in_step
 from actsteer.collecting.resume import Checkpoint, code_of, weights
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import StatisticsError
 from actsteer.sites import fingerprint
 from actsteer.sites.axes import Axes
 from actsteer.sites.resolve import Sites, find_sites
+from actsteer.sites.shards import is_alone, replicas
 from actsteer.tokens.positions import Positions, described
 from actsteer.tokens.whose import Masks
 

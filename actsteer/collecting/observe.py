@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from actsteer.collecting.batches import arguments, call, first_shape
 from actsteer.collecting.eval_mode import eval_mode
-from actsteer.collecting.processes import is_alone
 from actsteer.collecting.stop import Stop, Stopper, must_finish
 from actsteer.errors import BatchError, ShapeError, StatisticsError
 from actsteer.sites.axes import Axes, Layout, layouts
@@ -21,6 +20,7 @@ from actsteer.sites.lens import Frame, Lens, packed_rows
 from actsteer.sites.listen import likely_cause, listen
 from actsteer.sites.place import Place
 from actsteer.sites.resolve import resolve
+from actsteer.sites.shards import is_alone
 from actsteer.sites.wrappers import unwrapped
 from actsteer.tokens.inputs import signature_of
 from actsteer.tokens.passes import Pass, Passes, groups
@@ -177,7 +177,8 @@ class _Listener:
         self._lens, self._passes = Lens(place, layout), passes
         self._frame: Frame | None = None  # the last one, whose axis is noticed
         is_converted = getattr(place.module, "hook_conversion", None) is not None
-        self._is_plain = place.side == "out" and not place.path and not is_converted and is_alone()
+        is_whole = not place.path and place.features is None
+        self._is_plain = place.side == "out" and is_whole and not is_converted and is_alone()
         """Whether a tensor that the module gives is the activation, as its users see it."""
 
     def __call__(self, module: nn.Module, args: Any, last: Any) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from actsteer.errors import PositionsError, StrengthError
 from actsteer.sites.axes import sequence_first
+from actsteer.sites.device import brought
 from actsteer.sites.place import Place
 from actsteer.sites.wrappers import unwrapped
 from actsteer.tokens.current import Current
@@ -308,15 +309,15 @@ class Passes:
     def _amounts(self, place: int, tokens: Tokens, generation: Generation | None) -> Float[Tensor, "_ S"] | None:
         by_column, first = self._by_column.get(place), self._first.get(place)
         if by_column is not None:
-            return _columns_of(by_column, tokens).to(tokens.device)
+            return brought(_columns_of(by_column, tokens), tokens.device)
         if first is None:
             return None
         if generation is None or self.whose.kind == "encoder":
             tokens.check_known()
-            return first.to(tokens.device).expand(1, tokens.length)
+            return brought(first, tokens.device).expand(1, tokens.length)
         schedule = self._schedules[place]  # a function, which compiled code must not see, or each is compiled anew
         amounts = torch.stack([first if step == 0 else schedule(step) for step in tokens.steps])
-        return amounts.to(tokens.device)[None]
+        return brought(amounts, tokens.device)[None]
 
 
 def groups(

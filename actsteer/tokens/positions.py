@@ -11,6 +11,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from actsteer.errors import BatchError, PositionsError, ShapeError
+from actsteer.sites.device import brought
 from actsteer.tokens.tokens import Tokens
 
 Words: TypeAlias = Literal["all", "last", "mean", "prompt", "generated"]
@@ -221,7 +222,7 @@ def _masked(mask: Tensor, tokens: Tokens) -> Tensor:
         )
     if not isinstance(tokens.start, int):
         raise PositionsError("positions: a mask needs a cache whose length is a number; use model.generate")
-    part = whole.to(tokens.device)[:, tokens.start : tokens.start + tokens.length]
+    part = brought(whole, tokens.device)[:, tokens.start : tokens.start + tokens.length]
     return torch.nn.functional.pad(part, (0, tokens.length - part.shape[1]))
 
 
@@ -235,4 +236,4 @@ def _computed(mask: Any, tokens: Tokens) -> Tensor:
             f"positions: the callable gave a mask of shape {tuple(mask.shape)}, expected {tokens.rows} rows of "
             f"{tokens.start + tokens.length} positions"
         )
-    return whole.to(tokens.device)[:, tokens.start :]
+    return brought(whole, tokens.device)[:, tokens.start :]

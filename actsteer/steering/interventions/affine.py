@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from actsteer.errors import ShapeError, SiteNotFoundError, close_names
+from actsteer.sites.device import brought
 from actsteer.steering.alone import load_edit, save_edit
 from actsteer.vectors.vector import SteeringVector, named
 
@@ -29,7 +30,9 @@ class AffineAt:
         self, activation: Float[Tensor, "*batch d"], direction: Float[Tensor, " d"], c: Float[Tensor, ...]
     ) -> Float[Tensor, "*batch d"]:
         """The activation on its way to W h + b, which it is at c = 1."""
-        goal = linear(activation, self.weight.to(activation), self.bias.to(activation))
+        goal = linear(
+            activation, *(brought(part, activation.device, activation.dtype) for part in (self.weight, self.bias))
+        )
         return torch.lerp(activation, goal, c.to(activation))
 
     def prepare(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from actsteer.errors import ShapeError, SiteNotFoundError, close_names
+from actsteer.sites.device import brought
 from actsteer.steering.alone import load_edit, save_edit
 from actsteer.vectors.vector import SteeringVector, named
 
@@ -30,7 +31,8 @@ class LowRankAt:
         self, activation: Float[Tensor, "*batch d"], direction: Float[Tensor, " d"], c: Float[Tensor, ...]
     ) -> Float[Tensor, "*batch d"]:
         """The edited activation; the direction is not used."""
-        reads, adds, offsets = (part.to(activation) for part in (self.reads, self.adds, self.offsets))
+        parts = (self.reads, self.adds, self.offsets)
+        reads, adds, offsets = (brought(part, activation.device, activation.dtype) for part in parts)
         return activation + c * linear(linear(activation, reads, offsets), adds.T)
 
     def prepare(

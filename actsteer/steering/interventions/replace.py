@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from actsteer.errors import ShapeError, SiteNotFoundError, close_names
+from actsteer.sites.device import brought
 from actsteer.steering.alone import load_edit, save_edit
 from actsteer.vectors.vector import SteeringVector, named
 
@@ -32,7 +33,7 @@ class ReplaceAt:
                 f"Replace: an activation of shape {tuple(activation.shape)}, features last, and values of shape "
                 f"{tuple(self.values.shape)} for it; record them on a batch of this shape, or give one row (d,)"
             )
-        goal = self.values.to(activation).expand_as(activation)
+        goal = brought(self.values, activation.device, activation.dtype).expand_as(activation)
         return torch.lerp(activation, goal, c.to(activation))
 
 
