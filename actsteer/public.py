@@ -46,6 +46,8 @@ from actsteer.estimators.null_space import NullSpace as NullSpace
 from actsteer.estimators.one_by_one import one_by_one as one_by_one
 from actsteer.estimators.optimize import optimize as optimize
 from actsteer.estimators.paired_map import PairedMap as PairedMap
+from actsteer.estimators.preference import preference as preference
+from actsteer.estimators.preference import preference_shift as preference_shift
 from actsteer.estimators.principal_direction import PrincipalDirection as PrincipalDirection
 from actsteer.estimators.retention import Retain as Retain
 from actsteer.estimators.ridge_direction import RidgeDirection as RidgeDirection
@@ -65,10 +67,12 @@ from actsteer.sites.blocks import residual_writers as residual_writers
 from actsteer.sites.resolve import find_sites as find_sites
 from actsteer.steering.attached import detach_all as detach_all
 from actsteer.steering.attached import steerers as steerers
+from actsteer.steering.gates.at_sites import AtSites as AtSites
 from actsteer.steering.gates.cosine_above import CosineAbove as CosineAbove
 from actsteer.steering.gates.gate import Combination as Combination
 from actsteer.steering.gates.gate import Fitted as Fitted
 from actsteer.steering.gates.gate import Gate as Gate
+from actsteer.steering.gates.gate import GatePerSite as GatePerSite
 from actsteer.steering.gates.gate import PreparedGate as PreparedGate
 from actsteer.steering.gates.gate import ScoredGate as ScoredGate
 from actsteer.steering.gates.logic import And as And

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.stats import multivariate_normal
 from sklearn.covariance import ledoit_wolf_shrinkage
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import Tensor, nn
@@ -35,6 +36,16 @@ def discriminant(positive: Tensor, negative: Tensor, shrinkage: float) -> Array:
     labels = np.r_[np.ones(len(positive)), np.zeros(len(negative))]
     fitted = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage).fit(rows, labels)
     return np.asarray(fitted.coef_[0] * (n - 2) / n)
+
+
+def posterior(positive: Tensor, negative: Tensor, shrinkage: float, rows: Tensor) -> Array:
+    """How likely rows are of the positive side, of two equally frequent Gaussian ones of one covariance, by Bayes."""
+    pooled = pooled_covariance(positive, negative)
+    shrunk = (1 - shrinkage) * pooled + shrinkage * np.trace(pooled) / len(pooled) * np.eye(len(pooled))
+    sides = [
+        multivariate_normal(moments(side)[0], shrunk).logpdf(rows.double().numpy()) for side in (positive, negative)
+    ]
+    return np.asarray(1 / (1 + np.exp(sides[1] - sides[0])))
 
 
 def ledoit_wolf_of_classes(positive: Tensor, negative: Tensor) -> float:

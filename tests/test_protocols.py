@@ -12,11 +12,13 @@ from actsteer import (
     Add,
     Affine,
     And,
+    AtSites,
     Chain,
     Combination,
     Edit,
     Estimator,
     Gate,
+    GatePerSite,
     Intervention,
     KeepNorm,
     LowRank,
@@ -209,6 +211,18 @@ class Xor:
         return one ^ other
 
 
+class OwnPerSite:
+    """AtSites, as a user writes it, that makes its gate anew."""
+
+    sites = ("0",)
+
+    def __init__(self, gate):
+        self.gate = gate
+
+    def at(self, site):
+        return copy.copy(self.gate)
+
+
 TOKENS = torch.randn(3, 5, D, generator=G, dtype=torch.float64)
 
 
@@ -220,6 +234,9 @@ def test_a_gate_decides_as_ours_does(per, x):
     assert isinstance(own, Gate) and isinstance(own, ScoredGate)
     for wrap in (lambda gate: gate, Not, lambda gate: And(gate, other), lambda gate: {"kind": gate}, Soft):
         assert torch.equal(steered(x, gate=wrap(own)), steered(x, gate=wrap(ours)))
+    assert torch.equal(steered(x, gate=OwnPerSite(own)), steered(x, gate=AtSites({"0": ours})))
+    assert torch.equal(steered(x, gate=Not(OwnPerSite(own))), steered(x, gate=Not(ours)))
+    assert isinstance(OwnPerSite(own), GatePerSite) and isinstance(AtSites({"0": own}), GatePerSite)
     assert not torch.equal(steered(x, gate=own), steered(x))
     combined = Xor(own, other)
     assert isinstance(combined, Combination)

@@ -107,7 +107,7 @@ def text_batches(
         raise BatchError(f"batch_size: expected 1 or more, got {batch_size}")
     if truncation is not None and truncation < 1:
         raise BatchError(f"truncation: expected a number of tokens, 1 or more, got {truncation}")
-    encode = partial(_ids, tokenizer, chat=chat, continues=continue_final_message, truncation=truncation)
+    encode = partial(ids_of, tokenizer, chat=chat, continues=continue_final_message, truncation=truncation)
     if isinstance(texts, Dataset):
         return TextStream(texts, column, encode, batch_size, device)
     if isinstance(texts, str) or not texts:
@@ -192,7 +192,14 @@ def input_device(model: nn.Module) -> torch.device | None:
     return None if first is None or first.is_meta else first.device
 
 
-def _ids(tokenizer: Any, text: Text, *, chat: bool, continues: bool | None, truncation: int | None) -> Tensor:
+def ids_of(
+    tokenizer: Any, text: Text, *, chat: bool, continues: bool | None = None, truncation: int | None = None
+) -> Tensor:
+    """The token ids of a text, as `text_batches` describes.
+
+    Raises:
+        BatchError: it has none.
+    """
     if not chat:
         if not isinstance(text, str):
             raise BatchError(f"texts: expected a string, got {type(text).__name__}; pass chat=True for conversations")

@@ -1,21 +1,31 @@
-"""In training: what gradient descent moves, a direction at every site or a low-rank edit."""
+"""In training: what gradient descent moves, a direction at every site or a low-rank edit, and perhaps its gate."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol, final
+from dataclasses import replace
+from typing import Any, Protocol, final, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from actsteer.errors import ShapeError
+from actsteer.steering.gates.at_sites import AtSites
+from actsteer.steering.gates.gate import AnyGate, Gate
+from actsteer.steering.gates.probe_above import ProbeAbove
+from actsteer.steering.gates.soft import Soft
 from actsteer.steering.interventions.intervention import Intervention
 from actsteer.steering.interventions.low_rank import LowRank, LowRankAt
+from actsteer.steering.plan import gates_of
 from actsteer.steering.steerer import Steerer
+from actsteer.steering.steering import Steering
+from actsteer.tokens.positions import Positions
+from actsteer.vectors.bank import VectorBank
 from actsteer.vectors.vector import SteeringVector
 
 
+@runtime_checkable
 class InTraining(Protocol):
     """A vector or an edit whose numbers are leaf tensors, in float32 at least."""
 
@@ -138,3 +148,101 @@ class _Moving:
         self, activation: Float[Tensor, "*batch d"], direction: Float[Tensor, " d"], c: Float[Tensor, ...]
     ) -> Float[Tensor, "*batch d"]:
         return LowRankAt(self.reads, self.adds, self.offsets)(activation, direction, c)
+
+
+@final
+class SteeringInTraining:
+    """A steering by one vector or edit, with the soft gate that decides how much of it there is.
+
+    Raises:
+        TypeError: several concepts, another intervention than a LowRank, sites, or a gate that cannot be trained.
+    """
+
+    def __init__(self, steering: Steering) -> None:
+        edit = steering.intervention
+        if len(steering.vectors) != 1 or not isinstance(edit, LowRank | None) or steering.sites is not None:
+            raise TypeError(
+                "train: expected a Steering by one vector, which is added, or by one LowRank, with sites= left to "
+                f"optimize, got {steering!r}"
+            )
+        ((self._concept, vector),) = steering.vectors.items()
+        self.starts: SteeringVector | LowRank = vector if edit is None else edit
+        self._steering = steering
+        self._given = gates_of(steering.vectors, steering.gate).get(self._concept)
+        given = self._given
+        each = [given.at(site) for site in given.sites] if isinstance(given, AtSites) else [given]
+        self._softs = {id(own): _SoftInTraining(own) for own in each if own is not None}
+        self._inner: InTraining
+
+    def options(self, *, gate: AnyGate | None, positions: Positions | None) -> tuple[AnyGate | None, Positions | None]:
+        """The gate and the positions to steer with.
+
+        Raises:
+            TypeError: they are given here too.
+        """
+        if gate is not None or positions is not None:
+            raise TypeError("gate and positions: the Steering that is trained has them; leave them out")
+        chosen = self._steering.positions
+        return self._gate(self._softs), chosen.get(self._concept) if isinstance(chosen, Mapping) else chosen
+
+    @property
+    def c(self) -> float:
+        """The strength to steer with.
+
+        Raises:
+            TypeError: it is not one number.
+        """
+        if not isinstance(self._steering.c, int | float):
+            raise TypeError(f"c: expected a Steering with one number to train at, got {self._steering.c!r}; give c=")
+        return self._steering.c
+
+    def around(self, inner: InTraining) -> SteeringInTraining:
+        """Itself, with the vector or edit whose numbers move too."""
+        self._inner = inner
+        self.leaves = inner.leaves + [leaf for own in self._softs.values() for leaf in own.leaves]
+        return self
+
+    def penalty(self) -> Tensor:
+        """That of the vector or edit."""
+        return self._inner.penalty()
+
+    def result(self, metadata: Mapping[str, str]) -> Steering:
+        """The steering as it is now."""
+        found, softs = self._inner.result(metadata), {key: own.result(metadata) for key, own in self._softs.items()}
+        vectors: Any = found if isinstance(found, LowRank) else VectorBank({self._concept: found})
+        return replace(self._steering, vectors=vectors, intervention=None, gate=self._gate(softs))
+
+    def _gate(self, instead: Mapping[int, Gate]) -> AnyGate | None:
+        """The steering's gate, with these in the places of the soft ones."""
+        given = self._given
+        if isinstance(given, AtSites):
+            return AtSites({site: instead[id(given.at(site))] for site in given.sites})
+        return None if given is None else instead[id(given)]
+
+
+@final
+class _SoftInTraining:
+    """The weight σ(h · w + b), whose numbers move."""
+
+    def __init__(self, gate: Any) -> None:
+        if not isinstance(gate, Soft) or not isinstance(probe := gate.gate, ProbeAbove):
+            raise TypeError(
+                "train: expected the gate AtSites.soft(w), Soft(ProbeAbove(w)) or AtSites of such, got one with "
+                f"{gate!r}; a gate that is not to be trained goes into gate= of optimize, with train=vector"
+            )
+        self.site, self.per, self.metadata = gate.site, gate.per, probe.metadata
+        weights = probe.direction
+        weights = weights.to(torch.promote_types(weights.dtype, torch.float32)) / gate.width
+        self.leaves = [weights.requires_grad_(), weights.new_tensor((probe.offset - probe.threshold) / gate.width)]
+        self.leaves[1].requires_grad_()
+
+    def __call__(self, rows: Float[Tensor, "rows d"]) -> Float[Tensor, " rows"]:
+        weights, offset = (leaf.to(rows) for leaf in self.leaves)
+        return torch.sigmoid(rows @ weights + offset)
+
+    @torch.no_grad()
+    def result(self, metadata: Mapping[str, str]) -> Soft:
+        """The gate as it is now."""
+        known = self.metadata | dict(metadata) | {f"offset {self.site}": repr(float(self.leaves[1]))}
+        vector = SteeringVector({self.site: self.leaves[0]}, metadata=known)
+        return Soft(ProbeAbove(vector, per=self.per))

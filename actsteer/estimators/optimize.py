@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from time import monotonic
 from typing import Any, cast
 
@@ -11,12 +12,13 @@ from torch import Tensor, nn
 from tqdm.auto import trange
 from typing_extensions import TypeVar
 
-from actsteer.collecting.batches import Batches, call
+from actsteer.collecting.batches import Batches
 from actsteer.collecting.collect import described_axes
 from actsteer.collecting.eval_mode import eval_mode
 from actsteer.collecting.observe import Observation, Step
 from actsteer.errors import LossError, SiteNotFoundError
-from actsteer.estimators.in_training import Ball, InTraining, LowRankInTraining, VectorInTraining
+from actsteer.estimators.in_training import Ball, InTraining, LowRankInTraining, SteeringInTraining, VectorInTraining
+from actsteer.estimators.measured import Measured
 from actsteer.estimators.retention import Retain, divergence
 from actsteer.estimators.stream import Loss, Targets, check_loss, endless, takes_target
 from actsteer.estimators.validation import Best, Validation
@@ -25,7 +27,9 @@ from actsteer.sites.axes import Axes
 from actsteer.sites.resolve import Sites, find_sites
 from actsteer.steering.gates.gate import AnyGate
 from actsteer.steering.interventions.low_rank import LowRank
+from actsteer.steering.numbers import finite
 from actsteer.steering.steerer import Steerer
+from actsteer.steering.steering import Steering
 from actsteer.tokens.positions import Positions
 from actsteer.tokens.whose import Masks
 from actsteer.vectors.vector import SteeringVector
@@ -34,7 +38,7 @@ CHECKS = 20
 """How often the validation loss is looked at, in a run of all steps."""
 
 
-Trained = TypeVar("Trained", bound=SteeringVector | LowRank, default=SteeringVector)
+Trained = TypeVar("Trained", bound=SteeringVector | LowRank | Steering, default=SteeringVector)
 
 
 @torch.inference_mode(mode=False)
@@ -46,6 +50,8 @@ def optimize(
     loss: Loss,
     targets: Targets | None = None,
     train: Trained | None = None,
+    c: float | Sequence[float] | None = None,
+    reads: Sites | None = None,
     steps: int = 1000,
     lr: float = 0.02,
     batch_size: int = 256,
@@ -66,22 +72,29 @@ def optimize(
     """What is given as `train`, trained: it minimises loss(model(x)) while it steers, by Adam; the weights stay.
 
     The learning rate falls linearly to zero. The model runs in evaluation mode and is left untouched. Inside a
-    `with Steerer(...)` block it is trained on top of that steering.
+    `with Steerer(...)` block it is trained on top of that steering. With `c=[-1, 1]` and a loss that is told c, as
+    `preference`, it is trained to do at -c the contrary of what it does at c.
 
     Args:
         batches: as for `collect`; one tensor is shuffled anew in every epoch, an iterable is repeated in its order.
         sites: names, globs or a predicate; one direction, or edit, is trained at each.
         loss: `loss(output)`, or `loss(output, target)`; 0-dim. The target comes from `targets`; without them it is
-            the batch itself.
+            the batch itself. If it has a parameter `c`, without a default, it is told the strength of the step; a
+            parameter `plain`, what the unsteered model gives on the same batch.
         targets: what `loss` compares with, one for each row of a tensor, for each batch of an iterable, or for the one
             call that a mapping or a tuple is.
         train: a SteeringVector, from which training starts; a site that it lacks starts at zero, as all do where
             nothing is given. Or a LowRank edit: `LowRank(rank=4)` starts where it changes nothing, one that has sites
-            starts there.
+            starts there. Or a Steering by one of these, whose positions hold and whose gate is trained with it:
+            `Steering(v, gate=AtSites.soft(w))`, or one `Soft(ProbeAbove(w))` for all sites.
+        c: the strength, 1 or that of the Steering unless given; or several, of which every step takes another one, each
+            as often, in an order drawn anew in every round. The loss on validation data is the mean over them.
+        reads: sites whose activations the loss gets, site -> activation, in the place of the output: in its own shape
+            with the features last, as `record(keep_shape=True)` gives what they are compared with.
         steps: gradient steps, one batch each.
         lr: Adam's learning rate, in the activation's units per step.
         max_norm: the largest norm of the direction at each site, in the activation's units; of vectors alone.
-        l2: adds l2 · Σ ‖v_l‖² to the loss; of an edit, the squares of A and b.
+        l2: adds l2 · Σ ‖v_l‖² to the loss; of an edit, the squares of A and b; of a gate nothing.
         retain: other data, on which the answers are to stay; `Retain(data, weight=...)` says how much it counts.
         validation: other data, by whose loss the best is kept and training ends early; `Validation(data, targets=...,
             patience=...)` says with which targets and when.
@@ -94,9 +107,12 @@ def optimize(
         SiteNotFoundError, BatchError, LossError: no such site; batches or a loss that cannot be used.
         StatisticsError: a site never ran.
         ShapeError: the result is not finite, because the loss diverged; `train` is of another size.
+        ValueError: a strength of 0.
+        TypeError: what cannot be trained.
 
     Source: steering vectors by gradient, Subramani et al. 2022; bias-only tuning, BitFit, Ben Zaken et al. 2022;
-    low-rank edits, ReFT, Wu et al. 2024.
+    low-rank edits, ReFT, Wu et al. 2024; both directions, BiPO, Cao et al. 2024, and RePS, Wu et al. 2025; a gate
+    trained with the vector, DSAS, Ferrando et al. 2025.
 
     >>> model = nn.Sequential(nn.Identity(), nn.ReLU())
     >>> v = optimize(model, torch.zeros(4, 2), sites="0", loss=lambda output: (output - 1).square().mean(), lr=0.1,
@@ -106,8 +122,12 @@ def optimize(
     """
     if not callable(loss):
         raise TypeError(f"loss: expected a function of the output, or of output and target, got {loss!r}")
-    given = SteeringVector({}) if train is None else train
+    given: Any = SteeringVector({}) if train is None else train
+    whole = SteeringInTraining(train) if isinstance(train, Steering) else None
+    if whole is not None:
+        given, (gate, positions) = whole.starts, whole.options(gate=gate, positions=positions)
     _check(given, steps=steps, lr=lr, max_norm=max_norm, l2=l2)
+    strengths = _checked_strengths(c if c is not None else 1.0 if whole is None else whole.c)
     kept = retain if isinstance(retain, Retain | None) else Retain(retain)
     checked = validation if isinstance(validation, Validation | None) else Validation(validation)
     names = find_sites(model, sites)
@@ -120,38 +140,46 @@ def optimize(
     zeros = zeros_at(model, pair[0], names, axis, **where, positions="all" if positions is None else positions)
     begun = in_single(zeros, given if isinstance(given, SteeringVector) else None)
     low_rank = LowRankInTraining(given, zeros, generator) if isinstance(given, LowRank) else None
-    steerer = Steerer(model, begun, gate=gate, positions=positions, axis=axis, intervention=low_rank, **where)
+    how: dict[str, Any] = {"gate": gate, "positions": positions, "axis": axis, "intervention": low_rank, **where}
+    steerer = Steerer(model, begun, c=strengths[0], **how)
     moving: InTraining = low_rank or VectorInTraining(steerer, zeros)
     ball = None if max_norm is None else Ball(moving.leaves, max_norm)
-    optimizer = torch.optim.Adam(moving.leaves, lr=lr)
+    trained = moving if whole is None else whole.around(moving)
+    optimizer = torch.optim.Adam(trained.leaves, lr=lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     compares = targets is not None or takes_target(loss)
+    measured = Measured(loss, compares=compares, steerer=steerer, reads=reads)
 
-    def measured(batch: Any, target: Any) -> Tensor:
-        output = call(model, batch)
-        return loss(output, target) if compares else loss(output)
+    def at(strength: float, batch: Any, target: Any) -> Tensor:
+        if steerer.c != strength:
+            steerer.c = strength
+        return measured(batch, target)
 
-    best = None if checked is None else Best(checked, moving.leaves, batch_size)
-    with eval_mode(model, frozen=True), torch.enable_grad(), steerer:
+    def at_each(batch: Any, target: Any) -> float:
+        return sum(float(at(strength, batch, target)) for strength in strengths) / len(strengths)
+
+    best = None if checked is None else Best(checked, trained.leaves, batch_size)
+    drawn = _rounds(strengths, generator)
+    with eval_mode(model, frozen=True), torch.enable_grad(), steerer, measured.attached():
         if best is not None:
-            best.has_passed(measured)  # the start may be best
+            best.has_passed(at_each)  # the start may be best
         bar = trange(steps, desc="optimize", unit="step", disable=not progress, delay=2.0)
         due = monotonic() + 2.0
         for step in bar:
             if step:
                 pair = next(stream)
-            value = measured(*pair)
+            value = at(next(drawn), *pair)
             check_loss(value)
             if l2:
-                value = value + l2 * moving.penalty()
+                value = value + l2 * trained.penalty()
             if others is not None and kept is not None:
                 value = value + kept.weight * divergence(model, steerer, next(others)[0], mask=mask)
-            gradients = torch.autograd.grad(value, moving.leaves, allow_unused=True)
+            gradients = torch.autograd.grad(value, trained.leaves, allow_unused=True)
             if all(gradient is None for gradient in gradients):
                 raise LossError(
                     "loss: expected one that depends on what is trained; is the site used for the model's answer?"
                 )
-            for leaf, gradient in zip(moving.leaves, gradients, strict=True):
+            for leaf, gradient in zip(trained.leaves, gradients, strict=True):
                 leaf.grad = gradient
             if ball is not None:
                 ball.slide()
@@ -162,13 +190,15 @@ def optimize(
             if progress and (now := monotonic()) >= due:  # reading the loss waits for the device
                 bar.set_postfix(loss=f"{float(value.detach()):.4g}", refresh=False)
                 due = now + 0.2
-            if best is not None and (step + 1) % max(1, steps // CHECKS) == 0 and best.has_passed(measured):
+            if best is not None and (step + 1) % max(1, steps // CHECKS) == 0 and best.has_passed(at_each):
                 break
     if best is not None:
         best.restore()
     metadata = fingerprint.described(model) | {"estimator": "optimize", "steps": str(step + 1)} | zeros.metadata
+    if strengths != (1.0,):
+        metadata["strengths"] = ", ".join(f"{strength:g}" for strength in strengths)
     name = given.concept if concept is None else concept
-    return cast("Trained", moving.result(metadata | ({} if name is None else {"concept": name})))
+    return cast("Trained", trained.result(metadata | ({} if name is None else {"concept": name})))
 
 
 def _check(train: Any, *, steps: int, lr: float, max_norm: float | None, l2: float) -> None:
@@ -181,6 +211,20 @@ def _check(train: Any, *, steps: int, lr: float, max_norm: float | None, l2: flo
     for name, number in {"max_norm": max_norm, "l2": l2}.items():
         if number is not None and not (math.isfinite(number) and number >= 0):
             raise ValueError(f"{name}: expected a number >= 0, got {number}")
+
+
+def _checked_strengths(c: Any) -> tuple[float, ...]:
+    strengths = tuple(finite(strength, "c") for strength in ((c,) if isinstance(c, int | float) else c))
+    if not strengths or not all(strengths):
+        raise ValueError(f"c: expected a number other than 0, with which nothing is steered, or several, got {c!r}")
+    return strengths
+
+
+def _rounds(strengths: Sequence[float], generator: torch.Generator | None) -> Iterator[float]:
+    """One after another without end, each once in every round, in an order that is drawn anew."""
+    while True:
+        order = [0] if len(strengths) == 1 else torch.randperm(len(strengths), generator=generator).tolist()
+        yield from (strengths[place] for place in order)
 
 
 def in_single(zeros: SteeringVector, start: SteeringVector | None = None) -> SteeringVector:

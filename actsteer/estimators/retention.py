@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -13,6 +14,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from actsteer.collecting.batches import Batches, arguments, call
 from actsteer.errors import LossError
+from actsteer.steering.gates.gate import wide
 from actsteer.steering.steerer import Steerer
 from actsteer.tokens.passes import real_of
 from actsteer.tokens.whose import Masks
@@ -55,13 +57,9 @@ def divergence(model: nn.Module, steerer: Steerer, batch: Any, *, mask: Masks | 
     Raises:
         LossError: the output holds no such tensor.
     """
-    with torch.no_grad():
-        strength, steerer.c = steerer.c, 0.0
-        try:
-            plain = log_softmax(_logits(call(model, batch)), dim=-1)
-        finally:
-            steerer.c = strength
-    steered = log_softmax(_logits(call(model, batch)), dim=-1)
+    with unsteered(steerer):
+        plain = log_softmax(logits_of(call(model, batch)), dim=-1)
+    steered = log_softmax(logits_of(call(model, batch)), dim=-1)
     apart = kl_div(steered, plain, reduction="none", log_target=True).sum(dim=-1)
     args, kwargs = arguments(batch)
     real = real_of(model, args, kwargs, mask=None if isinstance(mask, Mapping) else mask)
@@ -70,12 +68,28 @@ def divergence(model: nn.Module, steerer: Steerer, batch: Any, *, mask: Masks | 
     return apart.mean()
 
 
-def _logits(output: Any) -> Tensor:
+@contextmanager
+def unsteered(steerer: Steerer) -> Iterator[None]:
+    """A block in which the strength is 0, and no gradient is recorded."""
+    strength, steerer.c = steerer.c, 0.0
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        steerer.c = strength
+
+
+def logits_of(output: Any) -> Tensor:
+    """The output itself, its `.logits`, or the first of several; in float32 at least.
+
+    Raises:
+        LossError: it is none of these.
+    """
     found = getattr(output, "logits", output)
     if isinstance(found, tuple | list) and found:
         found = found[0]
     if not isinstance(found, Tensor) or not found.ndim:
         raise LossError(
-            f"retain: expected an output with logits, got {type(output).__name__}; put a term into the loss instead"
+            f"expected an output with logits, got {type(output).__name__}; put a term of your own into the loss instead"
         )
-    return found.float()
+    return wide(found)

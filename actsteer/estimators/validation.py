@@ -53,10 +53,10 @@ class Best:
         self._kept = [leaf.detach().clone() for leaf in leaves]
 
     @torch.no_grad()
-    def has_passed(self, measured: Callable[[Any, Any], Tensor]) -> bool:
+    def has_passed(self, measured: Callable[[Any, Any], float]) -> bool:
         """Look at the loss, keep what is better, and say whether nothing was better for `patience` looks."""
         pairs = once(self._validation.batches, self._validation.targets, batch_size=self._batch_size)
-        seen = [(rows_in(batch), float(measured(batch, target))) for batch, target in pairs]
+        seen = [(rows_in(batch), measured(batch, target)) for batch, target in pairs]
         loss = sum(rows * value for rows, value in seen) / sum(rows for rows, _ in seen)
         self._since += 1
         if loss < self._loss:

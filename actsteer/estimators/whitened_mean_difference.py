@@ -20,7 +20,9 @@ class WhitenedMeanDifference:
 
     Σ is the pooled within-class covariance S = (S₊ + S₋) / (n₊ + n₋ - 2), shrunk toward a multiple of the identity:
     Σ = (1 - ρ) S + ρ (tr S / d) I. Needs statistics with covariance. It tells the rows apart, as a gate
-    must; added to the activations, it need not be the shift that changes the model's answer.
+    must; added to the activations, it need not be the shift that changes the model's answer. The metadata has
+    b = -v·(μ₊ + μ₋) / 2 as "offset SITE": σ(h·v + b) is how likely h is of the positive side, of two Gaussian ones that
+    are equally frequent, so that `ProbeAbove` and `AtSites.soft` read it.
 
     Args:
         shrinkage: ρ in [0, 1]; None takes the one of least expected error, from the sums of fourth powers that
@@ -47,7 +49,10 @@ class WhitenedMeanDifference:
 
     def __call__(self, *, positive: Statistics, negative: Statistics) -> SteeringVector:
         """The discriminant direction at every site."""
-        return estimate(self, self._direction, positive=positive, negative=negative)
+        found = estimate(self, self._direction, positive=positive, negative=negative)
+        middles = {site: (positive[site].mean + negative[site].mean) / 2 for site in found}
+        offsets = {f"offset {site}": repr(float(-middle @ found[site].to(middle))) for site, middle in middles.items()}
+        return SteeringVector({site: found[site] for site in found}, metadata=found.metadata | offsets)
 
     def _direction(self, positive: Moments, negative: Moments) -> Tensor:
         degrees = positive.count + negative.count - 2

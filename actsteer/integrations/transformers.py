@@ -1,25 +1,28 @@
-"""Hugging Face transformers: texts as batches, and vectors from pairs of texts."""
+"""Hugging Face transformers: texts as batches, pairs of answers to train on, and vectors from pairs of texts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from actsteer.collecting.answering import Answering
-from actsteer.collecting.texts import Text, TextBatches, input_device, text_batches
+from actsteer.collecting.texts import Text, TextBatches, ids_of, input_device, text_batches
 from actsteer.errors import BatchError
 from actsteer.estimators.estimator import COVARIANCE, Estimator, Result, check_estimator
 from actsteer.estimators.fit import estimated, fit
 from actsteer.estimators.mean_difference import MeanDifference
+from actsteer.estimators.preference import IGNORED
 from actsteer.integrations.prefixes import collect_pairs_by_prefix
 from actsteer.sites.axes import Axes
 from actsteer.sites.resolve import Sites
 from actsteer.tokens.positions import Positions
 from actsteer.tokens.whose import Masks
 
-__all__ = ["Answering", "Text", "TextBatches", "fit_pairs", "text_batches"]
+__all__ = ["Answering", "Text", "TextBatches", "fit_pairs", "preference_batches", "text_batches"]
 
 
 def fit_pairs(
@@ -120,3 +123,57 @@ def fit_pairs(
         where=where,
     )
     return estimated(chosen, positive=toward, negative=away, concept=concept)
+
+
+def preference_batches(
+    tokenizer: Any,
+    answers: Sequence[tuple[Text, str, str]],
+    *,
+    batch_size: int = 8,
+    chat: bool = False,
+    device: torch.device | str | None = None,
+) -> tuple[TextBatches, list[tuple[Tensor, Tensor]]]:
+    """Prompts with two answers each, as batches and targets for `optimize` with `preference` or `preference_shift`.
+
+    A batch has the chosen answers in its first rows and the rejected ones in the others; the targets are the labels of
+    both. The tokens of a prompt and of an answer are made apart, so that both answers follow the same tokens.
+
+    Args:
+        answers: (prompt, chosen answer, rejected answer); an answer begins with the space that is to stand before it.
+        batch_size: pairs in a batch, of which each is two rows.
+        chat: the prompt is a user's message, or a conversation, in the tokenizer's chat template.
+        device: where the tensors go.
+
+    Raises:
+        BatchError: no answers, or one without a token.
+
+    >>> class Letters:  # a tokenizer, in short
+    ...     def __call__(self, text, add_special_tokens=True):
+    ...         return {"input_ids": [0] * add_special_tokens + [ord(letter) - 96 for letter in text]}
+    >>> batches, targets = preference_batches(Letters(), [("ab", "c", "de")])
+    >>> next(iter(batches))["input_ids"].tolist(), [labels.tolist() for labels in targets[0]]
+    ([[0, 1, 2, 3, 0], [0, 1, 2, 4, 5]], [[[-100, -100, -100, 3, -100]], [[-100, -100, -100, 4, 5]]])
+    """
+    if not answers or any(isinstance(own, str) or len(own) != 3 for own in answers):
+        raise BatchError("answers: expected one or more of (prompt, chosen answer, rejected answer)")
+    if batch_size < 1:
+        raise BatchError(f"batch_size: expected 1 or more, got {batch_size}")
+    rows: list[Tensor] = []
+    targets: list[tuple[Tensor, Tensor]] = []
+    for start in range(0, len(answers), batch_size):
+        part = answers[start : start + batch_size]
+        prompts = [ids_of(tokenizer, prompt, chat=chat) for prompt, _, _ in part]
+        replies = [_answer(tokenizer, text) for side in zip(*(own[1:] for own in part), strict=True) for text in side]
+        pairs = list(zip(prompts + prompts, replies, strict=True))
+        rows += [torch.cat(pair) for pair in pairs]
+        labels = [torch.cat([torch.full_like(prompt, IGNORED), reply]) for prompt, reply in pairs]
+        chosen, rejected = pad_sequence(labels, batch_first=True, padding_value=IGNORED).to(device).chunk(2)
+        targets.append((chosen, rejected))
+    return TextBatches(rows, 2 * batch_size, device), targets
+
+
+def _answer(tokenizer: Any, text: str) -> Tensor:
+    found = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not len(found):
+        raise BatchError(f"answers: {text!r} has no tokens")
+    return torch.tensor(found, dtype=torch.long)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, final
@@ -17,7 +17,7 @@ from actsteer.errors import ShapeError, UnsupportedModelError
 from actsteer.sites import tap
 from actsteer.sites.listen import listen
 from actsteer.steering.edit import SiteEdit
-from actsteer.steering.reader import CombinedReader, GateReader, Reader
+from actsteer.steering.reader import readers_in
 from actsteer.steering.steerer import Steerer
 
 
@@ -67,7 +67,7 @@ def measured(
                     meter.edit.place.module, when, meter.hold, owner=None, by=by
                 )  # before the edit, which comes now
                 for reader in meter.edit.gates.values():
-                    for leaf in _leaves(reader):
+                    for leaf in readers_in(reader):
                         leaf.is_inline = False  # for its decision is asked for
             stack.enter_context(steerer)
         for meter in meters.values():
@@ -133,11 +133,3 @@ class Meter:
         if self._by_token:
             return weights.flatten().expand(count) if weights.numel() == 1 else weights.flatten()
         return weights.reshape(len(weights), -1).mean(dim=1)
-
-
-def _leaves(reader: Reader) -> Iterator[GateReader]:
-    if isinstance(reader, GateReader):
-        yield reader
-    elif isinstance(reader, CombinedReader):
-        for inner in reader.readers:
-            yield from _leaves(inner)

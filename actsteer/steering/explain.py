@@ -14,12 +14,13 @@ from actsteer.sites.wrappers import class_name
 from actsteer.steering.attach import Steers
 from actsteer.steering.choose import Choice
 from actsteer.steering.edit import SiteEdit
-from actsteer.steering.gates.gate import Fitted, Gate, leaves
+from actsteer.steering.gates.gate import Fitted, Gate
 from actsteer.steering.gates.gate_direction import READS
 from actsteer.steering.interventions.add import Add
 from actsteer.steering.interventions.chain import Chain
 from actsteer.steering.interventions.intervention import Intervention, PerSite
 from actsteer.steering.interventions.keep_norm import KeepNorm
+from actsteer.steering.reader import readers_in
 from actsteer.steering.strength import PerConcept, Schedule
 from actsteer.tokens.positions import Positions
 from actsteer.vectors.bank import VectorBank
@@ -88,7 +89,7 @@ def explain(
             where = "" if positions is None else f", at {_where(positions)}"
             share = _share(edit.interventions[own], strength, norm, norms.get(site))
             lines.append(f"    {bank.concepts[index]}: {kind}, c = {c}, norm {norm:.4g}{share}{gated}{where}")
-            lines += [] if reader is None else [_read(leaf) for leaf in leaves(reader.gate)]
+            lines += [] if reader is None else [_read(leaf.gate) for leaf in readers_in(reader)]
         lines += _overlaps(edit, [bank.concepts[index] for index in edit.concepts])
         lines += _others(edit, others[site])
     return Explanation("\n".join(lines))

@@ -25,11 +25,11 @@ from actsteer.sites.resolve import Modules, Sites, are_there, hook_points, named
 from actsteer.sites.wrappers import unwrapped
 from actsteer.steering.checkpointing import Checkpointing
 from actsteer.steering.edit import SiteEdit
-from actsteer.steering.gates.gate import AnyGate, Combination, Fitted, leaves
+from actsteer.steering.gates.gate import AnyGate, Combined, Fitted, GateTree, gates_in, tree_at
 from actsteer.steering.interventions.ablate import Ablate
 from actsteer.steering.interventions.add import Add
 from actsteer.steering.interventions.intervention import Intervention, PerSite
-from actsteer.steering.reader import CombinedReader, GateReader, Reader
+from actsteer.steering.reader import CombinedReader, GateReader, Reader, readers_in
 from actsteer.steering.steering import AllPositions, Gates, Interventions, Steering
 from actsteer.steering.strength import PerConcept, strength_at
 from actsteer.tokens.passes import Passes, groups
@@ -197,8 +197,11 @@ def make_plan(
     bank, modules = steering.vectors, named_sites(model)
     places = _places(model, bank, steering.sites, modules)
     axes = _axes(bank, places, axis)
-    gates = gates_of(bank, steering.gate)
-    single = {id(leaf): leaf for own in gates.values() for leaf in leaves(own)}
+    stacks, gates = {site: stack_of(bank, site) for site in places}, gates_of(bank, steering.gate)
+    gated = {place: gates[concept] for place, concept in enumerate(bank.concepts) if concept in gates}
+    used = {(site, id(gated[p])): gated[p] for site, stack in stacks.items() for p in stack.concepts if p in gated}
+    trees = {(site, key): tree_at(gate, site) for (site, key), gate in used.items()}
+    single = {id(gate): gate for tree in trees.values() for gate in gates_in(tree)}
     made_for = [(f"the vector {concept!r}", metadata) for concept, metadata in metadata_in(bank).items()]
     made_for += [(f"the gate {leaf!r}", leaf.metadata) for leaf in single.values() if isinstance(leaf, Fitted)]
     fingerprint.check_each(model, made_for)
@@ -210,14 +213,14 @@ def make_plan(
         id(leaf): GateReader(leaf, read[leaf.site], layout_of[leaf.site], passes_of[leaf.site], key=key)
         for key, leaf in enumerate(single.values())
     }
-    readers = {place: _reader(gates[concept], made) for place, concept in enumerate(bank.concepts) if concept in gates}
+    readers = {key: _reader(tree, made) for key, tree in trees.items()}
     distinct = tuple(made.values())
     interventions = interventions_of(bank, steering.intervention)
     rule_of = {key: _by_site(own) for key, own in {id(own): own for own in interventions}.items()}
     rules = [rule_of[id(own)] for own in interventions]
     edits: dict[str, SiteEdit] = {}
     for site, place in places.items():
-        stack = stack_of(bank, site)
+        stack = stacks[site]
         usual = site not in axes or axes[site] == layout(model, place, modules=modules).axis
         size = known_size(place) if usual else place.size
         if size not in (None, stack.size):
@@ -230,12 +233,12 @@ def make_plan(
             layout_of[site],
             stack,
             interventions=[rules[index](site) for index in stack.concepts],
-            gates={own: readers[index] for own, index in enumerate(stack.concepts) if index in readers},
+            gates={own: readers[site, id(gated[p])] for own, p in enumerate(stack.concepts) if p in gated},
             passes=passes_of[site],
             checkpointing=checkpointing,
         )
     for reader in distinct:
-        users = [edit for edit in edits.values() if any(_asks(own, reader) for own in edit.gates.values())]
+        users = [edit for edit in edits.values() if any(reader in readers_in(own) for own in edit.gates.values())]
         module, side, *part = reader.place.module, reader.place.side, reader.place.path, reader.place.features
         there = [edit for edit in edits.values() if edit.place.module is module and edit.place.side == side]
         holds = reader.gate.per != "token" and passes_of[reader.gate.site].sees_inputs  # for a generation perhaps
@@ -245,7 +248,7 @@ def make_plan(
             and all(  # of several, each would read what the last one made
                 edit in there
                 and [edit.place.path, edit.place.features] == part
-                and all(own is reader or not _asks(own, reader) for own in edit.gates.values())
+                and all(own is reader or reader not in readers_in(own) for own in edit.gates.values())
                 for edit in users
             )
         )
@@ -253,11 +256,6 @@ def make_plan(
     for site in (*read, *placed):
         passes_of[site].is_asked = True
     return Plan(model, bank, edits, distinct, passes, axes)
-
-
-def _asks(one: Reader, reader: GateReader) -> bool:
-    """Whether a decision depends on this gate's."""
-    return one is reader or (isinstance(one, CombinedReader) and any(_asks(own, reader) for own in one.readers))
 
 
 def _passes(
@@ -341,5 +339,7 @@ def _axes(bank: VectorBank, places: Mapping[str, Place], axis: Axes | None) -> M
     return {site: int(collected[f"axis {site}"]) for site in rest if f"axis {site}" in collected} | given
 
 
-def _reader(own: AnyGate, made: Mapping[int, GateReader]) -> Reader:
-    return CombinedReader(own, [_reader(g, made) for g in own.gates]) if isinstance(own, Combination) else made[id(own)]
+def _reader(tree: GateTree, made: Mapping[int, GateReader]) -> Reader:
+    if isinstance(tree, Combined):
+        return CombinedReader(tree.gate, [_reader(part, made) for part in tree.parts])
+    return made[id(tree)]

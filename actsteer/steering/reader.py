@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, final, runtime_checkable
 
 import torch
@@ -234,3 +234,12 @@ class CombinedReader:
         combined: Tensor = self.gate.combine([own.to(weights[0].device) for own in weights])
         check_weights(combined, self.gate)
         return combined
+
+
+def readers_in(reader: Reader) -> Iterator[GateReader]:
+    """The readers on which a decision depends, in order."""
+    if isinstance(reader, GateReader):
+        yield reader
+    elif isinstance(reader, CombinedReader):
+        for inner in reader.readers:
+            yield from readers_in(inner)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from actsteer.errors import FileFormatError
 from actsteer.files import sealed
 from actsteer.files.untrusted import DTYPES
+from actsteer.steering.gates.at_sites import AtSites
 from actsteer.steering.gates.cosine_above import CosineAbove
 from actsteer.steering.gates.logic import And, Not, Or
 from actsteer.steering.gates.probe_above import ProbeAbove
@@ -37,7 +38,7 @@ from actsteer.vectors.vector import SteeringVector
 
 KINDS: tuple[type, ...] = (
     *(Ablate, Add, Affine, Chain, Clamp, KeepNorm, LowRank, Replace, Rotate, SoftProjection),
-    *(And, CosineAbove, Not, Or, ProbeAbove, ProjectionAbove, Soft),
+    *(And, AtSites, CosineAbove, Not, Or, ProbeAbove, ProjectionAbove, Soft),
 )
 """The classes of this library that a file may name."""
 Document: TypeAlias = dict[str, Any]

@@ -53,7 +53,7 @@ class Steerer:
         intervention: how a direction edits the activation, `Add()` unless given; one for every concept, or concept ->
             intervention. The concepts of a bank edit in its order.
         gate: which rows, or tokens, are steered; one gate for every concept, or concept -> gate (what is not named
-            has none).
+            has none). `AtSites` is another at each site.
         positions: which tokens of a sequence are steered, for every concept, or concept -> positions: "all", "prompt",
             "generated", "last" (of the prompt), an index or a list of them, a list for each row, a slice, a bool mask
             of the prompt, or a callable that makes one of the inputs by name, for all tokens so far. They count from

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from actsteer import (
     Affine,
+    AtSites,
     Clamp,
     ConceptErasure,
     KeepNorm,
@@ -767,6 +768,16 @@ def test_verify_finds_an_edit_that_never_runs(run, folder):
     assert done.code == 1
     assert [line[0] for line in done.lines] == ["whole:", "fits:"]
     assert "the model ran, but these sites did not" in done.err
+
+
+def test_verify_runs_a_steering_with_its_gates_at_every_site(run, folder):
+    v = SteeringVector({"0": torch.ones(8), "1": torch.ones(8)}, metadata={"offset 0": "1", "offset 1": "-1"})
+    Steering(v, gate=AtSites.soft(v)).save(folder / "gated.safetensors")
+    done = run("verify", "gated.safetensors", "-m", "nets:build", "--on", "right.pt")
+    assert done.code == 0 and [line[0] for line in done.lines[:3]] == ["whole:", "fits:", "runs:"]
+    Steering(v, gate=AtSites.soft(v.select("0"))).save(folder / "less.safetensors")
+    done = run("verify", "less.safetensors", "-m", "nets:build", "--on", "right.pt")
+    assert done.code == 1 and "no gate for the steered site '1'" in done.err
 
 
 SPARE = """

@@ -21,7 +21,7 @@ from actsteer import (
     collect,
     fit,
 )
-from tests.oracles import discriminant, ledoit_wolf_of_classes, moments, pooled_covariance
+from tests.oracles import discriminant, ledoit_wolf_of_classes, moments, pooled_covariance, posterior
 from tests.strategies import eighths
 
 ESTIMATORS = [MeanDifference(), LayerMean(), WhitenedMeanDifference(), WhitenedMeanDifference(shrinkage=0.25)]
@@ -77,6 +77,15 @@ def test_whitened_mean_difference_is_scikit_learn_s_discriminant(data, shrinkage
     found = direction(WhitenedMeanDifference(shrinkage=shrinkage), *data)
     expected = discriminant(*data, shrinkage)
     assert_allclose(found, expected, atol=1e-9 * max(1.0, np.abs(expected).max()))
+
+
+@given(sides(), st.sampled_from([0.125, 0.5]), eighths(4, D))
+@pytest.mark.filterwarnings("ignore:the vector is zero")
+def test_with_its_offset_it_gives_scikit_learn_s_probability_of_the_positive_side(data, shrinkage, rows):
+    v = WhitenedMeanDifference(shrinkage=shrinkage)(positive=statistics(data[0]), negative=statistics(data[1]))
+    expected = posterior(*data, shrinkage, rows)
+    found = torch.sigmoid(rows @ v["2"] + float(v.metadata["offset 2"]))
+    assert_allclose(found.numpy(), expected, atol=1e-9)
 
 
 @given(sides())
@@ -169,7 +178,8 @@ def test_the_vector_has_torch_s_default_dtype_and_says_where_it_comes_from(estim
     v = estimator(positive=positive, negative=statistics(torch.randn(7, D), model="m", side="negative"))
     torch.set_default_dtype(torch.float64)
     assert v["2"].dtype is dtype
-    assert v.metadata == {
+    said = {key: text for key, text in v.metadata.items() if not key.startswith("offset")}
+    assert said == {
         "model": "m",
         "estimator": type(estimator).__name__,
         "positive count": "9",

@@ -22,6 +22,7 @@ from actsteer import (
     Add,
     Affine,
     And,
+    AtSites,
     Chain,
     Clamp,
     ConceptErasure,
@@ -77,6 +78,7 @@ GATES = {
     "soft": Soft(PROBE, width=0.7),
     "and": And(PROBE, Not(CosineAbove(V, 0.9))),
     "or": Or(Soft(ProjectionAbove(V, -0.1), width=0.2), CosineAbove(V, float("-inf"))),
+    "at sites": AtSites({"0": Soft(PROBE), "1": Not(ProjectionAbove(V, 0.2, per="token"))}),
 }
 INTERVENTIONS = {
     "add": Add(relative=True),

@@ -18,7 +18,7 @@ from actsteer.integrations.vllm.requests import Request, asked
 from actsteer.sites.place import split_features
 from actsteer.sites.resolve import select
 from actsteer.steering.gates.cosine_above import CosineAbove
-from actsteer.steering.gates.gate import AnyGate, Combination, Fitted, Gate, leaves
+from actsteer.steering.gates.gate import AnyGate, Combination, Fitted, Gate, GatePerSite, leaves
 from actsteer.steering.gates.probe_above import ProbeAbove
 from actsteer.steering.gates.projection_above import ProjectionAbove
 from actsteer.steering.gates.soft import Soft
@@ -334,6 +334,8 @@ def _score(gate: Gate) -> Score:
 def _tree(gate: AnyGate, places: Mapping[int, int]) -> Tree:
     if isinstance(gate, Combination):
         return gate, tuple(_tree(inner, places) for inner in gate.gates)
+    if isinstance(gate, GatePerSite):
+        raise UnsupportedModelError(f"gate {gate!r}: what is served decides for all sites alike; give one gate for all")
     return places[id(gate)]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Literal, Protocol, TypeAlias, get_args, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, TypeAlias, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -120,7 +120,7 @@ class Combination(Protocol):
     """
 
     @property
-    def gates(self) -> tuple[Gate | Combination, ...]:
+    def gates(self) -> tuple[AnyGate, ...]:
         """The gates whose decisions are combined."""
         ...
 
@@ -129,8 +129,74 @@ class Combination(Protocol):
         ...
 
 
-AnyGate: TypeAlias = Gate | Combination
+@runtime_checkable
+class GatePerSite(Protocol):
+    """A gate that is another one at each steered site: `AtSites`, or a class of your own; it goes wherever a gate does.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from actsteer import ProjectionAbove, Steerer, SteeringVector
+    >>> class Higher:
+    ...     def __init__(self, v):
+    ...         self.sites, self.v = v.sites, v
+    ...
+    ...     def at(self, site):
+    ...         return ProjectionAbove(self.v.select(site), 2.0 + self.sites.index(site))
+    >>> model = nn.Sequential(nn.Identity(), nn.Identity())
+    >>> v = SteeringVector({"0": torch.ones(1), "1": torch.ones(1)})
+    >>> with Steerer(model, v, gate=Higher(v)):
+    ...     model(torch.tensor([[1.5], [2.5]]))
+    tensor([[1.5000],
+            [4.5000]])
+    """
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The steered sites for which it has a gate."""
+        ...
+
+    def at(self, site: str) -> AnyGate:
+        """The gate of one steered site, which may read there or at an earlier site.
+
+        Raises:
+            SiteNotFoundError: it has none there.
+        """
+        ...
+
+
+AnyGate: TypeAlias = Gate | Combination | GatePerSite
 """What a Steerer takes as a gate."""
+
+
+class Combined(NamedTuple):
+    """A combination, and what it combines at one site."""
+
+    gate: Combination
+    parts: tuple[GateTree, ...]
+
+
+GateTree: TypeAlias = Gate | Combined
+"""What decides at one site."""
+
+
+def tree_at(gate: AnyGate, site: str) -> GateTree:
+    """What decides at one steered site.
+
+    Raises:
+        SiteNotFoundError: a gate that is another one at each site has none there.
+    """
+    if isinstance(gate, Combination):
+        return Combined(gate, tuple(tree_at(inner, site) for inner in gate.gates))
+    return tree_at(gate.at(site), site) if isinstance(gate, GatePerSite) else gate
+
+
+def gates_in(tree: GateTree) -> Iterator[Gate]:
+    """The gates that read, in order."""
+    if isinstance(tree, Combined):
+        for part in tree.parts:
+            yield from gates_in(part)
+    else:
+        yield tree
 
 
 def leaves(gate: AnyGate) -> Iterator[Gate]:
@@ -145,6 +211,10 @@ def leaves(gate: AnyGate) -> Iterator[Gate]:
     if isinstance(gate, Combination):
         for inner in gate.gates:
             yield from leaves(inner)
+        return
+    if isinstance(gate, GatePerSite):
+        for site in gate.sites:
+            yield from leaves(gate.at(site))
         return
     if not isinstance(gate, Gate):
         missing = [name for name in ("site", "per", "__call__") if not hasattr(gate, name)]
