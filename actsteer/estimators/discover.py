@@ -15,7 +15,7 @@ from tqdm.auto import trange
 from actsteer.collecting.batches import Batches, iterate
 from actsteer.collecting.eval_mode import eval_mode
 from actsteer.errors import ShapeError, SiteNotFoundError, StatisticsError
-from actsteer.estimators.jacobian import squared, strongest
+from actsteer.estimators.jacobian import Squared, strongest
 from actsteer.estimators.optimize import in_single, zeros_at
 from actsteer.estimators.target import Target
 from actsteer.sites import fingerprint
@@ -112,8 +112,7 @@ def discover(
                 found = _trained(leaf, change, silent, norm=norm, lr=0.05 if lr is None else lr, **options)
                 told: list[dict[str, str]] = [{} for _ in found]
             else:
-                products = partial(squared, moved.read, leaf, data)
-                units, squares = strongest(products, d, **options)
+                units, squares = strongest(Squared(moved.read, leaf, data), d, **options)
                 for index, square in enumerate(squares.tolist()):
                     if not square > d * torch.finfo(leaf.dtype).eps * float(squares[0]):  # rounding, or nan
                         raise silent(index)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
@@ -65,45 +65,52 @@ def _new(rows: Float[Tensor, "k d"], basis: Float[Tensor, "n d"]) -> Float[Tenso
     return rows
 
 
-def squared(
-    read: Read, leaf: Float[Tensor, "1 d"], data: Sequence[Any], rows: Float[Tensor, "k d"]
-) -> Float[Tensor, "k d"]:
-    """Rows times JᵀJ, with J the Jacobian of what is read on all batches by the leaf, where the leaf is zero.
+@final
+class Squared:
+    """X -> X JᵀJ, of rows, with J the Jacobian of what is read on all batches by the leaf, where the leaf is zero.
 
     Raises:
         UnsupportedModelError: the model has an operation without a forward derivative, or cuts gradients off.
     """
-    total = torch.zeros_like(rows)
-    for batch in data:
-        moved = [_moved(read, leaf, batch, row.to(leaf)) for row in rows]
-        there = read(batch)
-        for index, pushed in enumerate(moved):
-            pulled = None
-            if there.requires_grad and pushed is not None:
-                (pulled,) = torch.autograd.grad(there, [leaf], pushed, retain_graph=True, allow_unused=True)
-            forth = 0.0 if pushed is None else float(pushed.double().square().sum())
-            back = 0.0 if pulled is None else float(pulled[0].double().cpu() @ rows[index])
-            if abs(forth - back) > 0.1 * max(forth, back):
-                raise UnsupportedModelError(
-                    f"method='jacobian': ‖J v‖² is {forth:.4g} by forward derivatives and {back:.4g} by gradients; "
-                    "does a module run without gradients? Use method='trained'"
-                )
-            if pulled is not None:
-                total[index] += pulled[0].double().cpu()
-    return total
 
+    def __init__(self, read: Read, leaf: Float[Tensor, "1 d"], data: Sequence[Any]) -> None:
+        self._read, self._leaf, self._data = read, leaf, data
+        self._largest = 0.0
 
-@torch.no_grad()
-def _moved(read: Read, leaf: Float[Tensor, "1 d"], batch: Any, tangent: Float[Tensor, " d"]) -> Tensor | None:
-    """J v, by forward derivatives; None where nothing depends on the leaf."""
-    try:
-        # of the kernels of attention, this one alone has a forward derivative
-        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
-            leaf.copy_(forward_ad.make_dual(torch.zeros_like(leaf), tangent[None]))
-            moved: Tensor | None = forward_ad.unpack_dual(read(batch)).tangent
-            return moved
-    except NotImplementedError as error:
-        why = str(error).splitlines()[0]
-        raise UnsupportedModelError(
-            f"method='jacobian': an operation has no forward derivative ({why}); use method='trained'"
-        ) from error
+    def __call__(self, rows: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
+        total = torch.zeros_like(rows)
+        for batch in self._data:
+            moved = [self._moved(batch, row.to(self._leaf)) for row in rows]
+            there = self._read(batch)
+            for index, pushed in enumerate(moved):
+                pulled = None
+                if there.requires_grad and pushed is not None:
+                    (pulled,) = torch.autograd.grad(there, [self._leaf], pushed, retain_graph=True, allow_unused=True)
+                back = torch.zeros_like(rows[index]) if pulled is None else pulled[0].double().cpu()
+                self._check(0.0 if pushed is None else float(pushed.double().square().sum()), float(back @ rows[index]))
+                total[index] += back
+        return total
+
+    def _check(self, forth: float, back: float) -> None:
+        """That ‖J v‖² is the same both ways, to within what is small beside the largest that was seen."""
+        self._largest = max(self._largest, forth, back)
+        if abs(forth - back) > 0.1 * self._largest:
+            raise UnsupportedModelError(
+                f"method='jacobian': ‖J v‖² is {forth:.4g} by forward derivatives and {back:.4g} by gradients; does a "
+                "module run without gradients? Use method='trained'"
+            )
+
+    @torch.no_grad()
+    def _moved(self, batch: Any, tangent: Float[Tensor, " d"]) -> Tensor | None:
+        """J v, by forward derivatives; None where nothing depends on the leaf."""
+        try:
+            # of the kernels of attention, this one alone has a forward derivative
+            with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+                self._leaf.copy_(forward_ad.make_dual(torch.zeros_like(self._leaf), tangent[None]))
+                moved: Tensor | None = forward_ad.unpack_dual(self._read(batch)).tangent
+                return moved
+        except NotImplementedError as error:
+            why = str(error).splitlines()[0]
+            raise UnsupportedModelError(
+                f"method='jacobian': an operation has no forward derivative ({why}); use method='trained'"
+            ) from error

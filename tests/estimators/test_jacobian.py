@@ -99,6 +99,16 @@ def test_of_few_steps_none_is_better_than_the_best_and_all_are_orthonormal(seed,
         torch.testing.assert_close(values, best, rtol=1e-8, atol=1e-8)
 
 
+def test_what_the_target_does_not_see_is_not_found():
+    """In float32, where what lies in no row of a matrix of rank 2 moves the target by rounding alone."""
+    flat = network(nn.Linear(16, 2))
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    bank = found(flat, x, site="0", target="1", count=2, norm=1.0)
+    right = torch.linalg.svd(flat[1].weight.detach())[2][:2]
+    spanned = torch.stack([bank[concept]["0"] for concept in bank.concepts])
+    torch.testing.assert_close((spanned @ right.T).abs(), torch.eye(2), rtol=0, atol=1e-3)
+
+
 def test_a_small_direction_moves_the_target_by_its_gain():
     v, data, model = found(norm=1e-4)["0"], batch(), Attends()
     plain = model(**data)
