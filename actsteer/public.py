@@ -40,6 +40,7 @@ from actsteer.estimators.logistic_direction import LogisticDirection as Logistic
 from actsteer.estimators.mean_difference import MeanDifference as MeanDifference
 from actsteer.estimators.moment_matching import MomentMatching as MomentMatching
 from actsteer.estimators.null_space import NullSpace as NullSpace
+from actsteer.estimators.opposed_sites import opposed_sites as opposed_sites
 from actsteer.estimators.optimize import optimize as optimize
 from actsteer.estimators.principal_direction import PrincipalDirection as PrincipalDirection
 from actsteer.estimators.retention import Retain as Retain
