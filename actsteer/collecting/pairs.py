@@ -159,16 +159,9 @@ def collect_differences(
         stop=stop,
     )
     sums: dict[str, Moments] = {}
-    sides = (
-        iterate(positive, batch_size=batch_size, progress=progress, label="collect pairs"),
-        iterate(negative, batch_size=batch_size, progress=False, label=""),
-    )
 
     def steps() -> Iterator[Step]:
-        missing: Any = object()
-        for toward, away in zip_longest(*sides, fillvalue=missing):
-            if toward is missing or away is missing:
-                raise BatchError("one side has more batches than the other; give every positive row its negative one")
+        for toward, away in paired(positive, negative, batch_size=batch_size, progress=progress):
             one, other = _Seen(), _Seen()
             yield Step(toward, one.keep)
             yield Step(away, other.keep)
@@ -178,6 +171,36 @@ def collect_differences(
     observation.run(steps())
     metadata = fingerprint.described(model) | described(positions) | described_axes(observation.axes, axis)
     return Statistics({site: sums[site] for site in names}, metadata=metadata)
+
+
+def paired(
+    positive: Batches, negative: Batches, *, batch_size: int, progress: bool = False
+) -> Iterator[tuple[Any, Any]]:
+    """Each batch of one side with that of the other.
+
+    Raises:
+        BatchError: one side has more.
+    """
+    missing: Any = object()
+    sides = (
+        iterate(positive, batch_size=batch_size, progress=progress, label="collect pairs"),
+        iterate(negative, batch_size=batch_size, progress=False, label=""),
+    )
+    for toward, away in zip_longest(*sides, fillvalue=missing):
+        if toward is missing or away is missing:
+            raise BatchError("one side has more batches than the other; give every positive row its negative one")
+        yield toward, away
+
+
+def differences(observation: Observation, toward: Any, away: Any) -> dict[str, Float[Tensor, "n d"]]:
+    """Site -> the rows of one batch less those of another, in float64.
+
+    Raises:
+        BatchError: they do not pair up.
+    """
+    one, other = _Seen(), _Seen()
+    observation.run([Step(toward, one.keep), Step(away, other.keep)])
+    return {site: _difference(site, one, other) for site in observation.sites}
 
 
 def _difference(site: str, one: _Seen, other: _Seen) -> Tensor:
