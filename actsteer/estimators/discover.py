@@ -84,9 +84,11 @@ def discover(
     >>> bank["0"]["0"].abs().round(decimals=2), bank["1"]["0"].abs().round(decimals=2)
     (tensor([2., 0.]), tensor([0., 2.]))
     """
-    steps = _STEPS.get(method, 1) if steps is None else steps
+    if method not in get_args(Method):
+        raise ValueError(f"method: expected one of {', '.join(map(repr, get_args(Method)))}, got {method!r}")
+    steps = _STEPS[method] if steps is None else steps
     _check(method, norm=norm, count=count, steps=steps, lr=lr)
-    for where in (positions, target_positions):
+    for where in (positions, target_positions):  # of data that is steered, so that both must allow them
         check(where, steers=True)
         check(where, steers=False)
     name, looked_at = _one(model, site, "site"), _one(model, target, "target")
@@ -114,7 +116,7 @@ def discover(
             else:
                 units, squares = strongest(Squared(moved.read, leaf, data), d, **options)
                 for index, square in enumerate(squares.tolist()):
-                    if not square > d * torch.finfo(leaf.dtype).eps * float(squares[0]):  # rounding, or nan
+                    if not square > 10 * torch.finfo(leaf.dtype).eps * float(squares[0]):  # rounding, or nan
                         raise silent(index)
                 found = list(norm * units.to(leaf))
                 gains = (squares / sum(len(rows) for rows in plain)).sqrt().tolist()
@@ -131,8 +133,6 @@ def discover(
 
 
 def _check(method: Method, *, norm: float, count: int, steps: int, lr: float | None) -> None:
-    if method not in get_args(Method):
-        raise ValueError(f"method: expected one of {', '.join(map(repr, get_args(Method)))}, got {method!r}")
     if not (math.isfinite(norm) and norm > 0) or count < 1 or steps < 1 or not (lr is None or lr > 0):
         raise ValueError(f"expected norm, lr > 0 and count, steps >= 1, got {norm=}, {lr=}, {count=}, {steps=}")
     if method == "jacobian" and lr is not None:

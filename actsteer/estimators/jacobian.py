@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import trange
 
+from actsteer.collecting.moments import exact
 from actsteer.errors import UnsupportedModelError
 
 Read = Callable[[Any], Tensor]
@@ -86,8 +87,8 @@ class Squared:
                 pulled = None
                 if there.requires_grad and pushed is not None:
                     (pulled,) = torch.autograd.grad(there, [self._leaf], pushed, retain_graph=True, allow_unused=True)
-                back = torch.zeros_like(rows[index]) if pulled is None else pulled[0].double().cpu()
-                self._check(0.0 if pushed is None else float(pushed.double().square().sum()), float(back @ rows[index]))
+                back = torch.zeros_like(rows[index]) if pulled is None else exact(pulled[0]).cpu()
+                self._check(0.0 if pushed is None else float(exact(pushed).square().sum()), float(back @ rows[index]))
                 total[index] += back
         return total
 

@@ -45,7 +45,7 @@ def from_pyreft(folder: str | PathLike[str], *, model: nn.Module, concept: str |
     config = path / "config.json"
     try:
         content = json.loads(config.read_text(encoding="utf-8"))
-        places = [(own[0], str(own[1]), str(own[2]), own[3]) for own in content["representations"]]
+        places = [(own[0], str(own[1]), str(own[2]), int(own[3])) for own in content["representations"]]
         kinds = [str(kind) for kind in content["intervention_types"]]
     except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise FileFormatError(
@@ -69,7 +69,7 @@ def _site(config: Path, model: nn.Module, layer: Any, component: str) -> str:
     if component in ("block_output", "block_input") and isinstance(layer, int):
         return f"{find_blocks(model)[0]}.{layer}{_SIDES[component[6:]]}"
     module, _, side = component.rpartition(".")
-    if not module or side not in _SIDES:
+    if not re.fullmatch(r"[\w.\[\]]+", module) or side not in _SIDES:
         raise FileFormatError(
             f"{config}: component {component!r}: expected block_output, block_input, or a module's path with .output "
             "or .input"
@@ -77,7 +77,7 @@ def _site(config: Path, model: nn.Module, layer: Any, component: str) -> str:
     return re.sub(r"\[(\d+)\]", r".\1", module) + _SIDES[side]
 
 
-def _file(folder: Path, layer: Any, component: str, unit: str, units: Any) -> Path:
+def _file(folder: Path, layer: Any, component: str, unit: str, units: int) -> Path:
     """The file of one layer, by the names that pyvene gave it until 0.1.6, with dots, or gives it since."""
     parts = [] if "." in component else ["layer", str(layer)]
     parts += ["comp", component, "unit", unit, "nunit", str(units)]

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 
 import pytest
 import torch
@@ -130,9 +131,11 @@ def test_what_is_no_loreft_is_refused(tmp_path):
     model = llama()
     with pytest.raises(FileFormatError, match=r"expected LoreftInterventions alone, got .*NoreftIntervention"):
         from_pyreft(written(tmp_path, kinds="<class 'pyreft.interventions.NoreftIntervention'>"), model=model)
-    for component in ("mlp_activation", "head_query_output"):
-        with pytest.raises(FileFormatError, match=f"component '{component}': expected block_output"):
-            from_pyreft(written(tmp_path, component=component), model=model)
+    for component in ("mlp_activation", "head_query_output", "model.layers.*.output"):
+        config = json.dumps({"representations": [[1, component, "pos", 1]], "intervention_types": [LOREFT]})
+        (tmp_path / "config.json").write_text(config)
+        with pytest.raises(FileFormatError, match=rf"component '{re.escape(component)}': expected block_output"):
+            from_pyreft(tmp_path, model=model)
     with pytest.raises(FileFormatError, match=r"unit 'pos', got 'h\.pos'"):
         from_pyreft(written(tmp_path, unit="h.pos"), model=model)
     with pytest.raises(FileFormatError, match=r"several edits at site 'model\.layers\.1'"):
