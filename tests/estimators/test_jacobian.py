@@ -85,13 +85,13 @@ def test_it_does_not_matter_how_the_rows_are_cut_into_batches():
         torch.testing.assert_close(cut[concept]["site"], whole[concept]["site"], rtol=0, atol=1e-9)
 
 
-@given(st.integers(0, 2**16), st.integers(1, 3), st.integers(1, 12))
-def test_of_few_steps_none_is_better_than_the_best_and_all_are_orthonormal(seed, count, steps):
+@given(st.integers(0, 2**16), st.integers(1, 3), st.integers(1, 12), st.sampled_from([1.0, 0.1, 1e-3]))
+def test_of_few_steps_none_is_better_than_the_best_and_all_are_orthonormal(seed, count, steps, decay):
     generator = torch.Generator().manual_seed(seed)
-    root = torch.randn(9, 7, generator=generator, dtype=torch.float64)
+    root = torch.randn(9, 7, generator=generator, dtype=torch.float64) * decay ** torch.arange(7)
     matrix = root.T @ root
     vectors, values = strongest(lambda rows: rows @ matrix, 7, count=count, steps=steps, generator=generator)
-    torch.testing.assert_close(vectors @ vectors.T, torch.eye(count).double(), rtol=0, atol=1e-9)
+    torch.testing.assert_close(vectors @ vectors.T, torch.eye(count).double(), rtol=0, atol=1e-12)
     torch.testing.assert_close((vectors @ matrix @ vectors.T).diagonal(), values, rtol=1e-9, atol=1e-9)
     best = torch.linalg.eigvalsh(matrix).flip(0)[:count]
     assert bool((values <= best * (1 + 1e-9)).all())
@@ -126,6 +126,18 @@ def test_the_model_is_left_as_it_was():
 
 def network(*layers):
     return nn.Sequential(nn.Identity(), *layers)
+
+
+class Padded(Attends):
+    def forward(self, x, padding_mask):
+        return super().forward(x, padding_mask)
+
+
+@pytest.mark.parametrize("target_positions", ["all", "last"])
+def test_where_pads_cannot_be_told_they_are_not_guessed(target_positions):
+    x, mask = batch().values()
+    with pytest.raises(ShapeError, match=r"'padding_mask', .*may say which tokens are pads"):
+        found(Padded(), [{"x": x, "padding_mask": mask}], target_positions=target_positions)
 
 
 class Cut(nn.Module):

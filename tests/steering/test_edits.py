@@ -126,6 +126,11 @@ def test_the_second_direction_counts_by_the_plane_that_it_spans():
     torch.testing.assert_close(one, other)
 
 
+def test_a_second_direction_close_to_the_first_spans_a_plane_in_which_the_norm_is_kept():
+    edited = Rotate(0.7, plane=V + 1e-7 * B)(H, V, ONE)
+    torch.testing.assert_close(edited.norm(dim=1), H.norm(dim=1), rtol=1e-13, atol=0)
+
+
 def test_a_row_without_a_part_in_the_plane_stays_and_has_gradients():
     rows = (H - H @ AXES.T @ AXES)[:1].clone()
     rows[0] = 0

@@ -121,9 +121,7 @@ def _turned_to(
     h: Float[Tensor, "*batch d"], axes: Float[Tensor, "2 d"], angle: float, c: Float[Tensor, ...]
 ) -> Float[Tensor, "*batch d"]:
     first, second = (h @ axes.T).split(1, dim=-1)
-    there = (first != 0) | (second != 0)
-    now = torch.atan2(second, torch.where(there, first, 1))  # which has no derivative at 0, 0
-    turn = (c * ((angle - now + torch.pi).remainder(2 * torch.pi) - torch.pi)).to(h.dtype)
+    turn = (c * ((angle - torch.atan2(second, first) + torch.pi).remainder(2 * torch.pi) - torch.pi)).to(h.dtype)
     cosine, sine = turn.cos() - 1, turn.sin()
     change = torch.cat([cosine * first - sine * second, sine * first + cosine * second], dim=-1)
     return torch.where(axes[1].any(), h + change @ axes, h)
