@@ -15,7 +15,7 @@ ActsteerError
 ├── ModelMismatchError       (ValueError)    a vector that was made for another model
 ├── NotFoldable              (ValueError)    a steering that the weights cannot carry
 ├── OutputError              (TypeError)     a module's output in which no activation can be found
-├── UnsupportedModelError    (TypeError)     a model in which hooks would be ignored
+├── UnsupportedModelError    (TypeError)     a model in which hooks would be ignored, or without derivatives
 ├── AttachedError            (RuntimeError)  attach on a Steerer that is attached already
 ├── DistributedError         (RuntimeError)  a process of a group that failed, or has other statistics
 ├── GateError                (RuntimeError)  a gate that has not seen its site yet, or whose weights are no numbers
@@ -86,7 +86,7 @@ class OutputError(ActsteerError, TypeError):
 
 
 class UnsupportedModelError(ActsteerError, TypeError):
-    """A model in which hooks would be ignored."""
+    """A model in which hooks would be ignored, or without the derivatives that are asked for."""
 
 
 class AttachedError(ActsteerError, RuntimeError):

@@ -44,6 +44,7 @@ from actsteer.estimators.logistic_direction import LogisticDirection as Logistic
 from actsteer.estimators.mean_difference import MeanDifference as MeanDifference
 from actsteer.estimators.null_space import NullSpace as NullSpace
 from actsteer.estimators.one_by_one import one_by_one as one_by_one
+from actsteer.estimators.opposed_sites import opposed_sites as opposed_sites
 from actsteer.estimators.optimize import optimize as optimize
 from actsteer.estimators.paired_map import PairedMap as PairedMap
 from actsteer.estimators.preference import preference as preference

@@ -69,9 +69,11 @@ SHOWN = {
     "Centroids()": Centroids(),
     "WhitenedMeanDifference(shrinkage=0.5)": WhitenedMeanDifference(shrinkage=0.5),
     "WhitenedMeanDifference(shrinkage=None)": WhitenedMeanDifference(),
-    "PrincipalDirection(paired=True)": PrincipalDirection(paired=True),
+    "PrincipalDirection(paired=True, centred=False)": PrincipalDirection(paired=True),
     "RidgeDirection(alpha=2.0)": RidgeDirection(alpha=2.0),
-    "LogisticDirection(C=2.0, streamed=True, steps=100, tolerance=1e-08)": LogisticDirection(C=2.0, streamed=True),
+    "LogisticDirection(C=2.0, paired=False, streamed=True, steps=100, tolerance=1e-08)": LogisticDirection(
+        C=2.0, streamed=True
+    ),
     "ConceptErasure(tolerance=1e-10)": ConceptErasure(),
     "Conceptor(aperture=0.5)": Conceptor(aperture=0.5),
     "GaussianMap(diagonal=True)": GaussianMap(diagonal=True),

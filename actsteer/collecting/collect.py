@@ -113,9 +113,10 @@ def collect(
             labels of each batch; the place where the batches carry them (a position in a tuple or a key in a mapping,
             which the model is then not given); or a function of the batch.
         positions: which positions of a sequence count as rows: "all", "last", an index or several, a list of them for
-            each row, a slice, a bool mask (S,) or (B, S), a callable that makes one from the inputs by name, or "mean",
-            their mean. Where the batch has an attention mask, pads do not count, and positions are counted among the
-            real tokens; where position_ids start anew, in each of the texts that a row is packed with.
+            each row, a slice, a bool mask (S,) or (B, S) or one (B, S) of the integers 0 and 1, a callable that makes
+            one from the inputs by name, or "mean", their mean. Where the batch has an attention mask, pads do not
+            count, and positions are counted among the real tokens; where position_ids start anew, in each of the texts
+            that a row is packed with.
         axis: the feature axis, of every site or site -> axis, where it is not the one that the module's class tells.
         row_axis, token_axis, mask: the axes of rows and tokens, and where the batch has its token mask, as for
             `Steerer`.

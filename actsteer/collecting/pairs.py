@@ -154,7 +154,7 @@ def collect_differences(
     """
     where: dict[str, Any] = {"axis": axis, "row_axis": row_axis, "token_axis": token_axis, "mask": mask}
     observation = Observation(model, find_sites(model, sites), **where, positions=positions, stop=stop)
-    pairs = _paired(positive, negative, batch_size=batch_size, progress=progress)
+    pairs = paired(positive, negative, batch_size=batch_size, progress=progress)
     moments = _collected(observation, pairs, _difference, covariance=covariance)
     metadata = fingerprint.described(model) | described(positions) | described_axes(observation.axes, axis)
     return Statistics(moments, metadata=metadata, replicas=replicas(model))
@@ -192,7 +192,7 @@ def collect_joint(
     """
     where: dict[str, Any] = {"axis": axis, "row_axis": row_axis, "token_axis": token_axis, "mask": mask}
     observation = Observation(model, find_sites(model, sites), **where, positions=positions, stop=stop)
-    pairs = _paired(positive, negative, batch_size=batch_size, progress=progress)
+    pairs = paired(positive, negative, batch_size=batch_size, progress=progress)
     moments = _collected(observation, pairs, beside, covariance=True)
     metadata = fingerprint.described(model) | described(positions) | described_axes(observation.axes, axis)
     return Statistics(moments, metadata=metadata | JOINT, replicas=replicas(model))
@@ -208,8 +208,14 @@ def _difference(positive: Float[Tensor, "n d"], negative: Float[Tensor, "n d"]) 
     return exact(positive) - exact(negative)
 
 
-def _paired(positive: Batches, negative: Batches, *, batch_size: int, progress: bool) -> Iterator[tuple[Any, Any]]:
-    """The batches of both sides, two by two."""
+def paired(
+    positive: Batches, negative: Batches, *, batch_size: int, progress: bool = False
+) -> Iterator[tuple[Any, Any]]:
+    """Each batch of one side with that of the other.
+
+    Raises:
+        BatchError: one side has more.
+    """
     missing: Any = object()
     options: dict[str, Any] = {"batch_size": batch_size, "may_be_empty": not is_alone()}  # a share of nothing
     sides = (
@@ -244,6 +250,17 @@ def _collected(
         observation.run(steps())
     nothing = Moments.empty(0, covariance=covariance)
     return {site: sums.get(site, nothing) for site in observation.sites}
+
+
+def differences(observation: Observation, toward: Any, away: Any) -> dict[str, Float[Tensor, "n d"]]:
+    """Site -> the rows of one batch less those of another, in float64.
+
+    Raises:
+        BatchError: they do not pair up.
+    """
+    one, other = _Seen(), _Seen()
+    observation.run([Step(toward, one.keep), Step(away, other.keep)])
+    return {site: _difference(*_facing(site, one, other)) for site in observation.sites}
 
 
 def _facing(site: str, one: _Seen, other: _Seen) -> tuple[Tensor, Tensor]:

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import math
-from typing import Any, final
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import trange
 
-from actsteer.collecting.batches import Batches, arguments, call, iterate
+from actsteer.collecting.batches import Batches, iterate
 from actsteer.collecting.eval_mode import eval_mode
 from actsteer.errors import ShapeError, SiteNotFoundError, StatisticsError
+from actsteer.estimators.jacobian import Squared, strongest
 from actsteer.estimators.optimize import in_single, zeros_at
+from actsteer.estimators.target import Target
 from actsteer.sites import fingerprint
-from actsteer.sites.axes import Axes, Layout, layouts
-from actsteer.sites.lens import Lens
-from actsteer.sites.listen import likely_cause, listen
-from actsteer.sites.place import Place
-from actsteer.sites.resolve import Sites, find_sites, resolve
-from actsteer.sites.wrappers import unwrapped
+from actsteer.sites.axes import Axes
+from actsteer.sites.listen import listen
+from actsteer.sites.resolve import Sites, find_sites
 from actsteer.steering.steerer import Steerer
-from actsteer.tokens.inputs import signature_of
-from actsteer.tokens.passes import Pass, groups
-from actsteer.tokens.real import real_at
+from actsteer.tokens.positions import Positions, check
 from actsteer.vectors.bank import VectorBank
 from actsteer.vectors.vector import SteeringVector
+
+Method: TypeAlias = Literal["trained", "jacobian"]
+_STEPS: dict[Method, int] = {"trained": 200, "jacobian": 15}
 
 
 @torch.inference_mode(mode=False)
@@ -38,8 +40,11 @@ def discover(
     target: Sites,
     norm: float,
     count: int = 1,
-    steps: int = 200,
-    lr: float = 0.05,
+    method: Method = "trained",
+    steps: int | None = None,
+    lr: float | None = None,
+    positions: Positions = "all",
+    target_positions: Positions = "all",
     batch_size: int = 256,
     axis: Axes | None = None,
     generator: torch.Generator | None = None,
@@ -47,33 +52,45 @@ def discover(
 ) -> VectorBank:
     """Directions v of a given norm that maximise the mean over rows of ‖target(x; v) - target(x)‖², one after another.
 
-    Each is orthogonal to those before it. What a direction stands for shows in the model's answers alone.
+    Each is orthogonal to those before it. What a direction stands for shows in the model's answers alone. By "jacobian"
+    they are those of an infinitely small norm: the right singular vectors of d target / d v over all rows, the largest
+    singular values first; the metadata has these per row, √(mean ‖J v‖² / ‖v‖²), as "gain".
 
     Args:
         batches: data, as for `collect`; all of them are used in every step.
         site: where the direction is added.
         target: the site, after it, whose activation is to change.
-        norm: ‖v‖, in the activation's units; what is found depends on it.
+        norm: ‖v‖, in the activation's units; what training finds depends on it.
         count: how many directions; the concepts are called "0", "1", and so on.
-        steps: of gradient ascent (Adam) for each.
-        lr: the learning rate, as a share of the norm.
+        method: "trained", by gradient ascent; or "jacobian", without training, for which every operation between the
+            site and the target needs a forward derivative in torch.
+        steps: of Adam for each direction, 200 unless given; or products with the Jacobian for all of them, 15.
+        lr: Adam's learning rate, as a share of the norm, 0.05 unless given.
+        positions: where the direction is added, as for `Steerer`.
+        target_positions: of which the change counts, as for `collect`; "last", for what a model says next.
         generator: makes the first guesses, and so the result, reproducible.
 
     Raises:
         SiteNotFoundError, BatchError: no such sites, or several of them; no batches.
         StatisticsError: a site never ran, or the target does not react to it.
+        UnsupportedModelError: an operation without a forward derivative, for "jacobian".
 
-    Source: mechanistically eliciting latent behaviors (MELBO), Mack & Turner 2024, with both exponents 2.
+    Source: mechanistically eliciting latent behaviors (MELBO), Mack & Turner 2024, with both exponents 2; by the
+    Jacobian, linear deep causal transcoding, Mack & Turner 2024.
 
     >>> model = nn.Sequential(nn.Identity(), nn.Linear(2, 2, bias=False))
     >>> _ = model.requires_grad_(False)[1].weight.copy_(torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
-    >>> bank = discover(model, torch.zeros(4, 2), site="0", target="1", norm=2.0, count=2,
-    ...                 generator=torch.Generator().manual_seed(0))
+    >>> bank = discover(model, torch.zeros(4, 2), site="0", target="1", norm=2.0, count=2, method="jacobian")
     >>> bank["0"]["0"].abs().round(decimals=2), bank["1"]["0"].abs().round(decimals=2)
     (tensor([2., 0.]), tensor([0., 2.]))
     """
-    if not (math.isfinite(norm) and norm > 0) or count < 1 or steps < 1 or not lr > 0:
-        raise ValueError(f"expected norm, lr > 0 and count, steps >= 1, got {norm=}, {lr=}, {count=}, {steps=}")
+    if method not in get_args(Method):
+        raise ValueError(f"method: expected one of {', '.join(map(repr, get_args(Method)))}, got {method!r}")
+    steps = _STEPS[method] if steps is None else steps
+    _check(method, norm=norm, count=count, steps=steps, lr=lr)
+    for where in (positions, target_positions):  # of data that is steered, so that both must allow them
+        check(where, steers=True)
+        check(where, steers=False)
     name, looked_at = _one(model, site, "site"), _one(model, target, "target")
     if name == looked_at:
         raise StatisticsError(f"target {looked_at!r} is the site itself; choose one after it")
@@ -82,41 +99,85 @@ def discover(
     d = len(zero[name])
     if count > d:
         raise ShapeError(f"count: there are {d} orthogonal directions of {d} features, got {count}")
-    place = resolve(model, [looked_at])[looked_at]
-    reader = _Reader(place, layouts(model, {looked_at: place}, axis=None)[looked_at])
-    steerer = Steerer(model, in_single(zero), axis=axis)
+    moved = Target(model, looked_at, target_positions)
+    steerer = Steerer(model, in_single(zero), axis=axis, positions=positions)
     with eval_mode(model, frozen=True), torch.enable_grad(), steerer:
         leaf = steerer.requires_grad_()[name]
-        remove = listen(place, reader)
+        remove = listen(moved.place, moved)
         try:
             with torch.no_grad():
-                plain = [reader.read(model, batch) for batch in data]
-            found: list[Tensor] = []
-            for index in range(count):
-                start = torch.randn(d, generator=generator).to(leaf)
-                _place(leaf, start, found, norm)
-                optimizer = torch.optim.Adam([leaf], lr=lr * norm)
-                schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-                for step in trange(steps, desc=f"discover {index + 1}/{count}", disable=not progress, delay=2.0):
-                    change = _change(model, reader, data, plain)
-                    gradient = None
-                    if change.requires_grad:
-                        (gradient,) = torch.autograd.grad(-change, [leaf], allow_unused=True)
-                    if gradient is None or (not step and not bool(gradient.any())):
-                        raise StatisticsError(
-                            f"target {looked_at!r} does not react to site {name!r} in direction {index}; choose a "
-                            "later target, another norm, or a smaller count"
-                        )
-                    leaf.grad = _without(gradient[0], [*found, leaf.detach()[0]])[None]
-                    optimizer.step()
-                    schedule.step()
-                    _place(leaf, leaf.detach()[0].clone(), found, norm)
-                found.append(leaf.detach()[0].clone())
+                plain = [moved.read(batch) for batch in data]
+            silent = partial(_silent, name, looked_at)
+            options: dict[str, Any] = {"count": count, "steps": steps, "generator": generator, "progress": progress}
+            if method == "trained":
+                change = partial(_change, moved, data, plain)
+                found = _trained(leaf, change, silent, norm=norm, lr=0.05 if lr is None else lr, **options)
+                told: list[dict[str, str]] = [{} for _ in found]
+            else:
+                units, squares = strongest(Squared(moved.read, leaf, data), d, **options)
+                for index, square in enumerate(squares.tolist()):
+                    if not square > 10 * torch.finfo(leaf.dtype).eps * float(squares[0]):  # rounding, or nan
+                        raise silent(index)
+                found = list(norm * units.to(leaf))
+                gains = (squares / sum(len(rows) for rows in plain)).sqrt().tolist()
+                told = [{"gain": repr(gain)} for gain in gains]
         finally:
             remove()
     described = zero.metadata | {"estimator": "discover", "target": looked_at} | fingerprint.described(model)
-    rounded = {str(i): {name: v.to(zero[name].dtype)} for i, v in enumerate(found)}
-    return VectorBank({i: SteeringVector(found_at, concept=i, metadata=described) for i, found_at in rounded.items()})
+    return VectorBank(
+        {
+            str(i): SteeringVector({name: v.to(zero[name].dtype)}, concept=str(i), metadata=described | own)
+            for i, (v, own) in enumerate(zip(found, told, strict=True))
+        }
+    )
+
+
+def _check(method: Method, *, norm: float, count: int, steps: int, lr: float | None) -> None:
+    if not (math.isfinite(norm) and norm > 0) or count < 1 or steps < 1 or not (lr is None or lr > 0):
+        raise ValueError(f"expected norm, lr > 0 and count, steps >= 1, got {norm=}, {lr=}, {count=}, {steps=}")
+    if method == "jacobian" and lr is not None:
+        raise ValueError(f"lr: nothing is trained by method='jacobian', got {lr}")
+
+
+def _silent(site: str, target: str, index: int) -> StatisticsError:
+    return StatisticsError(
+        f"target {target!r} does not react to site {site!r} in direction {index}; choose a later target, another norm, "
+        "or a smaller count"
+    )
+
+
+def _trained(
+    leaf: Float[Tensor, "1 d"],
+    change: Callable[[], Tensor],
+    silent: Callable[[int], StatisticsError],
+    *,
+    norm: float,
+    lr: float,
+    count: int,
+    steps: int,
+    generator: torch.Generator | None,
+    progress: bool,
+) -> list[Float[Tensor, " d"]]:
+    """The directions that gradient ascent finds; the leaf moves."""
+    found: list[Tensor] = []
+    for index in range(count):
+        start = torch.randn(leaf.shape[1], generator=generator).to(leaf)
+        _place(leaf, start, found, norm)
+        optimizer = torch.optim.Adam([leaf], lr=lr * norm)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+        for step in trange(steps, desc=f"discover {index + 1}/{count}", disable=not progress, delay=2.0):
+            now = change()
+            gradient = None
+            if now.requires_grad:
+                (gradient,) = torch.autograd.grad(-now, [leaf], allow_unused=True)
+            if gradient is None or (not step and not bool(gradient.any())):
+                raise silent(index)
+            leaf.grad = _without(gradient[0], [*found, leaf.detach()[0]])[None]
+            optimizer.step()
+            schedule.step()
+            _place(leaf, leaf.detach()[0].clone(), found, norm)
+        found.append(leaf.detach()[0].clone())
+    return found
 
 
 @torch.no_grad()
@@ -133,9 +194,9 @@ def _without(vector: Float[Tensor, " d"], others: list[Tensor]) -> Float[Tensor,
     return vector
 
 
-def _change(model: nn.Module, reader: _Reader, data: list[Any], plain: list[Tensor]) -> Tensor:
+def _change(target: Target, data: list[Any], plain: list[Tensor]) -> Tensor:
     """How far the target moves from where it was: the mean over rows of the squared distance."""
-    moved = [(reader.read(model, b) - p).square().sum() for b, p in zip(data, plain, strict=True)]
+    moved = [(target.read(b) - p).square().sum() for b, p in zip(data, plain, strict=True)]
     return torch.stack(moved).sum() / sum(len(rows) for rows in plain)
 
 
@@ -144,32 +205,3 @@ def _one(model: nn.Module, sites: Sites, which: str) -> str:
     if len(names) != 1:
         raise SiteNotFoundError(f"{which}: expected one site, got {list(names)[:8]}")
     return names[0]
-
-
-@final
-class _Reader:
-    """Keeps the activation at a site, with the features last and gradients to what it was made from."""
-
-    def __init__(self, place: Place, layout: Layout) -> None:
-        self._place, self._lens = place, Lens(place, layout)
-        self._now: Pass
-        self._seen: list[Tensor] = []
-
-    def read(self, model: nn.Module, batch: Any) -> Tensor:
-        """The activations on one batch, of each call of the site, in float32 at least; pads are left out."""
-        self._seen.clear()
-        _, passes = groups(unwrapped(model), {self._place.site: self._place}, {}, data=True)
-        self._now = passes[self._place.site].begun(*arguments(batch), signature_of(model))
-        call(model, batch)
-        if not self._seen:
-            raise StatisticsError(f"site {self._place.site!r} never ran: {likely_cause(model, self._place)}")
-        return torch.cat(self._seen)
-
-    def __call__(self, module: nn.Module, args: Any, last: Any) -> None:
-        view = self._lens.heard(module, args, last)
-        for whole, frame in view.rows():
-            real = None if view.raw.is_nested else real_at(frame, self._now)
-            rows = whole.reshape(-1, whole.shape[-1])
-            if real is not None:
-                rows = rows[real.movedim(frame.axis, -1).expand(*whole.shape[:-1], 1).flatten().to(rows.device)]
-            self._seen.append(rows.to(torch.promote_types(rows.dtype, torch.float32)))

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
-from typing import TypeAlias, final
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import zip_longest
+from typing import Any, TypeAlias, cast, final
 
 import torch
 from torch import Tensor
 
-from actsteer.errors import ShapeError, SiteNotFoundError, StatisticsError
+from actsteer.collecting.moments import exact
+from actsteer.errors import BatchError, ShapeError, SiteNotFoundError, StatisticsError
 from actsteer.estimators.estimator import Reads, name_of, shown
-from actsteer.estimators.newton import Recorded, newton, no_convergence
+from actsteer.estimators.newton import Recorded, blocks, newton, no_convergence
 from actsteer.estimators.rows import Rows
 from actsteer.vectors.vector import SteeringVector
 
@@ -28,7 +30,12 @@ class LogisticDirection:
     `logistic`). A stream is gone over once per step of Newton's method, which keeps a gradient and a (d, d) matrix: the
     same optimum in memory that does not grow with the rows. With `fit`, `streamed=True` runs the model in every step.
 
+    With `paired`, v = argmin C Σ log(1 + exp(-(x₊ - x₋)·v)) + ‖v‖² / 2 over pairs of rows, without an offset: the
+    likelihood that the positive one of each pair is the one it is, to which what both share does not count.
+
     Args:
+        paired: the first positive row goes with the first negative one, and so on; `fit` sees to it that they are of
+            the same row of the batch.
         C: the weight of the rows against that of ‖v‖² / 2, as scikit-learn's `C`.
         streamed: have `fit` stream the activations, not record them.
         steps: the largest number of Newton steps, or of scikit-learn's iterations.
@@ -36,43 +43,72 @@ class LogisticDirection:
 
     Raises:
         StatisticsError: a side without rows, activations that are not finite, or no convergence.
+        BatchError: `paired`, and the sides do not pair up.
 
-    Source: probes, Alain & Bengio 2016; iteratively reweighted least squares, Green 1984.
+    Source: probes, Alain & Bengio 2016; iteratively reweighted least squares, Green 1984; of pairs, the conditional
+    likelihood, Breslow & Day 1980.
 
     >>> rows = torch.tensor([[1.0], [2.0], [3.0]])
     >>> v = LogisticDirection()(positive=[{"2": rows}], negative=[{"2": -rows}])
     >>> bool(v["2"] > 0), abs(float(v.metadata["offset 2"])) < 1e-6
     (True, True)
+    >>> shared = torch.tensor([[100.0], [-7.0], [30.0]])
+    >>> LogisticDirection(paired=True)(positive={"2": shared + rows}, negative={"2": shared - rows})["2"] > 0
+    tensor([True])
     """
 
     reads: Reads = "rows"
 
     __repr__ = shown
 
-    def __init__(self, *, C: float = 1.0, streamed: bool = False, steps: int = 100, tolerance: float = 1e-8) -> None:  # noqa: N803
+    def __init__(
+        self,
+        *,
+        C: float = 1.0,  # noqa: N803
+        paired: bool = False,
+        streamed: bool = False,
+        steps: int = 100,
+        tolerance: float = 1e-8,
+    ) -> None:
         if not (math.isfinite(C) and C > 0):
             raise ValueError(f"C: expected a number above 0, got {C}")
         if steps < 1 or not tolerance > 0:
             raise ValueError(f"expected steps >= 1 and tolerance > 0, got steps={steps}, tolerance={tolerance}")
-        self.C, self.streamed, self.steps, self.tolerance = C, streamed, steps, tolerance
+        self.C, self.paired, self.streamed, self.steps, self.tolerance = C, paired, streamed, steps, tolerance
 
     def __call__(self, *, positive: RowsOrBlocks, negative: RowsOrBlocks) -> SteeringVector:
         """The regression's weights at every site."""
+        if isinstance(positive, Mapping) != isinstance(negative, Mapping):
+            raise TypeError("expected recorded activations on both sides, or a stream of them on both; got one of each")
+        if self.paired:
+            return self._vector(self._newton(self._differences(positive, negative), None), {})
         if self.streamed and isinstance(positive, Rows) and isinstance(negative, Rows):
             positive, negative = positive.blocks, negative.blocks
         if isinstance(positive, Mapping) and isinstance(negative, Mapping):
             _check_alike(positive, negative)
             found = {site: self._by_sklearn(site, positive[site], negative[site]) for site in positive}
-        elif isinstance(positive, Mapping) or isinstance(negative, Mapping):
-            raise TypeError("expected recorded activations on both sides, or a stream of them on both; got one of each")
         else:
-            found = newton(positive, negative, C=self.C, steps=self.steps, tolerance=self.tolerance)
-        described = {f"offset {site}": repr(float(weights[-1])) for site, weights in found.items()}
+            found = self._newton(positive, negative)
+        offsets = {f"offset {site}": repr(float(weights[-1])) for site, weights in found.items()}
+        return self._vector({site: weights[:-1] for site, weights in found.items()}, offsets)
+
+    def _newton(self, positive: Iterable[Any], negative: Iterable[Any] | None) -> dict[str, Tensor]:
+        return newton(positive, negative, C=self.C, steps=self.steps, tolerance=self.tolerance)
+
+    def _differences(self, positive: RowsOrBlocks, negative: RowsOrBlocks) -> Iterable[Recorded]:
+        if isinstance(positive, Rows) and isinstance(negative, Rows):
+            blocks = positive.less(negative)
+            return blocks if self.streamed else list(blocks)
+        if isinstance(positive, Mapping) and isinstance(negative, Mapping):
+            _check_alike(positive, negative)
+            toward, away = cast("Recorded", positive), cast("Recorded", negative)
+            return _Differences([toward], [{site: away[site] for site in toward}])
+        return _Differences(positive, negative)
+
+    def _vector(self, weights: Mapping[str, Tensor], offsets: Mapping[str, str]) -> SteeringVector:
         kind = torch.get_default_dtype()
-        return SteeringVector(
-            {site: weights[:-1].to(kind) for site, weights in found.items()},
-            metadata={"estimator": name_of(self)} | described,
-        )
+        directions = {site: own.to(kind) for site, own in weights.items()}
+        return SteeringVector(directions, metadata={"estimator": name_of(self), **offsets})
 
     def _by_sklearn(self, site: str, positive: Tensor, negative: Tensor) -> Tensor:
         try:
@@ -97,6 +133,21 @@ class LogisticDirection:
             except ConvergenceWarning as warning:
                 raise StatisticsError(no_convergence((site,), self.steps)) from warning
         return torch.cat([torch.from_numpy(regression.coef_[0]), torch.from_numpy(regression.intercept_)])
+
+
+@final
+class _Differences:
+    """The rows of one stream less those of another, that pair up."""
+
+    def __init__(self, positive: Iterable[Any], negative: Iterable[Any]) -> None:
+        self._sides = positive, negative
+
+    def __iter__(self) -> Iterator[Recorded]:
+        for toward, away in zip_longest(*map(blocks, self._sides)):
+            if toward is None or away is None or toward[0] != away[0] or toward[1].shape != away[1].shape:
+                told = [None if own is None else (own[0], tuple(own[1].shape)) for own in (toward, away)]
+                raise BatchError(f"the sides do not pair up: expected blocks of one site and shape, got {told}")
+            yield {toward[0]: exact(toward[1]) - exact(away[1])}
 
 
 def _check_alike(positive: Recorded, negative: Recorded) -> None:

@@ -18,13 +18,13 @@ Recorded: TypeAlias = Mapping[str, Tensor]
 
 def newton(
     positive: Iterable[Recorded],
-    negative: Iterable[Recorded],
+    negative: Iterable[Recorded] | None,
     *,
     C: float,  # noqa: N803
     steps: int,
     tolerance: float,
 ) -> dict[str, Float[Tensor, " _"]]:
-    """Weights and, last, the offset at every site, all sites in one stream.
+    """Weights and, last, the offset at every site, all sites in one stream; of one side alone, without an offset.
 
     Raises:
         SiteNotFoundError, ShapeError: the sides have other sites, or sizes; blocks that are not (n, d).
@@ -33,19 +33,22 @@ def newton(
     weights: dict[str, Tensor] = {}
     moves: dict[str, Tensor] = {}
     losses: dict[str, float] = {}
+    sides = [(1.0, positive)] if negative is None else [(1.0, positive), (-1.0, negative)]
+    offset = len(sides) - 1
     for _ in range(steps):
-        sums = {site: _Sums(own, C) for site, own in weights.items()}
+        sums = {site: _Sums(own, C, offset) for site, own in weights.items()}
         sites: list[set[str]] = []
-        for sign, side in ((1.0, positive), (-1.0, negative)):
+        for sign, side in sides:
             sites.append(set())
-            for site, rows in _blocks(side):
+            for site, rows in blocks(side):
                 sites[-1].add(site)
                 if site not in weights:
-                    weights[site] = torch.zeros(rows.shape[1] + 1, dtype=torch.float64, device=rows.device)
-                sums.setdefault(site, _Sums(weights[site], C)).add(site, rows, sign)
-        if sites[0] != sites[1] or not weights:
+                    weights[site] = torch.zeros(rows.shape[1] + offset, dtype=torch.float64, device=rows.device)
+                sums.setdefault(site, _Sums(weights[site], C, offset)).add(site, rows, sign)
+        if sites[0] != sites[-1] or not weights:
             raise SiteNotFoundError(
-                f"positive has the sites {sorted(sites[0])}, negative {sorted(sites[1])}; stream the same on both sides"
+                f"positive has the sites {sorted(sites[0])}, negative {sorted(sites[-1])}; stream the same on both "
+                "sides"
             )
         if all(own.check(site).converged(tolerance) for site, own in sums.items()):
             return weights
@@ -65,7 +68,13 @@ def no_convergence(sites: Iterable[str], steps: int) -> str:
     return f"sites {list(sites)}: no convergence in {steps} steps; scale the activations, or take a smaller C"
 
 
-def _blocks(side: Iterable[Recorded]) -> Iterator[tuple[str, Tensor]]:
+def blocks(side: Iterable[Recorded]) -> Iterator[tuple[str, Float[Tensor, "n d"]]]:
+    """The sites and rows of each block.
+
+    Raises:
+        StatisticsError: it cannot be gone over again.
+        TypeError, ShapeError: blocks that are not site -> (n, d).
+    """
     if iter(side) is side:
         raise StatisticsError("a stream is gone over several times; give a list, or anything that starts again")
     for block in side:
@@ -81,22 +90,21 @@ def _blocks(side: Iterable[Recorded]) -> Iterator[tuple[str, Tensor]]:
 class _Sums:
     """Loss, gradient and Hessian at some weights, as they grow."""
 
-    def __init__(self, weights: Float[Tensor, " _"], C: float) -> None:  # noqa: N803
-        self._weights, self._c = weights, C
-        penalized = torch.cat([weights[:-1], weights.new_zeros(1)])
-        self._gradient = penalized.clone()
-        self._hessian = torch.diag((torch.arange(len(weights)) < len(weights) - 1).to(weights))
-        self.loss = float(penalized.square().sum() / 2)
-        self._counts = {1.0: 0, -1.0: 0}
+    def __init__(self, weights: Float[Tensor, " _"], C: float, offset: int) -> None:  # noqa: N803
+        self._weights, self._c, self._offset = weights, C, offset
+        penalty = (torch.arange(len(weights)) < len(weights) - offset).to(weights)
+        self._gradient, self._hessian = penalty * weights, torch.diag(penalty)
+        self.loss = float((penalty * weights).square().sum() / 2)
+        self._counts = {1.0: 0, -1.0: 0} if offset else {1.0: 0}
 
     def add(self, site: str, rows: Float[Tensor, "n d"], sign: float) -> None:
         """Take in rows of one side."""
-        if rows.shape[1] + 1 != len(self._weights):
+        if rows.shape[1] + self._offset != len(self._weights):
             raise ShapeError(
-                f"site {site!r}: {rows.shape[1]} features after {len(self._weights) - 1}; are both sides, and all "
-                "blocks, from one model?"
+                f"site {site!r}: {rows.shape[1]} features after {len(self._weights) - self._offset}; are both sides, "
+                "and all blocks, from one model?"
             )
-        extended = torch.cat([rows.double(), rows.new_ones(len(rows), 1).double()], dim=1)
+        extended = torch.cat([rows.double(), rows.new_ones(len(rows), self._offset).double()], dim=1)
         margins = sign * (extended @ self._weights)
         wrong = torch.sigmoid(-margins)
         self.loss += self._c * float(torch.nn.functional.softplus(-margins).sum())

@@ -22,13 +22,18 @@ class PrincipalDirection:
     is the component of the differences x₊ - x₋ of pairs of rows, about zero, so that what both rows of a pair share
     does not count; `fit` and `collect_differences` make the differences.
 
+    Of pairs about the differences' mean, `centred`, it is the component along which they vary, whatever they have in
+    common: repeng's "pca_diff", where that about zero is its "pca_center".
+
     Also called LAT, or the reading vector. Source: representation engineering (RepE), Zou et al. 2023.
 
     Args:
         paired: read "pairs": the statistics of the differences (positive) and of their negatives (negative).
+        centred: of pairs, take their differences about their mean.
 
     Raises:
         StatisticsError: no covariance was collected, the rows do not vary, or are not `paired`.
+        ValueError: `centred` without `paired`, where the mean is taken out anyway.
 
     >>> from actsteer.collecting.moments import Moments
     >>> rows = torch.tensor([[3.0, 0.0], [5.0, 0.5], [4.0, -0.5]])
@@ -39,8 +44,10 @@ class PrincipalDirection:
 
     __repr__ = shown
 
-    def __init__(self, *, paired: bool = False) -> None:
-        self.paired = paired
+    def __init__(self, *, paired: bool = False, centred: bool = False) -> None:
+        if centred and not paired:
+            raise ValueError("centred: it is for pairs; without them the rows' common mean is taken out anyway")
+        self.paired, self.centred = paired, centred
         self.reads: Reads = "pairs" if paired else "covariance"
 
     def __call__(self, *, positive: Statistics, negative: Statistics) -> SteeringVector:
@@ -53,7 +60,7 @@ class PrincipalDirection:
         return estimate(self, self._direction, positive=positive, negative=negative)
 
     def _direction(self, positive: Moments, negative: Moments) -> Tensor:
-        values, components = torch.linalg.eigh(positive.merge(negative).scatter)
+        values, components = torch.linalg.eigh((positive if self.centred else positive.merge(negative)).scatter)
         if float(values[-1]) <= 0.0:
             raise StatisticsError("the rows do not vary, so no direction is the principal one; collect other rows")
         component: Tensor = components[:, -1]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from actsteer.collecting.batches import Batches, iterate
 from actsteer.collecting.observe import Observation
+from actsteer.collecting.pairs import differences, paired
 from actsteer.collecting.record import record, recorded
 from actsteer.sites.resolve import find_sites
 
@@ -57,6 +58,10 @@ class Rows(Mapping[str, Tensor]):
         """The rows of each batch, site -> (n, d); as often as they are asked for."""
         return _Blocks(self._model, self._batches, self._options)
 
+    def less(self, other: Rows) -> Iterable[Mapping[str, Float[Tensor, "n d"]]]:
+        """The rows of each batch less those of the other side's, which pair up, in float64; as often as asked for."""
+        return _Differences(self._model, self._batches, other._batches, self._options)
+
     @cached_property
     def _recorded(self) -> dict[str, Float[Tensor, "n d"]]:
         return record(self._model, self._batches, progress=self._progress, **self._options)
@@ -66,13 +71,25 @@ class Rows(Mapping[str, Tensor]):
 class _Blocks:
     def __init__(self, model: nn.Module, batches: Batches, options: Mapping[str, Any]) -> None:
         self._batches, self._batch_size = batches, options["batch_size"]
-        asked = {
-            key: options[key]
-            for key in ("positions", "axis", "row_axis", "token_axis", "mask", "stop")
-            if key in options
-        }
-        self._observation = Observation(model, find_sites(model, options["sites"]), **asked)
+        self._observation = _observation(model, options)
 
     def __iter__(self) -> Iterator[Mapping[str, Tensor]]:
         for batch in iterate(self._batches, batch_size=self._batch_size, progress=False, label=""):
             yield recorded(self._observation, [batch])
+
+
+@final
+class _Differences:
+    def __init__(self, model: nn.Module, positive: Batches, negative: Batches, options: Mapping[str, Any]) -> None:
+        self._sides, self._batch_size = (positive, negative), options["batch_size"]
+        self._observation = _observation(model, options)
+
+    def __iter__(self) -> Iterator[Mapping[str, Tensor]]:
+        for toward, away in paired(*self._sides, batch_size=self._batch_size):
+            yield differences(self._observation, toward, away)
+
+
+def _observation(model: nn.Module, options: Mapping[str, Any]) -> Observation:
+    names = ("positions", "axis", "row_axis", "token_axis", "mask", "stop")
+    asked = {name: options[name] for name in names if name in options}
+    return Observation(model, find_sites(model, options["sites"]), **asked)

@@ -39,9 +39,7 @@ def read(path: Path) -> dict[str, Named | Numbered]:
     The concept is the file's name; where that tells a layer, what stands before it or, without that, the folder's. What
     stands behind the layer, in CAA's files the model, is the metadata's "variant".
     """
-    with path.open("rb") as file:
-        size = file.seek(0, 2)
-        content = _loaded(path, file, size)
+    content, size = loaded(path)
     budget = _Budget(path, _SHARED * size)
     found = _NAME.fullmatch(path.stem)
     if found is not None and isinstance(content, Tensor):
@@ -63,8 +61,19 @@ def write(path: Path, vectors: Mapping[str, Named]) -> None:
     raise FileFormatError(f"{path}: {path.suffix} is only read; name the file with .safetensors or .gguf")
 
 
+def loaded(path: Path) -> tuple[Any, int]:
+    """What is in the file, tensors, lists and mappings of them; and its size in bytes.
+
+    Raises:
+        FileFormatError: there is anything else in it.
+        OSError: there is no such file, or it may not be read.
+    """
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        return _loaded(path, file, size), size
+
+
 def _loaded(path: Path, file: BinaryIO, size: int) -> Any:
-    """What is in the file: tensors, lists and mappings of them."""
     try:
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as parts:

@@ -1,4 +1,4 @@
-"""The steering-vectors package: its objects as banks."""
+"""The steering-vectors package: its objects as banks, and vectors as its objects."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from actsteer.errors import FileFormatError, SiteNotFoundError
+from actsteer.errors import FileFormatError, SiteNotFoundError, close_names
 from actsteer.sites.blocks import find_blocks
 from actsteer.sites.resolve import named_sites
 from actsteer.vectors.bank import VectorBank
@@ -20,6 +20,7 @@ _PARTS = {  # a layer type -> the names that families have for it, inside a bloc
     "input_layernorm": (".input_layernorm", ".ln_1"),
     "post_attention_layernorm": (".post_attention_layernorm", ".ln_2"),
 }
+_ENDS = {"self_attn": ":out.0"}  # which part of the output is meant
 
 
 def from_steering_vectors(vector: Any, *, model: nn.Module, concept: str | None = None) -> VectorBank:
@@ -58,6 +59,46 @@ def from_steering_vectors(vector: Any, *, model: nn.Module, concept: str | None 
         found = [f"{blocks}.{at}{part}" for part in _PARTS[kind] if f"{blocks}.{at}{part}" in sites]
         if not found:
             raise SiteNotFoundError(f"layer {number}: the model has {blocks}.0 to {blocks}.{count - 1}, and no {kind}")
-        directions[found[0] + (":out.0" if kind == "self_attn" else "")] = row.reshape(-1)
+        directions[found[0] + _ENDS.get(kind, "")] = row.reshape(-1)
     name = concept or "vector"
     return VectorBank({name: SteeringVector(directions, concept=name)})
+
+
+def to_steering_vectors(vector: SteeringVector, *, model: nn.Module) -> Any:
+    """The vector as an object of that package, whose `apply(model, multiplier=c)` adds c · v: `from_steering_vectors`
+    of it is the vector again, without its metadata.
+
+    Args:
+        vector: directions at the outputs of blocks, or all at one kind of part of them: attention, an MLP, a norm.
+        model: the model whose names the sites have.
+
+    Raises:
+        ImportError: there is no `steering_vectors`.
+        SiteNotFoundError: a site that their objects have no place for.
+        FileFormatError: sites of several kinds, of which an object has one.
+
+    ```py
+    theirs = to_steering_vectors(fit_pairs(model, tokenizer, pairs, sites=residual_sites(model, 12)), model=model)
+    with theirs.apply(model, multiplier=0.5): ...
+    ```
+    """
+    try:
+        from steering_vectors import SteeringVector as Theirs
+    except ImportError as error:
+        raise ImportError("objects of steering-vectors need that package: pip install steering-vectors") from error
+    blocks, count = find_blocks(model)
+    places = {
+        f"{blocks}.{number}{part}{_ENDS.get(kind, '')}": (kind, number)
+        for kind, parts in _PARTS.items()
+        for part in parts
+        for number in range(count)
+    }
+    if strange := [site for site in vector if site not in places]:
+        raise SiteNotFoundError(
+            f"site {strange[0]!r} is neither a block of {blocks} nor a part of one that they know, of "
+            f"{', '.join(_PARTS)}. {close_names(strange[0], places)}"
+        )
+    kinds = sorted({places[site][0] for site in vector})
+    if len(kinds) != 1:
+        raise FileFormatError(f"expected sites of one kind, as an object has them, got {kinds}; select those of one")
+    return Theirs(layer_activations={places[site][1]: vector[site] for site in vector}, layer_type=kinds[0])

@@ -287,7 +287,7 @@ def _known(
     if direction.requires_grad:
         return lambda h: intervention(h, direction, amount.c)
     try:
-        with torch.inference_mode(mode=False):  # so that it works in autograd later
+        with torch.inference_mode(mode=False), without_autocast(direction.device.type):  # for autograd later
             return prepared(intervention, direction, amount.c)
     except ZeroDirectionError as error:
         raise ZeroDirectionError(f"site {site!r}: in {direction.dtype}, {error}") from None

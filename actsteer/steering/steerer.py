@@ -55,11 +55,11 @@ class Steerer:
         gate: which rows, or tokens, are steered; one gate for every concept, or concept -> gate (what is not named
             has none). `AtSites` is another at each site.
         positions: which tokens of a sequence are steered, for every concept, or concept -> positions: "all", "prompt",
-            "generated", "last" (of the prompt), an index or a list of them, a list for each row, a slice, a bool mask
-            of the prompt, or a callable that makes one of the inputs by name, for all tokens so far. They count from
-            the start of each text, pads left out, whatever lies in a cache; negative ones from the end of the prompt.
-            The first generated token is the answer to the prompt's last one, so that "prompt" and "last" steer it, and
-            "generated" does not. Pads never are.
+            "generated", "last" (of the prompt), an index or a list of them, a list for each row, a slice, a mask of the
+            prompt (bool, or (B, S) of 0 and 1), or a callable that makes one of the inputs by name, for all tokens so
+            far. They count from the start of each text, pads left out, whatever lies in a cache; negative ones from
+            the end of the prompt. The first generated token is the answer to the prompt's last one, so that "prompt"
+            and "last" steer it, and "generated" does not. Pads never are.
         sites: steer only these of the vectors' sites: names, globs, modules, or a predicate on (name, module).
         axis: the feature axis, of every site or site -> axis, where it is not the one that the module's class tells.
         row_axis, token_axis: the axes of the batch's rows and of its tokens, likewise; the rows lie on axis 0, and the

@@ -17,8 +17,8 @@ from actsteer.tokens.tokens import Tokens
 Words: TypeAlias = Literal["all", "last", "mean", "prompt", "generated"]
 Positions: TypeAlias = Words | int | Sequence[int] | Sequence[Sequence[int]] | slice | Tensor | Callable[[Any], Tensor]
 """A word; an index or several, negative ones from the end of the prompt; a list of indices for each row; a slice that
-goes forward; a bool mask (S,) or (B, S); or a callable that makes such a mask from the inputs by name. They count the
-real tokens of each text."""
+goes forward; a bool mask (S,) or (B, S), or one (B, S) of the integers 0 and 1; or a callable that makes such a mask of
+the inputs by name. They count the real tokens of each text."""
 
 _FURTHEST = 2**31 - 1
 
@@ -50,10 +50,10 @@ def check(positions: Positions, *, steers: bool) -> None:
             raise ValueError(
                 f"positions: expected indices of at most {_FURTHEST}, and no text is as long; got a larger one"
             )
-        case Tensor() if positions.dtype is not torch.bool or positions.ndim not in (1, 2):
+        case Tensor() if not _is_mask(positions):
             raise ShapeError(
-                f"positions: expected a bool mask of shape (S,) or (B, S), got {positions.dtype} of shape "
-                f"{tuple(positions.shape)}; give indices as a list"
+                "positions: expected a bool mask of shape (S,) or (B, S), or (B, S) integers 0 and 1, got "
+                f"{positions.dtype} of shape {tuple(positions.shape)}; give indices as a list"
             )
         case bool():
             raise TypeError("positions: expected a word, an index, a slice, a mask or a callable, got a bool")
@@ -78,6 +78,15 @@ def are_indices(positions: Any) -> TypeGuard[Sequence[int]]:
     if not isinstance(positions, Sequence) or isinstance(positions, str):
         return False
     return bool(positions) and all(isinstance(own, int) and not isinstance(own, bool) for own in positions)
+
+
+def _is_mask(given: Tensor) -> bool:
+    """Whether it can be nothing but a mask: one row of integers may be meant as indices."""
+    if given.dtype is torch.bool:
+        return given.ndim in (1, 2)
+    if given.ndim != 2 or given.is_floating_point() or given.is_complex():
+        return False
+    return torch.compiler.is_compiling() or bool(((given == 0) | (given == 1)).all())
 
 
 def _numbers(positions: int | slice | Sequence[Any]) -> Sequence[Any]:
@@ -254,7 +263,7 @@ def _masked(mask: Tensor, tokens: Tokens) -> Tensor:
     """A mask of the prompt's columns; what is generated after it is not in it."""
     tokens.check_known()
     assert tokens.prompt is not None
-    whole = mask[None] if mask.ndim == 1 else mask
+    whole = mask[None] if mask.ndim == 1 else mask.bool()
     if len(whole) > 1:
         whole = whole.repeat_interleave(tokens.copies, dim=0)
     if whole.shape[1] != tokens.prompt or len(whole) not in (1, tokens.rows):
@@ -269,9 +278,12 @@ def _masked(mask: Tensor, tokens: Tokens) -> Tensor:
 
 
 def _computed(mask: Any, tokens: Tokens) -> Tensor:
-    if not isinstance(mask, Tensor) or mask.dtype is not torch.bool or mask.ndim not in (1, 2):
-        raise ShapeError(f"positions: expected a callable that gives a bool mask (S,) or (B, S), got {mask!r}")
-    whole = mask[None] if mask.ndim == 1 else mask
+    if not isinstance(mask, Tensor) or not _is_mask(mask):
+        raise ShapeError(
+            "positions: expected a callable that gives a bool mask (S,) or (B, S), or (B, S) integers 0 and 1, got "
+            f"{mask!r}"
+        )
+    whole = mask[None] if mask.ndim == 1 else mask.bool()
     assert isinstance(tokens.start, int)
     if whole.shape[1] != tokens.start + tokens.length or len(whole) not in (1, tokens.rows):
         raise ShapeError(

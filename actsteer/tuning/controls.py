@@ -13,6 +13,7 @@ from actsteer.collecting.pairs import JOINT, beside
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import BatchError, SiteNotFoundError
 from actsteer.estimators.estimator import COVARIANCE, Estimator, check_estimator
+from actsteer.estimators.logistic_direction import LogisticDirection
 from actsteer.vectors.bank import VectorBank
 from actsteer.vectors.vector import SteeringVector
 
@@ -90,7 +91,7 @@ def check_rows(
 def _refitted(rows: Labelled, estimator: Estimator[Any], generator: torch.Generator) -> SteeringVector:
     positive, negative = rows
     first, other = (len(next(iter(side.values()))) for side in rows)
-    if estimator.reads in ("pairs", "joint"):
+    if estimator.reads in ("pairs", "joint") or (isinstance(estimator, LogisticDirection) and estimator.paired):
         swap = torch.rand(first, generator=generator) < 0.5
         toward = {s: torch.where(swap.to(own.device)[:, None], negative[s], own) for s, own in positive.items()}
         away = {s: torch.where(swap.to(own.device)[:, None], own, negative[s]) for s, own in positive.items()}

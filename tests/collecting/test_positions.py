@@ -104,15 +104,18 @@ def test_pads_that_are_not_finite_do_not_count():
 MASKS = {
     "(S,)": torch.tensor([True, False, True, True]),
     "(B, S)": torch.tensor([[1, 0, 0, 1], [1, 1, 1, 0], [0, 0, 1, 1]]).bool(),
+    "(B, S) of 0 and 1": torch.tensor([[1, 0, 0, 1], [1, 1, 1, 0], [0, 0, 1, 1]]),
+    "(1, S) of 0 and 1": torch.tensor([[1, 0, 0, 1]], dtype=torch.uint8),
 }
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
 def test_a_mask_names_places_and_pads_are_still_left_out(mask):
-    both = mask.expand(3, 4) & MASK.bool()
+    meant = mask.bool().expand(3, 4)
+    both = meant & MASK.bool()
     assert torch.equal(recorded(mask), EIGHTHS[both])
     assert torch.equal(recorded(lambda batch: mask), EIGHTHS[both])
-    assert torch.equal(recorded(mask, batch=EIGHTHS), EIGHTHS[mask.expand(3, 4)])
+    assert torch.equal(recorded(mask, batch=EIGHTHS), EIGHTHS[meant])
 
 
 def test_a_callable_sees_the_inputs_by_name():
@@ -122,7 +125,17 @@ def test_a_callable_sees_the_inputs_by_name():
 
 
 @pytest.mark.parametrize(
-    "returned", [[True, False, True, False], torch.tensor([2, 1, 0]), torch.ones(3), "lsat", "generated", None, 1.5]
+    "returned",
+    [
+        [True, False, True, False],
+        torch.tensor([2, 1, 0]),
+        torch.eye(3).long() * 2,
+        torch.ones(3),
+        "lsat",
+        "generated",
+        None,
+        1.5,
+    ],
 )
 def test_a_callable_that_makes_no_mask_is_refused(returned):
     square = torch.arange(18.0).reshape(3, 3, 2)

@@ -121,6 +121,26 @@ def test_of_pairs_it_is_the_first_right_singular_vector_of_the_differences(diffe
     assert_allclose(seen, rows[0] * np.sign(toward), atol=1e-9)
 
 
+@given(eighths(6, D))
+def test_of_pairs_about_their_mean_it_is_the_first_component_of_the_differences(differences):
+    values, vector = oracle(differences)
+    assume(values[-1] > 1.1 * values[-2] + 1e-3)
+    toward = vector @ differences.numpy().mean(axis=0)
+    assume(abs(toward) > 1e-3)
+    shared = torch.randn(6, D, generator=torch.Generator().manual_seed(0)).mul(64).round() / 8
+    estimator = PrincipalDirection(paired=True, centred=True)
+    seen = paired(shared + differences, shared, batch_size=4, estimator=estimator)
+    assert_allclose(seen, vector * np.sign(toward), atol=1e-9)
+
+
+def test_about_their_mean_pairs_that_differ_alike_have_no_direction():
+    estimator, shared = PrincipalDirection(paired=True, centred=True), torch.eye(D)
+    with pytest.raises(StatisticsError, match="do not vary"):
+        paired(shared + 1.0, shared, estimator=estimator)
+    with pytest.raises(ValueError, match="centred: it is for pairs"):
+        PrincipalDirection(centred=True)
+
+
 def test_what_a_pair_shares_does_not_count_and_pooled_it_does():
     shared = torch.randn(50, D, generator=torch.Generator().manual_seed(0)) * torch.tensor([100.0, 1.0, 1.0])
     positive = shared + torch.tensor([0.0, 1.0, 0.0])

@@ -2,8 +2,10 @@
 
 import json
 import pickle
+import sys
 from collections import OrderedDict
-from types import SimpleNamespace
+from dataclasses import dataclass
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from actsteer import FileFormatError, SiteNotFoundError, Steerer, SteeringVector, VectorBank, collect
-from actsteer.integrations.steering_vectors import from_steering_vectors
+from actsteer.integrations.steering_vectors import from_steering_vectors, to_steering_vectors
 from tests.zoo import gpt2, llama
 
 A, B = torch.arange(16.0) / 8, -torch.ones(16)
@@ -398,3 +400,45 @@ def test_an_object_for_another_architecture():
         from_steering_vectors(SimpleNamespace(layer_activations={1: A}, layer_type="router"), model=gpt2())
     with pytest.raises(TypeError, match="expected a SteeringVector of steering-vectors"):
         from_steering_vectors(A, model=gpt2())
+
+
+@dataclass
+class Theirs:
+    """An object of the package as far as its fields go."""
+
+    layer_activations: dict
+    layer_type: str
+
+
+@pytest.fixture
+def package(monkeypatch):
+    module = ModuleType("steering_vectors")
+    module.SteeringVector = Theirs
+    monkeypatch.setitem(sys.modules, "steering_vectors", module)
+
+
+@pytest.mark.usefixtures("package")
+@pytest.mark.parametrize("part", ["", ".self_attn:out.0", ".mlp", ".input_layernorm", ".post_attention_layernorm"])
+def test_there_and_back_it_is_the_vector(model, part):
+    v = SteeringVector({f"model.layers.2{part}": B, f"model.layers.0{part}": A})
+    theirs = to_steering_vectors(v, model=model)
+    assert list(theirs.layer_activations) == [2, 0] and torch.equal(theirs.layer_activations[0], A)
+    assert from_steering_vectors(theirs, model=model)["vector"].equal(v)
+
+
+@pytest.mark.usefixtures("package")
+def test_a_vector_that_no_object_can_hold_is_refused(model):
+    with pytest.raises(
+        SiteNotFoundError, match=r"'model.layers.0.self_attn.q_proj' is neither a block .*'model.layers.0"
+    ):
+        to_steering_vectors(SteeringVector({"model.layers.0.self_attn.q_proj": A}), model=model)
+    both = SteeringVector({"model.layers.0": A, "model.layers.0.mlp": A})
+    for wrong, kinds in ((both, r"\['decoder_block', 'mlp'\]"), (SteeringVector({}), r"\[\]")):
+        with pytest.raises(FileFormatError, match=f"expected sites of one kind, .* got {kinds}"):
+            to_steering_vectors(wrong, model=model)
+
+
+def test_without_the_package_it_is_named(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "steering_vectors", None)
+    with pytest.raises(ImportError, match="pip install steering-vectors"):
+        to_steering_vectors(SteeringVector({"model.layers.0": A}), model=model)

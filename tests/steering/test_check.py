@@ -369,11 +369,11 @@ def test_means_that_do_not_fit_are_refused():
     with pytest.raises(ShapeError, match="around: expected a finite"):
         Ablate(around={"0": mean / 0})
     model = nn.Sequential(nn.Identity())
-    with pytest.raises(SiteNotFoundError, match=r"around has no mean for site '0'"):
+    with pytest.raises(SiteNotFoundError, match=r"around has nothing for site '0'"):
         Steerer(model, v, intervention=Ablate(around={"1": mean}))
-    with pytest.raises(ShapeError, match="the mean has 2 features, the direction 3"):
+    with pytest.raises(ShapeError, match="around: it has 2 features, the direction 3"):
         Steerer(model, v, intervention=Ablate(around=torch.ones(2)))
-    with pytest.raises(TypeError, match="it has a mean for each site"):
+    with pytest.raises(TypeError, match="it has one for each site"):
         Ablate(around={"0": mean})(X, mean, torch.tensor(1.0))
 
 

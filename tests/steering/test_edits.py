@@ -26,6 +26,7 @@ from actsteer import (
     Steerer,
     SteeringVector,
     VectorBank,
+    ZeroDirectionError,
 )
 from tests.oracles import state
 from tests.zoo import bits
@@ -53,7 +54,12 @@ RULES = {  # what the row becomes at c = 1
 }
 KEEPING = {name: KeepNorm(rule) for name, (rule, _) in RULES.items()}
 ALL = {name: rule for name, (rule, _) in RULES.items()} | {f"{name}, norm kept": rule for name, rule in KEEPING.items()}
-ALL |= {"rotate": Rotate(0.7), "chain": Chain(Ablate(), Add())}
+ALL |= {
+    "ablate around a mean": Ablate(around=W[0]),
+    "rotate": Rotate(0.7),
+    "rotate in a plane": Rotate(0.7, plane=W[0]),
+    "chain": Chain(Ablate(), Add()),
+}
 BY_ROW = {name: rule for name, rule in ALL.items() if "replace all" not in name}  # that one has its rows itself
 every = pytest.mark.parametrize("rule", ALL.values(), ids=ALL)
 every_by_row = pytest.mark.parametrize("rule", BY_ROW.values(), ids=BY_ROW)
@@ -88,6 +94,75 @@ def test_a_rotation_goes_no_further_than_the_direction_or_its_opposite():
     norms = H.norm(dim=1, keepdim=True)
     torch.testing.assert_close(Rotate(1.0)(H, V, far), norms * U)
     torch.testing.assert_close(Rotate(1.0)(H, V, -far), -norms * U)
+
+
+AXES = torch.linalg.qr(torch.stack([V, B], dim=1)).Q.T
+AXES = AXES * torch.sign((AXES * torch.stack([V, B])).sum(dim=1, keepdim=True))  # u, and w on the side of the second
+
+
+def angles(rows):
+    return torch.atan2(*reversed((rows @ AXES.T).unbind(dim=1)))
+
+
+@pytest.mark.parametrize("angle", [0.0, 0.3, math.pi / 2, 3.0, -2.0, 7.0])
+def test_in_a_fixed_plane_every_row_comes_to_the_angle_and_nothing_else_changes(angle):
+    edited, kept = Rotate(angle, plane=B)(H, V, ONE), H - H @ AXES.T @ AXES
+    sizes = (H @ AXES.T).norm(dim=1)[:, None]
+    goal = torch.tensor([math.cos(angle), math.sin(angle)]).double()
+    torch.testing.assert_close(edited, kept + sizes * (goal @ AXES))
+    torch.testing.assert_close(edited.norm(dim=1), H.norm(dim=1))
+
+
+def test_in_a_fixed_plane_c_is_the_share_of_the_shorter_way():
+    before, angle = angles(H), 2.5
+    way = torch.remainder(angle - before + math.pi, 2 * math.pi) - math.pi
+    assert bool((way > 0).any()) and bool((way < 0).any())
+    for c in (0.25, 1.0, -0.5):
+        after = angles(Rotate(angle, plane=B)(H, V, c * ONE))
+        apart = torch.remainder(after - before - c * way + math.pi, 2 * math.pi) - math.pi
+        torch.testing.assert_close(apart, torch.zeros(6).double(), rtol=0, atol=1e-12)
+
+
+def test_the_second_direction_counts_by_the_plane_that_it_spans():
+    one, other = (Rotate(0.7, plane=plane)(H, V, ONE) for plane in (B, 3 * B - 5 * V))
+    torch.testing.assert_close(one, other)
+
+
+def test_a_second_direction_close_to_the_first_spans_a_plane_in_which_the_norm_is_kept():
+    edited = Rotate(0.7, plane=V + 1e-7 * B)(H, V, ONE)
+    torch.testing.assert_close(edited.norm(dim=1), H.norm(dim=1), rtol=1e-13, atol=0)
+
+
+def test_a_row_without_a_part_in_the_plane_stays_and_has_gradients():
+    rows = (H - H @ AXES.T @ AXES)[:1].clone()
+    rows[0] = 0
+    rows.requires_grad_()
+    edited = Rotate(0.7, plane=B)(rows, V, ONE)
+    assert torch.equal(edited, rows)
+    edited.sum().backward()
+    assert bool(rows.grad.isfinite().all())
+
+
+def test_a_second_direction_along_the_first_spans_no_plane():
+    for plane in (3 * V, -V, 0 * V):
+        assert torch.equal(Rotate(0.7, plane=plane)(H, V, ONE), H)
+        model = nn.Sequential(nn.Identity())
+        with pytest.raises(ZeroDirectionError, match="spans no plane"):
+            Steerer(model, SteeringVector({"0": V}), intervention=Rotate(0.7, plane=plane))
+
+
+def test_each_site_has_its_own_plane():
+    model, planes = nn.Sequential(nn.Identity(), nn.Identity()), SteeringVector({"0": B, "1": B.flip(0)})
+    with Steerer(model, SteeringVector({"0": V, "1": V}), intervention=Rotate(0.7, plane=planes)):
+        steered = model(H)
+    expected = H
+    for site in planes:
+        expected = Rotate(0.7, plane=planes[site])(expected, V, ONE)
+    torch.testing.assert_close(steered, expected)
+    with pytest.raises(SiteNotFoundError, match="plane has nothing for site '1'"):
+        Steerer(model, SteeringVector({"1": V}), intervention=Rotate(0.7, plane={"0": B}))
+    with pytest.raises(ShapeError, match="plane: it has 3 features, the direction 4"):
+        Steerer(model, SteeringVector({"1": V}), intervention=Rotate(0.7, plane=torch.ones(3)))
 
 
 def test_along_the_direction_no_plane_is_spanned_and_nothing_turns():

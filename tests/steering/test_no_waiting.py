@@ -45,6 +45,7 @@ WAYS = {
     "ablate": {"intervention": Ablate(), "gate": ProjectionAbove(V, 0.0), "positions": slice(1, None)},
     "clamp": {"intervention": Clamp(1.0), "positions": "generated"},
     "rotate": {"intervention": Rotate(0.5)},
+    "rotate in a plane": {"intervention": Rotate(0.5, plane=FIRST[FIRST.sites[0]])},
 }
 
 

@@ -80,6 +80,8 @@ PLACES = {
     "empty": (slice(2, 2), NONE),
     "mask": (mask_of("01010"), mask_of("01010")),
     "mask of one": (mask_of("01010")[0], mask_of("01010")),
+    "mask of integers": (mask_of("01010").long(), mask_of("01010")),
+    "mask of bytes": (mask_of("11000", "00100", "00000").byte(), mask_of("11000", "00100", "00000")),
     "mask per row": (mask_of("11000", "00100", "00000"), mask_of("11000", "00100", "00000")),
 }
 every_place = pytest.mark.parametrize(("positions", "where"), PLACES.values(), ids=PLACES)
@@ -292,7 +294,9 @@ def test_kinds_of_strength_follow_one_another_while_attached():
         (1.5, TypeError),
         (True, TypeError),
         ([], TypeError),
-        (torch.tensor([0, 1]), ShapeError),
+        (torch.tensor([0, 1]), ShapeError),  # which may be meant as indices
+        (torch.tensor([[0, 2]]), ShapeError),
+        (torch.tensor([[0.0, 1.0]]), ShapeError),
         (slice(None, None, -1), ValueError),
         ({"nobody": "last"}, LookupError),
         ({"vector": "first"}, ValueError),

@@ -44,6 +44,7 @@ EXACT = {  # c · x is exact where c is a power of two, and so is the rest
     "one-sided": Ablate(one_sided=True),
     "clamp": Clamp(2.5),
     "rotate": Rotate(0.7),
+    "rotate in a plane": Rotate(0.7, plane=normal(D, seed=8)),
     "norm kept": KeepNorm(Ablate()),
     "chain": Chain(Ablate(), Add(), KeepNorm(Add(relative=True))),
 }

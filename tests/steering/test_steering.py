@@ -86,6 +86,7 @@ INTERVENTIONS = {
     "ablate around": Ablate(around={"0": torch.ones(D), "1": torch.zeros(D)}),
     "clamp": Clamp(1 / 3),
     "rotate": Rotate(0.1),
+    "rotate in a plane": Rotate(0.1, plane={"0": torch.arange(1.0, D + 1), "1": torch.arange(1.0, D + 1)}),
     "chain": Chain(Ablate(), KeepNorm(Add()), Clamp(-0.1)),
     "for each": {"kind": Clamp(0.2), "calm": KeepNorm(Rotate(1))},
 }
@@ -306,7 +307,7 @@ interventions = st.recursive(
         st.builds(Add, relative=st.booleans()),
         st.builds(Ablate, one_sided=st.booleans(), around=st.none() | eighths(D, dtype=torch.float32)),
         st.builds(Clamp, fractions),
-        st.builds(Rotate, fractions),
+        st.builds(Rotate, fractions, plane=st.none() | eighths(D, dtype=torch.float32)),
     ),
     lambda inner: inner.map(KeepNorm) | st.lists(inner, min_size=1, max_size=3).map(lambda many: Chain(*many)),
     max_leaves=5,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from actsteer import PrincipalDirection, Steering, SteeringVector, VectorBank
+from actsteer import LogisticDirection, PrincipalDirection, Steering, SteeringVector, VectorBank
 from actsteer.tuning.budget import Budget
 from actsteer.tuning.candidates import candidate
 from actsteer.tuning.controls import check_rows, shuffled_banks
@@ -122,6 +122,20 @@ def test_pads_are_not_lost_and_every_token_is_its_texts():
 
 
 # --- controls ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("estimator", [PrincipalDirection(paired=True), LogisticDirection(paired=True)], ids=repr)
+def test_of_pairs_what_both_share_is_in_no_control(estimator):
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.zeros(40, 6)
+    shared[:, 0] = 100 * torch.randn(40, generator=generator)
+    apart = torch.randn(40, 6, generator=generator)
+    apart[:, 0] = 0
+    bank = VectorBank({"up": SteeringVector({"0": torch.ones(6)})})
+    found = shuffled_banks(
+        bank, {"up": ({"0": shared + apart}, {"0": shared})}, estimator, count=5, generator=generator
+    )
+    assert all(float(own["up"]["0"][0].abs()) < 1e-3 * float(own["up"].norm()) for own in found)
+
+
 def test_of_pairs_the_sides_are_swapped_by_chance():
     generator = torch.Generator().manual_seed(0)
     positive = torch.randn(40, 6, generator=generator) * 0.1 + 1

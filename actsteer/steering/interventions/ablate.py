@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
 
@@ -11,11 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from actsteer.errors import ShapeError, SiteNotFoundError, close_names
-from actsteer.sites.device import brought
+from actsteer.steering.interventions.site_tensors import SiteTensors, fitting, one_of, owned
 from actsteer.steering.norms import nonzero_unit, unit
 from actsteer.steering.numbers import check_flag
-from actsteer.vectors.vector import SteeringVector
 
 
 @final
@@ -47,23 +45,18 @@ class Ablate:
     """
 
     one_sided: bool = False
-    around: Mapping[str, Tensor] | SteeringVector | Tensor | None = None
+    around: SiteTensors | None = None
 
     def __post_init__(self) -> None:
         check_flag(self.one_sided, "one_sided")
-        own = self.around
-        if isinstance(own, Mapping | SteeringVector):
-            object.__setattr__(self, "around", {site: _owned(own[site]) for site in own})
-        elif own is not None:
-            object.__setattr__(self, "around", _owned(own))
+        if self.around is not None:
+            object.__setattr__(self, "around", owned(self.around, "around"))
 
     def at(self, site: str) -> Ablate:
         """The intervention of one site, around the mean there."""
         if not isinstance(self.around, dict):
             return self
-        if site not in self.around:
-            raise SiteNotFoundError(f"around has no mean for site {site!r}. {close_names(site, self.around)}")
-        return Ablate(one_sided=self.one_sided, around=self.around[site])
+        return Ablate(one_sided=self.one_sided, around=one_of(self.around, site, "around"))
 
     def __call__(
         self, activation: Float[Tensor, "*batch d"], direction: Float[Tensor, " d"], c: Float[Tensor, ...]
@@ -92,11 +85,7 @@ class Ablate:
 
     def middle(self, along: Float[Tensor, " d"]) -> Float[Tensor, ""]:
         """μ·u, how far the mean lies along the direction."""
-        if not isinstance(self.around, Tensor):
-            raise TypeError("around: it has a mean for each site; take that of one with .at(site)")
-        if len(self.around) != len(along):
-            raise ShapeError(f"around: the mean has {len(self.around)} features, the direction {len(along)}")
-        middle: Tensor = brought(self.around, along.device, along.dtype) @ along
+        middle: Tensor = fitting(self.around, along, "around") @ along
         return middle
 
     def __eq__(self, other: object) -> bool:
@@ -106,14 +95,3 @@ class Ablate:
 
     def __hash__(self) -> int:
         return hash((self.one_sided, self.around is None))
-
-
-def _owned(mean: Tensor) -> Tensor:
-    if not isinstance(mean, Tensor):
-        raise TypeError(f"around: expected a tensor (d,), or a mapping site -> one, got {type(mean).__name__}")
-    if mean.ndim != 1 or not mean.is_floating_point() or not bool(mean.isfinite().all()):
-        raise ShapeError(
-            f"around: expected a finite floating tensor (d,), got {mean.dtype} of shape {tuple(mean.shape)}"
-        )
-    with torch.inference_mode(mode=False):  # so that it works in autograd later
-        return mean.detach().clone()
