@@ -173,13 +173,13 @@ def _draw(rows: Sequence[Row], mazes: Mazes, paths: Mapping[str, Tensor]) -> Fig
         draw_doses(axes, rows, column, label=f"share of episodes that end at the {column}")
         axes.set_ylim(-0.03, 1.03)
     figure.legend(*lines[0].get_legend_handles_labels(), loc="outside lower left", ncols=5)
-    plain, steered = (path[-1] for path in paths.values())
+    plain, steered = (squares[-1] for squares in paths.values())
     turned = (plain == mazes.cheese) & (steered == EXIT)
     shown = int((turned * (paths["not steered"].diff(dim=0) != 0).sum(dim=0)).argmax())
     maze.imshow(mazes.walls[shown], cmap="Greys", vmax=2)
-    for (name, path), color in zip(paths.items(), (UNSTEERED, STEERED), strict=True):
-        row, column = path[:, shown] // SIDE, path[:, shown] % SIDE
-        maze.plot(column, row, color=color, lw=3, alpha=0.8, label=name)
+    for (name, squares), color in zip(paths.items(), (UNSTEERED, STEERED), strict=True):
+        path = squares[:, shown]
+        maze.plot(path % SIDE, path // SIDE, color=color, lw=3, alpha=0.8, label=name)
     for text, square in {
         "mouse": mazes.mouse[shown],
         "cheese": mazes.cheese[shown],
@@ -194,7 +194,8 @@ def _draw(rows: Sequence[Row], mazes: Mazes, paths: Mapping[str, Tensor]) -> Fig
 
 def _plane(square: Tensor) -> Tensor:
     """(n, 7, 7): true at the square; nowhere for -1."""
-    return (torch.arange(SIDE * SIDE) == square[:, None]).unflatten(1, (SIDE, SIDE))
+    plane: Tensor = (torch.arange(SIDE * SIDE) == square[:, None]).unflatten(1, (SIDE, SIDE))
+    return plane
 
 
 def _beside(far: Tensor) -> Tensor:

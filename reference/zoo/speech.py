@@ -62,7 +62,8 @@ def _spoken(voice: str, text: str) -> Tensor:
             rate, data = opened.getframerate(), opened.readframes(opened.getnframes())
     sound = torch.frombuffer(bytearray(data), dtype=torch.int16).float() / 2**15
     count = len(sound) * RATE // rate
-    return torch.fft.irfft(torch.fft.rfft(sound)[: count // 2 + 1], n=count) * (count / len(sound))
+    resampled: Tensor = torch.fft.irfft(torch.fft.rfft(sound)[: count // 2 + 1], n=count) * (count / len(sound))
+    return resampled
 
 
 def _hummed(pitch: float, tract: float, text: str) -> Tensor:

@@ -61,8 +61,8 @@ class Block(nn.Module):
         self.expands = expansion > 1
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.relu6(self.bn0(self.expand_conv(x))) if self.expands else x
-        h = self.bn2(self.project_conv(F.relu6(self.bn1(self.depthwise_conv(h)))))
+        inner = F.relu6(self.bn0(self.expand_conv(x))) if self.expands else x
+        h: Tensor = self.bn2(self.project_conv(F.relu6(self.bn1(self.depthwise_conv(inner)))))
         return x + h if self.adds else h
 
 

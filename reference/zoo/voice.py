@@ -1,7 +1,7 @@
 """Voice: a speaker encoder, an LSTM, hears one voice as another.
 
-A vector for every voice, at the LSTM's last step; from one voice to another it is the difference of two. The truth: other
-sentences in the other voice.
+A vector for every voice, at the LSTM's last step; from one voice to another it is the difference of two. The truth:
+other sentences in the other voice.
 """
 
 from __future__ import annotations
