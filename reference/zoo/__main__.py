@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from pathlib import Path
 from time import monotonic
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import typer
 from rich.console import Console
@@ -14,31 +14,32 @@ from rich.table import Table
 from reference.language.model import ModelMissingError
 from reference.zoo.finding import Finding, write
 
-SCRIPTS = ("maze", "diffusion", "vision", "sentences", "voice", "lens", "pitch")
-Name = Literal["maze", "diffusion", "vision", "sentences", "voice", "lens", "pitch", "all"]
+Network = Literal["pitch", "voice", "vision", "sentences", "diffusion", "maze", "lens"]
+NETWORKS: tuple[str, ...] = get_args(Network)
 console = Console()
 if not console.is_terminal:
     console.width = 120
 
 
 def main(
-    name: Annotated[Name, typer.Argument(help="Which network.")] = "all",
+    network: Annotated[Network | None, typer.Argument(help="Which network; all unless given.")] = None,
     out: Annotated[Path, typer.Option(help="Where JSON and pictures go.")] = Path("zoo-results"),
 ) -> None:
     """Steer networks of seven kinds towards what is known to be true, beside directions that mean nothing."""
-    missing = []
-    for own in SCRIPTS if name == "all" else (name,):
+    missing = 0
+    for name in (network,) if network else NETWORKS:
         began = monotonic()
         try:
-            finding = import_module(f"reference.zoo.{own}").run()
+            finding = import_module(f"reference.zoo.{name}").run()
         except ModelMissingError as error:
-            console.print(f"[red]{own}: {error}[/red]")
-            missing.append(own)
+            console.print(f"[red]{name}[/red]: {error}", soft_wrap=True)
+            missing += 1
             continue
-        write(finding, own, out, seconds=monotonic() - began)
+        seconds = monotonic() - began
+        write(finding, name, out, seconds=seconds)
         console.print(_table(finding))
-        console.print(f"{out / own}.json, {out / own}.png; {monotonic() - began:.0f} s")
-    if name in missing:
+        console.print(f"{seconds:.0f} s; {out / name}.json and .png", soft_wrap=True)
+    if missing and (network or missing == len(NETWORKS)):
         raise typer.Exit(code=2)
 
 
@@ -52,15 +53,9 @@ def _table(finding: Finding) -> Table:
 
 
 def _cell(value: str | float | None) -> str:
-    return (
-        ""
-        if value is None
-        else value
-        if isinstance(value, str)
-        else f"{value:.3g}"
-        if abs(value) >= 10
-        else f"{value:.2f}"
-    )
+    if value is None or isinstance(value, str):
+        return value or ""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.0e}" if 0 < abs(value) < 0.005 else f"{value:.2f}"
 
 
 if __name__ == "__main__":
