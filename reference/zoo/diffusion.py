@@ -173,7 +173,7 @@ def _draw(rows: Sequence[Row], pictures: Mapping[str, Tensor]) -> Figure:
     left.set_ylim(-0.03, 1.03)
     left.legend()
     strips = [images.view(10, EDGE, EDGE).permute(1, 0, 2).reshape(EDGE, -1) for images in pictures.values()]
-    right.imshow(torch.cat(strips), cmap=shades(), vmin=-1, vmax=1)
+    right.imshow(torch.cat(strips).numpy(), cmap=shades(), vmin=-1, vmax=1)
     right.set_xticks([EDGE * (place + 0.5) for place in range(10)], [f"to {digit}" for digit in range(10)])
     right.set_yticks([EDGE * (place + 0.5) for place in range(len(strips))], list(pictures))
     right.tick_params(length=0)

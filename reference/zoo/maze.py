@@ -176,9 +176,9 @@ def _draw(rows: Sequence[Row], mazes: Mazes, paths: Mapping[str, Tensor]) -> Fig
     plain, steered = (squares[-1] for squares in paths.values())
     turned = (plain == mazes.cheese) & (steered == EXIT)
     shown = int((turned * (paths["not steered"].diff(dim=0) != 0).sum(dim=0)).argmax())
-    maze.imshow(mazes.walls[shown], cmap="Greys", vmax=2)
+    maze.imshow(mazes.walls[shown].numpy(), cmap="Greys", vmax=2)
     for (name, squares), color in zip(paths.items(), (UNSTEERED, STEERED), strict=True):
-        path = squares[:, shown]
+        path = squares[:, shown].numpy()
         maze.plot(path % SIDE, path // SIDE, color=color, lw=3, alpha=0.8, label=name)
     for text, square in {
         "mouse": mazes.mouse[shown],

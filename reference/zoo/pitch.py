@@ -139,7 +139,7 @@ def _draw(rows: Sequence[Row], played: Tensor, shown: Mapping[str, Tensor]) -> F
     left.set_xlabel("share of tones heard an octave higher")
     for (name, own), color in zip(shown.items(), (UNSTEERED, ink(), STEERED), strict=True):
         size = 9 if name == "not steered" else 4  # of which the mean difference covers the middle
-        right.plot(played / 1200, own / 1200, ".", ms=size, color=color, label=name)
+        right.plot(played.numpy() / 1200, own.numpy() / 1200, ".", ms=size, color=color, label=name)
     right.axline((3, 4), slope=1, color="C2", ls="--", lw=1, label="an octave higher")
     right.set_xlabel("octaves above 10 Hz, played")
     right.set_ylabel("heard")
