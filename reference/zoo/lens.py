@@ -58,7 +58,7 @@ def hooked(model: Any) -> Any:
             super().__init__()
             self.inside = model
             self.behind = nn.ModuleList(HookPoint() for _ in model.model.layers)
-            super().setup()
+            self.setup()  # type: ignore[no-untyped-call]
 
         def forward(self, tokens: Tensor) -> Tensor:
             inner = self.inside.model

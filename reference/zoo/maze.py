@@ -118,7 +118,7 @@ def train(*, seed: int, steps: int, batch_size: int = 192) -> Policy:
 
 @torch.inference_mode()
 def walk(policy: nn.Module, mazes: Mazes, *, until: Tensor, seed: int, moves: int = 60) -> Tensor:
-    """The squares of every episode, (moves + 1, n): it ends at the square of `until` or at the exit.
+    """The squares of every episode, (up to moves + 1, n): it ends at the square of `until` or at the exit.
 
     The mouse draws its moves from the policy's probabilities; against a wall it stays where it is.
     """
@@ -126,12 +126,14 @@ def walk(policy: nn.Module, mazes: Mazes, *, until: Tensor, seed: int, moves: in
     steps, rows, squares = torch.tensor(STEPS), torch.arange(len(mazes)), [mazes.mouse]
     for _ in range(moves):
         mouse = squares[-1]
+        going = (mouse != until) & (mouse != EXIT)
+        if not going.any():
+            break
         chances = policy(replace(mazes, mouse=mouse).seen()).softmax(dim=1)
         step = steps[chances.multinomial(1, generator=generator)[:, 0]]
         there = torch.stack([mouse // SIDE, mouse % SIDE], dim=1) + step
         row, column = there.clamp(0, SIDE - 1).unbind(dim=1)
         free = (there >= 0).all(dim=1) & (there < SIDE).all(dim=1) & ~mazes.walls[rows, row, column]
-        going = (mouse != until) & (mouse != EXIT)
         squares.append(torch.where(going & free, row * SIDE + column, mouse))
     return torch.stack(squares)
 
@@ -142,7 +144,7 @@ def ends(squares: Tensor, cheese: Tensor) -> dict[str, float]:
     return {"cheese": at_cheese, "exit": at_exit, "neither": 1 - at_cheese - at_exit}
 
 
-def run(*, steps: int = 300, episodes: int = 500, seed: int = 0) -> Finding:
+def run(*, steps: int = 300, episodes: int = 300, seed: int = 0) -> Finding:
     """Train the policy, fit the vector in mazes of its own, and let the mouse walk in others."""
     policy = train(seed=seed, steps=steps)
     generator = torch.Generator().manual_seed(seed + 1)

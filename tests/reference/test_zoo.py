@@ -239,7 +239,7 @@ def test_the_denoiser_is_trained_once(monkeypatch, tmp_path):
     monkeypatch.setattr(diffusion, "train", lambda *_, **__: pytest.fail("it was trained again"))
     read = diffusion.trained(x, seed=0, steps=2)
     assert all(torch.equal(own, read.state_dict()[name]) for name, own in made.state_dict().items())
-    assert [file.name for file in (tmp_path / "actsteer").iterdir()] == ["digits-denoiser-2-0.safetensors"]
+    assert [file.name for file in (tmp_path / "actsteer").iterdir()] == ["digits-denoiser-256x4-2-0.safetensors"]
 
 
 def test_a_denoiser_that_knows_the_image_draws_it():
@@ -297,7 +297,7 @@ def test_a_hummed_voice_has_its_pitch(name):
     sound = speech._hummed(hertz, tract, "a text")[:4000]
     period = round(16_000 / hertz)
     alike = [float(F.cosine_similarity(sound[:-lag], sound[lag:], dim=0)) for lag in (period, period // 2)]
-    assert alike[0] > 0.85 > 0.5 > alike[1]
+    assert alike[0] > 0.75 > 0.5 > alike[1]
 
 
 def test_an_utterance_is_what_the_encoder_takes(monkeypatch):
