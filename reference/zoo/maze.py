@@ -140,8 +140,9 @@ def walk(policy: nn.Module, mazes: Mazes, *, until: Tensor, seed: int, moves: in
 
 def ends(squares: Tensor, cheese: Tensor) -> dict[str, float]:
     """The share of episodes that end where the cheese lies, or would lie, at the exit, and at neither."""
-    at_cheese, at_exit = (float((squares[-1] == goal).double().mean()) for goal in (cheese, torch.tensor(EXIT)))
-    return {"cheese": at_cheese, "exit": at_exit, "neither": 1 - at_cheese - at_exit}
+    at_cheese, at_exit = squares[-1] == cheese, squares[-1] == EXIT
+    found = {"cheese": at_cheese, "exit": at_exit, "neither": ~(at_cheese | at_exit)}
+    return {name: float(own.double().mean()) for name, own in found.items()}
 
 
 def run(*, steps: int = 300, episodes: int = 300, seed: int = 0) -> Finding:
@@ -172,7 +173,7 @@ def _draw(rows: Sequence[Row], mazes: Mazes, paths: Mapping[str, Tensor]) -> Fig
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     *lines, maze = figure.subplots(1, 3)
     for axes, column in zip(lines, ("cheese", "exit"), strict=True):
-        draw_doses(axes, rows, column, label=f"share of episodes that end at the {column}")
+        draw_doses(axes, rows, column, label=f"share that end at the {column}")
         axes.set_ylim(-0.03, 1.03)
     figure.legend(*lines[0].get_legend_handles_labels(), loc="outside lower left", ncols=5)
     plain, steered = (squares[-1] for squares in paths.values())
