@@ -338,6 +338,20 @@ def test_the_pitch_network_takes_frames_of_any_loudness():
     assert likely.shape == (2, 360) and bool(((likely > 0) & (likely < 1)).all())
 
 
+# --- lens ------------------------------------------------------------------------------------------------------------
+def test_what_has_hook_points_computes_what_its_model_does():
+    pytest.importorskip("transformer_lens")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from reference.zoo import lens
+
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=17)).eval()
+    tokens = torch.tensor([[1, 5, 9, 2, 7]])
+    with torch.no_grad():
+        torch.testing.assert_close(lens.hooked(model)(tokens), model(tokens).logits)
+
+
 # --- what is found, on the real networks -----------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def rows():
