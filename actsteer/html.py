@@ -78,10 +78,16 @@ def bars(values: Sequence[float], names: Sequence[str]) -> Markup:
     )
 
 
-def matrix(caption: object, names: Sequence[str], values: Sequence[Sequence[float]]) -> Markup:
-    """Numbers between -1 and 1 of each two names, on one hue below 0 and another above it."""
+def matrix(
+    caption: object,
+    names: Sequence[str],
+    values: Sequence[Sequence[float]],
+    *,
+    columns: Sequence[str] | None = None,
+) -> Markup:
+    """Numbers of each two names, or of names and columns, on one hue below 0 and another above it, full at -1 and 1."""
     rows = [(name, *map(_shaded, own)) for name, own in zip(names, values, strict=True)]
-    return table(caption, ["", *names], rows, total=len(rows))
+    return table(caption, ["", *(names if columns is None else columns)], rows, total=len(rows))
 
 
 def beside(*parts: Markup) -> Markup:

@@ -32,7 +32,9 @@ from actsteer.errors import UnsupportedModelError as UnsupportedModelError
 from actsteer.errors import ZeroDirectionError as ZeroDirectionError
 from actsteer.estimators.align import align as align
 from actsteer.estimators.centroids import Centroids as Centroids
+from actsteer.estimators.choose_sites import choose_sites as choose_sites
 from actsteer.estimators.concept_erasure import ConceptErasure as ConceptErasure
+from actsteer.estimators.conceptor import Conceptor as Conceptor
 from actsteer.estimators.discover import discover as discover
 from actsteer.estimators.estimator import Estimator as Estimator
 from actsteer.estimators.fit import fit as fit
@@ -41,6 +43,7 @@ from actsteer.estimators.layer_mean import LayerMean as LayerMean
 from actsteer.estimators.logistic_direction import LogisticDirection as LogisticDirection
 from actsteer.estimators.mean_difference import MeanDifference as MeanDifference
 from actsteer.estimators.null_space import NullSpace as NullSpace
+from actsteer.estimators.one_by_one import one_by_one as one_by_one
 from actsteer.estimators.optimize import optimize as optimize
 from actsteer.estimators.paired_map import PairedMap as PairedMap
 from actsteer.estimators.principal_direction import PrincipalDirection as PrincipalDirection
@@ -82,11 +85,13 @@ from actsteer.steering.interventions.clamp import Clamp as Clamp
 from actsteer.steering.interventions.intervention import Edit as Edit
 from actsteer.steering.interventions.intervention import Intervention as Intervention
 from actsteer.steering.interventions.intervention import PerSite as PerSite
+from actsteer.steering.interventions.intervention import Placed as Placed
 from actsteer.steering.interventions.intervention import Prepared as Prepared
 from actsteer.steering.interventions.keep_norm import KeepNorm as KeepNorm
 from actsteer.steering.interventions.low_rank import LowRank as LowRank
 from actsteer.steering.interventions.replace import Replace as Replace
 from actsteer.steering.interventions.rotate import Rotate as Rotate
+from actsteer.steering.interventions.soft_projection import SoftProjection as SoftProjection
 from actsteer.steering.saving import Saved as Saved
 from actsteer.steering.steerer import Steerer as Steerer
 from actsteer.steering.steering import Steering as Steering
@@ -96,6 +101,8 @@ from actsteer.tuning.calibrate_gate import calibrate_gate as calibrate_gate
 from actsteer.tuning.calibration import Calibration as Calibration
 from actsteer.tuning.evidence import Evidence as Evidence
 from actsteer.tuning.metrics import OutputMetric as OutputMetric
+from actsteer.tuning.patched import Patched as Patched
+from actsteer.tuning.patching import patching as patching
 from actsteer.tuning.sweep import sweep as sweep
 from actsteer.tuning.text_metric import TextMetric as TextMetric
 from actsteer.vectors.bank import VectorBank as VectorBank

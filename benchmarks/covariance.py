@@ -1,9 +1,10 @@
-"""How fast rows become a covariance: `python -m benchmarks.covariance [--out FILE.json] [--d 4096] [--rows N]`."""
+"""How fast rows become a covariance: `python -m benchmarks.covariance [--out FILE] [--d 4096] [--rows N] [--peer]`."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +14,7 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
-from actsteer import Moments
+from actsteer import ConceptErasure, Moments, Statistics
 from benchmarks.memory import peak
 from benchmarks.overhead import described, shown
 from benchmarks.timing import Ratio, set_threads
@@ -25,9 +26,14 @@ def main(
     rows: Annotated[int, typer.Option(min=2, help="Rows, in float32.")] = 4096,
     repeats: Annotated[int, typer.Option(min=2, help="Rounds.")] = 7,
     threads: Annotated[int, typer.Option(min=1, help="Threads of the processor.")] = 2,
+    peer: Annotated[bool, typer.Option("--peer", help="Beside concept-erasure instead, d = 768.")] = False,
 ) -> None:
     """Time Moments.update against one float64 product XᵀX of the same rows, and compare with two passes over them."""
     console = Console(width=120)
+    if peer:
+        for dtype in (torch.float32, torch.float64):
+            beside_peer(console, repeats, threads, dtype=dtype)
+        return
     x = data(rows, d)
     with set_threads(threads):
         exact = x.double()
@@ -72,10 +78,49 @@ def relative_error(scatter: Tensor, exact: Tensor) -> float:
     return float((scatter - truth).abs().max() / truth.diagonal().max())
 
 
-def seconds(run: Any) -> float:
-    start = time.perf_counter()
+def beside_peer(
+    console: Console, repeats: int, threads: int, *, dtype: torch.dtype, rows: int = 20_000, d: int = 768
+) -> None:
+    """The statistics of two classes, as an eraser needs them, and the edited rows, beside those of concept-erasure.
+
+    Needs `pip install --no-deps concept-erasure==0.2.4`; both sum in float64, in turns.
+    """
+    from concept_erasure import LeaceFitter  # type: ignore[import-not-found]
+
+    labels = torch.arange(rows) % 2
+    x = (data(rows, d) + labels[:, None] * torch.linspace(0, 1, d)).to(dtype)
+    codes = torch.nn.functional.one_hot(labels, 2)
+
+    def theirs(size: int) -> Any:
+        fitter = LeaceFitter(d, 2, dtype=torch.float64, shrinkage=False, constrain_cov_trace=False, svd_tol=1e-9)
+        for batch, code in zip(x.split(size), codes.split(size), strict=True):
+            fitter.update(batch, code)
+        return fitter
+
+    def ours(size: int) -> list[Moments]:
+        classes = [Moments.empty(d, covariance=True) for _ in range(2)]
+        for batch, label in zip(x.split(size), labels.split(size), strict=True):
+            for own, moments in enumerate(classes):
+                moments.update(batch[label == own])
+        return classes
+
+    clock = time.thread_time if threads == 1 else time.perf_counter  # other processes do not count in the first
+    with set_threads(threads):
+        for size in (64, 256, 1024):
+            runs = ([seconds(partial(way, size), clock) for way in (ours, theirs)] for _ in range(repeats))
+            ratios = [own / beside for own, beside in runs]
+            console.print(f"{dtype}, batches of {size}: time / time of concept-erasure: {shown(Ratio.of(ratios))}")
+        negative, positive = (Statistics({"0": moments}) for moments in ours(256))
+        edit, exact = ConceptErasure()(positive=positive, negative=negative).at("0"), x.double()
+        found = edit(exact, edit.offsets, torch.ones(()))
+        expected = theirs(256).eraser(exact)
+    console.print(f"{dtype}: largest difference of the edited rows: {float((found - expected).abs().max()):.1e}")
+
+
+def seconds(run: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
+    start = clock()
     run()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def work(rows: int, d: int) -> Any:

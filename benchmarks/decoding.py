@@ -36,7 +36,7 @@ class Decoding(Setting):
         return generate(self.x, attention_mask=mask, max_new_tokens=self.new_tokens, do_sample=False, **self.options)
 
 
-def setting(*, quick: bool, compiler: str | None = None) -> Decoding:
+def setting(*, quick: bool, device: str = "cpu", compiler: str | None = None) -> Decoding:
     """The model and its prompt; with a compiler, decoding with a static cache, compiled."""
     torch.manual_seed(0)
     d, length, new_tokens = (16, 4, 4) if quick else (256, 16, 32)
@@ -45,11 +45,13 @@ def setting(*, quick: bool, compiler: str | None = None) -> Decoding:
     options: dict[str, Any] = {}
     if compiler is not None:
         config: Any = CompileConfig(backend=compiler)
-        config.mode, config._compile_all_devices = None, True
+        if device == "cpu":
+            config.mode, config._compile_all_devices = None, True
         options = {"cache_implementation": "static", "compile_config": config}
     name = f"greedy decoding, {BLOCKS} blocks" + ("" if compiler is None else ", static cache, compiled")
     sites = tuple(f"transformer.h.{block}" for block in range(BLOCKS))
-    return Decoding(name, model.eval(), torch.randint(0, 1000, (1, length)), sites, d, new_tokens, options)
+    x = torch.randint(0, 1000, (1, length))
+    return Decoding(name, model.eval(), x, sites, d, new_tokens, options).to(device)
 
 
 def ways(own: Decoding) -> dict[str, Variant]:
@@ -82,17 +84,17 @@ def check_equal(own: Decoding, made: dict[str, Variant]) -> None:
             raise AssertionError(f"{own.name}: {name} changes nothing, so there is nothing to time")
 
 
-def timed(*, quick: bool, rounds: int, seconds: float) -> Timing:
+def timed(*, quick: bool, device: str, rounds: int, seconds: float) -> Timing:
     """Eager decoding."""
-    own = setting(quick=quick)
+    own = setting(quick=quick, device=device)
     made = ways(own)
     check_equal(own, made)
     return compare(own, made, threads=1, rounds=rounds, seconds=seconds)
 
 
-def timed_compiled(*, quick: bool, rounds: int, seconds: float, compiler: str) -> tuple[Timing, int]:
+def timed_compiled(*, quick: bool, device: str, rounds: int, seconds: float, compiler: str) -> tuple[Timing, int]:
     """Compiled decoding with a static cache; and how often code was compiled after each way had run once."""
-    own = setting(quick=quick, compiler=compiler)
+    own = setting(quick=quick, device=device, compiler=compiler)
     made = compiled_ways(own)
     with set_threads(1), torch._dynamo.config.patch(recompile_limit=64):
         check_equal(own, made)
@@ -111,7 +113,8 @@ def _tokens(own: Decoding, way: Variant) -> Tensor:
 
 def _vector(own: Decoding) -> SteeringVector:
     generator = torch.Generator().manual_seed(1)
-    return SteeringVector({site: torch.randn(own.d, generator=generator) / 4 for site in own.sites})
+    v = SteeringVector({site: torch.randn(own.d, generator=generator) / 4 for site in own.sites})
+    return v.to(device=own.x.device)
 
 
 def _gate(own: Decoding) -> ProjectionAbove:

@@ -47,17 +47,20 @@ class Way:
 
 def ways(setting: Setting) -> dict[str, Variant]:
     """Name -> a block that gives the model to run: each way beside the one that is written by hand."""
+    device = setting.x.device
     v = SteeringVector({site: _numbers(setting.d, seed=index) for index, site in enumerate(setting.sites)})
+    v = v.to(device=device)
     made: dict[str, Variant] = {NOISE_FLOOR: lambda: plain(setting.model)}
     for name, way in WAYS.items():
         if name == "Add, positions" and setting.x.is_floating_point():
             continue  # no sequence
-        hooks = {site: _hook(way.formula(v[site], _numbers(setting.d, seed=99))) for site in setting.sites}
+        hooks = {site: _hook(way.formula(v[site], _numbers(setting.d, seed=99).to(device))) for site in setting.sites}
         options = {"vectors": v, "c": C} | way.options(v)
         made[name + BY_HAND] = partial(hooked, setting.model, hooks)
         made[name] = partial(_steered, setting.model, options)
     for name, (gate, fires) in EARLIER.items():
         w = SteeringVector({f"{site}:in": _numbers(_width(setting, site), seed=7) for site in setting.sites})
+        w = w.to(device=device)
         bank = VectorBank({site: v.select(site) for site in setting.sites})
         gates = {site: gate(w.select(f"{site}:in")) for site in setting.sites}
         read = {site: (fires(w[f"{site}:in"]), C * v[site]) for site in setting.sites}
@@ -210,19 +213,19 @@ def _after_two(v: Tensor, _: Tensor) -> Callable[[Tensor], Tensor]:
     delta = C * v
 
     def formula(h: Tensor) -> Tensor:
-        mask = torch.arange(h.shape[1]) >= 2
+        mask = torch.arange(h.shape[1], device=h.device) >= 2
         return h + mask[None, :, None] * delta
 
     return formula
 
 
 def _map(v: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.eye(len(v)) + torch.outer(v, v.flip(0)) / len(v), v / 8
+    return torch.eye(len(v), device=v.device) + torch.outer(v, v.flip(0)) / len(v), v / 8
 
 
 def _parts(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows = torch.stack([v.roll(shift) for shift in range(4)])
-    return rows / len(v), rows.flip(0), torch.ones(4) / 8
+    return rows / len(v), rows.flip(0), torch.ones(4, device=v.device) / 8
 
 
 def _each(gate: Callable[[SteeringVector], Any]) -> Callable[[SteeringVector], dict[str, Any]]:

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,10 @@ class Setting:
     x: Tensor
     sites: tuple[str, ...]
     d: int
+
+    def to(self, device: str) -> Self:
+        """The model (itself) and its input on a device."""
+        return dataclasses.replace(self, model=self.model.to(device), x=self.x.to(device))
 
     def run(self, model: nn.Module) -> Tensor:
         """The output on the setting's input, as a tensor."""
@@ -84,13 +88,13 @@ def variants(setting: Setting) -> dict[str, Variant]:
     }
 
 
-def compiled(setting: Setting, *, compiler: str) -> Setting:
+def compiled(setting: Setting, **options: Any) -> Setting:
     """The same setting, compiled; beside this the variants of `compiled_variants` are timed."""
-    model: nn.Module = torch.compile(_twin(setting.model), backend=compiler)  # type: ignore[assignment]
+    model: nn.Module = torch.compile(_twin(setting.model), **options)  # type: ignore[assignment]
     return dataclasses.replace(setting, name=f"{setting.name}, compiled", model=model)
 
 
-def compiled_variants(setting: Setting, eager: nn.Module, *, compiler: str) -> dict[str, Variant]:
+def compiled_variants(setting: Setting, eager: nn.Module, **options: Any) -> dict[str, Variant]:
     """Name -> a block, as for `variants`; each model is compiled by itself and shares the weights of the eager one."""
     bank, strengths = _bank(setting)
     v = bank.combine(strengths)
@@ -100,7 +104,7 @@ def compiled_variants(setting: Setting, eager: nn.Module, *, compiler: str) -> d
         setattr(inline.get_submodule(parent), name, nn.Sequential(inline.get_submodule(site), _Plus(v[site])))
     buffer = Steerer(buffered, v / 2, c=2.0, backend="buffer").install()
     run: dict[int, Any] = {
-        id(model): torch.compile(model, backend=compiler) for model in (again, inline, tapped, buffered, folded)
+        id(model): torch.compile(model, **options) for model in (again, inline, tapped, buffered, folded)
     }
     with torch.inference_mode():
         for model in run.values():
@@ -120,7 +124,7 @@ def check_equal(setting: Setting, ways: dict[str, Variant]) -> None:
     outputs: dict[str, Tensor] = {}
     for name, way in ways.items():
         with way() as model, torch.inference_mode():
-            outputs[name] = setting.run(model)
+            outputs[name] = setting.run(model).clone()  # a CUDA graph writes the next output where the last one is
     by_hand = outputs[BY_HAND if BY_HAND in outputs else INLINE]
     for name, output in outputs.items():
         same_as = outputs[NOISE_FLOOR] if name in (NOISE_FLOOR, NO_OP) else by_hand
@@ -137,6 +141,7 @@ def _bank(setting: Setting) -> tuple[VectorBank, dict[str, float]]:
         concept: SteeringVector({site: torch.randn(setting.d, generator=generator) / 8 for site in setting.sites})
         for concept in strengths
     }
+    vectors = {concept: v.to(device=setting.x.device) for concept, v in vectors.items()}
     return VectorBank(vectors), strengths
 
 

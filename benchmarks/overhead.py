@@ -1,4 +1,4 @@
-"""How much slower a steered forward is: `python -m benchmarks.overhead [--out FILE.json] [--repeats N] [--quick]`."""
+"""What a steered forward costs: `python -m benchmarks.overhead [--out FILE.json] [--repeats N] [--device D]`."""
 
 from __future__ import annotations
 
@@ -36,49 +36,59 @@ THREADS = (1, 2)
 def main(
     out: Annotated[Path | None, typer.Option(help="Write the results to this JSON file too.")] = None,
     repeats: Annotated[int, typer.Option(min=2, help="Rounds; a slow model gets a fifth of them.")] = 50,
+    device: Annotated[
+        str, typer.Option(help="Where the models lie: cpu, or cuda, where compiled means graphs.")
+    ] = "cpu",
     quick: Annotated[bool, typer.Option("--quick", help="Tiny models and runs: a check that it works.")] = False,
 ) -> None:
     """Time unhooked, hooked, steered and folded models, and compare the Steerer with a hand-written hook."""
     console = Console(width=174)
     timings: list[Timing] = []
-    every = settings(quick=quick)
+    every = [setting.to(device) for setting in settings(quick=quick)]
     seconds = 0.001 if quick else 0.01
     for setting in every:  # before anything is compiled, for that changes what the Steerer does
         ways = variants(setting)
         check_equal(setting, ways)
-        for count in THREADS:
+        for count in THREADS if device == "cpu" else (1,):
             console.print(f"timing {setting.name}, {count} thread(s) ...", style="dim")
             timings.append(compare(setting, ways, threads=count, rounds=repeats, seconds=seconds))
+    console.print(table(timings))
     others: list[Timing] = []
     for setting in every:
         console.print(f"timing interventions on {setting.name}, 1 thread ...", style="dim")
         made = interventions.ways(setting)
         interventions.check_equal(setting, made)
         others.append(compare(setting, made, threads=1, rounds=max(2, repeats // 2), seconds=seconds))
+    console.print(table_of_interventions(others))
     console.print("timing greedy decoding, 1 thread ...", style="dim")
-    decoded = [decoding.timed(quick=quick, rounds=SLOW * repeats, seconds=seconds)]
+    decoded = [decoding.timed(quick=quick, device=device, rounds=SLOW * repeats, seconds=seconds)]
     compiler = "aot_eager" if quick else "inductor"
+    options = {"backend": compiler} | ({} if device == "cpu" or quick else {"mode": "reduce-overhead"})
     for setting in every:
         # the compiler writes the number of threads into the code; and the variants of one model share a limit
         with set_threads(1), torch._dynamo.config.patch(recompile_limit=64):
-            fast = compiled(setting, compiler=compiler)
+            fast = compiled(setting, **options)
             console.print(f"timing {fast.name}, 1 thread ...", style="dim")
-            ways = compiled_variants(setting, setting.model, compiler=compiler)
+            ways = compiled_variants(setting, setting.model, **options)
             check_equal(fast, ways)
             timings.append(compare(fast, ways, threads=1, rounds=repeats, seconds=seconds))
         torch.compiler.reset()
+    console.print(table(timings[-len(every) :]))
     console.print("timing greedy decoding, compiled, 1 thread ...", style="dim")
     found, recompiles = decoding.timed_compiled(
-        quick=quick, rounds=SLOW * repeats, seconds=seconds, compiler="eager" if quick else compiler
+        quick=quick,
+        device=device,
+        rounds=SLOW * repeats,
+        seconds=seconds,
+        compiler="eager" if quick else compiler,
     )
     decoded.append(found)
-    console.print(table(timings))
-    console.print(table_of_interventions(others))
     console.print(table_of_decoding(decoded, recompiles))
     conclusion = verdict(timings)
     console.print(conclusion)
     if out is not None:
-        command = f"python -m benchmarks.overhead --repeats {repeats}" + (" --quick" if quick else "")
+        command = f"python -m benchmarks.overhead --repeats {repeats}"
+        command += (f" --device {device}" if device != "cpu" else "") + (" --quick" if quick else "")
         out.write_text(
             json.dumps(
                 described(command)
@@ -189,7 +199,7 @@ def described(command: str) -> dict[str, Any]:
         "command": command,
         "versions": {"python": platform.python_version()} | packages,
         "cpu": {"name": processor(), "threads": list(THREADS), "default_threads": torch.get_num_threads()},
-    }
+    } | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
 
 def processor() -> str:

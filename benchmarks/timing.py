@@ -54,7 +54,8 @@ def compare(setting: Setting, ways: dict[str, Variant], *, threads: int, rounds:
     A run is as many forward passes as take `seconds`; a model of which one pass takes longer gets fewer rounds.
     """
     with set_threads(threads), torch.inference_mode(), no_collection():
-        clock = time.thread_time if threads == 1 else time.perf_counter  # other processes do not count in the first
+        own_time = threads == 1 and not setting.x.is_cuda  # in which other processes do not count
+        clock = time.thread_time if own_time else time.perf_counter
         forwards = _forwards_in(setting, seconds)
         rounds = rounds if forwards > 1 else max(2, rounds // SLOW)
         unhooked: list[float] = []
@@ -79,6 +80,8 @@ def _run(setting: Setting, model: nn.Module, forwards: int, clock: Callable[[], 
     start = clock()
     for _ in range(forwards):
         setting.run(model)
+    if setting.x.is_cuda:
+        torch.cuda.synchronize()
     return clock() - start
 
 

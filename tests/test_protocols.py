@@ -54,6 +54,29 @@ def steered(x=X, vectors=V, **options):
 
 
 # --- interventions ---------------------------------------------------------------------------------------------------
+class OwnValues:
+    """A value to add to each of several tokens, as a user writes it."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __call__(self, activation, direction, c):
+        return activation + c * self.values
+
+    def placed(self, place):
+        return OwnValues(place(self.values))
+
+
+@torch.no_grad()
+def test_an_intervention_of_the_users_own_has_values_for_single_tokens():
+    model, x = network(), X.view(2, 6, D)
+    h = model[0](x)
+    for value, (row, token) in zip(Y, [(0, 3), (0, 0), (1, 1), (1, 5)], strict=False):
+        h[row, token] += value
+    found = steered(x, intervention=OwnValues(Y[:4]), positions=[[3, 0], [1, -1]])
+    assert torch.equal(found, model[2](h))
+
+
 class OwnAdd:
     """Add, as a user writes it."""
 
@@ -269,6 +292,11 @@ def test_an_estimator_is_given_what_it_reads():
     for statistics, rows in zip(pairs.seen, (high - low, low - high), strict=True):
         torch.testing.assert_close(statistics["0"].mean, rows.mean(0))
         torch.testing.assert_close(statistics["0"].covariance, rows.T.cov())
+    joint = OwnEstimator("joint")
+    fit(model, estimator=joint, **OPTIONS)
+    for statistics in joint.seen:
+        torch.testing.assert_close(statistics["0"].mean, torch.cat([high, low], dim=1).mean(0))
+        torch.testing.assert_close(statistics["0"].covariance, torch.cat([high, low], dim=1).T.cov())
 
 
 def test_an_estimator_of_rows_has_them_at_once_or_block_by_block():
@@ -285,7 +313,7 @@ def test_an_estimator_of_rows_has_them_at_once_or_block_by_block():
             torch.testing.assert_close(torch.cat(blocks), expected)
 
 
-@pytest.mark.parametrize("reads", ["means", "variances", "covariance", "pairs", "rows"])
+@pytest.mark.parametrize("reads", ["means", "variances", "covariance", "pairs", "joint", "rows"])
 def test_what_an_estimator_gives_is_named_and_described_and_survives_a_file(reads, tmp_path):
     model = network()
     options = OPTIONS | {"axis": 1, "concept": "kind"}
@@ -313,7 +341,7 @@ EDITS = {
 
 
 @pytest.mark.parametrize("make", EDITS.values(), ids=EDITS)
-@pytest.mark.parametrize("reads", ["means", "pairs", "rows"])
+@pytest.mark.parametrize("reads", ["means", "pairs", "joint", "rows"])
 def test_an_estimator_may_give_any_edit(make, reads):
     model = network()
     estimator = OwnEstimator(reads, make)

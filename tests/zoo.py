@@ -32,8 +32,12 @@ def normal(*shape: int, seed: int = 1) -> Tensor:
 # --- models ----------------------------------------------------------------------------------------------------------
 def mlp() -> nn.Module:
     """784-100x4-10 scaled down to 12-6x4-3; the ReLUs are "2", "5", "8" and "11", the head is "12"."""
-    blocks = [[nn.Linear(12 if i == 0 else 6, 6, bias=False), nn.LayerNorm(6), nn.ReLU()] for i in range(4)]
-    return seeded(lambda: nn.Sequential(*[module for block in blocks for module in block], nn.Linear(6, 3)))
+
+    def build() -> nn.Module:
+        blocks = [[nn.Linear(12 if i == 0 else 6, 6, bias=False), nn.LayerNorm(6), nn.ReLU()] for i in range(4)]
+        return nn.Sequential(*[module for block in blocks for module in block], nn.Linear(6, 3))
+
+    return seeded(build)
 
 
 def exact() -> nn.Sequential:
@@ -73,6 +77,13 @@ class Recurrent(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.rnn(x)[0])
+
+
+def data_parallel(module: nn.Module) -> nn.Module:
+    """nn.DataParallel on the CPU, whatever devices there are."""
+    wrapper = nn.DataParallel(module).cpu()
+    wrapper.device_ids = []
+    return wrapper
 
 
 def recurrent(kind: type[nn.RNNBase], *, batch_first: bool) -> nn.Module:

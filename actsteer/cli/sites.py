@@ -11,8 +11,8 @@ from torch import nn
 from actsteer.cli import models, screen
 from actsteer.cli.options import TrustRemoteCode
 from actsteer.errors import UnsupportedModelError
-from actsteer.sites.axes import known_size
 from actsteer.sites.blocks import find_blocks, residual_sites
+from actsteer.sites.features import known_size
 from actsteer.sites.place import Place, split_site
 from actsteer.sites.resolve import found_by, named_sites, resolve
 from actsteer.sites.wrappers import unwrapped

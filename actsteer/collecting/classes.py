@@ -10,9 +10,10 @@ from typing import TypeAlias, final
 import actsteer.html as html
 from actsteer.collecting import moments_file
 from actsteer.collecting.moments import Moments
-from actsteer.collecting.processes import Group, reduce
+from actsteer.collecting.processes import reduce
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import StatisticsError, close_names
+from actsteer.sites.shards import Group
 
 Label: TypeAlias = int | str
 

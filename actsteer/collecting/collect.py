@@ -16,13 +16,14 @@ from actsteer.collecting.classes import ClassStatistics, Label
 from actsteer.collecting.labels import Labels, labelled
 from actsteer.collecting.moments import Covariance, Moments, absorb
 from actsteer.collecting.observe import Observation, Step
-from actsteer.collecting.processes import announced, in_step, is_alone, replicas
+from actsteer.collecting.processes import announced, in_step
 from actsteer.collecting.resume import Checkpoint, code_of, weights
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import StatisticsError
 from actsteer.sites import fingerprint
 from actsteer.sites.axes import Axes
 from actsteer.sites.resolve import Sites, find_sites
+from actsteer.sites.shards import is_alone, replicas
 from actsteer.tokens.positions import Positions, described
 from actsteer.tokens.whose import Masks
 
@@ -111,10 +112,10 @@ def collect(
         by: the class of every row, for statistics by class: one label per row for one tensor; an iterable with the
             labels of each batch; the place where the batches carry them (a position in a tuple or a key in a mapping,
             which the model is then not given); or a function of the batch.
-        positions: which positions of a sequence count as rows: "all", "last", an index or several, a slice, a bool mask
-            (S,) or (B, S), a callable that makes one from the inputs by name, or "mean", their mean. Where the batch
-            has an attention mask, pads do not count, and positions are counted among the real tokens; where
-            position_ids start anew, in each of the texts that a row is packed with.
+        positions: which positions of a sequence count as rows: "all", "last", an index or several, a list of them for
+            each row, a slice, a bool mask (S,) or (B, S), a callable that makes one from the inputs by name, or "mean",
+            their mean. Where the batch has an attention mask, pads do not count, and positions are counted among the
+            real tokens; where position_ids start anew, in each of the texts that a row is packed with.
         axis: the feature axis, of every site or site -> axis, where it is not the one that the module's class tells.
         row_axis, token_axis, mask: the axes of rows and tokens, and where the batch has its token mask, as for
             `Steerer`.

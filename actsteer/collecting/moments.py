@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from actsteer.collecting.symmetric import add_product, times, whole
+from actsteer.collecting.symmetric import add_square, times, whole
 from actsteer.errors import ShapeError, StatisticsError
 
 Covariance: TypeAlias = bool | Literal["diagonal"]
@@ -300,28 +300,30 @@ class Moments:
     def _absorb(self, rows: Float[Tensor, "n d"]) -> None:
         if not self.count:
             self._origin = rows.mean(dim=0)
-        rows = rows - self._origin  # exact for rows within a factor of two of the origin
-        count = self.count + len(rows)
+        number = len(rows)
+        count = self.count + number
+        buffer = rows.new_empty(number + 1, self.d)
+        rows = torch.sub(rows, self._origin, out=buffer[:number])  # exact within a factor of two of the origin
         shift = rows.mean(dim=0)
         moved = shift - self._offset
         if (sums := self._scatter) is not None:
             rows -= shift
-            third, fourth = moved_sums(sums, self.count, -moved * (len(rows) / count))
+            third, fourth = moved_sums(sums, self.count, -moved * (number / count))
             squares = rows.square().sum(dim=1)
             block_third, block_fourth = squares @ rows, squares.square().sum()
             delta = moved * (self.count / count)
             along, square = rows @ delta, delta.square().sum()
             total = squares.sum()
-            third += block_third + 2 * (along @ rows) + (len(rows) * square + total) * delta
+            third += block_third + 2 * (along @ rows) + (number * square + total) * delta
             fourth += block_fourth + 4 * (along.square().sum() + block_third @ delta)
-            fourth += len(rows) * square.square() + 2 * total * square
-            weighted = torch.cat([rows, moved[None] * (self.count * len(rows) / count)])
-            add_product(sums.second, weighted, torch.cat([rows, moved[None]]))
+            fourth += number * square.square() + 2 * total * square
+            torch.mul(moved, (self.count * number / count) ** 0.5, out=buffer[number])  # in one product with the rows
+            add_square(sums.second, buffer)
             self._scatter = Scatter(sums.second, third, fourth)
         if self._squares is not None:
             within = (rows - shift).square_().sum(dim=0)
-            self._squares = self._squares + within + moved.square() * (self.count * len(rows) / count)
-        self._total = self._total + shift * len(rows)
+            self._squares = self._squares + within + moved.square() * (self.count * number / count)
+        self._total = self._total + shift * number
         self.count = count
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple, final
 
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from actsteer.collecting.batches import arguments, call, first_shape
 from actsteer.collecting.eval_mode import eval_mode
-from actsteer.collecting.processes import is_alone
 from actsteer.collecting.stop import Stop, Stopper, must_finish
 from actsteer.errors import BatchError, ShapeError, StatisticsError
 from actsteer.sites.axes import Axes, Layout, layouts
@@ -21,10 +20,12 @@ from actsteer.sites.lens import Frame, Lens, packed_rows
 from actsteer.sites.listen import likely_cause, listen
 from actsteer.sites.place import Place
 from actsteer.sites.resolve import resolve
+from actsteer.sites.shards import is_alone
 from actsteer.sites.wrappers import unwrapped
 from actsteer.tokens.inputs import signature_of
+from actsteer.tokens.order import places
 from actsteer.tokens.passes import Pass, Passes, groups
-from actsteer.tokens.positions import Positions, check, chosen
+from actsteer.tokens.positions import Positions, check
 from actsteer.tokens.real import real_at
 from actsteer.tokens.tokens import Tokens
 from actsteer.tokens.whose import Masks, said_of
@@ -177,7 +178,8 @@ class _Listener:
         self._lens, self._passes = Lens(place, layout), passes
         self._frame: Frame | None = None  # the last one, whose axis is noticed
         is_converted = getattr(place.module, "hook_conversion", None) is not None
-        self._is_plain = place.side == "out" and not place.path and not is_converted and is_alone()
+        is_whole = not place.path and place.features is None
+        self._is_plain = place.side == "out" and is_whole and not is_converted and is_alone()
         """Whether a tensor that the module gives is the activation, as its users see it."""
 
     def __call__(self, module: nn.Module, args: Any, last: Any) -> None:
@@ -267,7 +269,7 @@ class _Listener:
             return _Choice(order, None, owners[texts.places[:, 0]], others, texts)
         if ordered and tokens.real is None:
             return _Choice(order, None, owners.repeat_interleave(others), others)
-        where = _where(positions, tokens).to(whole.device)
+        where = places(positions, tokens).to(whole.device)
         return _Choice(order, where, owners[where].repeat_interleave(others), others)
 
     def _order(
@@ -284,11 +286,11 @@ class _Listener:
             elif asked.rows is not None and asked.tokens[:1] == (asked.rows,) and count == math.prod(asked.tokens):
                 batch, length = asked.tokens[0], count // max(1, asked.rows)
             return (0, 1), batch, length, 1
-        first = [own - (own > frame.axis) for own in (rows, frame.token_axis) if own is not None]
-        rest = [own for own in range(rank - 1) if own not in first]
-        size = math.prod(whole.shape[own] for own in rest)
-        length, others = (size, 1) if frame.token_axis is None else (whole.shape[first[1]], size)
-        return (*first, *rest, rank - 1), whole.shape[first[0]], length, others
+        first, *rest = frame.order[:-1]
+        if frame.token_axis is None:
+            return frame.order, whole.shape[first], math.prod(whole.shape[own] for own in rest), 1
+        tokens_at, *rest = rest
+        return frame.order, whole.shape[first], whole.shape[tokens_at], math.prod(whole.shape[own] for own in rest)
 
     def _check_everything(self, positions: Positions, whole: Tensor, *, packed: bool = False) -> None:
         if not (isinstance(positions, str) and positions in ("all", "prompt")):
@@ -297,13 +299,6 @@ class _Listener:
                 f"site {self.place.site!r}: positions={positions!r} of an activation that {what}; choose a site whose "
                 "activation has the shape (rows, positions, d), or positions='all'"
             )
-
-
-def _where(positions: Positions, tokens: Tokens) -> Int[Tensor, " n"]:
-    """Which of all tokens in a line are meant; of several indices, row by row, in their order."""
-    several = positions if isinstance(positions, Sequence) and not isinstance(positions, str) else [positions]
-    found = [chosen(own, tokens).expand(tokens.rows, tokens.length).flatten().nonzero()[:, 0] for own in several]
-    return torch.stack(found, dim=1).flatten()
 
 
 def _texts(tokens: Tokens, *, device: torch.device) -> _Texts:

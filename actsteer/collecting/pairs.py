@@ -14,14 +14,18 @@ from actsteer.collecting.batches import Batches, iterate
 from actsteer.collecting.collect import described_axes
 from actsteer.collecting.moments import Covariance, Moments, absorb, exact
 from actsteer.collecting.observe import Observation, Step
-from actsteer.collecting.processes import announced, in_step, is_alone, replicas
+from actsteer.collecting.processes import announced, in_step
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import BatchError, ShapeError, StatisticsError
 from actsteer.sites import fingerprint
 from actsteer.sites.axes import Axes
 from actsteer.sites.resolve import Sites, find_sites
+from actsteer.sites.shards import is_alone, replicas
 from actsteer.tokens.positions import Positions, described
 from actsteer.tokens.whose import Masks
+
+JOINT = {"pairs": "side by side"}
+"""What the metadata of joint statistics say, so that no others are taken for them."""
 
 
 @final
@@ -194,10 +198,6 @@ def collect_joint(
     return Statistics(moments, metadata=metadata | JOINT, replicas=replicas(model))
 
 
-JOINT = {"pairs": "side by side"}
-"""What the metadata of joint statistics say, so that no others are taken for them."""
-
-
 def beside(positive: Float[Tensor, "n d"], negative: Float[Tensor, "n d"]) -> Float[Tensor, "n twice"]:
     """Both rows of each pair as one."""
     return torch.cat([positive, negative], dim=1)
@@ -270,7 +270,9 @@ class _Seen:
         self._parts.setdefault(site, []).append((rows.clone(), owners.cpu()))
 
     def rows(self, site: str) -> Tensor:
-        """All rows of a site, in the order in which they were seen."""
+        """All rows of a site, in the order in which they were seen; BatchError where there are none."""
+        if site not in self._parts:
+            raise BatchError(f"site {site!r} saw no rows of a batch; does it run, and do the positions choose a token?")
         return torch.cat([rows for rows, _ in self._parts[site]])
 
     def owners(self, site: str) -> Tensor:

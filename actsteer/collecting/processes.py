@@ -21,8 +21,8 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from actsteer.collecting.moments import Covariance, Moments, Scatter, moved_sums
 from actsteer.errors import DistributedError
+from actsteer.sites.shards import Group, is_alone, meshes
 
-Group: TypeAlias = "dist.ProcessGroup | None"
 Classes: TypeAlias = dict[Any, dict[str, Moments]]
 """Label -> site -> moments."""
 
@@ -30,11 +30,6 @@ _STAYS = 60.0
 """For so many seconds rank 0, which keeps the store, stays after a failure until the others have heard of it."""
 _ROLL_CALL = 3.0
 """So many seconds the processes that are left wait for one another to say so."""
-
-
-def is_alone(group: Group = None) -> bool:
-    """Whether there are no other processes."""
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1
 
 
 # --- failing together ------------------------------------------------------------------------------------------------
@@ -171,18 +166,6 @@ def _unbroken(ranks: Sequence[int], where: str) -> Iterator[None]:
 
 
 # --- one forward pass over several processes -------------------------------------------------------------------------
-def replicas(model: nn.Module) -> tuple[int, ...]:
-    """The ranks that run this model on the same data as this process: its tensor-parallel group, with itself.
-
-    They are the ranks along those dimensions of the parameters' device mesh that data parallelism does not use.
-    """
-    if is_alone():
-        return ()
-    data = {ranks for module in model.modules() for mesh in _data_meshes(module) for ranks in _along(mesh)}
-    found = [ranks for module in model.modules() for mesh in _meshes(module) for ranks in _along(mesh)]
-    return tuple(sorted(frozenset().union(*(ranks for ranks in found if ranks not in data))))
-
-
 def in_step(batches: Iterable[Any], model: nn.Module) -> Iterator[Any]:
     """The batches, each once all processes that compute the forward pass together have one too.
 
@@ -215,35 +198,12 @@ def _together(model: nn.Module) -> tuple[int, ...]:
     """The ranks whose forward passes wait for one another."""
     ranks: set[int] = set()
     for module in model.modules():
-        for mesh in _meshes(module):
+        for mesh in meshes(module):
             ranks |= set(mesh.mesh.flatten().tolist())
         if type(module).__name__ == "FullyShardedDataParallel":
             group: Any = module.process_group
             ranks |= set(dist.get_process_group_ranks(group))
     return tuple(sorted(ranks))
-
-
-def _meshes(module: nn.Module) -> list[Any]:
-    """The device meshes of the module's parameters; under transformers' tensor parallelism, that of the model."""
-    meshes = [getattr(parameter, "device_mesh", None) for parameter in module._parameters.values()]
-    if (getattr(module, "tp_size", None) or getattr(module, "_tp_size", None) or 1) > 1:
-        meshes.append(getattr(module, "_device_mesh", None))
-    return [mesh for mesh in meshes if mesh is not None]
-
-
-def _data_meshes(module: nn.Module) -> list[Any]:
-    """The meshes over which FSDP shards this module; their processes see different data. Empty without FSDP."""
-    if not hasattr(module, "_get_fsdp_state"):
-        return []
-    sharded: Any = module
-    state = sharded._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
-    return [group.mesh_info.mesh for group in groups if group is not None]
-
-
-def _along(mesh: Any) -> list[frozenset[int]]:
-    """The ranks in line with this process, in each dimension of a mesh."""
-    return [frozenset(dist.get_process_group_ranks(mesh.get_group(dim))) for dim in range(mesh.ndim)]
 
 
 # --- the sums of all of them -----------------------------------------------------------------------------------------

@@ -36,7 +36,8 @@ def record(
 ) -> dict[str, Float[Tensor, "*shape d"]]:
     """The activations at each site, site -> (n, d), in the order of the data; every position counts as a row.
 
-    Takes the memory of all of them: for means and covariances use `collect`, which keeps sums.
+    Takes the memory of all of them: for means and covariances use `collect`, which keeps sums. `Replace` puts them back
+    at the same positions, or at others.
 
     Args:
         positions, axis, row_axis, token_axis, mask, stop: which positions count, along which axes an activation lies,

@@ -9,8 +9,9 @@ from typing import final
 import actsteer.html as html
 from actsteer.collecting import moments_file
 from actsteer.collecting.moments import Moments
-from actsteer.collecting.processes import Group, reduce
+from actsteer.collecting.processes import reduce
 from actsteer.errors import SiteNotFoundError, StatisticsError, close_names
+from actsteer.sites.shards import Group
 
 
 @final

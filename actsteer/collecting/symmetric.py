@@ -6,13 +6,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-PANEL = 512
+PANEL = 128
 
 
-def add_product(matrix: Float[Tensor, "d d"], left: Float[Tensor, "n d"], right: Float[Tensor, "n d"]) -> None:
-    """Add leftᵀ right, which is symmetric, to the lower half of `matrix`, in place."""
+def add_square(matrix: Float[Tensor, "d d"], rows: Float[Tensor, "n d"]) -> None:
+    """Add rowsᵀ rows to the lower half of `matrix`, and to what of the upper one lies in its panels, in place."""
     for start in range(0, len(matrix), PANEL):
-        matrix[start:, start : start + PANEL].addmm_(left[:, start:].T, right[:, start : start + PANEL])
+        end = start + PANEL
+        matrix[start:end, :end].addmm_(rows[:, start:end].T, rows[:, :end])
 
 
 def times(matrix: Float[Tensor, "d d"], vector: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
@@ -20,10 +21,8 @@ def times(matrix: Float[Tensor, "d d"], vector: Float[Tensor, " d"]) -> Float[Te
     result = torch.zeros_like(vector)
     for start in range(0, len(matrix), PANEL):
         end = start + PANEL
-        result[start:end] += whole(matrix[start:end, start:end]) @ vector[start:end]
-        below = matrix[end:, start:end]
-        result[end:] += below @ vector[start:end]
-        result[start:end] += below.T @ vector[end:]
+        result[start:end] += matrix[start:end, :end] @ vector[:end]
+        result[:start] += matrix[start:end, :start].T @ vector[start:end]
     return result
 
 

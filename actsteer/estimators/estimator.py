@@ -91,8 +91,8 @@ def name_of(estimator: Estimator[Any]) -> str:
 def described(estimator: Estimator[Any], *, positive: Statistics, negative: Statistics) -> dict[str, str]:
     """Metadata: what the statistics of both sides say of themselves alike, the estimator, and the counts."""
     first = positive.sites[0]
-    shared = positive.metadata.items() & negative.metadata.items() - JOINT.items()
-    return dict(shared) | {
+    shared = positive.metadata.items() & negative.metadata.items()
+    return dict(shared - JOINT.items()) | {
         "estimator": name_of(estimator),
         "positive count": str(positive[first].count),
         "negative count": str(negative[first].count),
@@ -212,3 +212,8 @@ def dtype_of(*moments: Moments) -> torch.dtype:
     for own in moments:
         kind = wider(kind, own.dtype or torch.float64)
     return kind
+
+
+def second_moment(moments: Moments) -> Float[Tensor, "d d"]:
+    """E[h hᵀ]."""
+    return moments.scatter / moments.count + torch.outer(moments.mean, moments.mean)

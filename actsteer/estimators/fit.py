@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Literal, TypeAlias, cast
 
 from torch import Tensor, nn
 
@@ -22,13 +22,18 @@ from actsteer.estimators.estimator import (
     with_metadata,
 )
 from actsteer.estimators.mean_difference import MeanDifference
+from actsteer.estimators.one_by_one import one_by_one as fit_one_by_one
 from actsteer.estimators.rows import Rows
-from actsteer.sites.axes import Axes
+from actsteer.sites.axes import Axes, said_at
 from actsteer.sites.resolve import Sites
 from actsteer.steering.interventions.intervention import Edit
 from actsteer.tokens.positions import Positions
 from actsteer.tokens.whose import Masks
 from actsteer.vectors.vector import SteeringVector
+
+OneByOne: TypeAlias = bool | Literal["negative"]
+"""Whether a site is fitted as if alone, False; or while the model is steered by what was fitted at the sites that run
+before it, True; or "negative": the negative side alone is steered, and the positive one as it is."""
 
 
 def fit(
@@ -44,6 +49,7 @@ def fit(
     row_axis: Axes | None = None,
     token_axis: Axes | None = None,
     mask: Masks | None = None,
+    one_by_one: OneByOne = False,
     batch_size: int = 256,
     stop: bool = True,
     progress: bool = True,
@@ -59,6 +65,11 @@ def fit(
         concept: what the vector stands for.
         positions: which positions of a sequence count, as for `collect`.
         axis: the feature axis, as for `collect`; the vector remembers it.
+        one_by_one: True fits each site, in a pass over the data of its own, while `Steerer(model, found)` applies what
+            was found at the sites that run before it: so `ConceptErasure` scrubs a concept from a whole model.
+            "negative" steers the negative side alone in these passes, for vectors and for maps such as
+            `GaussianMap`: so steered, it has at every site what is matched of the positive side, which stays as it
+            is. See `one_by_one`.
         stop: whether passes end with the last site, as for `collect`.
 
     Returns:
@@ -67,6 +78,7 @@ def fit(
     Raises:
         SiteNotFoundError, BatchError, StatisticsError: as `collect` and the estimator.
         TypeError: what is no estimator, or gives neither a vector nor an edit.
+        ValueError: one_by_one="negative" for an estimator that does not read statistics of each side.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
@@ -75,8 +87,26 @@ def fit(
     """
     chosen = cast("Estimator[Result]", MeanDifference() if estimator is None else estimator)
     check_estimator(chosen)
-    options: dict[str, Any] = {"sites": sites, "positions": positions, "axis": axis, "batch_size": batch_size}
-    options |= {"row_axis": row_axis, "token_axis": token_axis, "mask": mask, "stop": stop}
+    where: dict[str, Any] = {"axis": axis, "row_axis": row_axis, "token_axis": token_axis, "mask": mask}
+    options: dict[str, Any] = {"positions": positions, "batch_size": batch_size, "stop": stop}
+    if one_by_one:
+        _check_one_by_one(one_by_one, chosen)
+        first, options = _first(negative, batch_size)[0], options | {"progress": progress}
+        if one_by_one == "negative":
+            goal = collect(model, positive, sites=sites, covariance=COVARIANCE[chosen.reads], **where, **options)
+        else:
+            _check_repeats(positive)
+
+        def fitted(site: str) -> Result:
+            here = options | {name: said_at(said, (site,)) for name, said in where.items()} | {"sites": site}
+            if one_by_one != "negative":
+                return fit(model, positive=positive, negative=negative, estimator=chosen, concept=concept, **here)
+            toward = Statistics({site: goal[site]}, metadata=goal.metadata)
+            away = collect(model, negative, covariance=COVARIANCE[chosen.reads], **here)
+            return estimated(chosen, positive=toward, negative=away, concept=concept)
+
+        return fit_one_by_one(model, first, sites=sites, fitted=fitted, **where)
+    options |= where | {"sites": sites}
     if chosen.reads == "pairs":
         differences = collect_differences(model, positive, negative, progress=progress, **options)
         return estimated(chosen, positive=differences, negative=-differences, concept=concept)
@@ -116,6 +146,16 @@ def _checked(estimator: Estimator[Result], found: Any) -> Result:
     if isinstance(found, SteeringVector) and ":" in name_of(estimator):  # ours have said it themselves
         warn_of_zeros(found, stacklevel=4)
     return cast("Result", found)
+
+
+def _check_one_by_one(given: OneByOne, estimator: Estimator[Any]) -> None:
+    if given not in (True, "negative"):
+        raise ValueError(f"one_by_one: expected False, True or 'negative', got {given!r}")
+    if given == "negative" and estimator.reads not in COVARIANCE:
+        raise ValueError(
+            f"one_by_one: {type(estimator).__name__} reads {estimator.reads}, and not statistics of each side, of "
+            "which the negative one alone can be steered; take one_by_one=True"
+        )
 
 
 def _first(batches: Batches, batch_size: int) -> list[Any]:

@@ -30,7 +30,7 @@ class PairedMap:
     larger λ, the nearer to adding b alone, which is `MeanDifference`.
 
     `fit` pairs the first row of `positive` with the first of `negative`, and so on: the same inputs with and without a
-    prompt, before and after a change; see `collect_joint`.
+    prompt, or before and after a change of theirs; see `collect_joint`.
 
     Args:
         rank: how many directions are added along; None for all, and W as a whole.
@@ -39,8 +39,8 @@ class PairedMap:
     Raises:
         StatisticsError: the statistics are not those of pairs, or S is singular and needs a ridge.
 
-    Source: reduced-rank regression, Izenman 1975, with the ridge of Mukherjee & Zhu 2011; of rank 1 what a prompt adds
-    as an edit, PSR (arXiv 2605.03907, 2026).
+    Source: reduced-rank regression, Izenman 1975, with the ridge of Mukherjee & Zhu 2011. PSR (arXiv 2605.03907, 2026)
+    trains an edit of the form that rank 1 has, to imitate a prompt.
 
     >>> from torch import nn
     >>> from actsteer import Steerer, fit

@@ -10,6 +10,7 @@ from actsteer.collecting.moments import Moments
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import StatisticsError
 from actsteer.estimators.estimator import Reads, estimate, shown, solved
+from actsteer.estimators.shrinkage import check_shrinkage, shrunk
 from actsteer.vectors.vector import SteeringVector
 
 
@@ -41,8 +42,7 @@ class WhitenedMeanDifference:
     __repr__ = shown
 
     def __init__(self, *, shrinkage: float | None = None) -> None:
-        if shrinkage is not None and not 0.0 <= shrinkage <= 1.0:
-            raise ValueError(f"shrinkage: expected a number in [0, 1] or None, got {shrinkage}")
+        check_shrinkage(shrinkage)
         self.shrinkage = shrinkage
 
     def __call__(self, *, positive: Statistics, negative: Statistics) -> SteeringVector:
@@ -54,22 +54,6 @@ class WhitenedMeanDifference:
         if degrees < 1:
             raise StatisticsError("one row on either side says nothing about the covariance; collect more")
         scatter = positive.scatter.add_(negative.scatter)
-        fourth = float(positive.fourth + negative.fourth)
-        rho = _ledoit_wolf(scatter, fourth, degrees + 2) if self.shrinkage is None else self.shrinkage
-        covariance = scatter.div_(degrees)
-        level = covariance.trace() / len(covariance)
-        covariance.mul_(1 - rho).diagonal().add_(rho * level)
-        return solved(covariance, positive.mean - negative.mean, rows=degrees + 2)
-
-
-def _ledoit_wolf(scatter: Tensor, fourth: float, n: int) -> float:
-    """The shrinkage of the covariance of n centred rows x, from Σ xxᵀ and Σ ‖x‖⁴."""
-    if fourth != fourth:  # nan
-        raise StatisticsError(
-            "these moments were made from a scatter alone, which does not tell how sure it is; pass shrinkage="
-        )
-    d = len(scatter)
-    square = float(scatter.square().sum()) / n**2
-    apart = square - (float(scatter.trace()) / n) ** 2 / d  # how far the covariance is from a multiple of the identity
-    error = (fourth / n - square) / n  # how far it is, in expectation, from that of all data
-    return min(1.0, max(0.0, error / apart)) if apart > 0 else 1.0
+        rows, fourth = degrees + 2, positive.fourth + negative.fourth
+        covariance = shrunk(scatter, fourth, rows=rows, degrees=degrees, shrinkage=self.shrinkage)
+        return solved(covariance, positive.mean - negative.mean, rows=rows)

@@ -6,6 +6,7 @@ intervention meant, and of every site the side and the feature axis. A file of k
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
@@ -19,6 +20,7 @@ from actsteer.files.opened import Opened
 from actsteer.files.untrusted import not_a_direction
 
 SUFFIX = ".safetensors"
+_INPUT = re.compile(r":in[^:]*(\[\d+:\d+\])?$")  # as of "h.3:in.hidden_states[0:64]"
 
 
 def write(path: Path, vectors: Mapping[str, Named]) -> None:
@@ -160,7 +162,7 @@ def _undescribed(path: Path, error: Exception) -> FileFormatError:
 
 
 def _side(site: str) -> str:
-    return "input" if ":in" in site[site.rfind(":") :] else "output"
+    return "input" if _INPUT.search(site) else "output"
 
 
 def _key(concept: str, site: str) -> str:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from actsteer.errors import NotFoldable
+from actsteer.sites.features import known_size
+from actsteer.sites.place import Place
 from actsteer.steering.bound import edited_by
 from actsteer.steering.edit import SiteEdit
 
@@ -49,6 +52,11 @@ class AffineMap:
         """What becomes of the rows."""
         return rows + (rows @ self.reads.T) @ self.adds.T + self.bias
 
+    def among(self, size: int, *, start: int) -> AffineMap:
+        """The map of so many features that does this with those from `start` on, and nothing with the others."""
+        around = (start, size - start - len(self.bias))
+        return AffineMap(pad(self.adds, (0, 0, *around)), pad(self.reads, around), pad(self.bias, around))
+
     def after(self, weight: Tensor, *, axis: int) -> Tensor:
         """M W, where the axis of a weight is that of the outputs."""
         read = torch.tensordot(self.reads.to(weight), weight, ([1], [axis]))
@@ -63,12 +71,28 @@ class AffineMap:
 
 
 def affine_maps(edits: Mapping[str, SiteEdit], strengths: Sequence[Tensor]) -> dict[str, AffineMap]:
-    """Site -> its edit as an affine map; `strengths` are 0-dim, in bank order.
+    """Site -> its edit as an affine map of the whole activation; `strengths` are 0-dim, in bank order.
 
     Raises:
-        NotFoldable: an edit that depends otherwise on the activation.
+        NotFoldable: an edit that depends otherwise on the activation; or of a part of the features, where the module's
+            class does not tell how many there are.
     """
-    return {site: _map(site, edit, [strengths[index] for index in edit.concepts]) for site, edit in edits.items()}
+    return {
+        site: _whole(_map(site, edit, [strengths[index] for index in edit.concepts]), edit.place)
+        for site, edit in edits.items()
+    }
+
+
+def _whole(edit: AffineMap, place: Place) -> AffineMap:
+    if place.features is None:
+        return edit
+    size = known_size(replace(place, features=None))
+    if size is None:
+        raise NotFoldable(
+            f"site {place.site!r}: of how many features it names a part is not known of a "
+            f"{type(place.module).__name__} before it runs; keep the Steerer, or name the whole activation"
+        )
+    return edit.among(size, start=place.features[0])
 
 
 def same_projections(maps: Mapping[str, AffineMap]) -> dict[str, frozenset[str]]:

@@ -28,7 +28,7 @@ from actsteer.folding.undo import Undo
 from actsteer.sites.axes import Axes, Layout
 from actsteer.sites.lens import Lens
 from actsteer.sites.listen import listen
-from actsteer.sites.place import Place
+from actsteer.sites.place import Place, split_features
 from actsteer.sites.resolve import Sites, resolve
 from actsteer.sites.shards import is_gathered_now_and_then
 from actsteer.sites.wrappers import named_modules, unwrapped
@@ -317,8 +317,9 @@ class _Folding:
         def notice(run: Run, lens: Lens, module: nn.Module, args: Any, kwargs: Any) -> None:
             seen[run] = lens.heard(module, args, kwargs).raw.detach().clone()
 
-        constant = Replace({site: edit.bias})
-        axes = {site: self._steerer.axes[site]} if site in self._steerer.axes else None
+        whole = site if self._steerer.edits[site].place.features is None else split_features(site)[0]
+        constant = Replace({whole: edit.bias})
+        axes = {whole: self._steerer.axes[site]} if site in self._steerer.axes else None
         with ExitStack() as stack:
             stack.enter_context(eval_mode(self._target))
             stack.enter_context(Steerer(self._target, constant, axis=axes, strict=False))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from actsteer.folding.affine import AffineMap
+from actsteer.sites.features import is_conv1d
 from actsteer.sites.shards import is_sharded
 from actsteer.sites.tap import plain_class
 
@@ -25,7 +26,7 @@ def kind_of(module: nn.Module) -> Kind | None:
     """How the module's parameters make its output; None if its code is not torch's own, or transformers' Conv1D."""
     if "forward" in module.__dict__:
         return None
-    if type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers."):
+    if is_conv1d(module):
         return "transposed linear"
     for kind, classes in _KINDS.items():
         if any(isinstance(module, own) and plain_class(module).forward is own.forward for own in classes):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, TypeAlias
@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 from torch import nn
 
 from actsteer.errors import ShapeError, SiteNotFoundError, close_names
+from actsteer.sites.features import sizes
 from actsteer.sites.place import Place
 from actsteer.sites.resolve import Modules, hook_points, named_sites, path_to, runs_torch_code
 from actsteer.sites.tap import plain_class
@@ -220,31 +221,9 @@ def _by_site(word: str, axis: Axes | None, places: Mapping[str, Place]) -> Mappi
     return axis or {}
 
 
-def known_size(place: Place) -> int | None:
-    """The number of features at a place, where the module's class tells before it has run."""
-    if len(place.path) > 1 or place.path not in ((), ("0",)):
-        return None
-    sizes = _sizes(unwrapped(place.module))
-    return None if sizes is None else sizes[place.side == "out"] or None  # 0: a lazy module's, until it is called
-
-
-def _sizes(module: nn.Module) -> tuple[int, int] | None:
-    """How many features a module takes and gives."""
-    match module:
-        case nn.Linear():
-            return module.in_features, module.out_features
-        case nn.LayerNorm() | nn.RMSNorm() if len(module.normalized_shape) == 1:
-            return module.normalized_shape[-1], module.normalized_shape[-1]
-        case nn.modules.batchnorm._NormBase():
-            return module.num_features, module.num_features
-        case nn.GroupNorm():
-            return module.num_channels, module.num_channels
-        case nn.Embedding():
-            return module.embedding_dim, module.embedding_dim
-        case nn.modules.conv._ConvNd():
-            return module.in_channels, module.out_channels
-        case _:
-            return None
+def said_at(said: Any, sites: Container[str]) -> Any:
+    """What is said of all sites, or site -> what is said of it, as far as it is of these sites."""
+    return {site: own for site, own in said.items() if site in sites} if isinstance(said, Mapping) else said
 
 
 def _evidence(model: nn.Module, place: Place) -> tuple[tuple[tuple[int, int], ...], bool]:
@@ -253,9 +232,9 @@ def _evidence(model: nn.Module, place: Place) -> tuple[tuple[tuple[int, int], ..
         found: dict[tuple[int, int], None] = {}
         for _, module in named_modules(outer):
             axis = _class_axis(module)
-            sizes = None if axis is None else _sizes(module)
-            if axis is not None and sizes is not None:
-                found[axis, sizes[0]] = found[axis, sizes[1]] = None
+            known = None if axis is None else sizes(module)
+            if axis is not None and known is not None:
+                found[axis, known[0]] = found[axis, known[1]] = None
         if found:
             return tuple(found), outer is place.module
     return (), True

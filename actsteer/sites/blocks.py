@@ -10,6 +10,7 @@ from typing import TypeAlias
 from torch import nn
 
 from actsteer.errors import SiteNotFoundError, UnsupportedModelError
+from actsteer.sites.features import ATTENTION
 from actsteer.sites.resolve import hook_points
 from actsteer.sites.wrappers import class_name, named_modules, unwrapped
 
@@ -35,7 +36,7 @@ _BY_TYPE = {  # a config's model_type -> where its causal language model has the
 
 Blocks: TypeAlias = int | slice | Iterable[int] | None
 """Numbers of blocks, from 0, or from -1 for the last one; None: all."""
-_ATTENTION = ("self_attn", "attn", "attention", "self_attention", "linear_attn")  # what a block calls it
+_ATTENTION = (*ATTENTION, "linear_attn")  # what a block calls it
 _MLP = ("mlp", "ffn", "feed_forward", "block_sparse_moe", "moe", "fc2", "linear2")  # or the last layer of it
 _HOOKS = {"attention": "hook_attn_out", "MLP": "hook_mlp_out"}  # of TransformerLens
 _POST_NORMS = (  # of blocks that norm what they add to the residual stream: behind the attention, behind the MLP

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from actsteer.errors import OutputError, ShapeError, StrengthError
 from actsteer.sites.axes import Layout, RowsBy
 from actsteer.sites.containers import Arguments, get, locate, put
+from actsteer.sites.features import check_within
 from actsteer.sites.place import Place
 from actsteer.sites.shards import full, full_shape, is_parallel, own_part, share, whole_rows
 
@@ -28,7 +29,7 @@ class Lens:
     What depends on the activation's shape alone is found once for each shape.
 
     Args:
-        place: the module, its side, and the part of it.
+        place: the module, its side, the tensor in it, and which of its features.
         layout: what the module's class says of the axes.
         size: how many features there must be, if that is known.
     """
@@ -68,11 +69,27 @@ class Lens:
         axis, place = self.layout.axis, self.place
         if axis is None or axis >= 0 or place.side != "out" or place.path or _conversion(place.module) is not None:
             return None
-        return axis
+        return axis if place.features is None else None
+
+    def narrowed(self, whole: Float[Tensor, "*shape"], *, axis: int) -> Float[Tensor, "*shape"]:
+        """A view of the features that are meant, which lie on this axis."""
+        if self.place.features is None:
+            return whole
+        start, stop = self.place.features
+        return whole.narrow(axis, start, stop - start)
+
+    def widened(self, part: Float[Tensor, "*shape"], *, whole: Float[Tensor, "*shape"], axis: int) -> Tensor:
+        """The inverse of `narrowed`: a copy of the whole with other numbers in the place of the part."""
+        if self.place.features is None:
+            return part
+        return torch.slice_scatter(whole, part, axis, *self.place.features)
 
     def _found(self, shape: tuple[int, ...], packed: bool) -> Frame:
-        axis = self.layout.feature_axis(shape, size=self._size, site=self.place.site)
-        site, layout = self.place.site, self.layout
+        site, layout, part = self.place.site, self.layout, self.place.size
+        axis = layout.feature_axis(shape, size=self._size if part is None else None, site=site)
+        if part is not None:
+            check_within(self.place, shape[axis])
+            shape = (*shape[:axis], part, *shape[axis + 1 :])
         rows, tokens = (None, None) if packed else layout.rows_and_tokens(shape, axis, site=site)
         return Frame(site, shape, axis, rows, tokens, layout.rows_by, layout.is_step)
 
@@ -81,7 +98,7 @@ class Lens:
 class View:
     """The activation in one value, of which the rest stays as it is."""
 
-    __slots__ = ("_conversion", "_keys", "_lens", "_module", "_value", "frame", "part", "raw")
+    __slots__ = ("_conversion", "_keys", "_lens", "_local", "_module", "_value", "frame", "part", "raw")
 
     def __init__(self, lens: Lens, module: nn.Module, value: Any) -> None:
         self._lens, self._module, self._value = lens, module, value
@@ -97,12 +114,6 @@ class View:
         return holder if isinstance(holder, PackedSequence) else None
 
     @property
-    def is_plain(self) -> bool:
-        """Whether the value is the activation, and as its users see it."""
-        ordinary = self.raw.__class__ is Tensor and not self.raw.is_nested
-        return ordinary and not self._keys and self._conversion is None
-
-    @property
     def is_whole(self) -> bool:
         """Of an open one, whether it is plain, and this process is known to hold all of it."""
         return not self._keys and self.is_bare
@@ -111,9 +122,8 @@ class View:
     def is_bare(self) -> bool:
         """Of an open one, whether `part` is `raw`, and all of the activation, whatever it lies in."""
         ordinary = self.raw.__class__ is Tensor and not self.raw.is_nested and self._conversion is None
-        return (
-            ordinary and self.part.shape == self.frame.shape and not is_parallel(self._module) and self.packed is None
-        )
+        all_of_it = self._lens.place.features is None and self.part.shape == self.frame.shape
+        return ordinary and all_of_it and not is_parallel(self._module) and self.packed is None
 
     def rows(self) -> list[tuple[Float[Tensor, "*shape d"], Frame]]:
         """The whole activation, gathered from all processes, with the features last, and its frame as it lay before.
@@ -127,35 +137,38 @@ class View:
         for part in [row[None] for row in self.raw.unbind()] if self.raw.is_nested else [self.raw]:
             whole = self._converted(full(part, self._module, site=self._lens.place.site))
             frame = self._lens.frame(tuple(whole.shape), packed=self.packed is not None)
-            found.append((whole.movedim(frame.axis, -1), frame))
+            found.append((self._lens.narrowed(whole, axis=frame.axis).movedim(frame.axis, -1), frame))
         return found
 
     def open(self) -> View:
-        """This view with `part`: what this process holds, a nested one filled up with zeros; and `frame`, the whole's.
+        """This view with `part`: of what this process holds, a nested one filled up with zeros, the features that are
+        meant; and `frame`, that of all processes' parts together.
 
         Raises:
             OutputError: a nested activation that cannot be filled up.
         """
-        self.part = _padded(self._converted(self.raw), site=self._lens.place.site)
-        shape = full_shape(self.part, self._module)
+        self._local = _padded(self._converted(self.raw), site=self._lens.place.site)
+        shape = full_shape(self._local, self._module)
         self.frame = self._lens.frame(shape, packed=self.packed is not None)
+        self.part = self._lens.narrowed(self._local, axis=self.frame.axis)
         return self
 
     def share(self, shift: Tensor) -> Tensor:
         """What is added to `part`, of what is added to the whole."""
-        return share(shift, self.part, self._module)
+        return share(shift, self._local, self._module)
 
     def features_last(self) -> Tensor:
         """All features of the rows of `part`, on the last axis."""
-        return whole_rows(self.part, self._module).movedim(self.frame.axis, -1)
+        axis = self.frame.axis
+        return self._lens.narrowed(whole_rows(self._local, self._module), axis=axis).movedim(axis, -1)
 
     def part_of(self, edited: Tensor) -> Tensor:
         """The inverse of `features_last`, in the dtype of `part`."""
-        return own_part(edited.movedim(-1, self.frame.axis).to(self.part.dtype), self.part, self._module)
+        return own_part(edited.movedim(-1, self.frame.axis).to(self.part.dtype), self._local, self._module)
 
     def write(self, part: Tensor) -> Any:
-        """The value with another `part`."""
-        tensor = _unpadded(part, self.raw)
+        """The value with another `part`; the rest of the features, if there is one, is copied."""
+        tensor = _unpadded(self._lens.widened(part, whole=self._local, axis=self.frame.axis), self.raw)
         return self.write_raw(tensor if self._conversion is None else self._conversion.revert(tensor))
 
     def write_raw(self, tensor: Tensor) -> Any:
@@ -220,6 +233,13 @@ class Frame:
         if self.row_axis is None or self.row_axis == self.axis:
             return None
         return last.movedim(self.row_axis - (self.row_axis > self.axis), 0)
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The axes of an activation whose features are last in the order of rows, tokens, any others, and features."""
+        known = (self.row_axis, self.token_axis) if self.row_axis != self.axis else ()
+        first = [own - (own > self.axis) for own in known if own is not None]
+        return (*first, *(own for own in range(len(self.shape)) if own not in first))
 
     def vectors(self, delta: Float[Tensor, "*B d"], *, copies: int = 1) -> Tensor:
         """(d,) on the axis of the features; or (B, d), one per row, on that and the axis of the rows."""

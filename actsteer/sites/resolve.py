@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, TypeAlias, final
@@ -14,7 +15,9 @@ import torch
 from torch import nn
 
 from actsteer.errors import SiteNotFoundError, UnsupportedModelError, close_names
-from actsteer.sites.place import Place, split_site
+from actsteer.sites.features import heads, numbers
+from actsteer.sites.place import Place, split_features, split_site
+from actsteer.sites.shards import replicas
 from actsteer.sites.wrappers import (
     class_name,
     inside_adapters,
@@ -42,6 +45,12 @@ def find_sites(model: nn.Module, sites: Sites) -> tuple[str, ...]:
     ":out.last_hidden_state", "layers.0.self_attn:in.hidden_states". What peft has put into a layer is selected by its
     exact name alone.
 
+    Brackets at the end name a part of the features: "layers.0.self_attn.o_proj:in[64:128]" those from 64 to 127, and
+    "layers.*.self_attn.o_proj:in[head=2]", or `[head=*]`, one attention head, or each, by its exact name, which has
+    numbers. How many heads there are, and their size, is what the config of a Hugging Face model says; where none
+    does, or the layer has another size, it is refused. Each such site is one of its own; its edit copies the activation
+    once. A module whose name ends in such brackets is found by its name.
+
     Args:
         model: any module; a TransformerLens model by its hook names too.
         sites: an exact name; a glob, as of paths, with dots: `*` stays between two dots ("layers.*.mlp"), and `**` is
@@ -52,7 +61,9 @@ def find_sites(model: nn.Module, sites: Sites) -> tuple[str, ...]:
             `residual_sites`, `residual_writers`, `attention_sites` and `mlp_sites`.
 
     Raises:
-        SiteNotFoundError: something that selects nothing; the message has the close names.
+        SiteNotFoundError: something that selects nothing; the message has the close names. Features that are none, or
+            heads of a module that has none.
+        UnsupportedModelError: heads of which no config says what they are.
 
     Warns:
         UserWarning: a glob or a regular expression selects a module and modules inside it.
@@ -63,6 +74,8 @@ def find_sites(model: nn.Module, sites: Sites) -> tuple[str, ...]:
     ('0', '2')
     >>> find_sites(model, "[12]"), find_sites(model, "re:0|2:in"), find_sites(model, model[1])
     (('1', '2'), ('0:in', '2:in'), ('1',))
+    >>> find_sites(model, ["*:in[0:2]", "0[2:3]"])
+    ('0:in[0:2]', '0[2:3]', '1:in[0:2]', '2:in[0:2]')
     """
     found: dict[str, int] = {}
     for item, own in found_by(model, sites):
@@ -78,13 +91,28 @@ def found_by(model: nn.Module, sites: Sites) -> list[tuple[str | nn.Module | Pre
     order = {name: number for number, name in enumerate(modules)}
     found = []
     for item in items(sites):
-        pattern, suffix = item, ""
+        pattern, suffix, features = item, "", ""
         if isinstance(item, str) and item not in modules:
-            pattern = split_site(item)[0]
-            suffix = item[len(pattern) :]
-        names = _matched(modules, pattern, owner=class_name(model))
-        found.append((item, {name + suffix: order[name] for name in names}))
+            whole, features = split_features(item)
+            pattern = split_site(whole)[0]
+            suffix = whole[len(pattern) :]
+        own: dict[str, int] = {}
+        for name in _matched(modules, pattern, owner=class_name(model)):
+            own |= dict.fromkeys(_parts_of(model, modules, name + suffix, features), order[name])
+        found.append((item, own))
     return found
+
+
+def _parts_of(model: nn.Module, modules: Modules, whole: str, features: str) -> list[str]:
+    """The exact names of the sites that are meant by what the brackets behind a site's name say."""
+    if not features:
+        return [whole]
+    site = f"{whole}[{features}]"
+    if not features.startswith("head="):
+        start, stop = numbers(site, features)
+        return [f"{whole}[{start}:{stop}]"]
+    place = _place(model, modules, whole)
+    return [f"{whole}[{own}]" for own in heads(site, features, place, around=path_to(model, place.name))]
 
 
 def _inside_one_another(pattern: str, found: Iterable[str]) -> str | None:
@@ -101,9 +129,17 @@ def _inside_one_another(pattern: str, found: Iterable[str]) -> str | None:
     return None
 
 
-def select(modules: Mapping[str, nn.Module], sites: Sites, *, owner: str) -> tuple[str, ...]:
+def select(modules: Mapping[str, nn.Module], sites: Sites, *, owner: str, model: nn.Module) -> tuple[str, ...]:
     """The names among `modules` that `sites` selects, in their order; `owner` is who has them, for the errors."""
-    found = {name for item in items(sites) for name in _matched(modules, item, owner=owner, every=True)}
+    found: set[str] = set()
+    for item in items(sites):
+        if not isinstance(item, str) or item in modules or not split_features(item)[1]:
+            found.update(_matched(modules, item, owner=owner, every=True))
+            continue
+        parts = [name for _, own in found_by(model, item) for name in own if name in modules]
+        if not parts:
+            raise SiteNotFoundError(f"{owner} has no site {item!r}. {close_names(item, modules)}")
+        found.update(parts)
     return tuple(name for name in modules if name in found)
 
 
@@ -112,10 +148,18 @@ def resolve(model: nn.Module, sites: Iterable[str], *, modules: Modules | None =
 
     Raises:
         SiteNotFoundError: a name that the model lacks, or a container that is never called.
-        UnsupportedModelError: a scripted module, or one that an exported graph never calls.
+        UnsupportedModelError: a scripted module, or one that an exported graph never calls; a part of the features
+            where each process holds others.
     """
     modules = named_sites(model) if modules is None else modules
-    return {site: _place(model, modules, site) for site in sites}
+    places = {site: _place(model, modules, site) for site in sites}
+    part = next((site for site, place in places.items() if place.features is not None), None)
+    if part is not None and len(replicas(model)) > 1:
+        raise UnsupportedModelError(
+            f"site {part!r}: under tensor parallelism a process may hold some of the features alone, and which ones "
+            "are meant by a part of them is not known; name the whole activation"
+        )
+    return places
 
 
 @final
@@ -289,7 +333,13 @@ def _compiled(item: str) -> re.Pattern[str]:
         raise SiteNotFoundError(f"site {item!r} is not a regular expression: {error}") from error
 
 
-def _place(model: nn.Module, modules: Mapping[str, nn.Module], site: str) -> Place:
+def _place(model: nn.Module, modules: Modules, site: str) -> Place:
+    whole, features = (site, "") if site in modules else split_features(site)
+    if features.startswith("head="):
+        names = _parts_of(model, modules, whole, features)
+        raise SiteNotFoundError(f"site {site!r} is a pattern for {names[:8]}, and one is needed; see find_sites")
+    if features:
+        return replace(_place(model, modules, whole), site=site, features=numbers(site, features))
     name, side, path = (site, "out", ()) if site in modules else split_site(site)
     name = without_prefixes(name, modules)
     if name not in modules:

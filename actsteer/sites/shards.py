@@ -1,14 +1,34 @@
-"""Shards: activations of which each process holds a part, as tensor parallelism makes them."""
+"""Shards: activations of which each process holds a part, as tensor parallelism makes them, and which processes do."""
 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from actsteer.errors import OutputError
+
+Group: TypeAlias = "dist.ProcessGroup | None"
+
+
+def is_alone(group: Group = None) -> bool:
+    """Whether there are no other processes."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1
+
+
+def replicas(model: nn.Module) -> tuple[int, ...]:
+    """The ranks that run this model on the same data as this process: its tensor-parallel group, with itself.
+
+    They are the ranks along those dimensions of the parameters' device mesh that data parallelism does not use.
+    """
+    if is_alone():
+        return ()
+    data = {ranks for module in model.modules() for mesh in _data_meshes(module) for ranks in _along(mesh)}
+    found = [ranks for module in model.modules() for mesh in meshes(module) for ranks in _along(mesh)]
+    return tuple(sorted(frozenset().union(*(ranks for ranks in found if ranks not in data))))
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -132,3 +152,26 @@ def _check_same_everywhere(activation: Tensor, module: nn.Module, site: str) -> 
             f"site {site!r}: each process holds another part of the activation of {type(module).__name__}, as a plain "
             "tensor; choose another site, or give its parallel style use_local_output=False"
         )
+
+
+def meshes(module: nn.Module) -> list[Any]:
+    """The device meshes of the module's parameters; under transformers' tensor parallelism, that of the model."""
+    found = [getattr(parameter, "device_mesh", None) for parameter in module._parameters.values()]
+    if (getattr(module, "tp_size", None) or getattr(module, "_tp_size", None) or 1) > 1:
+        found.append(getattr(module, "_device_mesh", None))
+    return [mesh for mesh in found if mesh is not None]
+
+
+def _data_meshes(module: nn.Module) -> list[Any]:
+    """The meshes over which FSDP shards this module; their processes see different data. Empty without FSDP."""
+    if not hasattr(module, "_get_fsdp_state"):
+        return []
+    sharded: Any = module
+    state = sharded._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    return [group.mesh_info.mesh for group in groups if group is not None]
+
+
+def _along(mesh: Any) -> list[frozenset[int]]:
+    """The ranks in line with this process, in each dimension of a mesh."""
+    return [frozenset(dist.get_process_group_ranks(mesh.get_group(dim))) for dim in range(mesh.ndim)]

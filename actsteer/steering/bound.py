@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, TypeAlias, final
 
 import torch
@@ -11,10 +12,13 @@ from torch import Tensor
 
 from actsteer.errors import ShapeError, StrengthError, ZeroDirectionError
 from actsteer.private_names import is_functorch_wrapped
+from actsteer.sites.device import brought
 from actsteer.sites.lens import Frame, View
-from actsteer.steering.interventions.intervention import Intervention, prepared
+from actsteer.steering.at_tokens import at_tokens
+from actsteer.steering.interventions.intervention import Intervention, Placed, prepared
 from actsteer.steering.strength import weighted, without_autocast
 from actsteer.tokens.passes import Pass
+from actsteer.tokens.positions import Positions
 from actsteer.tokens.real import real_at
 
 _is_compiling = torch.compiler.is_compiling
@@ -41,12 +45,13 @@ class Amount:
         decide: what its gate decides of the activation.
         place: its place in the bank, under which a pass has its dose.
         is_by_token: whether a pass has one.
+        at: its positions.
     """
 
-    __slots__ = ("c", "decide", "is_by_token", "place")
+    __slots__ = ("at", "c", "decide", "is_by_token", "place")
 
-    def __init__(self, c: Tensor, decide: Decide | None, *, place: int, is_by_token: bool) -> None:
-        self.c, self.decide, self.place, self.is_by_token = c, decide, place, is_by_token
+    def __init__(self, c: Tensor, decide: Decide | None, *, place: int, is_by_token: bool, at: Positions) -> None:
+        self.c, self.decide, self.place, self.is_by_token, self.at = c, decide, place, is_by_token, at
 
     @property
     def is_number(self) -> bool:
@@ -63,7 +68,7 @@ class Amount:
         """The amount: 0-dim or, of the activation's rank, per row or per token."""
         share = self.share(h, frame, now)
         c = frame.by_row(self.c, copies=copies_in(now)) if self.c.ndim else self.c
-        return c if share is None else share * (c.to(share.device) if c.ndim else c)
+        return c if share is None else share * (brought(c, share.device) if c.ndim else c)
 
     def share(self, h: Tensor, frame: Frame, now: Pass | None) -> Tensor | None:
         """The amount at strength 1, a bool or a weight per row or token; None where it is 1 for all."""
@@ -109,7 +114,7 @@ def _real(frame: Frame, now: Pass | None, device: torch.device) -> Tensor | None
     if now is None or has_no_pads(now):
         return None
     real = real_at(frame, now)
-    return None if real is None else real.to(device)
+    return None if real is None else brought(real, device)
 
 
 def summed(view: View, constant: Tensor | None, amounts: Sequence[Amount], directions: Tensor | None) -> Bound:
@@ -122,9 +127,10 @@ def summed(view: View, constant: Tensor | None, amounts: Sequence[Amount], direc
     """
     frame, dtype, device, is_nested = view.frame, view.part.dtype, view.part.device, view.raw.is_nested
     unusual = None if view.is_whole else view  # for what is kept must not hold an activation
+    constant = None if constant is None else constant.to(device)
     fixed = None if constant is None or constant.ndim == 2 else frame.vectors(constant)
     terms = [_term(amount, directions[i], frame) for i, amount in enumerate(amounts) if directions is not None]
-    rounded = None if fixed is None or terms else view.share(fixed.to(dtype=dtype, device=device))
+    rounded = None if fixed is None or terms else view.share(fixed.to(dtype))
 
     def run(h: Tensor, now: Pass | None) -> Tensor:
         if rounded is not None and has_no_pads(now):
@@ -154,7 +160,7 @@ def _term(amount: Amount, direction: Float[Tensor, " d"], frame: Frame) -> Run:
         spread = frame.vectors(direction)
 
         def by_row(h: Tensor, now: Pass | None) -> Tensor:
-            c = amount.of(h, frame, now).to(spread)
+            c = brought(amount.of(h, frame, now), spread.device, spread.dtype)
             return torch.where(c.bool(), c * spread, -0.0)
 
         return by_row
@@ -244,7 +250,9 @@ def applied(
             c = amount.of(h, frame, now)
             c = c if real is None else torch.where(real, c.to(last.device), 0.0)
             if c.ndim:  # a number for all stays on the CPU: reading it waits for no other device
-                c = c.to(last).movedim(frame.axis, -1)
+                c = brought(c, last.device, last.dtype).movedim(frame.axis, -1)
+            if isinstance(intervention, Placed):
+                intervention = intervention.placed(partial(at_tokens, frame=frame, now=now, positions=amount.at))
             last = edited_by(intervention, last, direction, c)
         return last
 
@@ -274,6 +282,8 @@ def _known(
         return None
     if not amount.c:
         return lambda h: h
+    if isinstance(intervention, Placed):
+        return None
     if direction.requires_grad:
         return lambda h: intervention(h, direction, amount.c)
     try:

@@ -21,7 +21,7 @@ from actsteer.steering.bound import Amount, Bound, Decide, Run, applied, has_no_
 from actsteer.steering.checkpointing import Checkpointing
 from actsteer.steering.directions import Directions
 from actsteer.steering.interventions.add import Add
-from actsteer.steering.interventions.intervention import Intervention
+from actsteer.steering.interventions.intervention import Intervention, Placed
 from actsteer.steering.limits import check_direction, check_dtype, check_strength, check_sum
 from actsteer.steering.reader import GateReader, Reader
 from actsteer.steering.strength import PerConcept, Terms
@@ -52,30 +52,10 @@ class SiteEdit:
     """
 
     __slots__ = (
-        "_apart",
-        "_asks",
-        "_by_row",
-        "_by_token",
-        "_checkpointing",
-        "_directed",
-        "_directions",
-        "_exported",
-        "_given",
-        "_in_range",
-        "_kept",
-        "_stack",
-        "_strengths",
-        "_terms",
-        "_traced_shift",
-        "changed",
-        "constant",
-        "fired",
-        "gates",
-        "in_place",
-        "interventions",
-        "is_sum",
-        "lens",
-        "passes",
+        *("_apart", "_asks", "_by_row", "_by_token", "_checkpointing", "_device", "_directed"),
+        *("_directions", "_exported", "_given", "_in_range", "_kept", "_stack", "_strengths", "_terms"),
+        *("_traced_shift", "_whole", "changed", "constant", "fired", "gates", "has_values", "in_place"),
+        *("interventions", "is_sum", "lens", "passes"),
     )
 
     def __init__(
@@ -93,6 +73,7 @@ class SiteEdit:
         self.interventions = interventions
         kinds = {id(own): own for own in interventions}.values()
         self.is_sum = all(isinstance(own, Add) and not own.relative for own in kinds)  # of terms without h
+        self.has_values = any(isinstance(own, Placed) for own in kinds)  # for some tokens, or rows
         self.fired = Fired.NO
         self.in_place = False  # new strengths are written into the tensors that compiled code reads already
         self.changed: Callable[[], None] | None = None  # called after new strengths
@@ -106,7 +87,9 @@ class SiteEdit:
         self._checkpointing = checkpointing
         self._given: PerConcept | None = None
         self._directed: set[int] = set()  # the concepts whose directions are known to serve their interventions
+        self._device: torch.device | None = None  # where the activations are likely to be
         self._in_range: torch.dtype | None = None  # in which the strengths are known to be finite
+        self._whole: Tensor | None = None  # `constant`, where it was computed
         self._terms: Terms | None = None  # those that are summed beforehand
         self._strengths: list[Tensor] = []  # of the others that have one
         self._by_row = False  # whether rows get different amounts
@@ -186,8 +169,8 @@ class SiteEdit:
         check_dtype(dtype, site=self.place.site)
         if dtype is self._in_range or self.is_trained or _is_compiling():
             return
-        if self.constant is not None:
-            check_sum(self.constant, dtype, site=self.place.site)
+        if self._whole is not None:
+            check_sum(self._whole, dtype, site=self.place.site)
         for own, c in enumerate(self._strengths):
             wide = torch.promote_types(dtype, torch.float32)
             check_strength(c, wide, site=self.place.site)
@@ -214,6 +197,7 @@ class SiteEdit:
         if terms is None and self.is_sum and (not others or (idle and self.constant is not None)):
             constant = self._directions.zero(self.constant)
         self._directions.choose(others)
+        self._whole = constant
         self._by_row = any(own.ndim for own in strengths.by_row.values())
         self._by_token = bool(others) and any(self._is_placed(own) for own in others)
         if self.in_place:
@@ -225,9 +209,9 @@ class SiteEdit:
         else:
             self.constant = constant
             self._strengths = [strengths.at(own).clone() for own in others]
-        self._asks = self.passes.sees_inputs or self._by_token or self._by_row or bool(self.gates)
+            self._bring()
+        self._asks = self.passes.sees_inputs or self._by_token or self._by_row or self.has_values or bool(self.gates)
         self._kept = self._in_range = None
-        self._traced_shift = self._traceable()
         if self.changed is not None:
             self.changed()
 
@@ -240,6 +224,23 @@ class SiteEdit:
         twin._traced_shift = twin._traceable()
         return twin
 
+    def expect_on(self, device: torch.device | None) -> None:
+        """The activations are likely to be on this device: there compiled code finds what it adds."""
+        self._device = device
+        self._bring()
+
+    def hold(self) -> None:
+        """From now on write new strengths into the tensors that compiled code and CUDA graphs read, on the device."""
+        self.in_place = True
+        self._bring()
+
+    def _bring(self) -> None:
+        """To the device, what passes read; but a number, at which an edit looks, stays on the CPU until `hold`."""
+        if self.constant is not None:
+            self.constant = self.constant.to(device=self._device)
+        self._strengths = [c.to(device=self._device) if c.ndim or self.in_place else c for c in self._strengths]
+        self._traced_shift = self._traceable()
+
     def expect(self) -> None:
         """Forget that it ever fired."""
         self.fired = Fired.UNKNOWN if self.changed is not None else Fired.NO
@@ -247,7 +248,7 @@ class SiteEdit:
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
         """The edited output: by what the last call bound where that still fits, else the whole way round."""
-        kept = None if _is_traced() else self._kept
+        kept = None if _is_traced() or self._is_captured(output) else self._kept
         if kept is not None:
             shape, dtype, run, shift, frame = kept
             try:
@@ -301,7 +302,7 @@ class SiteEdit:
             bound, given = self._bound(view), self._given
         edited = bound.run(view.part, now)
         is_checkpointed = self._checkpointing.notice(edited)
-        keeps = view.is_whole and not is_checkpointed and not self.is_trained
+        keeps = view.is_whole and not (is_checkpointed or self.is_trained or self._is_captured(view.part))
         with lock:
             if given is self._given:
                 self._kept = (view.part.shape, view.part.dtype, bound.run, bound.shift, view.frame) if keeps else None
@@ -312,8 +313,9 @@ class SiteEdit:
         self._check_range(view.part.dtype)
         others = self._directions.others
         places = [self._stack.concepts[own] for own in others]
+        at = self.passes.positions
         amounts = [
-            Amount(c, self._decide(own, view), place=place, is_by_token=self._is_placed(own))
+            Amount(c, self._decide(own, view), place=place, is_by_token=self._is_placed(own), at=at.get(place, "all"))
             for c, own, place in zip(self._strengths, others, places, strict=True)
         ]
         rows = self._directions.cast(None, None, view.part.device) if others else None
@@ -323,6 +325,11 @@ class SiteEdit:
                 constant = self._terms.sum(self._directions.of(self._terms))
             return summed(view, constant, amounts, rows)
         return applied(view, [self.interventions[own] for own in others], amounts, rows)
+
+    def _is_captured(self, output: object) -> bool:
+        """Whether a CUDA graph is made of this pass, which is to read the strengths that come later."""
+        on_gpu = self.in_place and isinstance(output, Tensor) and output.is_cuda
+        return on_gpu and torch.cuda.is_current_stream_capturing()
 
     def _decide(self, own: int, view: View) -> Decide | None:
         """What the gate of a concept decides of activations like this one."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from actsteer.errors import UnsupportedModelError
 from actsteer.private_names import has_frozen_weights
 from actsteer.sites import fingerprint
+from actsteer.sites.features import is_conv1d
 from actsteer.sites.shards import is_sharded
 from actsteer.sites.tap import lock, plain_class
 from actsteer.steering.edit import Fired, SiteEdit
@@ -66,7 +67,7 @@ def obstacle(edit: SiteEdit, model: nn.Module) -> str | None:
         return "its directions are trained"
     if not edit.is_constant:
         return "only an ungated Add with one strength for all rows is the same for every input"
-    if place.side == "in" or place.path:
+    if place.side == "in" or place.path or place.features is not None:
         return "it is not the whole output of its module"
     if is_sharded(module) or any(p is not None and p.is_meta for p in module._parameters.values()):
         return "its parameters are sharded, or not on this device"
@@ -198,7 +199,7 @@ def _same(one: Tensor | None, other: Tensor) -> bool:
 def _adds_its_bias(module: nn.Module) -> bool:
     if "forward" in module.__dict__:
         return False  # a wrapper's
-    kind = plain_class(module)
-    if kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."):
+    if is_conv1d(module):
         return True
+    kind = plain_class(module)
     return any(kind.forward is own.forward for own in _ADD_A_BIAS if isinstance(module, own))

@@ -18,7 +18,8 @@ from actsteer.errors import (
     UnsupportedModelError,
 )
 from actsteer.sites import fingerprint
-from actsteer.sites.axes import Axes, known_size, layout, layouts
+from actsteer.sites.axes import Axes, layout, layouts
+from actsteer.sites.features import known_size
 from actsteer.sites.place import Place
 from actsteer.sites.resolve import Modules, Sites, are_there, hook_points, named_sites, resolve, select
 from actsteer.sites.wrappers import unwrapped
@@ -112,6 +113,7 @@ class Plan:
         if self._strengths is not None:
             self.set_strengths(self._strengths)
 
+    @torch.inference_mode(mode=False)  # as above
     def hold(self) -> None:
         """Have the edits keep their tensors from now on, with room for every concept.
 
@@ -120,7 +122,7 @@ class Plan:
         """
         self.count_every()
         for edit in self.edits.values():
-            edit.in_place = True
+            edit.hold()
 
     def release(self) -> None:
         """Undo `hold`."""
@@ -133,6 +135,7 @@ class Plan:
         self.count_every()
         return leaves
 
+    @torch.inference_mode(mode=False)  # as above
     def find_again(self) -> None:
         """The modules may have been replaced since the plan was made.
 
@@ -140,15 +143,18 @@ class Plan:
             SiteNotFoundError: one of them is gone.
         """
         present = [edit.place for edit in self.edits.values()] + [reader.place for reader in self.readers]
-        if are_there(self.model, present):
-            return
-        places = resolve(self.model, [place.site for place in present])
+        if not are_there(self.model, present):
+            places = resolve(self.model, [place.site for place in present])
+            for edit in self.edits.values():
+                edit.lens.place = places[edit.place.site]
+            for reader in self.readers:
+                reader.lens.place = places[reader.place.site]
+            for passes in self.passes:
+                passes.find_again({place.module for place in places.values()})
+        first = next(self.model.parameters(), None)
         for edit in self.edits.values():
-            edit.lens.place = places[edit.place.site]
-        for reader in self.readers:
-            reader.lens.place = places[reader.place.site]
-        for passes in self.passes:
-            passes.find_again({place.module for place in places.values()})
+            weight = next(edit.place.module.parameters(), first)
+            edit.expect_on(None if weight is None or weight.is_meta else weight.device)
 
     def vectors(self) -> VectorBank:
         """The bank with the directions as they are now."""
@@ -213,7 +219,7 @@ def make_plan(
     for site, place in places.items():
         stack = stack_of(bank, site)
         usual = site not in axes or axes[site] == layout(model, place, modules=modules).axis
-        size = known_size(place) if usual else None
+        size = known_size(place) if usual else place.size
         if size not in (None, stack.size):
             raise ShapeError(
                 f"site {site!r}: the activation has {size} features, the vector {stack.size}; was it "
@@ -230,15 +236,22 @@ def make_plan(
         )
     for reader in distinct:
         users = [edit for edit in edits.values() if any(_asks(own, reader) for own in edit.gates.values())]
-        there = (reader.place.module, reader.place.side, reader.place.path)
+        module, side, *part = reader.place.module, reader.place.side, reader.place.path, reader.place.features
+        there = [edit for edit in edits.values() if edit.place.module is module and edit.place.side == side]
         holds = reader.gate.per != "token" and passes_of[reader.gate.site].sees_inputs  # for a generation perhaps
-        reader.is_inline = not holds and all(
-            (edit.place.module, edit.place.side, edit.place.path) == there
-            and all(own is reader or not _asks(own, reader) for own in edit.gates.values())
-            for edit in users
+        reader.is_inline = (
+            not holds
+            and len(there) < 2
+            and all(  # of several, each would read what the last one made
+                edit in there
+                and [edit.place.path, edit.place.features] == part
+                and all(own is reader or not _asks(own, reader) for own in edit.gates.values())
+                for edit in users
+            )
         )
-    for site in read:
-        passes_of[site].is_read = True
+    placed = [site for site, edit in edits.items() if edit.has_values]
+    for site in (*read, *placed):
+        passes_of[site].is_asked = True
     return Plan(model, bank, edits, distinct, passes, axes)
 
 
@@ -298,19 +311,19 @@ def _meant(concept: str, name: str) -> Intervention:
 
 
 def _places(model: nn.Module, bank: VectorBank, sites: Sites | None, modules: Modules) -> dict[str, Place]:
-    """Where the vectors' sites, or the chosen ones among them, are; one edit for one activation."""
+    """Where the vectors' sites, or the chosen ones among them, are; one edit for one activation, or part of it."""
     if not bank.sites:
         raise SiteNotFoundError("the vectors have no sites, so there is nothing to add")
     places = resolve(model, bank.sites, modules=modules)
     if sites is not None:
-        chosen = select({site: place.module for site, place in places.items()}, sites, owner="the bank")
+        chosen = select({site: place.module for site, place in places.items()}, sites, owner="the bank", model=model)
         places = {site: places[site] for site in chosen}
     there: dict[tuple[int, str], list[Place]] = {}
     for place in places.values():
         there.setdefault((id(place.module), place.side), []).append(place)
     for one, other in chain.from_iterable(combinations(same, 2) for same in there.values()):
         shared = min(len(one.path), len(other.path))
-        if one.path[:shared] == other.path[:shared]:
+        if one.path[:shared] == other.path[:shared] and one.features == other.features:
             raise UnsupportedModelError(
                 f"sites {one.site!r} and {other.site!r} are one module, and an edit at either is an edit at both; "
                 "select one"

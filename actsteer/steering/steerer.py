@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from actsteer.collecting.batches import Batches
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import AttachedError, UnsupportedModelError
-from actsteer.sites.axes import Axes
+from actsteer.sites.axes import Axes, said_at
 from actsteer.sites.place import Side
 from actsteer.sites.resolve import Sites
 from actsteer.sites.tap import lock
@@ -55,10 +55,10 @@ class Steerer:
         gate: which rows, or tokens, are steered; one gate for every concept, or concept -> gate (what is not named
             has none).
         positions: which tokens of a sequence are steered, for every concept, or concept -> positions: "all", "prompt",
-            "generated", "last" (of the prompt), an index or a list of them, a slice, a bool mask of the prompt, or a
-            callable that makes a mask from the inputs by name, those of all tokens so far. They count from the start
-            of each text, pads left out, whatever lies in a cache; negative ones from the end of the prompt. The first
-            generated token is the answer to the prompt's last one, so that "prompt" and "last" steer it, and
+            "generated", "last" (of the prompt), an index or a list of them, a list for each row, a slice, a bool mask
+            of the prompt, or a callable that makes one of the inputs by name, for all tokens so far. They count from
+            the start of each text, pads left out, whatever lies in a cache; negative ones from the end of the prompt.
+            The first generated token is the answer to the prompt's last one, so that "prompt" and "last" steer it, and
             "generated" does not. Pads never are.
         sites: steer only these of the vectors' sites: names, globs, modules, or a predicate on (name, module).
         axis: the feature axis, of every site or site -> axis, where it is not the one that the module's class tells.
@@ -184,12 +184,8 @@ class Steerer:
 
     def on(self, model: nn.Module, *, sites: Sequence[str]) -> Steerer:
         """The same steering, of another model of this architecture, at some of the sites."""
-        axes = {site: axis for site, axis in self.axes.items() if site in sites}
-        tells = {
-            name: {site: said for site, said in own.items() if site in sites} if isinstance(own, Mapping) else own
-            for name, own in self._tells.items()
-        }
-        return Steerer(model, of_any_model(self.bank), **self._arguments()[2] | tells | {"sites": sites, "axis": axes})
+        tells = {name: said_at(own, sites) for name, own in (self._tells | {"axis": self.axes}).items()}
+        return Steerer(model, of_any_model(self.bank), **self._arguments()[2] | tells | {"sites": sites})
 
     def choices(self) -> dict[str, Choice]:
         """Site -> the backend that would serve it now, and why.

@@ -257,7 +257,7 @@ def _frozen(part: Any) -> Any:
         return MappingProxyType({concept: _frozen(own) for concept, own in part.items()})
     if isinstance(part, Tensor):
         return part.detach().clone()
-    return tuple(part) if isinstance(part, list) else part
+    return tuple(map(_frozen, part)) if isinstance(part, list) else part
 
 
 def _bank_of(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from actsteer.errors import PositionsError, StrengthError
 from actsteer.sites.axes import sequence_first
+from actsteer.sites.device import brought
 from actsteer.sites.place import Place
 from actsteer.sites.wrappers import unwrapped
 from actsteer.tokens.current import Current
@@ -111,7 +112,7 @@ class Passes:
     ) -> None:
         self.host, self.positions, self.whose, self.number = host, positions or {}, whose, number
         self.root = self if root is None else root
-        self.is_read = False  # whether a gate reads at a site of these
+        self.is_asked = False  # whether a gate, or values of tokens, ask for these at a site
         self.is_met = dict.fromkeys(self.positions, False)  # whether there may have been tokens at these positions
         self.modules: list[nn.Module] = []  # those of the sites
         self.is_used = data  # whether there are any, or may be
@@ -182,11 +183,11 @@ class Passes:
             return Pass(generation=generation)
         else:
             asks, first = bool(self._by_token) or self._data, args[0] if args else None
-            if not (asks or self.is_read) and (not self.sees_inputs or self._has_no_pads(args, kwargs, signature)):
+            if not (asks or self.is_asked) and (not self.sees_inputs or self._has_no_pads(args, kwargs, signature)):
                 return Pass()
             if not (self.sees_inputs or asks) and isinstance(first, Tensor) and first.is_floating_point():
                 return Pass(rows=len(first) if self._in_order and first.ndim and not first.is_nested else None)
-            asks = asks or self.is_read
+            asks = asks or self.is_asked
             found = self._seen(signature.named(args, kwargs), generation, signature, asks=asks)
         return found.of_answers(signature.named(args, kwargs)) if self.whose.kind == "answers" else found
 
@@ -308,15 +309,15 @@ class Passes:
     def _amounts(self, place: int, tokens: Tokens, generation: Generation | None) -> Float[Tensor, "_ S"] | None:
         by_column, first = self._by_column.get(place), self._first.get(place)
         if by_column is not None:
-            return _columns_of(by_column, tokens).to(tokens.device)
+            return brought(_columns_of(by_column, tokens), tokens.device)
         if first is None:
             return None
         if generation is None or self.whose.kind == "encoder":
             tokens.check_known()
-            return first.to(tokens.device).expand(1, tokens.length)
+            return brought(first, tokens.device).expand(1, tokens.length)
         schedule = self._schedules[place]  # a function, which compiled code must not see, or each is compiled anew
         amounts = torch.stack([first if step == 0 else schedule(step) for step in tokens.steps])
-        return amounts.to(tokens.device)[None]
+        return brought(amounts, tokens.device)[None]
 
 
 def groups(
@@ -342,12 +343,16 @@ def groups(
     return tuple(made.values()), of_site
 
 
+def pass_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, mask: Mask | None = None) -> Pass:
+    """What a call of a model says of its tokens."""
+    return Passes(unwrapped(model), whose=Whose("call", mask), data=True).begun(args, kwargs, signature_of(model))
+
+
 def real_of(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, mask: Mask | None = None
 ) -> Tensor | None:
     """Which tokens of a call are no pads, (B, S), of a decoder's if there is one; None: all, as far as can be told."""
-    passes = Passes(unwrapped(model), whose=Whose("call", mask), data=True)
-    return passes.begun(args, kwargs, signature_of(model)).real
+    return pass_of(model, args, kwargs, mask=mask).real
 
 
 def taps(passes: Iterable[Passes]) -> list[tuple[nn.Module, Callable[..., Any]]]:

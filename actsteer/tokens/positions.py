@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, TypeGuard, get_args
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from actsteer.errors import BatchError, PositionsError, ShapeError
+from actsteer.sites.device import brought
 from actsteer.tokens.tokens import Tokens
 
 Words: TypeAlias = Literal["all", "last", "mean", "prompt", "generated"]
-Positions: TypeAlias = Words | int | Sequence[int] | slice | Tensor | Callable[[Any], Tensor]
-"""A word; an index or several, negative ones from the end of the prompt; a slice that goes forward; a bool mask (S,) or
-(B, S); or a callable that makes such a mask from the inputs by name. They count the real tokens of each text."""
+Positions: TypeAlias = Words | int | Sequence[int] | Sequence[Sequence[int]] | slice | Tensor | Callable[[Any], Tensor]
+"""A word; an index or several, negative ones from the end of the prompt; a list of indices for each row; a slice that
+goes forward; a bool mask (S,) or (B, S); or a callable that makes such a mask from the inputs by name. They count the
+real tokens of each text."""
 
 _FURTHEST = 2**31 - 1
 
@@ -57,20 +59,43 @@ def check(positions: Positions, *, steers: bool) -> None:
             raise TypeError("positions: expected a word, an index, a slice, a mask or a callable, got a bool")
         case str() | int() | slice() | Tensor():
             pass
-        case Sequence() if positions and all(isinstance(i, int) and not isinstance(i, bool) for i in positions):
+        case Sequence() if are_indices(positions):
             pass
+        case Sequence() if positions and all(map(are_indices, positions)):
+            if len({len(own) for own in positions if isinstance(own, Sequence)}) > 1:
+                raise ShapeError(
+                    f"positions: expected as many indices for each row, got {positions!r}; give a bool mask (B, S)"
+                )
         case _ if not callable(positions):
             raise TypeError(
-                "positions: expected a word, an index, a list of indices, a slice, a mask or a callable, got "
-                f"{positions!r}"
+                "positions: expected a word, an index, a list of indices, or one for each row, a slice, a mask or a "
+                f"callable, got {positions!r}"
             )
+
+
+def are_indices(positions: Any) -> TypeGuard[Sequence[int]]:
+    """Whether it is a list of indices."""
+    if not isinstance(positions, Sequence) or isinstance(positions, str):
+        return False
+    return bool(positions) and all(isinstance(own, int) and not isinstance(own, bool) for own in positions)
 
 
 def _numbers(positions: int | slice | Sequence[Any]) -> Sequence[Any]:
     """What they consist of."""
     if isinstance(positions, slice):
         return positions.start, positions.stop, positions.step
-    return [positions] if isinstance(positions, int) else positions
+    if isinstance(positions, int):
+        return [positions]
+    return [index for own in positions for index in (own if isinstance(own, list | tuple) else [own])]
+
+
+def one_by_one(positions: Positions) -> list[Positions]:
+    """Positions each of which means one token of a row, of several indices; any others are one."""
+    if isinstance(positions, str) or not isinstance(positions, Sequence):
+        return [positions]
+    if are_indices(positions):
+        return list(positions)
+    return [[[index] for index in column] for column in zip(*positions, strict=True)]
 
 
 def from_text(text: str) -> Positions:
@@ -153,7 +178,7 @@ def _chosen(positions: Positions, tokens: Tokens) -> Tensor:
         case Tensor():
             return _masked(positions, tokens)
         case Sequence() if not isinstance(positions, str):
-            return _nth(positions, tokens, positions)
+            return _nth(positions, tokens, positions) if are_indices(positions) else _of_rows(positions, tokens)
         case _:
             assert callable(positions)
             if tokens.batch is None:
@@ -168,7 +193,7 @@ def _nth(indices: Sequence[int], tokens: Tokens, positions: Positions) -> Tensor
     numbers, found = tokens.numbers, None
     for index in indices:
         wanted = index if index >= 0 else tokens.prompt_lengths + index
-        _check_long_enough(index, tokens, positions)
+        _check_long_enough(-index if index < 0 else 0 if tokens.may_go_on else index + 1, tokens, positions)
         own = numbers == wanted
         own = own & tokens.in_prompt if index < 0 else own
         found = own if found is None else found | own
@@ -176,16 +201,34 @@ def _nth(indices: Sequence[int], tokens: Tokens, positions: Positions) -> Tensor
     return found
 
 
-def _check_long_enough(index: int, tokens: Tokens, positions: Positions) -> None:
-    """An index must lie in the text, unless the text may go on."""
-    if torch.compiler.is_compiling() or not tokens.has_whole_prompt or (index >= 0 and tokens.may_go_on):
+def _of_rows(positions: Sequence[Any], tokens: Tokens) -> Tensor:
+    """The tokens at the indices of each row."""
+    indices = torch.tensor([list(own) for own in positions], device=tokens.device)
+    if len(indices) * tokens.copies != tokens.rows:
+        raise ShapeError(
+            f"positions: indices for {len(indices)} rows against {tokens.rows} rows; give a list for each row, or one "
+            "list of indices for all of them"
+        )
+    indices = indices.repeat_interleave(tokens.copies, dim=0)
+    back = indices < 0
+    needed = torch.where(back, -indices, 0 if tokens.may_go_on else indices + 1).amax(dim=1)
+    _check_long_enough(needed, tokens, positions)
+    wanted = torch.where(back, tokens.prompt_lengths + indices, indices)
+    found = tokens.numbers[:, :, None] == wanted[:, None]
+    return (found & (tokens.in_prompt[:, None] | ~back[:, None])).any(dim=2)
+
+
+def _check_long_enough(needed: int | Int[Tensor, " B"], tokens: Tokens, positions: Positions) -> None:
+    """The prompt must have as many tokens as are needed, in each row."""
+    if torch.compiler.is_compiling() or not tokens.has_whole_prompt or (isinstance(needed, int) and not needed):
         return
-    lengths, needed = torch.as_tensor(tokens.prompt_lengths).flatten(), index + 1 if index >= 0 else -index
-    if bool((lengths < needed).any()):
-        row = int((lengths < needed).int().argmax())
+    lengths = torch.as_tensor(tokens.prompt_lengths).flatten()
+    lengths, least = torch.broadcast_tensors(lengths, torch.as_tensor(needed, device=lengths.device))
+    if bool((lengths < least).any()):
+        row = int((lengths < least).int().argmax())
         raise BatchError(
-            f"positions={positions!r}: row {row} of the batch has {int(lengths[row])} tokens, and {needed} are "
-            "needed; leave it out, or choose other positions"
+            f"positions={positions!r}: row {row} of the batch has {int(lengths[row])} tokens, and {int(least[row])} "
+            "are needed; leave it out, or choose other positions"
         )
 
 
@@ -221,7 +264,7 @@ def _masked(mask: Tensor, tokens: Tokens) -> Tensor:
         )
     if not isinstance(tokens.start, int):
         raise PositionsError("positions: a mask needs a cache whose length is a number; use model.generate")
-    part = whole.to(tokens.device)[:, tokens.start : tokens.start + tokens.length]
+    part = brought(whole, tokens.device)[:, tokens.start : tokens.start + tokens.length]
     return torch.nn.functional.pad(part, (0, tokens.length - part.shape[1]))
 
 
@@ -235,4 +278,4 @@ def _computed(mask: Any, tokens: Tokens) -> Tensor:
             f"positions: the callable gave a mask of shape {tuple(mask.shape)}, expected {tokens.rows} rows of "
             f"{tokens.start + tokens.length} positions"
         )
-    return whole.to(tokens.device)[:, tokens.start :]
+    return brought(whole, tokens.device)[:, tokens.start :]

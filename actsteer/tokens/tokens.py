@@ -122,16 +122,30 @@ class Tokens:
     @property
     def prompt_lengths(self) -> Int[Tensor, "_ 1"] | int:
         """How many tokens the prompt of each row has."""
+        mask = self._mask_in_prompt
+        assert self.prompt is not None
+        return self.prompt if mask is None else mask.sum(dim=1, keepdim=True)
+
+    @property
+    def _mask_in_prompt(self) -> Bool[Tensor, "B P"] | None:
         self.check_known()
         assert self.prompt is not None
         mask = self.prompt_mask if self.prompt_mask is not None else self.mask
         if mask is None:
-            return self.prompt
+            return None
         if mask.shape[1] < self.prompt:
             raise PositionsError(
                 "the prompt comes in chunks, and where its pads lie is not known yet; pass attention_mask= to generate"
             )
-        return mask[:, : self.prompt].sum(dim=1, keepdim=True)
+        return mask[:, : self.prompt]
+
+    def whole(self) -> Tokens:
+        """The tokens of all columns so far, or those of the whole prompt where it is longer."""
+        mask = self._mask_in_prompt
+        assert self.prompt is not None
+        if isinstance(self.start, int) and self.start + self.length >= self.prompt:
+            return self.but(start=0, length=self.start + self.length)
+        return self.but(start=0, length=self.prompt, mask=mask, batch=None)
 
     @property
     def steps(self) -> list[int]:

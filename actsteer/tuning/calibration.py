@@ -10,6 +10,7 @@ import actsteer.html as html
 from actsteer.steering.interventions.add import Add
 from actsteer.steering.steering import Steering
 from actsteer.tuning.intervals import Interval
+from actsteer.tuning.text_table import lines
 
 
 @final
@@ -92,12 +93,7 @@ class Calibration:
 
     def __str__(self) -> str:
         rows = [_cells(row, chosen=row is self.chosen) for row in self._shown()]
-        widths = [max(len(row[column]) for row in [_HEADS, *rows]) for column in range(len(_HEADS))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in [_HEADS, *rows]
-        ]
-        return "\n".join([*lines, "", self.verdict])
+        return "\n".join([*lines([_HEADS, *rows]), "", self.verdict])
 
     def _repr_html_(self) -> str:
         rows = self._shown()

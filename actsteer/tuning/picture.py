@@ -1,4 +1,4 @@
-"""Picture: effect against cost of everything that was measured, with the front of what is worth choosing."""
+"""Pictures: effect against cost of all that was calibrated, and what patching recovered at every site and position."""
 
 from __future__ import annotations
 
@@ -7,19 +7,16 @@ from os import PathLike
 from typing import Any
 
 from actsteer.tuning.calibration import Calibration, said_of
+from actsteer.tuning.patched import Patched
 
 
 def draw(calibration: Calibration, path: str | PathLike[str]) -> None:
-    """Write the picture; its suffix tells the kind.
+    """Write effect against cost, with the front of what is worth choosing; the suffix tells the kind of picture.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("a picture needs matplotlib; pip install 'actsteer[look]'") from None
-    figure = Figure(figsize=(7.2, 4.5), layout="constrained")
+    figure = _figure(7.2, 4.5)
     axes = figure.add_subplot()
     known = [row for row in calibration.table if row["effect"] is not None]
     axes.scatter(*_xy(known), s=14, color="#9aa5b1", linewidths=0, label="measured")
@@ -56,6 +53,34 @@ def draw(calibration: Calibration, path: str | PathLike[str]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False)
     figure.savefig(path, dpi=150)
+
+
+def draw_shares(patched: Patched, path: str | PathLike[str]) -> None:
+    """Write the recovered shares as a map, one hue below 0 and another above it, full at -1 and 1.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure = _figure(2.6 + 0.35 * len(patched.positions), 1.4 + 0.22 * len(patched.sites))
+    from matplotlib.colors import LinearSegmentedColormap
+
+    axes = figure.add_subplot()
+    hues = LinearSegmentedColormap.from_list("shares", ["#2f7ed8", "#ffffff", "#e8710a"])
+    image = axes.imshow(patched.recovered.tolist(), cmap=hues, vmin=-1, vmax=1, aspect="auto")
+    axes.set_xticks(range(len(patched.positions)), patched.positions, fontsize=7, rotation=45, ha="right")
+    axes.set_yticks(range(len(patched.sites)), patched.sites, fontsize=7)
+    axes.set_xlabel("positions")
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, label="share recovered", extend="both")
+    figure.savefig(path, dpi=150)
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("a picture needs matplotlib; pip install 'actsteer[look]'") from None
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _xy(rows: list[dict[str, Any]]) -> tuple[list[float], list[float]]:

@@ -144,9 +144,9 @@ def test_steering_that_changes_nothing_is_not_timed():
 @pytest.mark.parametrize("broken", [ONE, BUFFER])
 def test_a_compiled_variant_that_gives_another_output_is_not_timed(broken):
     setting = settings(quick=True)[0]
-    fast = compiled(setting, compiler="eager")
+    fast = compiled(setting, backend="eager")
     try:
-        ways = compiled_variants(setting, setting.model, compiler="eager")
+        ways = compiled_variants(setting, setting.model, backend="eager")
         check_equal(fast, ways)
         with pytest.raises(AssertionError, match=f"{broken} gives another output"):
             check_equal(fast, ways | {broken: ways[NOISE_FLOOR]})

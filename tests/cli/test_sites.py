@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 
+from actsteer import SteeringVector
 from actsteer.sites.blocks import find_blocks
 from tests.zoo import llama
 
@@ -74,6 +75,24 @@ def test_blocks_attention_mlp_and_norms_of_a_llama(run):
     assert not found.keys() & {"model", "model.rotary_emb", "model.layers.0.mlp.act_fn"}
     assert told(run("sites", "llama", "model.layers.1:out.0")) == {"model.layers.1:out.0": 16}
     assert told(run("sites", "llama", "model.layers.1:in")) == {}
+
+
+def test_heads_are_told_by_their_exact_names(run):
+    found = told(run("sites", "llama", "model.layers.1.self_attn.o_proj:in[head=*]"))
+    size = next(iter(found.values()))
+    assert found == {
+        f"model.layers.1.self_attn.o_proj:in[{size * i}:{size * (i + 1)}]": size for i in range(len(found))
+    }
+    assert len(found) > 1
+
+
+def test_a_head_is_fitted_and_steered_and_shown(run):
+    (site,) = told(run("sites", "llama", head := "model.layers.1.self_attn.o_proj:in[head=1]"))
+    texts = ("--positive", "love.txt", "--negative", "hate.txt")
+    assert run("fit", "-m", "llama", *texts, "--sites", head, "-o", "v.safetensors").code == 0
+    assert SteeringVector.load("v.safetensors").sites == (site,)
+    assert run("generate", "-m", "llama", "-b", "v.safetensors", "-c", "2", "I", "--max-new-tokens", 3).code == 0
+    assert any(site in " ".join(line) for line in run("show", "v.safetensors").lines)
 
 
 def test_the_residual_stream_alone(run):

@@ -30,12 +30,18 @@ from actsteer import (
     Centroids,
     ConceptErasure,
     DistributedError,
+    LowRank,
     MeanDifference,
+    PairedMap,
     SiteNotFoundError,
     Statistics,
+    Steerer,
     WhitenedMeanDifference,
     collect,
+    collect_differences,
+    collect_joint,
     fit,
+    one_by_one,
     record,
 )
 
@@ -163,6 +169,22 @@ def classes_that_one_rank_alone_has() -> None:
 
 
 @check
+def pairs_come_together_whatever_share_each_has() -> None:
+    cuts = [0, 0, *[20 + i for i in range(world - 2)], 24]  # rank 0 has nothing
+    own, options = slice(cuts[rank], cuts[rank + 1]), {"sites": SITES, "progress": False}
+    high, low = data(), data().flip(0) - 2
+    for gathered in (collect_joint, collect_differences):
+        same(gathered(model(), high[own], low[own], **options).all_reduce(), gathered(model(), high, low, **options))
+    joint, whole = (
+        collect_joint(model(), high[at], low[at], **options).all_reduce() for at in (own, slice(0, 24 * (rank == 0)))
+    )
+    for rank_of_edit in (None, 2):
+        edits = [PairedMap(rank=rank_of_edit)(positive=stats, negative=stats) for stats in (joint, whole)]
+        one, other = (edit.at("2")(high, high[0], torch.ones(()).double()) for edit in edits)
+        torch.testing.assert_close(one, other)
+
+
+@check
 def estimators_on_all() -> None:
     high, low = data()[:12], data()[12:] - 2
     shares = [gather(model(), rows[rank::world]).all_reduce() for rows in (high, low)]
@@ -214,6 +236,24 @@ def tensor_parallel_ranks_count_once() -> None:
     same(seen.all_reduce().all_reduce(), truth())
     v = fit(network, positive=data(), negative=-data(), sites="2", progress=False)
     assert v.allclose(fit(model(), positive=data(), negative=-data(), sites="2", progress=False))
+
+
+@check
+def sites_are_fitted_one_by_one_from_shares() -> None:
+    network, rows, labels = model(), data(), (data()[:, 0] > 5).long()
+
+    def erased(site: str, which: slice) -> LowRank:
+        seen = collect(network, rows[which], by=labels[which], sites=site, covariance=True, progress=False)
+        return ConceptErasure().classes(seen if which == slice(None) else seen.all_reduce())
+
+    shared, alone = (
+        one_by_one(network, rows[:2], sites=["0", "1", "2"], fitted=functools.partial(erased, which=which))
+        for which in (slice(rank, None, world), slice(None))
+    )
+    with Steerer(network, shared):
+        seen = gather(network, rows)
+    with Steerer(network, alone):
+        same(seen, gather(network, rows))
 
 
 @check

@@ -125,8 +125,27 @@ def test_the_sides_of_an_erasure_may_be_swapped():
 def test_there_is_nothing_to_erase_between_equal_means():
     data = rows()
     same = Statistics({"0": Moments.of(data, covariance=True)})
-    with pytest.raises(StatisticsError, match="one mean already"):
-        ConceptErasure()(positive=same, negative=same)
+    for shrinkage in (0.0, 1.0):
+        with pytest.warns(UserWarning, match=r"one mean already, and nothing is erased at \['0'\]"):
+            edit = ConceptErasure(shrinkage=shrinkage)(positive=same, negative=same)
+        with Steerer(IDENTITY, edit):
+            assert torch.equal(IDENTITY(data), data)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_by_one_a_linear_map_of_what_is_erased_is_left_alone(dtype):
+    torch.manual_seed(0)
+    model, data = nn.Sequential(nn.Identity(), nn.Linear(5, 5)).to(dtype), rows().to(dtype)
+    options = {"sites": ["0", "1"], "estimator": ConceptErasure(), "one_by_one": True, "progress": False}
+    with pytest.warns(UserWarning, match=r"nothing is erased at \['1'\]"):
+        edit = fit(model, positive=data[:25] + 1, negative=data[25:], **options)
+    assert edit["0"][0].any() and not edit["1"][0].any()
+
+
+@pytest.mark.parametrize("shrinkage", [-0.1, 1.1])
+def test_the_shrinkage_of_an_erasure_is_checked(shrinkage):
+    with pytest.raises(ValueError, match="shrinkage"):
+        ConceptErasure(shrinkage=shrinkage)
 
 
 @pytest.mark.parametrize("tolerance", [-0.1, 1.0])

@@ -46,9 +46,9 @@ def labelled(draw, classes=3):
     return rows, labels
 
 
-def erasure(rows, labels):
-    return ConceptErasure().classes(
-        collect(IDENTITY, rows, by=labels, sites="0", covariance=True, progress=False, batch_size=5)
+def erasure(rows, labels, *, covariance=True, **options):
+    return ConceptErasure(**options).classes(
+        collect(IDENTITY, rows, by=labels, sites="0", covariance=covariance, progress=False, batch_size=5)
     )
 
 
@@ -57,8 +57,8 @@ def steered(rows, edit, **options):
         return IDENTITY(rows)
 
 
-def erased(rows, labels):
-    return steered(rows, erasure(rows, labels))
+def erased(rows, labels, **options):
+    return steered(rows, erasure(rows, labels, **options))
 
 
 def normal(count, seed=0):
@@ -72,6 +72,36 @@ def test_all_classes_have_the_mean_of_all_rows_afterwards_and_that_stays(data):
     seen = erased(rows, labels)
     for label in labels.unique():
         assert_allclose(seen[labels == label].mean(0), rows.mean(0), atol=1e-9)
+
+
+@given(labelled(), st.sampled_from([0.25, 1.0, None]))
+def test_so_they_have_with_any_shrinkage(data, shrinkage):
+    rows, labels = data
+    seen = erased(rows, labels, shrinkage=shrinkage)
+    for label in labels.unique():
+        assert_allclose(seen[labels == label].mean(0), rows.mean(0), atol=1e-9)
+
+
+@given(labelled())
+def test_shrunk_in_full_it_is_the_orthogonal_projection_and_needs_variances_alone(data):
+    rows, labels = data
+    means = torch.stack([rows[labels == label].mean(0) for label in labels.unique()]) - rows.mean(0)
+    among = np.linalg.pinv(means.numpy(), rcond=1e-6) @ means.numpy()  # projects on the span of the differences
+    expected = rows.numpy() - (rows - rows.mean(0)).numpy() @ among
+    assert ConceptErasure(shrinkage=1.0).reads == "variances"
+    for covariance in ("diagonal", True):
+        assert_allclose(erased(rows, labels, covariance=covariance, shrinkage=1.0), expected, atol=1e-9)
+
+
+@given(labelled(classes=2), st.sampled_from([0.0, 0.25, 1.0]))
+def test_shrunk_of_two_classes_it_is_the_closed_form_with_the_shrunk_covariance(data, shrinkage):
+    rows, labels = data
+    covariance = np.cov(rows.T.numpy())
+    covariance = (1 - shrinkage) * covariance + shrinkage * np.trace(covariance) / D * np.eye(D)
+    delta = (rows[labels == 1].mean(0) - rows[labels == 0].mean(0)).numpy()
+    reads = np.linalg.solve(covariance, delta)
+    amounts = (rows - rows.mean(0)).numpy() @ reads / (delta @ reads)
+    assert_allclose(erased(rows, labels, shrinkage=shrinkage), rows.numpy() - np.outer(amounts, delta), atol=1e-8)
 
 
 @given(labelled(), st.data())

@@ -23,6 +23,7 @@ from actsteer import (
     optimize,
 )
 from tests.oracles import Lazy, state
+from tests.zoo import data_parallel
 
 X = torch.linspace(-2, 2, 24).reshape(12, 2)
 Y = torch.arange(12) % 3
@@ -437,7 +438,7 @@ def test_a_compiled_model_trains_as_the_eager_one_and_stays_compiled(model, comp
 
 
 def test_a_wrapped_model_trains_as_the_bare_one(model):
-    assert train(nn.DataParallel(model)).equal(train(model))
+    assert train(data_parallel(model)).equal(train(model))
     assert train(checkpoint_wrapper(model), sites="2").equal(train(model))
 
 

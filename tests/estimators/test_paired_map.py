@@ -30,6 +30,16 @@ MAP, OFFSET = torch.randn(D, D, generator=G).double(), torch.randn(D, generator=
 LONG = {"sites": "0", "progress": False}
 
 
+class Idle(nn.Sequential):
+    """Of whose two parts the second never runs."""
+
+    def __init__(self):
+        super().__init__(nn.Identity(), nn.Identity())
+
+    def forward(self, x):
+        return self[0](x)
+
+
 def fitted(positive=Y, negative=X, **options):
     return fit(MODEL, positive=positive, negative=negative, estimator=PairedMap(**options), batch_size=16, **LONG)
 
@@ -147,6 +157,8 @@ def test_what_is_not_paired_is_refused():
         fitted(Y[:3], X[:4])
     with pytest.raises(BatchError, match="one side has more batches"):
         fitted(Y[:16], X)
+    with pytest.raises(BatchError, match="site '1' saw no rows"):
+        collect_joint(Idle(), Y, X, sites="1", progress=False)
     for bad in ({"rank": 0}, {"ridge": -1.0}, {"ridge": float("nan")}):
         with pytest.raises(ValueError, match="expected"):
             PairedMap(**bad)

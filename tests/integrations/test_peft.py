@@ -105,6 +105,7 @@ SITES = [
     *((tied, "model.embed_tokens", 16), (conv1d, "transformer.wte", 8), (conv1d, "transformer.wpe", 8)),
     *((biased, f"{BLOCK}.mlp.down_proj:in", 24), (biased, f"{BLOCK}.self_attn.o_proj:in", 16)),
     *((conv1d, f"{H}.mlp.c_proj:in", 32), (conv1d, f"{H}.attn.c_attn:in", 8), (conv1d, "lm_head:in", 8)),
+    *((plain, f"{BLOCK}.self_attn.o_proj:in[8:16]", 8), (conv1d, f"{H}.attn.c_proj:in[0:4]", 4)),  # a head
 ]
 
 

@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn import functional
 
 from actsteer import ShapeError, SiteNotFoundError, Steerer, SteeringVector, VectorBank, collect, fit, record
-from actsteer.sites.axes import Layout, known_size, layout, layouts
+from actsteer.sites.axes import Layout, layout, layouts
 from actsteer.sites.containers import get, locate
+from actsteer.sites.features import known_size
 from actsteer.sites.listen import listen
 from actsteer.sites.place import Place
 from actsteer.sites.resolve import resolve

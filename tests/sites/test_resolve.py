@@ -192,7 +192,7 @@ def test_a_selection_that_is_empty_is_an_error():
     with pytest.raises(SiteNotFoundError, match=r"the predicate selects none of the .* sites of Blocks"):
         find_sites(MODEL, lambda *_: False)
     with pytest.raises(SiteNotFoundError, match="no sites were named; name one, or give a pattern or a predicate"):
-        select({"a": nn.ReLU()}, [], owner="the vectors")
+        select({"a": nn.ReLU()}, [], owner="the vectors", model=MODEL)
     with pytest.raises(SiteNotFoundError, match="There are: none"):
         find_sites(nn.ReLU(), "a")
 

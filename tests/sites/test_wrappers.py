@@ -18,7 +18,7 @@ from actsteer.sites.fingerprint import described, fingerprint
 from actsteer.sites.resolve import named_sites, path_to, resolve
 from actsteer.sites.wrappers import class_name, named_modules, slot, unwrapped, without_prefixes
 from tests.oracles import state
-from tests.zoo import llama
+from tests.zoo import data_parallel, llama
 
 V = torch.tensor([1.0, -2.0, 4.0])
 X = torch.tensor([[1.0, 2.0], [-1.0, 0.5], [0.0, -3.0]])
@@ -72,7 +72,7 @@ WRAPPERS = {
     "compiled": (compiled, "_orig_mod"),
     "DDP": (DistributedDataParallel, "module"),
     "a subclass of DDP": (MyParallel, "module"),
-    "DataParallel": (nn.DataParallel, "module"),
+    "DataParallel": (data_parallel, "module"),
     "averaged": (AveragedModel, "module"),
     "checkpoint": (checkpoint_wrapper, "_checkpoint_wrapped_module"),
     "FSDP": (FullyShardedDataParallel, "_fsdp_wrapped_module"),

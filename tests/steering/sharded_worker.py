@@ -407,6 +407,20 @@ def between_column_and_row_parallel_no_process_has_all_features() -> None:
 
 
 @check
+def parts_of_the_features_are_those_of_the_whole_or_refused() -> None:
+    parts = {f"{site}[1:3]": direction[1:3] for site, direction in SITES.items()}
+    for build in (ddp, fsdp, fsdp_at_the_root, fsdp_first_version):
+        model, reference, x, v = build(), block(), inputs(), SteeringVector(parts)
+        with Steerer(reference, v), Steerer(model, v), torch.no_grad():
+            torch.testing.assert_close(model(x), reference(x), rtol=1e-12, atol=1e-12)
+        kept, wanted = (record(own, [x], sites=list(parts), progress=False) for own in (model, reference))
+        for site in parts:
+            torch.testing.assert_close(kept[site], wanted[site], rtol=1e-12, atol=1e-12)
+    for build in (local, dtensor, gathered):
+        refused(lambda: Steerer(build(), SteeringVector({"act[1:3]": WIDE[1:3]})), "under tensor parallelism")  # noqa: B023
+
+
+@check
 def features_scattered_after_the_sum_are_refused() -> None:
     """A row-parallel layer may be told to leave each process a part of its features."""
     model = parallel(chain, up=ColwiseParallel(), down=RowwiseParallel(output_layouts=Shard(-1)))().down

@@ -1,18 +1,24 @@
 """What needs a CUDA device: skipped, and so not proved, where there is none."""
 
 import copy
+import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
-from actsteer import ProjectionAbove, Steerer, SteeringVector, collect
-from tests.zoo import cnn, exact
+from actsteer import Ablate, Add, ProjectionAbove, Steerer, SteeringVector
+from tests.steering.test_no_waiting import WAYS, Model
+from tests.steering.test_no_waiting import V as W
+from tests.zoo import exact
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+EMPTY = "ignore:The CUDA Graph is empty"  # torch's first one is, on purpose
 V = SteeringVector({"1": torch.tensor([1.0, 2.0, 3.0, 4.0]), "3": torch.ones(4)})
 
 
@@ -27,6 +33,17 @@ def on_cpu(c, **options):
     model, x = exact(), torch.arange(8.0, dtype=torch.float64).view(2, 4)
     with Steerer(model, V, c=c, **options):
         return model(x)
+
+
+@contextmanager
+def no_waiting():
+    """A block in which waiting for the device is an error."""
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # it says that it does not see all of it
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def on_gpu():
@@ -61,6 +78,7 @@ def test_a_model_that_moves_while_it_is_steered_stays_steered():
 
 @pytest.mark.case(5)
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.filterwarnings(EMPTY)
 def test_cuda_graphs_replay_the_strength_that_is_in_the_buffer(mode):
     model, x = on_gpu()
     steerer = Steerer(model, V, c=0.0, backend="buffer").install()
@@ -74,6 +92,7 @@ def test_cuda_graphs_replay_the_strength_that_is_in_the_buffer(mode):
                 assert torch.allclose(compiled(x).cpu(), on_cpu(c))
             assert torch.allclose(compiled(x).cpu(), exact()(x.cpu()))
     steerer.uninstall()
+    assert counters["inductor"]["cudagraph_skips"] == 0
 
 
 @pytest.mark.case(24)
@@ -83,9 +102,52 @@ def test_autocast_on_the_gpu_keeps_the_dtype_of_the_output():
         assert model(x).dtype is torch.bfloat16
 
 
-def test_statistics_of_the_gpu_are_those_of_the_cpu():
-    model, x = cnn(), torch.randn(6, 3, 4, 4, dtype=torch.float64)
-    there = collect(copy.deepcopy(model).cuda(), x.cuda(), sites="0", covariance=True)
-    here = collect(model, x, sites="0", covariance=True)
-    assert torch.allclose(there["0"].mean.cpu(), here["0"].mean)
-    assert torch.allclose(there["0"].covariance.cpu(), here["0"].covariance)
+@torch.no_grad()
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.filterwarnings("ignore:positions=.generated.")
+def test_a_steered_pass_never_waits_for_the_gpu_and_computes_what_the_cpu_does(way):
+    torch.manual_seed(0)
+    here = Model().double()
+    there, ids = copy.deepcopy(here).cuda(), torch.tensor([[1, 2, 3, 4, 0], [0, 0, 1, 1, 2], [4, 4, 2, 3, 1]])
+    inputs = {"input_ids": ids, "attention_mask": torch.tensor([[1] * 5, [1] * 5, [0, 0, 1, 1, 1]])}
+    moved = {name: value.cuda() for name, value in inputs.items()}
+    with Steerer(here, W, **way), Steerer(there, W, **way):
+        there(**moved)  # brings to the device what lies on the CPU
+        with no_waiting():
+            found = there(**moved)
+        torch.testing.assert_close(found.cpu(), here(**inputs))
+
+
+def test_a_question_to_the_gpu_is_noticed():
+    with no_waiting(), pytest.raises(RuntimeError, match="synchronizing"):
+        torch.ones((), device="cuda").item()
+
+
+@pytest.mark.parametrize("intervention", [Add(), Ablate(), Add(relative=True)], ids=repr)
+def test_a_graph_that_is_captured_by_hand_replays_the_strength_that_is_in_the_buffer(intervention):
+    model, x = on_gpu()
+    steerer = Steerer(model, V, c=0.0, backend="buffer", intervention=intervention).install()
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), steerer:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            model(x)
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph):
+            out = model(x)
+        for c in (1.0, -2.0, 0.0, 3.0):
+            steerer.c = c
+            graph.replay()
+            torch.testing.assert_close(out.cpu(), on_cpu(c, intervention=intervention))
+    steerer.uninstall()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_model_stays_one(dtype):
+    model, x = on_gpu()
+    model, x = model.to(dtype), x.to(dtype)
+    with Steerer(model, V, c=2):
+        steered = model(x)
+    assert steered.dtype is dtype
+    torch.testing.assert_close(steered.double().cpu(), on_cpu(2.0), rtol=2e-2, atol=0.5)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from actsteer import (
     Ablate,
@@ -72,6 +73,42 @@ def test_no_number_is_asked_for(way, masked):
     with Steerer(model, V, **way):
         steered = model(**inputs)
     assert steered.is_meta and steered.shape == (3, 5, 8) and steered.dtype is torch.float64
+
+
+class Sent(TorchDispatchMode):
+    """Notes what is copied from the CPU to another device, which the CPU waits for unless it is told not to."""
+
+    def __init__(self):
+        super().__init__()
+        self.waited_for = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default and args[0].device != made.device:
+            self.waited_for += [] if kwargs.get("non_blocking") else [tuple(made.shape)]
+        return made
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.filterwarnings("ignore:positions=.generated.")
+def test_what_lies_on_the_cpu_is_brought_to_the_device_once_or_without_waiting(way, masked):
+    model = Model().double().to("meta")
+    inputs = {"input_ids": IDS} | ({"attention_mask": torch.ones_like(IDS)} if masked else {})
+    with Steerer(model, V, **way):
+        model(**inputs)
+        with Sent() as sent:
+            model(**inputs)
+    assert sent.waited_for == []
+
+
+@torch.no_grad()
+def test_what_is_sent_each_time_is_noticed():
+    with Sent() as sent:
+        torch.ones(2).to("meta")
+        torch.ones(3).to("meta", non_blocking=True)
+    assert sent.waited_for == [(2,)]
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from actsteer.errors import OutputError
 from actsteer.tuning.told import code_of_metric
 from tests.oracles import state
 from tests.tuning.trained import SITES, is_two, kept, points, rows, toward_two, trained, two
-from tests.zoo import llama
+from tests.zoo import llama, normal
 
 QUICK = {"controls": 0, "progress": False}
 
@@ -604,3 +604,20 @@ def test_it_is_printed_as_a_table_and_a_verdict_and_drawn(found, tmp_path):
     for suffix in ("png", "svg"):
         found.plot(tmp_path / f"pareto.{suffix}")
         assert (tmp_path / f"pareto.{suffix}").stat().st_size > 5000
+
+
+def test_a_part_of_the_features_is_calibrated_as_an_activation_that_is_the_part():
+    weight, x, retain = normal(3, 4).float(), normal(80, 8).float(), normal(80, 8, seed=2).float()
+    found = {}
+    for site, start, width in (("0[2:6]", 2, 8), ("0", 0, 4)):
+        part = slice(2 - start, 2 - start + width)
+        network = nn.Sequential(nn.Identity(), nn.Linear(width, 3, bias=False)).requires_grad_(False)
+        network[1].weight.zero_()[:, start : start + 4] = weight
+        up = OutputMetric(inputs=x[:, part], score=lambda logits: logits[:, 0].double())
+        v = SteeringVector({site: weight[0]})
+        found[site] = calibrate(network, v, evaluate=up, retain=retain[:, part], controls=9, progress=False)
+    one, other = found.values()
+    assert (one.chosen["sites"], other.chosen["sites"]) == (("0[2:6]",), ("0",))
+    for name in ("c", "dose", "effect", "cost"):
+        assert one.chosen[name] == pytest.approx(other.chosen[name], rel=1e-5)
+    assert one.percentile == other.percentile

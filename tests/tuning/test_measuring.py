@@ -9,7 +9,7 @@ from torch import nn
 from actsteer import PrincipalDirection, Steering, SteeringVector, VectorBank
 from actsteer.tuning.budget import Budget
 from actsteer.tuning.candidates import candidate
-from actsteer.tuning.controls import shuffled_banks
+from actsteer.tuning.controls import check_rows, shuffled_banks
 from actsteer.tuning.doses import Doses
 from actsteer.tuning.measuring import Measuring
 from actsteer.tuning.memory import Memory
@@ -131,3 +131,23 @@ def test_of_pairs_the_sides_are_swapped_by_chance():
     found = list(shuffled_banks(bank, {"up": sides}, estimator, count=40, generator=generator))
     cosines = torch.stack([own["up"].cosine(bank["up"]) for own in found])
     assert 5 < int((cosines > 0).sum()) < 35
+
+
+class First:
+    """Of joint statistics: the mean of the positive row less that of the negative one."""
+
+    reads = "joint"
+
+    def __call__(self, *, positive, negative):
+        toward, away = positive["0"].mean.chunk(2)
+        return SteeringVector({"0": (toward - away).float()})
+
+
+def test_joint_statistics_are_swapped_as_pairs_are():
+    generator = torch.Generator().manual_seed(0)
+    sides = {"0": torch.eye(6)}, {"0": torch.zeros(6, 6)}
+    bank = VectorBank({"up": SteeringVector({"0": torch.ones(6)})})
+    assert check_rows(bank, sides, First()) == {"up": sides}
+    found = [own["up"]["0"] for own in shuffled_banks(bank, {"up": sides}, First(), count=20, generator=generator)]
+    assert all(torch.allclose((6 * own).abs(), torch.ones(6)) for own in found)  # a sign for each pair
+    assert 30 < int((torch.stack(found) > 0).sum()) < 90

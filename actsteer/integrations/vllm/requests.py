@@ -227,7 +227,7 @@ def _end(positions: Positions) -> float:
             return max(int(positions.stop), 0)
         case int():
             return positions + 1
-        case Sequence() if not isinstance(positions, str):
+        case Sequence() if tokens_positions.are_indices(positions):
             return max(positions) + 1
     return 0
 
@@ -251,6 +251,8 @@ def _sent(positions: Positions) -> Any:
             return positions
         case _:
             assert isinstance(positions, Sequence)
+            if not tokens_positions.are_indices(positions):
+                raise PositionsError(f"positions: a request is one text; expected a list of indices, got {positions!r}")
             return list(positions)
 
 

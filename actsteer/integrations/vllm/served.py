@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from actsteer.errors import StrengthError, UnsupportedModelError
 from actsteer.files.sealed import digest as digest_of
 from actsteer.integrations.vllm.requests import Request, asked
+from actsteer.sites.place import split_features
 from actsteer.sites.resolve import select
 from actsteer.steering.gates.cosine_above import CosineAbove
 from actsteer.steering.gates.gate import AnyGate, Combination, Fitted, Gate, leaves
@@ -215,12 +216,18 @@ def served(steering: Steering) -> Served:
     bank = steering.vectors
     sites = bank.sites
     if steering.sites is not None:
-        sites = select(dict.fromkeys(sites, nn.Identity()), steering.sites, owner="the bank")
+        sites = select(dict.fromkeys(sites, nn.Identity()), steering.sites, owner="the bank", model=nn.Identity())
     interventions, gates = interventions_of(bank, steering.intervention), gates_of(bank, steering.gate)
     scores = {id(leaf): leaf for gate in gates.values() for leaf in leaves(gate)}
     places = {key: place for place, key in enumerate(scores)}
     made_for = [(f"the vector {name!r}", metadata) for name, metadata in metadata_in(bank).items()]
     made_for += [(f"the gate {leaf!r}", leaf.metadata) for leaf in scores.values() if isinstance(leaf, Fitted)]
+    for site in (*sites, *(leaf.site for leaf in scores.values())):
+        if split_features(site)[1]:
+            raise UnsupportedModelError(
+                f"site {site!r}: whole activations are served, and no part of their features; give the whole site a "
+                "vector with zeros elsewhere"
+            )
     for site in sites:
         if (axis := axes_of_bank(bank, [site]).get(f"axis {site}", "-1")) not in ("-1", "2"):
             raise UnsupportedModelError(

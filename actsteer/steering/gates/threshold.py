@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TypeAlias
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from actsteer.collecting.statistics import Statistics
@@ -22,14 +23,24 @@ def best_split(gate: ScoredGate, *, positive: Evidence, negative: Evidence) -> f
     Raises:
         StatisticsError: no threshold tells the sides apart, or a side is empty.
     """
-    high, low = (_scores(gate, side) for side in (positive, negative))
+    threshold, accuracy = split(*(_scores(gate, side) for side in (positive, negative)))
+    if accuracy <= 0.5:
+        raise StatisticsError("no threshold separates the positive side from the negative; is the sign reversed?")
+    return threshold
+
+
+def split(high: Float[Tensor, " n"], low: Float[Tensor, " m"]) -> tuple[float, float]:
+    """The threshold, midway between neighbouring scores, at which the balanced accuracy is largest; and that accuracy.
+
+    >>> split(torch.tensor([2.0, 3.0, 4.0, 0.0]), torch.tensor([0.0, 1.0, -1.0, -2.0]))
+    (1.5, 0.875)
+    """
     values = torch.unique(torch.cat([high, low]))
     above = 1 - torch.searchsorted(high.sort().values, values, right=True) / len(high)
     below = torch.searchsorted(low.sort().values, values, right=True) / len(low)
     best = int((above + below).argmax())
-    if float(above[best] + below[best]) <= 1.0:
-        raise StatisticsError("no threshold separates the positive side from the negative; is the sign reversed?")
-    return float(values[best] + values[min(best + 1, len(values) - 1)]) / 2
+    threshold = float(values[best] + values[min(best + 1, len(values) - 1)]) / 2
+    return threshold, float(above[best] + below[best]) / 2
 
 
 def _scores(gate: ScoredGate, evidence: Evidence) -> Tensor:

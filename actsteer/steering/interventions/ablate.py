@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from actsteer.errors import ShapeError, SiteNotFoundError, close_names
+from actsteer.sites.device import brought
 from actsteer.steering.norms import nonzero_unit, unit
 from actsteer.steering.numbers import check_flag
 from actsteer.vectors.vector import SteeringVector
@@ -95,7 +96,7 @@ class Ablate:
             raise TypeError("around: it has a mean for each site; take that of one with .at(site)")
         if len(self.around) != len(along):
             raise ShapeError(f"around: the mean has {len(self.around)} features, the direction {len(along)}")
-        middle: Tensor = self.around.to(along) @ along
+        middle: Tensor = brought(self.around, along.device, along.dtype) @ along
         return middle
 
     def __eq__(self, other: object) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from actsteer.errors import ShapeError, SiteNotFoundError, close_names
+from actsteer.sites.device import brought
 from actsteer.steering.alone import load_edit, save_edit
 from actsteer.vectors.vector import SteeringVector, named
 
@@ -29,7 +30,9 @@ class AffineAt:
         self, activation: Float[Tensor, "*batch d"], direction: Float[Tensor, " d"], c: Float[Tensor, ...]
     ) -> Float[Tensor, "*batch d"]:
         """The activation on its way to W h + b, which it is at c = 1."""
-        goal = linear(activation, self.weight.to(activation), self.bias.to(activation))
+        goal = linear(
+            activation, *(brought(part, activation.device, activation.dtype) for part in (self.weight, self.bias))
+        )
         return torch.lerp(activation, goal, c.to(activation))
 
     def prepare(
@@ -99,6 +102,13 @@ class Affine:
     def described(self, metadata: Mapping[str, str]) -> Affine:
         """The same edit with other metadata."""
         return Affine({site: self[site] for site in self._parts}, metadata=metadata)
+
+    def __or__(self, other: object) -> Affine:
+        """The edits of both; where both have a site, the right one's stands, as in a dict."""
+        if not isinstance(other, Affine):
+            return NotImplemented
+        described = (self.constant + other.constant).metadata
+        return Affine({site: edit[site] for edit in (self, other) for site in edit.sites}, metadata=described)
 
     def saved(self) -> dict[str, Any]:
         """What it is made with; see `Saved`."""

@@ -78,6 +78,41 @@ class Prepared(Intervention, Protocol):
 
 
 @runtime_checkable
+class Placed(Intervention, Protocol):
+    """An intervention that has values for single tokens, or rows, and does not know where these are in an activation.
+
+    It is optional. The Steerer, which knows, asks for the intervention of the pass that runs before it calls it; inside
+    `Chain` and `KeepNorm` it is called as it is.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from actsteer import Steerer, SteeringVector
+    >>> class AddTo:
+    ...     def __init__(self, values):
+    ...         self.values = values
+    ...
+    ...     def __call__(self, activation, direction, c):
+    ...         return activation + c * self.values
+    ...
+    ...     def placed(self, place):
+    ...         return AddTo(place(self.values))
+    >>> model, v = nn.Sequential(nn.Identity()), SteeringVector({"0": torch.zeros(1)})
+    >>> with Steerer(model, v, intervention=AddTo(torch.tensor([[7.0]])), positions=[1]):
+    ...     model(torch.zeros(1, 3, 1)).flatten()
+    tensor([0., 7., 0.])
+    """
+
+    def placed(self, place: Callable[[Float[Tensor, "*shape d"]], Float[Tensor, "*batch d"]]) -> Intervention:
+        """The intervention of one pass.
+
+        Args:
+            place: gives values the shape of the activation. They are (n, d), in the order in which `record` gives the
+                activations of the tokens that are steered, or of the activation's shape in the pass with the prompt.
+        """
+        ...
+
+
+@runtime_checkable
 class PerSite(Protocol):
     """An intervention that is another one at each site; it goes wherever an `Intervention` does."""
 
@@ -94,7 +129,8 @@ class PerSite(Protocol):
 class Edit(PerSite, Protocol):
     """An intervention that has its sites, and takes the place of vectors in `Steerer(model, edit)`.
 
-    An estimator may return one in the place of a SteeringVector, and `fit` names it by `described`.
+    An estimator may return one in the place of a SteeringVector, and `fit` names it by `described`. With `one | other`,
+    which has the sites of both, it may be fitted `one_by_one` too.
 
     >>> import torch
     >>> from torch import nn

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from actsteer.errors import ShapeError, SiteNotFoundError, close_names
+from actsteer.sites.device import brought
 from actsteer.steering.alone import load_edit, save_edit
 from actsteer.vectors.vector import SteeringVector, named
 
@@ -30,7 +31,8 @@ class LowRankAt:
         self, activation: Float[Tensor, "*batch d"], direction: Float[Tensor, " d"], c: Float[Tensor, ...]
     ) -> Float[Tensor, "*batch d"]:
         """The edited activation; the direction is not used."""
-        reads, adds, offsets = (part.to(activation) for part in (self.reads, self.adds, self.offsets))
+        parts = (self.reads, self.adds, self.offsets)
+        reads, adds, offsets = (brought(part, activation.device, activation.dtype) for part in parts)
         return activation + c * linear(linear(activation, reads, offsets), adds.T)
 
     def prepare(
@@ -107,6 +109,13 @@ class LowRank:
     def constant(self) -> SteeringVector:
         """What is added whatever the activation, Uᵀ b: the part of the edit that is plain steering."""
         return SteeringVector({site: p.adds.T @ p.offsets for site, p in self._parts.items()}, metadata=self._metadata)
+
+    def __or__(self, other: object) -> LowRank:
+        """The edits of both; where both have a site, the right one's stands, as in a dict."""
+        if not isinstance(other, LowRank):
+            return NotImplemented
+        described = (self.constant + other.constant).metadata
+        return LowRank({site: edit[site] for edit in (self, other) for site in edit.sites}, metadata=described)
 
     def saved(self) -> dict[str, Any]:
         """What it is made with; see `Saved`."""

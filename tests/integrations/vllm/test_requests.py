@@ -133,6 +133,8 @@ def test_steer_checks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         steer(1, positions=lambda batch: batch)
     with pytest.raises(PositionsError, match="one text"):
         steer(1, positions=torch.ones(2, 3, dtype=torch.bool))
+    with pytest.raises(PositionsError, match="one text"):
+        steer(1, positions=[[0], [1]])
     monkeypatch.setenv("VLLM_PLUGINS", "other")
     with pytest.raises(UnsupportedModelError, match="VLLM_PLUGINS"):
         steer(1)

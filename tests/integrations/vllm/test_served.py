@@ -417,6 +417,15 @@ def test_features_on_another_axis_are_refused() -> None:
         served(Steering(v))
 
 
+def test_parts_of_the_features_are_refused() -> None:
+    part, whole = SteeringVector({"layers.0[0:2]": drawn(2)}), SteeringVector({"layers.0": drawn(D)})
+    gate = ProjectionAbove(SteeringVector({"layers.0[0:2]": drawn(2)}), 0.0)
+    for steering in (Steering(part), Steering(whole, gate=gate), Steering(VectorBank({"p": part, "w": whole}))):
+        with pytest.raises(UnsupportedModelError, match=r"site 'layers.0\[0:2\]': whole activations are served"):
+            served(steering)
+    assert served(Steering(VectorBank({"p": part, "w": whole}), sites="layers.0")).stages.keys() == {"layers.0"}
+
+
 def test_gated_concepts_at_other_sites_have_another_shape() -> None:
     one, other = (
         VectorBank({"a": SteeringVector(a), "b": SteeringVector(b)})
