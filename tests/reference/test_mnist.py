@@ -12,6 +12,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import reference.mnist
+import reference.zoo
 from actsteer import record
 from reference.mnist import __main__ as command
 from reference.mnist import data, multi, suite
@@ -23,7 +24,7 @@ from reference.mnist.self import probed
 from reference.mnist.study import Budget, Edit, Study, steered
 from reference.mnist.suite import SIGMAS, Task, tasks_for
 
-FILES = sorted(Path(reference.mnist.__file__).parent.glob("*.py"))
+FILES = [file for own in (reference.mnist, reference.zoo) for file in sorted(Path(own.__file__).parent.glob("*.py"))]
 TINY = Budget(epochs=1, steps=20, last_site_steps=20, stage_steps=10, stages=1)
 
 
@@ -218,7 +219,7 @@ def test_the_weights_are_never_touched():
     assert study.held_out(model)["retained"] == 1.0
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_the_reference_uses_public_names_alone_and_hooks_nothing_itself(path):
     tree = ast.parse(path.read_text())
     imported = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
