@@ -18,7 +18,7 @@ from reference.language.model import ModelMissingError, folder, load
 from reference.language.report import TABLES, Results, sections, write_report
 from reference.language.study import FULL, QUICK, Study
 
-Experiment = Literal["sentiment", "topic", "refusal", "low_rank", "generations", "all"]
+Experiment = Literal["sentiment", "topic", "refusal", "low_rank", "prompt", "generations", "all"]
 console = Console()
 if not console.is_terminal:
     console.width = 140

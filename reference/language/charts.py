@@ -79,6 +79,22 @@ def low_rank(document: Mapping[str, Any]) -> Figure:
     return figure
 
 
+def prompt(document: Mapping[str, Any]) -> Figure:
+    """How far the answers without the prompt are from those with it, by what steers."""
+    figure = Figure(figsize=(9, 2.8), layout="constrained")
+    axes = figure.subplots()
+    kl = document["kl"]
+    colors = [UNSTEERED, CONTROL, *[STEERED] * (len(kl) - 2)]
+    bars = axes.barh(list(kl), [own["asked"] for own in kl.values()], color=colors)
+    axes.bar_label(bars, [f"{own['asked']:.3f}" for own in kl.values()], padding=3)
+    axes.plot([own["taught"] for own in kl.values()], list(kl), "|", color=ink(), markersize=16, label="when fitted")
+    axes.set_xlabel("KL(prompted ‖ not prompted) on held-out questions, nats for a token")
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.legend(loc="lower right")
+    return figure
+
+
 def _dots(axes: Axes, rows: Mapping[str, tuple[list[float], str]]) -> None:
     """A row of dots for each, none of which hides another."""
     for place, (values, color) in enumerate(rows.values()):

@@ -178,6 +178,7 @@ APOLOGY = "I'm sorry"
 """How SmolLM2 begins where it says that it cannot."""
 
 # --- a prompt to distil ----------------------------------------------------------------------------------------------
+SYSTEM = "You are a pirate. Answer every question as a pirate would."
 TAUGHT = [
     *_every("Tell me about {}.", "the sea, cats, trains, winter, music, bread, schools, the moon, markets, football"),
     *_every("What is {} good for?", "salt, sleep, a bicycle, a garden, a map, rain"),

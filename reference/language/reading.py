@@ -10,6 +10,7 @@ TITLES = {
     "topic": "2. A condition: only where the prompt is about cooking",
     "refusal": "3. Apologies: a direction taken out at every writer of the residual stream",
     "low_rank": "4. An edit of rank 4, trained on 64 prompts",
+    "prompt": "5. A prompt, distilled into an edit",
     "generations": "6. Side by side",
 }
 
@@ -46,6 +47,11 @@ GLOSSARY = {
         "low_rank": "h + Rᵀ(W h + b - R h), trained; how much it adds along four directions depends on the activation.",
         "right": "log-odds above 0 where the prompt is about cooking, and below 0 where not; the mean of both shares.",
     },
+    "prompt": {
+        "KL": "KL(prompted ‖ not prompted) at the tokens of the answers, in nats for a token.",
+        "constant": "the mean difference of the activations with the prompt and without it.",
+        "rank 1": "h + a(h) v, with a(h) affine in the activation h; rank 8 and full rank: along more directions.",
+    },
     "generations": {
         "c = 2, c = -2": "the sentiment vector of experiment 1, at twice its length, at all tokens.",
         "answer cheerfully": "the unsteered model, asked to in the question.",
@@ -61,6 +67,9 @@ CAPTIONS = {
     likely; crosses are random directions taken out at the same places.""",
     "low_rank": """The log-odds of good words for every held-out prompt. Cooking is to be right of the dashed line,
     and all else left of it; a constant vector moves both alike.""",
+    "prompt": """How far the answers without the prompt are from those with it, on held-out questions; grey is the
+    constant vector, orange the edits whose strength depends on the activation. Lines: the questions by which they
+    were fitted.""",
 }
 
 
@@ -78,7 +87,7 @@ def moved(document: Mapping[str, Any], c: float) -> float:
 def worst_control(document: Mapping[str, Any], kind: str) -> float:
     """The largest move of the log-odds by a control of experiment 1."""
     plain = document["unsteered"]["log_odds"]
-    return max(abs(row["log_odds"] - plain) for own in document["controls"][kind] for row in own)
+    return float(max(abs(row["log_odds"] - plain) for own in document["controls"][kind] for row in own))
 
 
 def cost(document: Mapping[str, Any], c: float) -> float:
@@ -149,10 +158,20 @@ def _generations(document: Mapping[str, Any]) -> str:
     steering. They are all the questions that were asked, none left out."""
 
 
+def _prompt(document: Mapping[str, Any]) -> str:
+    kl = {name: own["asked"] for name, own in document["kl"].items()}
+    best = min(list(kl)[2:], key=lambda name: kl[name])
+    return f"""The prompt is “{document["prompt"]}”. Without it the answers are {kl["unsteered"]:.3f} nats for a token
+    from the prompted model's, on {document["answers"]["asked"]} questions that no edit was fitted on. The constant
+    vector leaves {kl["constant"]:.3f}, one direction with a strength that depends on the activation
+    {kl["rank 1"]:.3f}; the best of the edits, {best}, leaves {kl[best]:.3f}, {kl[best] / kl["unsteered"]:.0%}."""
+
+
 READINGS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "sentiment": _sentiment,
     "topic": _topic,
     "refusal": _refusal,
     "low_rank": _low_rank,
+    "prompt": _prompt,
     "generations": _generations,
 }

@@ -37,6 +37,7 @@ def draw(results: Results, out: Path) -> dict[str, list[Drawn]]:
         "topic": charts.topic,
         "refusal": charts.refusal,
         "low_rank": charts.low_rank,
+        "prompt": charts.prompt,
     }
     return {
         name: [save(partial(plots[name], document), out, name, CAPTIONS[name])] if name in plots else []
@@ -121,6 +122,12 @@ def _low_rank(document: Mapping[str, Any]) -> tuple[Row, list[Row]]:
     ]
 
 
+def _prompt(document: Mapping[str, Any]) -> tuple[Row, list[Row]]:
+    return ["edit", "KL, held-out questions", "fitted ones"], [
+        [name, f"{own['asked']:.3f}", f"{own['taught']:.3f}"] for name, own in document["kl"].items()
+    ]
+
+
 def _generations(document: Mapping[str, Any]) -> tuple[Row, list[Row]]:
     names = list(document["answers"])
     answers = zip(*document["answers"].values(), strict=True)
@@ -134,5 +141,6 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], tuple[Row, list[Row]]]] = {
     "topic": _topic,
     "refusal": _refusal,
     "low_rank": _low_rank,
+    "prompt": _prompt,
     "generations": _generations,
 }

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from actsteer import Calibration, Steerer, SteeringVector, calibrate, record, sweep
-from reference.language.data import CHOOSE, ENDINGS, NEUTRAL, PAIRS, PROMPTS
+from reference.language.data import CHOOSE, ENDINGS, NEUTRAL, PAIRS, PROMPTS, REPORT
 from reference.language.study import DEPTH, Study, as_long_as, drawn_like
 
 DEPTHS = (0.5, DEPTH, 0.8)
@@ -55,7 +55,7 @@ class Mood:
         study = self._study
         begins = [prefix + begin for begin in self._begins]
         happier = study.of_ends(begins, self._happy) - study.of_ends(begins, self._unhappy)
-        odds = study.log_odds([prefix + prompt for prompt in study.reported])(study.model)
+        odds = study.log_odds([prefix + prompt for prompt in study.some(REPORT)])(study.model)
         return {
             "log_odds": float(odds.mean()),
             "endings": float(happier.mean()),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from actsteer import OutputMetric, SteeringVector, residual_sites
 from actsteer.integrations.transformers import Text, TextBatches, fit_pairs, text_batches
-from reference.language.data import BAD, GOOD, NEUTRAL, PAIRS, REPORT
+from reference.language.data import BAD, GOOD, NEUTRAL, PAIRS
 
 T = TypeVar("T")
 DEPTH = 0.65
@@ -86,7 +86,7 @@ class Study:
 
     def odds(self, output: Any, last: Tensor) -> Float[Tensor, " rows"]:
         """The same of a model's output, where `last` is each row's last token."""
-        logp = output.logits[torch.arange(len(last)), last].log_softmax(dim=-1)
+        logp: Tensor = output.logits[torch.arange(len(last)), last].log_softmax(dim=-1)
         good, bad = (logp[:, self._words(words)].logsumexp(dim=1) for words in (GOOD, BAD))
         return good - bad
 
@@ -127,11 +127,6 @@ class Study:
         counts = [len(ids) - 1 for ids in self.batches(texts).ids]
         logp = self.likelihood(self.batches([prefix + text for text in texts]), counts)
         return float((-logp.sum() / sum(counts)).exp())
-
-    @cached_property
-    def reported(self) -> list[str]:
-        """The prompts on which the sentiment is reported."""
-        return self.some(REPORT)
 
 
 def drawn_like(rows: Float[Tensor, "n d"], vector: SteeringVector, generator: torch.Generator) -> SteeringVector:

@@ -23,7 +23,10 @@ RATE = 0.05
 
 def run(study: Study) -> dict[str, Any]:
     """Both gates, and what the sentiment vector does behind the better one."""
-    sides: dict[str, Any] = {"positive": study.batches(prompts(study, COOKING)), "negative": study.batches(prompts(study, OTHER))}
+    sides: dict[str, Any] = {
+        "positive": study.batches(prompts(study, COOKING)),
+        "negative": study.batches(prompts(study, OTHER)),
+    }
     how: dict[str, Any] = {"sites": study.site(DEPTH), "positions": "last", "concept": "cooking", "progress": False}
     probe = fit(study.model, **sides, estimator=LogisticDirection(), **how)
     mean = fit(study.model, **sides, estimator=MeanDifference(), **how)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import reference.language
 from actsteer import Steerer, SteeringVector
 from reference.language import __main__ as command
-from reference.language import data, low_rank, refusal, sentiment, topic
+from reference.language import data, low_rank, prompt, refusal, sentiment, topic
 from reference.language.model import cache, load, packaged
 from reference.language.reading import GLOSSARY, readings
 from reference.language.report import TABLES
@@ -75,14 +75,14 @@ def test_every_experiment_has_its_json_its_table_and_its_reading(results):
         assert document["experiment"] == name and document["quick"] is True
         assert document["seconds"]["processor"] > 0 and {"torch", "actsteer"} <= document["versions"].keys()
         assert readings({name: document})[name] in text_of((out / "report.html").read_text())
-    assert all(f"{number}. " in printed for number in (1, 2, 3, 4, 6))
+    assert all(f"{number}. " in printed for number in range(1, 7))
 
 
 def test_the_report_is_self_contained_and_names_what_its_tables_name(results):
     out, _ = results
     report = (out / "report.html").read_text()
     figures = list(out.glob("*.png"))
-    assert len(figures) == 2 * 4 and report.count("data:image/png;base64,") == len(figures)
+    assert len(figures) == 2 * 5 and report.count("data:image/png;base64,") == len(figures)
     assert not re.findall(r'(?:src|srcset|href)="(?!data:)', report)
     assert report.count("<table") == len(TABLES) and "A quick run" in report
     for lines in GLOSSARY.values():
@@ -99,8 +99,8 @@ def text_of(html):
 def test_the_log_odds_are_those_of_the_next_word_of_each_text_alone(study):
     prompts = ["The hotel by the lake was", "This", "We baked the potatoes for dinner, and it was"]
     found = study.log_odds(prompts)(study.model)
-    for prompt, own in zip(prompts, found, strict=True):
-        ids = torch.tensor([study.tokenizer(prompt)["input_ids"]])
+    for text, own in zip(prompts, found, strict=True):
+        ids = torch.tensor([study.tokenizer(text)["input_ids"]])
         with torch.no_grad():
             p = study.model(ids).logits[0, -1].double().softmax(dim=0)
         good, bad = (sum(p[study.tokenizer(word)["input_ids"][0]] for word in words) for words in (data.GOOD, data.BAD))
@@ -209,6 +209,16 @@ def test_the_prompts_that_teach_alternate_and_a_vector_and_an_edit_are_trained(s
             assert low_rank.measured(study) != plain
 
 
+def test_what_is_left_of_a_prompt_is_nothing_where_it_is_there_and_the_answers_are_the_same(study):
+    pairs = prompt.answered(study, data.ASKED[:3])
+    where = prompt.Answering(study.tokenizer)
+    goal, plain = (prompt.said(study, side, where) for side in zip(*pairs, strict=True))
+    assert goal.shape == plain.shape and not torch.equal(goal, plain)
+    assert prompt.apart(goal, goal) == 0 < prompt.apart(goal, plain)
+    for prompted, alone in pairs:
+        assert prompted[1:] == alone and prompted[0] == {"role": "system", "content": data.SYSTEM}
+
+
 # --- what is written -------------------------------------------------------------------------------------------------
 def test_no_text_that_reports_was_seen_before():
     before = ["PAIRS", "CHOOSE", "COOKING", "OTHER", "OTHER_KEPT", "IMPOSSIBLE", "POSSIBLE", "TAUGHT"]
@@ -237,7 +247,7 @@ def test_the_reference_uses_public_names_alone_and_hooks_nothing_itself(path):
 @pytest.mark.skipif(not (cache().exists() or packaged()), reason="SmolLM2 is not installed")
 def test_the_raw_mean_difference_moves_the_log_odds_of_smollm2_both_ways_at_little_cost():
     study = Study(*load())
-    prompts, plain = study.reported, study.perplexity()
+    prompts, plain = study.some(data.REPORT), study.perplexity()
     before = study.log_odds(prompts)(study.model)
     for c in (1.0, -1.0):
         with Steerer(study.model, study.sentiment, c=c):
