@@ -6,6 +6,7 @@ from actsteer.collecting.collect import collect as collect
 from actsteer.collecting.moments import Moments as Moments
 from actsteer.collecting.pairs import CrossMoments as CrossMoments
 from actsteer.collecting.pairs import collect_differences as collect_differences
+from actsteer.collecting.pairs import collect_joint as collect_joint
 from actsteer.collecting.pairs import collect_pairs as collect_pairs
 from actsteer.collecting.record import record as record
 from actsteer.collecting.statistics import Statistics as Statistics
@@ -32,15 +33,17 @@ from actsteer.errors import ZeroDirectionError as ZeroDirectionError
 from actsteer.estimators.align import align as align
 from actsteer.estimators.centroids import Centroids as Centroids
 from actsteer.estimators.concept_erasure import ConceptErasure as ConceptErasure
+from actsteer.estimators.conceptor import Conceptor as Conceptor
 from actsteer.estimators.discover import discover as discover
 from actsteer.estimators.estimator import Estimator as Estimator
 from actsteer.estimators.fit import fit as fit
+from actsteer.estimators.gaussian_map import GaussianMap as GaussianMap
 from actsteer.estimators.layer_mean import LayerMean as LayerMean
 from actsteer.estimators.logistic_direction import LogisticDirection as LogisticDirection
 from actsteer.estimators.mean_difference import MeanDifference as MeanDifference
-from actsteer.estimators.moment_matching import MomentMatching as MomentMatching
 from actsteer.estimators.null_space import NullSpace as NullSpace
 from actsteer.estimators.optimize import optimize as optimize
+from actsteer.estimators.paired_map import PairedMap as PairedMap
 from actsteer.estimators.principal_direction import PrincipalDirection as PrincipalDirection
 from actsteer.estimators.retention import Retain as Retain
 from actsteer.estimators.ridge_direction import RidgeDirection as RidgeDirection
@@ -85,6 +88,7 @@ from actsteer.steering.interventions.keep_norm import KeepNorm as KeepNorm
 from actsteer.steering.interventions.low_rank import LowRank as LowRank
 from actsteer.steering.interventions.replace import Replace as Replace
 from actsteer.steering.interventions.rotate import Rotate as Rotate
+from actsteer.steering.interventions.soft_projection import SoftProjection as SoftProjection
 from actsteer.steering.saving import Saved as Saved
 from actsteer.steering.steerer import Steerer as Steerer
 from actsteer.steering.steering import Steering as Steering

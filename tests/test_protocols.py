@@ -269,6 +269,11 @@ def test_an_estimator_is_given_what_it_reads():
     for statistics, rows in zip(pairs.seen, (high - low, low - high), strict=True):
         torch.testing.assert_close(statistics["0"].mean, rows.mean(0))
         torch.testing.assert_close(statistics["0"].covariance, rows.T.cov())
+    joint = OwnEstimator("joint")
+    fit(model, estimator=joint, **OPTIONS)
+    for statistics in joint.seen:
+        torch.testing.assert_close(statistics["0"].mean, torch.cat([high, low], dim=1).mean(0))
+        torch.testing.assert_close(statistics["0"].covariance, torch.cat([high, low], dim=1).T.cov())
 
 
 def test_an_estimator_of_rows_has_them_at_once_or_block_by_block():
@@ -285,7 +290,7 @@ def test_an_estimator_of_rows_has_them_at_once_or_block_by_block():
             torch.testing.assert_close(torch.cat(blocks), expected)
 
 
-@pytest.mark.parametrize("reads", ["means", "variances", "covariance", "pairs", "rows"])
+@pytest.mark.parametrize("reads", ["means", "variances", "covariance", "pairs", "joint", "rows"])
 def test_what_an_estimator_gives_is_named_and_described_and_survives_a_file(reads, tmp_path):
     model = network()
     options = OPTIONS | {"axis": 1, "concept": "kind"}
@@ -313,7 +318,7 @@ EDITS = {
 
 
 @pytest.mark.parametrize("make", EDITS.values(), ids=EDITS)
-@pytest.mark.parametrize("reads", ["means", "pairs", "rows"])
+@pytest.mark.parametrize("reads", ["means", "pairs", "joint", "rows"])
 def test_an_estimator_may_give_any_edit(make, reads):
     model = network()
     estimator = OwnEstimator(reads, make)

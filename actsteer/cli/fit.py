@@ -14,7 +14,7 @@ from actsteer.cli.options import BatchSize, Chat, Device, DtypeName, OutPath, Ro
 from actsteer.cli.show import describe
 from actsteer.collecting.statistics import Statistics
 from actsteer.estimators import fit as fitting
-from actsteer.estimators.estimator import Estimator, check_estimator
+from actsteer.estimators.estimator import COVARIANCE, Estimator, check_estimator
 from actsteer.estimators.logistic_direction import LogisticDirection
 from actsteer.estimators.mean_difference import MeanDifference
 from actsteer.estimators.principal_direction import PrincipalDirection
@@ -66,7 +66,7 @@ def fit(
     if _are_statistics(positive, negative):
         if asked is not None:
             raise typer.BadParameter("statistics have their positions already", param_hint="--positions")
-        if made.reads in ("pairs", "rows"):
+        if made.reads not in COVARIANCE:
             raise typer.BadParameter(
                 f"{estimator} reads {made.reads}, which statistics do not have; give it texts", param_hint="--estimator"
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import zip_longest
 from typing import Any, final
 
@@ -14,6 +14,7 @@ from actsteer.collecting.batches import Batches, iterate
 from actsteer.collecting.collect import described_axes
 from actsteer.collecting.moments import Covariance, Moments, absorb, exact
 from actsteer.collecting.observe import Observation, Step
+from actsteer.collecting.processes import announced, in_step, is_alone, replicas
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import BatchError, ShapeError, StatisticsError
 from actsteer.sites import fingerprint
@@ -21,6 +22,9 @@ from actsteer.sites.axes import Axes
 from actsteer.sites.resolve import Sites, find_sites
 from actsteer.tokens.positions import Positions, described
 from actsteer.tokens.whose import Masks
+
+JOINT = {"pairs": "side by side"}
+"""What the metadata of joint statistics say, so that no others are taken for them."""
 
 
 @final
@@ -147,49 +151,110 @@ def collect_differences(
     >>> collect_differences(model, torch.ones(4, 2), torch.zeros(4, 2), sites="0")["0"].mean
     tensor([1., 1.], dtype=torch.float64)
     """
-    names = find_sites(model, sites)
-    observation = Observation(
-        model,
-        names,
-        axis=axis,
-        row_axis=row_axis,
-        token_axis=token_axis,
-        mask=mask,
-        positions=positions,
-        stop=stop,
-    )
-    sums: dict[str, Moments] = {}
+    where: dict[str, Any] = {"axis": axis, "row_axis": row_axis, "token_axis": token_axis, "mask": mask}
+    observation = Observation(model, find_sites(model, sites), **where, positions=positions, stop=stop)
+    pairs = _paired(positive, negative, batch_size=batch_size, progress=progress)
+    moments = _collected(observation, pairs, _difference, covariance=covariance)
+    metadata = fingerprint.described(model) | described(positions) | described_axes(observation.axes, axis)
+    return Statistics(moments, metadata=metadata, replicas=replicas(model))
+
+
+def collect_joint(
+    model: nn.Module,
+    positive: Batches,
+    negative: Batches,
+    *,
+    sites: Sites,
+    positions: Positions = "all",
+    axis: Axes | None = None,
+    row_axis: Axes | None = None,
+    token_axis: Axes | None = None,
+    mask: Masks | None = None,
+    batch_size: int = 256,
+    stop: bool = True,
+    progress: bool = True,
+) -> Statistics:
+    """The statistics, with covariance, of (x₊, x₋) side by side over pairs of rows: 2d features at a site of d.
+
+    Their covariance has that of each side and, off the diagonal, the one across. They merge, travel and are saved as
+    any others.
+
+    Args: as for `collect_differences`. The positions are those of each side's own texts, which may differ in length,
+        as with a prompt and without one, as long as they choose as many tokens of both.
+
+    Raises:
+        BatchError: the sides do not pair up; else as `collect`.
+
+    >>> model = nn.Sequential(nn.Identity())
+    >>> collect_joint(model, torch.ones(4, 2), torch.zeros(4, 2), sites="0")["0"].mean
+    tensor([1., 1., 0., 0.], dtype=torch.float64)
+    """
+    where: dict[str, Any] = {"axis": axis, "row_axis": row_axis, "token_axis": token_axis, "mask": mask}
+    observation = Observation(model, find_sites(model, sites), **where, positions=positions, stop=stop)
+    pairs = _paired(positive, negative, batch_size=batch_size, progress=progress)
+    moments = _collected(observation, pairs, beside, covariance=True)
+    metadata = fingerprint.described(model) | described(positions) | described_axes(observation.axes, axis)
+    return Statistics(moments, metadata=metadata | JOINT, replicas=replicas(model))
+
+
+def beside(positive: Float[Tensor, "n d"], negative: Float[Tensor, "n d"]) -> Float[Tensor, "n twice"]:
+    """Both rows of each pair as one."""
+    return torch.cat([positive, negative], dim=1)
+
+
+def _difference(positive: Float[Tensor, "n d"], negative: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """Of both rows of each pair, in float64."""
+    return exact(positive) - exact(negative)
+
+
+def _paired(positive: Batches, negative: Batches, *, batch_size: int, progress: bool) -> Iterator[tuple[Any, Any]]:
+    """The batches of both sides, two by two."""
+    missing: Any = object()
+    options: dict[str, Any] = {"batch_size": batch_size, "may_be_empty": not is_alone()}  # a share of nothing
     sides = (
-        iterate(positive, batch_size=batch_size, progress=progress, label="collect pairs"),
-        iterate(negative, batch_size=batch_size, progress=False, label=""),
+        iterate(positive, progress=progress, label="collect pairs", **options),
+        iterate(negative, progress=False, label="", **options),
     )
+    for toward, away in zip_longest(*sides, fillvalue=missing):
+        if toward is missing or away is missing:
+            raise BatchError("one side has more batches than the other; give every positive row its negative one")
+        yield toward, away
+
+
+def _collected(
+    observation: Observation,
+    pairs: Iterable[tuple[Any, Any]],
+    combine: Callable[[Tensor, Tensor], Tensor],
+    *,
+    covariance: Covariance,
+) -> dict[str, Moments]:
+    """The moments of what `combine` makes of the rows of both sides."""
+    sums: dict[str, Moments] = {}
 
     def steps() -> Iterator[Step]:
-        missing: Any = object()
-        for toward, away in zip_longest(*sides, fillvalue=missing):
-            if toward is missing or away is missing:
-                raise BatchError("one side has more batches than the other; give every positive row its negative one")
+        for toward, away in in_step(pairs, observation.model):
             one, other = _Seen(), _Seen()
             yield Step(toward, one.keep)
             yield Step(away, other.keep)
-            for site in names:
-                absorb(sums, site, _difference(site, one, other), covariance=covariance)
+            for site in observation.sites:
+                absorb(sums, site, combine(*_facing(site, one, other)), covariance=covariance)
 
-    observation.run(steps())
-    metadata = fingerprint.described(model) | described(positions) | described_axes(observation.axes, axis)
-    return Statistics({site: sums[site] for site in names}, metadata=metadata)
+    with announced():
+        observation.run(steps())
+    nothing = Moments.empty(0, covariance=covariance)
+    return {site: sums.get(site, nothing) for site in observation.sites}
 
 
-def _difference(site: str, one: _Seen, other: _Seen) -> Tensor:
-    """The rows of one side less those of the other, in float64."""
+def _facing(site: str, one: _Seen, other: _Seen) -> tuple[Tensor, Tensor]:
+    """The rows of both sides."""
     rows, facing = one.rows(site), other.rows(site)
     if rows.shape != facing.shape or not torch.equal(one.owners(site), other.owners(site)):
         raise BatchError(
             f"site {site!r}: {len(rows)} activations on the positive side and {len(facing)} on the negative one, "
-            "not the same number from each row; pair them up, with positions='last' or 'mean' if the "
+            "not the same number from each row; pair them up, with positions='last', 'mean' or slice(-n, None) if the "
             "sequences differ in length"
         )
-    return exact(rows) - exact(facing)
+    return rows, facing
 
 
 @final
@@ -204,7 +269,9 @@ class _Seen:
         self._parts.setdefault(site, []).append((rows.clone(), owners.cpu()))
 
     def rows(self, site: str) -> Tensor:
-        """All rows of a site, in the order in which they were seen."""
+        """All rows of a site, in the order in which they were seen; BatchError where there are none."""
+        if site not in self._parts:
+            raise BatchError(f"site {site!r} saw no rows of a batch; does it run, and do the positions choose a token?")
         return torch.cat([rows for rows, _ in self._parts[site]])
 
     def owners(self, site: str) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from actsteer.collecting.pairs import CrossMoments
 from actsteer.collecting.statistics import Statistics
-from actsteer.errors import ShapeError, SiteNotFoundError, StatisticsError
-from actsteer.estimators.estimator import solved
+from actsteer.errors import ShapeError, SiteNotFoundError
+from actsteer.estimators.estimator import ridged
 from actsteer.sites import fingerprint
 from actsteer.vectors.site_map import SiteMap
 
@@ -85,9 +85,4 @@ def _weight(joint: Tensor, stats: Statistics, site: str, method: Method, ridge: 
         left, _, right = torch.linalg.svd(joint, full_matrices=False)
         turned: Tensor = left @ right
         return turned
-    covariance = stats[site].covariance
-    covariance.diagonal().add_(ridge * covariance.trace() / len(covariance))
-    try:
-        return solved(covariance, joint, rows=stats[site].count)
-    except StatisticsError as error:
-        raise StatisticsError(f"site {site!r}: {error}; or give a larger ridge") from error
+    return ridged(stats[site].covariance, joint, ridge=ridge, site=site, rows=stats[site].count)

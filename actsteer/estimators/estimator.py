@@ -12,13 +12,14 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import TypeVar
 
-from actsteer.collecting.moments import Covariance, Moments
+from actsteer.collecting.moments import Covariance, Moments, wider
+from actsteer.collecting.pairs import JOINT
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import ShapeError, SiteNotFoundError, StatisticsError
 from actsteer.steering.interventions.intervention import Edit
 from actsteer.vectors.vector import SteeringVector
 
-Reads: TypeAlias = Literal["means", "variances", "covariance", "pairs", "rows"]
+Reads: TypeAlias = Literal["means", "variances", "covariance", "pairs", "joint", "rows"]
 """What an estimator reads of the activations; see `Estimator`."""
 
 COVARIANCE: Mapping[str, Covariance] = {"means": False, "variances": "diagonal", "covariance": True}
@@ -40,6 +41,7 @@ class Estimator(Protocol[Result_co]):
         "variances"    and the variance of each feature, in O(d) memory
         "covariance"   and the covariance, in O(d²) memory
         "pairs"        Statistics, with covariance, of the differences x₊ - x₋ of pairs of rows, and their negatives
+        "joint"        Statistics, with covariance, of (x₊, x₋) side by side over pairs of rows, the same for both sides
         "rows"         `Rows`: site -> (n, d), the activations themselves, at once or block by block
 
     >>> from torch import nn
@@ -89,7 +91,8 @@ def name_of(estimator: Estimator[Any]) -> str:
 def described(estimator: Estimator[Any], *, positive: Statistics, negative: Statistics) -> dict[str, str]:
     """Metadata: what the statistics of both sides say of themselves alike, the estimator, and the counts."""
     first = positive.sites[0]
-    return dict(positive.metadata.items() & negative.metadata.items()) | {
+    shared = positive.metadata.items() & negative.metadata.items()
+    return dict(shared - JOINT.items()) | {
         "estimator": name_of(estimator),
         "positive count": str(positive[first].count),
         "negative count": str(negative[first].count),
@@ -186,3 +189,31 @@ def solved(matrix: Float[Tensor, "d d"], right: Float[Tensor, "d ..."], *, rows:
             f"the covariance of {len(matrix)} features from {rows} rows is singular; shrink more, or collect more rows"
         )
     return torch.cholesky_solve(right.reshape(len(right), -1), factor).reshape(right.shape)
+
+
+def ridged(
+    matrix: Float[Tensor, "d d"], right: Float[Tensor, "d ..."], *, ridge: float, site: str, rows: int
+) -> Float[Tensor, "d ..."]:
+    """The solution x of (matrix + λ I) · x = right, where λ is `ridge` as a share of the mean of the diagonal.
+
+    Raises:
+        StatisticsError: that is singular to rounding.
+    """
+    penalised = matrix + ridge * matrix.trace() / len(matrix) * torch.eye(len(matrix)).to(matrix)
+    try:
+        return solved(penalised, right, rows=rows)
+    except StatisticsError as error:
+        raise StatisticsError(f"site {site!r}: {error}; or give a larger ridge") from error
+
+
+def dtype_of(*moments: Moments) -> torch.dtype:
+    """That of an edit that is fitted on these: of their rows or, if that is narrower, torch's default one."""
+    kind = torch.get_default_dtype()
+    for own in moments:
+        kind = wider(kind, own.dtype or torch.float64)
+    return kind
+
+
+def second_moment(moments: Moments) -> Float[Tensor, "d d"]:
+    """E[h hᵀ]."""
+    return moments.scatter / moments.count + torch.outer(moments.mean, moments.mean)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from actsteer.collecting.batches import Batches, iterate
 from actsteer.collecting.collect import collect
-from actsteer.collecting.pairs import collect_differences
+from actsteer.collecting.pairs import collect_differences, collect_joint
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import BatchError
 from actsteer.estimators.estimator import (
@@ -54,8 +54,8 @@ def fit(
         positive, negative: data with and without the concept, as for `collect`.
         sites: names, globs or a predicate, as for `find_sites`.
         estimator: `MeanDifference()` unless another is given, ours or yours; see `Estimator`. One that reads "pairs",
-            as `PrincipalDirection(paired=True)`, needs as many rows on both sides; one that reads "rows", as
-            `LogisticDirection`, records the activations or goes over the data several times.
+            as `PrincipalDirection(paired=True)`, or "joint", as `PairedMap`, needs as many rows on both sides; one that
+            reads "rows", as `LogisticDirection`, records the activations or goes over the data several times.
         concept: what the vector stands for.
         positions: which positions of a sequence count, as for `collect`.
         axis: the feature axis, as for `collect`; the vector remembers it.
@@ -80,6 +80,9 @@ def fit(
     if chosen.reads == "pairs":
         differences = collect_differences(model, positive, negative, progress=progress, **options)
         return estimated(chosen, positive=differences, negative=-differences, concept=concept)
+    if chosen.reads == "joint":
+        joint = collect_joint(model, positive, negative, progress=progress, **options)
+        return estimated(chosen, positive=joint, negative=joint, concept=concept)
     if chosen.reads == "rows":
         # one batch, for the metadata, and for errors before any work
         _check_repeats(negative)

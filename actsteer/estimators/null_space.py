@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import final
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from actsteer.collecting.moments import Moments
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import ShapeError, SiteNotFoundError, StatisticsError, close_names
-from actsteer.estimators.estimator import Reads, check_finite, shown, with_metadata
+from actsteer.estimators.estimator import Reads, check_finite, second_moment, shown, with_metadata
 from actsteer.steering.interventions.low_rank import LowRank
 from actsteer.vectors.vector import SteeringVector
 
@@ -75,21 +74,16 @@ class NullSpace:
         return with_metadata(edit, shared, concept=self.vector.concept)
 
     def _site(self, site: str, positive: Moments, negative: Moments) -> tuple[Tensor, Tensor, Tensor]:
-        values, vectors = torch.linalg.eigh(_second_moment(negative))
+        values, vectors = torch.linalg.eigh(second_moment(negative))
         free = vectors[:, values <= self.tolerance * values[-1]]
         if not free.shape[1]:
             raise StatisticsError(
                 f"site {site!r}: the negative activations fill all {len(values)} dimensions, so that every edit "
                 "changes them; give a larger tolerance, or fewer kinds of them"
             )
-        within = free.T @ _second_moment(positive) @ free
+        within = free.T @ second_moment(positive) @ free
         penalty = self.ridge * within.diagonal().mean().clamp(min=torch.finfo(within.dtype).tiny)
         within.diagonal().add_(penalty)
         reads = free @ torch.linalg.solve(within, free.T @ positive.mean)
         direction = self.vector[site]
         return reads[None].to(direction), direction[None], direction.new_zeros(1)
-
-
-def _second_moment(moments: Moments) -> Float[Tensor, "d d"]:
-    """E[h hᵀ]."""
-    return moments.scatter / moments.count + torch.outer(moments.mean, moments.mean)

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from actsteer.collecting.answering import Answering
 from actsteer.collecting.texts import Text, TextBatches, input_device, text_batches
 from actsteer.errors import BatchError
 from actsteer.estimators.estimator import COVARIANCE, Estimator, Result, check_estimator
@@ -18,7 +19,7 @@ from actsteer.sites.resolve import Sites
 from actsteer.tokens.positions import Positions
 from actsteer.tokens.whose import Masks
 
-__all__ = ["Text", "TextBatches", "fit_pairs", "text_batches"]
+__all__ = ["Answering", "Text", "TextBatches", "fit_pairs", "text_batches"]
 
 
 def fit_pairs(

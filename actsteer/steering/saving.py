@@ -32,10 +32,11 @@ from actsteer.steering.interventions.keep_norm import KeepNorm
 from actsteer.steering.interventions.low_rank import LowRank
 from actsteer.steering.interventions.replace import Replace
 from actsteer.steering.interventions.rotate import Rotate
+from actsteer.steering.interventions.soft_projection import SoftProjection
 from actsteer.vectors.vector import SteeringVector
 
 KINDS: tuple[type, ...] = (
-    *(Ablate, Add, Affine, Chain, Clamp, KeepNorm, LowRank, Replace, Rotate),
+    *(Ablate, Add, Affine, Chain, Clamp, KeepNorm, LowRank, Replace, Rotate, SoftProjection),
     *(And, CosineAbove, Not, Or, ProbeAbove, ProjectionAbove, Soft),
 )
 """The classes of this library that a file may name."""

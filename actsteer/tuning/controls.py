@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from actsteer.collecting.moments import Moments
+from actsteer.collecting.pairs import JOINT, beside
 from actsteer.collecting.statistics import Statistics
 from actsteer.errors import BatchError, SiteNotFoundError
 from actsteer.estimators.estimator import COVARIANCE, Estimator, check_estimator
@@ -89,7 +90,7 @@ def check_rows(
 def _refitted(rows: Labelled, estimator: Estimator[Any], generator: torch.Generator) -> SteeringVector:
     positive, negative = rows
     first, other = (len(next(iter(side.values()))) for side in rows)
-    if estimator.reads == "pairs":
+    if estimator.reads in ("pairs", "joint"):
         swap = torch.rand(first, generator=generator) < 0.5
         toward = {s: torch.where(swap.to(own.device)[:, None], negative[s], own) for s, own in positive.items()}
         away = {s: torch.where(swap.to(own.device)[:, None], own, negative[s]) for s, own in positive.items()}
@@ -105,6 +106,10 @@ def _fitted(estimator: Estimator[Any], positive: Side, negative: Side) -> Steeri
     elif estimator.reads == "pairs":
         apart = Statistics({s: Moments.of(positive[s] - negative[s], covariance=True) for s in positive})
         found = estimator(positive=apart, negative=-apart)
+    elif estimator.reads == "joint":
+        moments = {s: Moments.of(beside(positive[s], negative[s]), covariance=True) for s in positive}
+        joint = Statistics(moments, metadata=JOINT)
+        found = estimator(positive=joint, negative=joint)
     else:
         toward, away = (
             Statistics({s: Moments.of(own, covariance=COVARIANCE[estimator.reads]) for s, own in side.items()})

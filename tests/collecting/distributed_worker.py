@@ -31,10 +31,13 @@ from actsteer import (
     ConceptErasure,
     DistributedError,
     MeanDifference,
+    PairedMap,
     SiteNotFoundError,
     Statistics,
     WhitenedMeanDifference,
     collect,
+    collect_differences,
+    collect_joint,
     fit,
     record,
 )
@@ -160,6 +163,22 @@ def classes_that_one_rank_alone_has() -> None:
     alone = Centroids()(expected)
     together = Centroids()(seen)
     assert all(together[concept].allclose(alone[concept]) for concept in alone)
+
+
+@check
+def pairs_come_together_whatever_share_each_has() -> None:
+    cuts = [0, 0, *[20 + i for i in range(world - 2)], 24]  # rank 0 has nothing
+    own, options = slice(cuts[rank], cuts[rank + 1]), {"sites": SITES, "progress": False}
+    high, low = data(), data().flip(0) - 2
+    for gathered in (collect_joint, collect_differences):
+        same(gathered(model(), high[own], low[own], **options).all_reduce(), gathered(model(), high, low, **options))
+    joint, whole = (
+        collect_joint(model(), high[at], low[at], **options).all_reduce() for at in (own, slice(0, 24 * (rank == 0)))
+    )
+    for rank_of_edit in (None, 2):
+        edits = [PairedMap(rank=rank_of_edit)(positive=stats, negative=stats) for stats in (joint, whole)]
+        one, other = (edit.at("2")(high, high[0], torch.ones(()).double()) for edit in edits)
+        torch.testing.assert_close(one, other)
 
 
 @check

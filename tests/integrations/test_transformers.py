@@ -25,10 +25,10 @@ from actsteer import (
     BatchError,
     Centroids,
     ConceptErasure,
+    GaussianMap,
     LogisticDirection,
     LowRank,
     MeanDifference,
-    MomentMatching,
     PrincipalDirection,
     Steerer,
     UnsupportedModelError,
@@ -171,7 +171,7 @@ class Own:
         return Affine({site: (positive[site].variance.diag(), negative[site].mean) for site in positive})
 
 
-@pytest.mark.parametrize("estimator", [Own(), MomentMatching(match="variances")], ids=["of the user", "ours"])
+@pytest.mark.parametrize("estimator", [Own(), GaussianMap(diagonal=True)], ids=["of the user", "ours"])
 def test_a_shared_prefix_changes_no_edit(estimator):
     model, at = causal("llama"), site("llama")
     plain, shared = (

@@ -22,6 +22,7 @@ from actsteer import (
     Rotate,
     ShapeError,
     SiteNotFoundError,
+    SoftProjection,
     Steerer,
     SteeringVector,
     VectorBank,
@@ -47,6 +48,7 @@ RULES = {  # what the row becomes at c = 1
     "replace": (Replace({"0": B}).at("0"), B.expand_as(H)),
     "replace all": (Replace({"0": H.flip(0)}).at("0"), H.flip(0)),
     "affine": (Affine({"0": (W, B)}).at("0"), H @ W.T + B),
+    "soft projection": (SoftProjection({"0": torch.outer(U, U) / 2}).at("0"), ALONG * U / 2),
     "low rank": (LowRank({"0": (READS, ADDS, OFFSETS)}).at("0"), H + (H @ READS.T + OFFSETS) @ ADDS),
 }
 KEEPING = {name: KeepNorm(rule) for name, (rule, _) in RULES.items()}

@@ -40,6 +40,7 @@ from actsteer import (
     Rotate,
     Saved,
     Soft,
+    SoftProjection,
     Steerer,
     Steering,
     SteeringVector,
@@ -64,6 +65,7 @@ PARTS = tuple(torch.randn(*shape, generator=G) for shape in ((2, D), (2, D), (2,
 EDITS = {
     "low rank": LowRank({"0": PARTS, "1": PARTS}, concept="kind", metadata={"axis 0": "1"}),
     "affine": Affine({"0": (torch.randn(D, D, generator=G), torch.ones(D))}, concept="kind"),
+    "soft projection": SoftProjection({"0": torch.eye(D) / 2, "1": torch.zeros(D, D)}, concept="kind"),
     "replace": Replace({"0": torch.full((D,), 0.3), "1": torch.ones(6, D)}),
     "norm kept": KeepNorm(LowRank({"1": PARTS}, concept="kind")),
 }

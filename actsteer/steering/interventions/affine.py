@@ -46,8 +46,8 @@ class AffineAt:
 class Affine:
     """An affine map at every site: h + c · (W h + b - h), which at c = 1 is W h + b.
 
-    `Steerer(model, Affine(maps))` takes it in the place of vectors. `MomentMatching` fits one; `LowRank` is the same
-    with a few numbers where W - 1 is of low rank. A value: it copies what comes in.
+    `Steerer(model, Affine(maps))` takes it in the place of vectors. `GaussianMap` and `PairedMap` fit one;
+    `LowRank` is the same with a few numbers where W - 1 is of low rank. A value: it copies what comes in.
 
     Args:
         maps: site -> (W, b), of shapes (d, d) and (d,).

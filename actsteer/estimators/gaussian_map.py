@@ -1,8 +1,8 @@
-"""MomentMatching: the affine edit that gives one side's activations the mean and the covariance of the other."""
+"""GaussianMap: the affine edit that gives one side's activations the mean and the covariance of the other."""
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias, final, get_args
+from typing import final
 
 import torch
 from jaxtyping import Float
@@ -10,34 +10,35 @@ from torch import Tensor
 
 from actsteer.collecting.moments import Moments
 from actsteer.collecting.statistics import Statistics
-from actsteer.estimators.estimator import check_alike, described, shown
+from actsteer.estimators.estimator import Reads, check_alike, described, dtype_of, shown
 from actsteer.steering.interventions.affine import Affine
-
-Matched: TypeAlias = Literal["means", "variances", "covariance"]
 
 
 @final
-class MomentMatching:
-    """W h + b with b = μ₊ - W μ₋, so that the negative side's activations get the positive side's moments.
+class GaussianMap:
+    """μ₊ + A (h - μ₋): of all maps that give the negative rows the positive rows' moments, that which moves them least.
 
-        means        W = 1
-        variances    W = diag(σ₊ / σ₋), feature by feature
-        covariance   W = Σ₋^-½ (Σ₋^½ Σ₊ Σ₋^½)^½ Σ₋^-½, the map that moves Gaussian rows least
+        A = Σ₋^-½ (Σ₋^½ Σ₊ Σ₋^½)^½ Σ₋^-½         the optimal transport of one Gaussian to another
+        A = diag(σ₊ / σ₋)                        with `diagonal`: the same for each feature by itself
 
-    Features and directions in which the negative side does not vary stay as they are.
+    It needs no pairs. At c in [0, 1] a row has gone that share of its way. Where the negative side does not vary, no
+    affine map can make it vary: there A is 1, and rows move by the means alone; so it is where there are fewer rows
+    than features, and the moved rows have Σ₊ as far as it lies in the span of Σ₋.
 
     Args:
-        match: up to which moments both sides become alike; it is also what is collected.
+        diagonal: match the variance of each feature, and not how they vary together, in O(d) memory for the
+            statistics; few rows are enough.
 
     Raises:
-        StatisticsError: what is matched was not collected.
+        StatisticsError: what is matched was not collected, or there is a single row.
 
-    Source: MiMiC, Singh et al. 2024.
+    Source: Linear-AcT (arXiv 2410.23054, 2025), with the means and variances in the place of sorted rows; MiMiC, Singh
+    et al. 2024; the map of Gaussians, Knott & Smith 1984.
 
     >>> from actsteer import collect, fit
     >>> from torch import nn
     >>> model, rows = nn.Sequential(nn.Identity()), torch.tensor([[-1.0], [1.0]])
-    >>> edit = fit(model, positive=3 * rows + 5, negative=rows, sites="0", estimator=MomentMatching())
+    >>> edit = fit(model, positive=3 * rows + 5, negative=rows, sites="0", estimator=GaussianMap())
     >>> edit.at("0")(rows, rows[0], torch.tensor(1.0))
     tensor([[2.],
             [8.]])
@@ -45,26 +46,23 @@ class MomentMatching:
 
     __repr__ = shown
 
-    def __init__(self, *, match: Matched = "covariance") -> None:
-        if match not in get_args(Matched):
-            raise ValueError(f"match: expected one of {', '.join(map(repr, get_args(Matched)))}, got {match!r}")
-        self.match = match
-        self.reads: Matched = match
+    def __init__(self, *, diagonal: bool = False) -> None:
+        self.diagonal = diagonal
+        self.reads: Reads = "variances" if diagonal else "covariance"
 
     def __call__(self, *, positive: Statistics, negative: Statistics) -> Affine:
         """The map at every site."""
         check_alike(positive, negative)
         maps: dict[str, tuple[Tensor, Tensor]] = {}
         for site in positive:
-            weight = self._weight(positive[site], negative[site])
-            bias = positive[site].mean - weight @ negative[site].mean
-            maps[site] = (weight, bias)
+            toward, away = positive[site], negative[site]
+            weight = self._weight(toward, away)
+            kind = dtype_of(toward, away)
+            maps[site] = (weight.to(kind), (toward.mean - weight @ away.mean).to(kind))
         return Affine(maps, metadata=described(self, positive=positive, negative=negative))
 
     def _weight(self, positive: Moments, negative: Moments) -> Float[Tensor, "d d"]:
-        if self.reads == "means":
-            return torch.eye(positive.d).to(positive.mean)
-        if self.reads == "variances":
+        if self.diagonal:
             source, target = negative.variance, positive.variance
             return torch.where(source > 0, target / source, 1).sqrt().diag()
         return _transport(negative.covariance, positive.covariance)
