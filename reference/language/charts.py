@@ -48,6 +48,7 @@ def topic(document: Mapping[str, Any]) -> Figure:
         axes.axvline(0, color=ink(), linestyle="--", linewidth=1)
         axes.set_title(f"{name}: precision {gate['precision']:.2f}, recall {gate['recall']:.2f}")
         axes.set_xlabel("score less the threshold: it fires on the right")
+        axes.locator_params(axis="x", nbins=6)
     return figure
 
 
@@ -62,7 +63,7 @@ def refusal(document: Mapping[str, Any]) -> Figure:
         axes.plot(random, ["random ablated"] * len(random), "x", color=CONTROL)
         axes.set_title(f"{kind} requests")
         axes.set_xlabel("log p(“I'm sorry”), nats")
-        axes.invert_yaxis()
+    panels[0].invert_yaxis()
     return figure
 
 
