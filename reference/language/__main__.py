@@ -56,7 +56,7 @@ def main(
 def _table(section: dict[str, Any]) -> Table:
     table = Table(title=section["title"])
     for index, name in enumerate(section["columns"]):
-        table.add_column(name, justify="right" if index else "left")
+        table.add_column(name, justify="right" if index and section["experiment"] != "generations" else "left")
     for row in section["rows"]:
         table.add_row(*row)
     return table

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actsteer import MeanDifference, PairedMap, Steerer, TextMetric
+from actsteer import Estimator, MeanDifference, PairedMap, Steerer, TextMetric
 from actsteer.integrations.transformers import Answering, fit_pairs
 from reference.language.data import ASKED, SYSTEM, TAUGHT
 from reference.language.study import Study
 
 DEPTH = 0.5
-ESTIMATORS = {
+ESTIMATORS: dict[str, Estimator[Any]] = {
     "constant": MeanDifference(),
     "rank 1": PairedMap(rank=1),
     "rank 8": PairedMap(rank=8),
