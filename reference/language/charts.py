@@ -26,7 +26,7 @@ def sentiment(document: Mapping[str, Any]) -> Figure:
     for axes, (measure, title) in zip(panels, MEASURES.items(), strict=True):
         rows = document["curve"]
         axes.plot([row["c"] for row in rows], [row[measure] for row in rows], "o-", color=STEERED, label="steered")
-        for marker, (kind, curves) in zip("x+", document["controls"].items(), strict=True):
+        for marker, (kind, curves) in zip("x+.", document["controls"].items(), strict=True):
             points = [(row["c"], row[measure]) for own in curves for row in own]
             axes.plot(*zip(*points, strict=True), marker, color=CONTROL, label=f"{kind} directions")
         for style, (name, own) in zip(("--", ":", "-."), document["prompts"].items(), strict=True):
@@ -42,7 +42,7 @@ def sentiment(document: Mapping[str, Any]) -> Figure:
 def topic(document: Mapping[str, Any]) -> Figure:
     """The scores of held-out prompts, less the threshold; a dot for each."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
-    panels = figure.subplots(1, len(document["gates"]))
+    panels = figure.subplots(1, len(document["gates"]), sharey=True)
     for axes, (name, gate) in zip(panels, document["gates"].items(), strict=True):
         _dots(axes, {kind: (gate["scores"][kind], color) for kind, color in KINDS.items()})
         axes.axvline(0, color=ink(), linestyle="--", linewidth=1)
@@ -71,7 +71,7 @@ def low_rank(document: Mapping[str, Any]) -> Figure:
     """The log-odds of held-out prompts, a dot for each, by what steers."""
     names = {"unsteered": "unsteered", "vector": "a trained vector", "low_rank": f"an edit of rank {document['rank']}"}
     figure = Figure(figsize=(10, 3.2), layout="constrained")
-    panels = figure.subplots(1, len(names), sharex=True)
+    panels = figure.subplots(1, len(names), sharex=True, sharey=True)
     for axes, (key, title) in zip(panels, names.items(), strict=True):
         _dots(axes, {kind: (document[key][kind], color) for kind, color in KINDS.items()})
         axes.axvline(0, color=ink(), linestyle="--", linewidth=1)

@@ -1,7 +1,7 @@
 """Experiment 4, an edit of rank 4: good words where a prompt is about cooking, bad ones elsewhere; 64 prompts teach it.
 
 No constant vector can do that: what is added has to depend on the activation. A vector that is trained in the same way,
-on the same prompts, says how far one comes. Reported on prompts of other templates.
+on the same prompts, says how far one comes. Other sentences are to stay. Reported on prompts of other templates.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from actsteer import LowRank, Steerer, SteeringVector, optimize
-from reference.language.data import COOKING, COOKING_HELD_OUT, OTHER, OTHER_HELD_OUT
+from actsteer import LowRank, Retain, Steerer, SteeringVector, optimize
+from reference.language.data import COOKING, COOKING_HELD_OUT, OTHER, OTHER_HELD_OUT, OTHER_KEPT
 from reference.language.study import Study
 from reference.language.topic import prompts
 
@@ -31,7 +31,10 @@ def run(study: Study) -> dict[str, Any]:
 
 
 def trained(study: Study, start: LowRank | None) -> SteeringVector | LowRank:
-    """A vector, or an edit, that lowers softplus(-s · log-odds), s = 1 for cooking and -1 for the rest."""
+    """A vector, or an edit, that lowers softplus(-s · log-odds), s = 1 for cooking and -1 for the rest.
+
+    Whole sentences are to stay as they are: without that the edit, which acts on every token, ruins other texts.
+    """
     both = [pair for pairs in zip(*_taught(study), strict=True) for pair in pairs]  # alternating: a batch has both
     batches, targets = [], []
     for first in range(0, len(both), BATCH):
@@ -51,6 +54,7 @@ def trained(study: Study, start: LowRank | None) -> SteeringVector | LowRank:
         sites=study.site(DEPTH),
         loss=loss,
         train=start,
+        retain=Retain(study.batches([text + "." for text in study.some(OTHER_KEPT)])),
         steps=study.budget.steps,
         lr=0.05,
         generator=torch.Generator().manual_seed(0),

@@ -22,9 +22,10 @@ GLOSSARY = {
         "perplexity": """of neutral text, but for the first token of each; ratio is that to the unsteered model. A
         text in front lowers it whatever it says, so that of the prompts is to be compared with “here is a text”.""",
         "calibrated": "the block and the strength that calibrate chooses on other prompts.",
-        "worst random, worst shuffled": """of directions as long as the vector that mean nothing, at c = 1 or -1, the
-        one that moves the log-odds most. Random ones are drawn like activations of neutral text; shuffled ones are
-        means of the same pairs, of which one half is turned round.""",
+        "worst random, shuffled, stretched": """of directions that mean nothing, at c = 1 or -1, the one that moves
+        the log-odds most. Random ones are drawn like activations of neutral text, and as long as the vector; shuffled
+        ones are mean differences of the same pairs, of which one half is turned round; stretched ones are these, made
+        as long as the vector.""",
         "“answer cheerfully”, ...": "the unsteered model with these words in front of every text.",
     },
     "topic": {
@@ -99,7 +100,7 @@ def cost(document: Mapping[str, Any], c: float) -> float:
 def _sentiment(document: Mapping[str, Any]) -> str:
     up, down = moved(document, 1), moved(document, -1)
     worst = {kind: worst_control(document, kind) for kind in document["controls"]}
-    least, largest = min(up, -down), max(worst.values())
+    least, largest = min(up, -down), max(worst["random"], worst["shuffled"])
     reached = least > 2 and max(cost(document, 1), cost(document, -1)) < 1.25 and least >= 2 * largest
     plain = document["unsteered"]["log_odds"]
     said = {name: own["log_odds"] - plain for name, own in document["prompts"].items()}
@@ -108,9 +109,11 @@ def _sentiment(document: Mapping[str, Any]) -> str:
     return f"""At {document["site"]}, near 0.65 of the depth, the raw mean difference moves the log-odds by {up:+.2f}
     at c = 1 and by {down:+.2f} at c = -1, at {cost(document, 1):.2f} and {cost(document, -1):.2f} times the
     perplexity. The worst of {len(document["controls"]["random"])} random directions moves them by
-    {worst["random"]:.2f}, the worst of as many shuffled ones by {worst["shuffled"]:.2f}. What was aimed at, more than
-    2 either way, at less than 1.25 times the perplexity, and by at least twice the worst control, is
-    {"reached" if reached else "not reached"}. Writing “answer cheerfully” in front moves them by
+    {worst["random"]:.2f}, the worst of as many fits to shuffled pairs, at the same c, by {worst["shuffled"]:.2f}.
+    What was aimed at, more than 2 either way, at less than 1.25 times the perplexity, and by at least twice the worst
+    control, is {"reached" if reached else "not reached"}. Stretched to the length of the vector a shuffled fit moves
+    them by up to {worst["stretched"]:.2f}, for what is left in it lies along the same axis: against that the vector
+    does {least / worst["stretched"]:.1f} times as much. Writing “answer cheerfully” in front moves them by
     {said["answer cheerfully"]:+.2f}, “answer gloomily” by {said["answer gloomily"]:+.2f}, and words that ask for
     nothing by {said["here is a text"]:+.2f}: so
     {"the vector does more than" if up > best else "the vector does no more than"} a prompt here. calibrate says:
@@ -132,14 +135,17 @@ def _topic(document: Mapping[str, Any]) -> str:
 
 def _refusal(document: Mapping[str, Any]) -> str:
     plain, own, random = (document[name] for name in ("unsteered", "ablated", "random"))
+    still = [one["sorry impossible"] for one in random]
     return f"""Without the direction, of {document["site"]}, the log-probability of an apology falls from
     {plain["impossible"]:.2f} to {own["impossible"]:.2f}, and {own["sorry impossible"]:.0%} of the answers to
     impossible requests say sorry, {plain["sorry impossible"]:.0%} before. That is not free: the perplexity of neutral
-    text is {own["perplexity"] / plain["perplexity"]:.2f} times that of the unsteered model. Random directions leave
-    the log-probability at {min(one["impossible"] for one in random):.2f} or more, at
-    {max(one["perplexity"] for one in random) / plain["perplexity"]:.2f} times the perplexity at most. An answer
-    without an apology is not a better answer: the model cannot turn off a light, and now says that it does, or
-    something else."""
+    text is {own["perplexity"] / plain["perplexity"]:.2f} times that of the unsteered model. Random directions that
+    are taken out everywhere do damage too, at up to
+    {max(one["perplexity"] for one in random) / plain["perplexity"]:.2f} times the perplexity: the log-probability
+    falls to {min(one["impossible"] for one in random):.2f} at the lowest, and from {min(still):.0%} to
+    {max(still):.0%} of the answers still say sorry. So that share by itself proves little. An answer without an
+    apology is not a better one either: the model cannot turn off a light, and now says that it does, or something
+    else."""
 
 
 def _low_rank(document: Mapping[str, Any]) -> str:
@@ -149,7 +155,7 @@ def _low_rank(document: Mapping[str, Any]) -> str:
     }
     return f"""After {document["prompts"]} prompts the edit of rank {document["rank"]} has the right sign on
     {right["low_rank"]:.0%} of held-out prompts; a vector that was trained alike {right["vector"]:.0%}, the unsteered
-    model {right["unsteered"]:.0%}. The perplexity of neutral text, on which nothing was asked to stay, is
+    model {right["unsteered"]:.0%}. The perplexity of neutral text, none of which was seen in training, is
     {ratio["low_rank"]:.2f} times what it was, and with the vector {ratio["vector"]:.2f}."""
 
 

@@ -2,7 +2,8 @@
 
 The block and the strength are those that `calibrate` chooses on other prompts than those on which both are reported,
 and beside them stands c = ±1, the raw mean difference, at a block that nobody chose. Controls are directions that mean
-nothing, as long as the vector: drawn like activations, and means of the same pairs of which one half is turned round.
+nothing: random ones, drawn like activations and as long as the vector, and the mean differences of the same pairs of
+which one half is turned round, as they are and stretched to the length of the vector.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def calibrated(study: Study) -> Calibration:
 
 
 def directions_that_mean_nothing(study: Study, v: SteeringVector) -> dict[str, list[SteeringVector]]:
-    """Controls as long as the vector, of either kind."""
+    """Controls: random ones as long as the vector, shuffled ones as they are fitted, and these as long as it too."""
     (site,) = v.sites
     generator = torch.Generator().manual_seed(0)
     rows = record(study.model, study.batches(study.some(NEUTRAL)), sites=site, progress=False)[site]
@@ -98,8 +99,12 @@ def directions_that_mean_nothing(study: Study, v: SteeringVector) -> dict[str, l
     count = range(study.budget.controls)
     random = [drawn_like(rows, v, generator) for _ in count]
     turned = [half[torch.randperm(len(half), generator=generator)] for _ in count]
-    shuffled = [(torch.where(own[:, None], -1, 1) * (happy - unhappy)).mean(dim=0) for own in turned]
-    return {"random": random, "shuffled": [as_long_as(v, own) for own in shuffled]}
+    means = [(torch.where(own[:, None], -1, 1) * (happy - unhappy)).mean(dim=0) for own in turned]
+    return {
+        "random": random,
+        "shuffled": [SteeringVector({site: own}) for own in means],
+        "stretched": [as_long_as(v, own) for own in means],
+    }
 
 
 def _sides(study: Study, sites: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
