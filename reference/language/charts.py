@@ -87,7 +87,7 @@ def prompt(document: Mapping[str, Any]) -> Figure:
     kl = document["kl"]
     colors = [UNSTEERED, CONTROL, *[STEERED] * (len(kl) - 2)]
     bars = axes.barh(list(kl), [own["asked"] for own in kl.values()], color=colors)
-    axes.bar_label(bars, [f"{own['asked']:.3f}" for own in kl.values()], padding=3)
+    axes.bar_label(bars, [f"{own['asked']:.3f}" for own in kl.values()], label_type="center")
     axes.plot([own["taught"] for own in kl.values()], list(kl), "|", color=ink(), markersize=16, label="when fitted")
     axes.set_xlabel("KL(prompted ‖ not prompted) on held-out questions, nats for a token")
     axes.invert_yaxis()

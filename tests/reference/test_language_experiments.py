@@ -143,14 +143,14 @@ def test_a_prefix_changes_what_the_perplexity_is_given_and_not_what_it_counts(st
 
 
 # --- the experiments -------------------------------------------------------------------------------------------------
-def test_controls_are_no_longer_than_the_vector_and_point_elsewhere(study):
+def test_controls_are_as_long_as_the_vector_or_as_they_are_fitted_and_point_elsewhere(study):
     v = study.sentiment
     controls = sentiment.directions_that_mean_nothing(study, v)
     for other in controls["random"] + controls["stretched"]:
         assert float(other.norm()) == pytest.approx(float(v.norm()), rel=1e-5)
         assert abs(float(other.cosine(v))) < 0.99
     for fitted, stretched in zip(controls["shuffled"], controls["stretched"], strict=True):
-        assert float(fitted.cosine(stretched)) == pytest.approx(1.0, abs=1e-5) and fitted.norm() < v.norm()
+        assert float(fitted.cosine(stretched)) == pytest.approx(1.0, abs=1e-5)
     rows = torch.randn(500, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([3.0, 1.0, 0.0])
     like = SteeringVector({"0": torch.tensor([0.0, 2.0, 0.0])})
     drawn = torch.stack([drawn_like(rows, like, torch.Generator().manual_seed(seed))["0"] for seed in range(50)])
