@@ -44,7 +44,7 @@ GLOSSARY = {
         "random": "another direction, drawn like activations of neutral text, is taken out at the same places.",
     },
     "low_rank": {
-        "vector": "one constant vector, trained in the same way on the same prompts.",
+        "vector": "one constant vector, trained in the same way on the same prompts; other sentences are to stay.",
         "low_rank": "h + Rᵀ(W h + b - R h), trained; how much it adds along four directions depends on the activation.",
         "right": "log-odds above 0 where the prompt is about cooking, and below 0 where not; the mean of both shares.",
     },
