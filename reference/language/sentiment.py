@@ -1,8 +1,8 @@
 """Experiment 1, sentiment: a mean difference makes good words likelier than bad ones, by as much as c says.
 
 The block and the strength are those that `calibrate` chooses on other prompts than those on which both are reported,
-and beside them stands c = ±1, the raw mean difference, at a block that is fixed beforehand. Controls are directions that
-mean nothing: random ones, drawn like activations and as long as the vector, and the mean differences of the same pairs
+and beside them stands c = ±1, the raw mean difference, at a block that is fixed beforehand. Controls are directions
+that mean nothing: random ones, drawn like activations and as long as the vector, and mean differences of the same pairs
 of which one half is turned round, as they are and stretched to the length of the vector.
 """
 
