@@ -90,6 +90,7 @@ NEUTRAL = [
     "Copper wires carry the current from the plant to the city.",
     "The first column of the table shows the date, and the second the amount.",
 ]
+"""Of which the perplexity is, and by which `calibrate` bounds the cost."""
 PROMPTS = {
     "answer cheerfully": "Answer cheerfully. ",
     "answer gloomily": "Answer gloomily. ",
