@@ -1,1 +1,1 @@
-"""A small language model that is installed with pip and runs offline: SmolLM2-135M-Instruct."""
+"""The language reference: SmolLM2-135M-Instruct, which pip installs and which runs offline, steered in several ways."""

@@ -1,13 +1,71 @@
-"""`python -m reference.language`: where the model lies, for `actsteer -m`; it is converted if it is not there yet."""
+"""`python -m reference.language`: run the experiments, print the tables, write JSON, figures and a report."""
 
 from __future__ import annotations
 
-import sys
+import json
+import platform
+import time
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from reference.language.model import ModelMissingError, folder
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from reference.language.model import ModelMissingError, folder, load
+from reference.language.report import TABLES, Results, sections, write_report
+from reference.language.study import FULL, QUICK, Study
+
+Experiment = Literal["sentiment", "topic", "refusal", "low_rank", "prompt", "generations", "all"]
+console = Console()
+if not console.is_terminal:
+    console.width = 140
+
+
+def main(
+    experiment: Annotated[Experiment, typer.Argument(help="Which experiment.")] = "all",
+    quick: Annotated[bool, typer.Option("--quick", help="Few texts and steps: whether it runs.")] = False,
+    where: Annotated[bool, typer.Option("--where", help="Print where the model lies, for actsteer -m.")] = False,
+    out: Annotated[Path, typer.Option(help="Where JSON, figures and report.html go.")] = Path("language-results"),
+) -> None:
+    """Steer SmolLM2-135M-Instruct in several ways, and measure what each does and what it costs."""
+    try:
+        if where:
+            typer.echo(folder())
+            return
+        model, tokenizer = load()
+    except ModelMissingError as error:
+        typer.echo(error, err=True)
+        raise typer.Exit(code=2) from None
+    study = Study(model, tokenizer, QUICK if quick else FULL)
+    results: Results = {}
+    out.mkdir(parents=True, exist_ok=True)
+    for name in TABLES if experiment == "all" else (experiment,):
+        started, used = time.monotonic(), time.process_time()
+        document: dict[str, Any] = import_module(f"reference.language.{name}").run(study)
+        seconds = {"wall": time.monotonic() - started, "processor": time.process_time() - used}
+        results[name] = {"experiment": name, **document, "quick": quick, "seconds": seconds, "versions": _versions()}
+        (out / f"{name}.json").write_text(json.dumps(results[name], indent=2) + "\n")
+        console.print(_table(sections({name: results[name]})[0]))
+        console.print(f"{seconds['wall']:.0f} s, {seconds['processor']:.0f} s of processor time")
+    console.print(f"JSON, figures and the report with its reading: {write_report(results, out)}")
+
+
+def _table(section: dict[str, Any]) -> Table:
+    table = Table(title=section["title"])
+    for index, name in enumerate(section["columns"]):
+        table.add_column(name, justify="right" if index and section["experiment"] != "generations" else "left")
+    for row in section["rows"]:
+        table.add_row(*row)
+    return table
+
+
+def _versions() -> dict[str, str]:
+    packages = {name: version(name) for name in ("actsteer", "torch", "transformers")}
+    return {"python": platform.python_version(), **packages}
+
 
 if __name__ == "__main__":
-    try:
-        print(folder())
-    except ModelMissingError as error:
-        sys.exit(str(error))
+    typer.run(main)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from reference.mnist import charts, insides
-from reference.mnist.style import LOOKS, look
 from reference.mnist.suite import Results, Task
+from reference.page import Drawn, save
 
 CAPTIONS = {
     "methods": """What each method reaches on the test images, the best overall on top: mean over seeds, with bars of
@@ -37,21 +36,13 @@ CAPTIONS = {
 }
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """One figure on disk, by the page that it is for ("light", "dark")."""
-
-    caption: str
-    paths: Mapping[str, Path]
-
-
 def draw(results: Results, done: Mapping[Task, dict[str, Any]], out: Path) -> dict[str, list[Drawn]]:
     """Every figure of every experiment."""
     figures: dict[str, list[Drawn]] = {}
     for experiment, document in results.items():
         runs = [] if experiment == "noise" else [done[Task(experiment, seed)] for seed in document["seeds"]]
         plots = _of_one(document, runs) if runs else {"sigma": partial(charts.noise, document)}
-        figures[experiment] = [_save(plot, out, experiment, kind) for kind, plot in plots.items()]
+        figures[experiment] = [save(plot, out, f"{experiment}_{kind}", CAPTIONS[kind]) for kind, plot in plots.items()]
     return figures
 
 
@@ -71,11 +62,3 @@ def _of_one(document: Mapping[str, Any], runs: list[dict[str, Any]]) -> dict[str
     plots["radar"] = partial(insides.radar, portrait)
     plots["histograms"] = partial(insides.histograms, portrait["histograms"])
     return plots
-
-
-def _save(plot: Callable[[], Figure], out: Path, experiment: str, kind: str) -> Drawn:
-    paths = {page: out / f"{experiment}_{kind}{'' if page == 'light' else f'-{page}'}.png" for page in LOOKS}
-    for page, path in paths.items():
-        with look(page):
-            plot().savefig(path, dpi=110)
-    return Drawn(" ".join(CAPTIONS[kind].split()), paths)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-from reference.mnist.figures import Drawn
 from reference.mnist.glossary import COLUMNS, lines
 from reference.mnist.reading import readings
-from reference.mnist.style import LOOKS
 from reference.mnist.suite import Results
+from reference.page import Drawn, write_page
 
 TITLES = {
     "cross": "1. Cross-model steering: another model teaches the digit 9",
@@ -41,29 +37,16 @@ def sections(results: Results) -> list[dict[str, Any]]:
 
 def write_report(results: Results, figures: Mapping[str, Sequence[Drawn]], out: Path) -> Path:
     """Write `report.html`, with the figures of each experiment in it."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    embedded = {
-        name: [(figure.caption, {page: _base64(path) for page, path in figure.paths.items()}) for figure in drawn]
-        for name, drawn in figures.items()
-    }
     first = next(iter(results.values()))
-    text = environment.get_template("report.html.j2").render(
+    return write_page(
+        Path(__file__).parent,
+        out,
+        figures,
         sections=sections(results),
-        figures=embedded,
         readings=readings(results),
         first=first,
         columns=COLUMNS,
-        looks=LOOKS,
     )
-    path = out / "report.html"
-    path.write_text(text)
-    return path
-
-
-def _base64(path: Path) -> str:
-    return base64.b64encode(path.read_bytes()).decode()
 
 
 def _title(document: Mapping[str, Any]) -> str:

