@@ -74,7 +74,7 @@ SHOWN = {
     "LogisticDirection(C=2.0, paired=False, streamed=True, steps=100, tolerance=1e-08)": LogisticDirection(
         C=2.0, streamed=True
     ),
-    "ConceptErasure(tolerance=1e-10)": ConceptErasure(),
+    "ConceptErasure(shrinkage=0.0, tolerance=1e-10)": ConceptErasure(),
     "Conceptor(aperture=0.5)": Conceptor(aperture=0.5),
     "GaussianMap(diagonal=True)": GaussianMap(diagonal=True),
     "PairedMap(rank=2, ridge=0.01)": PairedMap(rank=2),
