@@ -226,8 +226,9 @@ class SiteEdit:
 
     def expect_on(self, device: torch.device | None) -> None:
         """The activations are likely to be on this device: there compiled code finds what it adds."""
-        self._device = device
-        self._bring()
+        if device != self._device:
+            self._device = device
+            self._bring()
 
     def hold(self) -> None:
         """From now on write new strengths into the tensors that compiled code and CUDA graphs read, on the device."""
@@ -236,9 +237,10 @@ class SiteEdit:
 
     def _bring(self) -> None:
         """To the device, what passes read; but a number, at which an edit looks, stays on the CPU until `hold`."""
-        if self.constant is not None:
-            self.constant = self.constant.to(device=self._device)
-        self._strengths = [c.to(device=self._device) if c.ndim or self.in_place else c for c in self._strengths]
+        device, constant = self._device, self.constant
+        if constant is not None and device not in (None, constant.device):
+            self.constant = constant.to(device)
+        self._strengths = [c.to(device=device) if c.ndim or self.in_place else c for c in self._strengths]
         self._traced_shift = self._traceable()
 
     def expect(self) -> None:
@@ -328,8 +330,7 @@ class SiteEdit:
 
     def _is_captured(self, output: object) -> bool:
         """Whether a CUDA graph is made of this pass, which is to read the strengths that come later."""
-        on_gpu = self.in_place and isinstance(output, Tensor) and output.is_cuda
-        return on_gpu and torch.cuda.is_current_stream_capturing()
+        return self.in_place and getattr(output, "is_cuda", False) and torch.cuda.is_current_stream_capturing()
 
     def _decide(self, own: int, view: View) -> Decide | None:
         """What the gate of a concept decides of activations like this one."""
@@ -366,9 +367,7 @@ class SiteEdit:
                 f"{what} are not known any more; steer all positions of batches without pads, or train without "
                 "checkpointing"
             )
-        if not self._by_token:
-            return now
-        if now is not None and now.tokens is not None:
+        if not self._by_token or (now is not None and now.tokens is not None):
             return now
         if now is not None:
             frame.check_rows(now.rows)

@@ -153,7 +153,7 @@ class Plan:
                 passes.find_again({place.module for place in places.values()})
         first = next(self.model.parameters(), None)
         for edit in self.edits.values():
-            weight = next(edit.place.module.parameters(), first)
+            weight = next((own for own in edit.place.module._parameters.values() if own is not None), first)
             edit.expect_on(None if weight is None or weight.is_meta else weight.device)
 
     def vectors(self) -> VectorBank:
