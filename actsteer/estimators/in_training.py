@@ -174,14 +174,16 @@ class SteeringInTraining:
         self._softs = {id(own): _SoftInTraining(own) for own in each if own is not None}
         self._inner: InTraining
 
-    def options(self, *, gate: AnyGate | None, positions: Positions | None) -> tuple[AnyGate | None, Positions | None]:
+    def options(
+        self, *, gate: AnyGate | None, positions: Positions | None, concept: str | None
+    ) -> tuple[AnyGate | None, Positions | None]:
         """The gate and the positions to steer with.
 
         Raises:
             TypeError: they are given here too.
         """
-        if gate is not None or positions is not None:
-            raise TypeError("gate and positions: the Steering that is trained has them; leave them out")
+        if any(given is not None for given in (gate, positions, concept)):
+            raise TypeError("gate, positions and concept: the Steering that is trained has them; leave them out")
         chosen = self._steering.positions
         return self._gate(self._softs), chosen.get(self._concept) if isinstance(chosen, Mapping) else chosen
 

@@ -50,7 +50,7 @@ def one_by_one(
         SiteNotFoundError: the model lacks a site.
         StatisticsError: a site does not run.
         ShapeError: `fitted` gives other sites than it was called with.
-        TypeError: it gives edits that `|` does not join, with more than one site.
+        TypeError: it gives neither, or edits that `|` does not join, with more than one site.
 
     Source: concept scrubbing, Belrose et al. 2023 (arXiv 2306.03819); the same order is used for transport by
     Rodriguez et al. 2024 (arXiv 2410.23054).
@@ -76,8 +76,7 @@ def one_by_one(
                 here = {name: said_at(said, _sites(found[-1])) for name, said in where.items()}
                 steered.enter_context(Steerer(model, found[-1], **here))
             found.append(fitted(site))
-            if (given := _sites(found[-1])) != (site,):
-                raise ShapeError(f"fitted({site!r}): expected a vector or an edit of this site alone, got {given}")
+            _check_found(site, found[-1])
     whole = found[0]
     metadata: dict[str, str] = {}
     for part in found[1:]:
@@ -97,6 +96,15 @@ def _as_they_run(model: nn.Module, batch: Any, sites: Sites, where: dict[str, An
 
 def _nothing(site: str, rows: Tensor, owners: Tensor) -> None:
     """What is seen is not kept."""
+
+
+def _check_found(site: str, found: Any) -> None:
+    if not isinstance(found, SteeringVector | Edit):
+        raise TypeError(
+            f"fitted({site!r}): expected a SteeringVector, or an edit such as LowRank, got {type(found).__name__}"
+        )
+    if (given := _sites(found)) != (site,):
+        raise ShapeError(f"fitted({site!r}): expected a vector or an edit of this site alone, got {given}")
 
 
 def _sites(found: SteeringVector | Edit) -> tuple[str, ...]:

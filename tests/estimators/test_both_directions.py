@@ -302,6 +302,12 @@ def test_labels_that_do_not_fit_are_refused(loss, beta, output, target, message)
         loss(output, target, c=1.0, plain=output)
 
 
+def test_a_beta_that_would_train_the_contrary_is_refused():
+    output, target = torch.zeros(4, 3), (torch.tensor([0, 1]), torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="beta: expected a number above 0, got -1"):
+        preference_shift(output, target, c=1.0, plain=output, beta=-1)
+
+
 def test_pairs_cannot_be_given_in_one_tensor_whose_rows_are_shuffled():
     with pytest.raises(BatchError, match="expected a tensor for batches in one tensor"):
         train(identity(), X, targets=(torch.zeros(6).long(), torch.ones(6).long()), loss=preference)

@@ -21,6 +21,7 @@ from actsteer import (
     SiteNotFoundError,
     Steerer,
     SteeringVector,
+    VectorBank,
     collect,
     fit,
     one_by_one,
@@ -307,6 +308,8 @@ def test_what_is_fitted_is_of_the_site_that_was_asked_for(model):
     vector = SteeringVector({"first": torch.ones(D)})
     with pytest.raises(ShapeError, match=r"fitted\('middle'\).*got \('first',\)"):
         one_by_one(model, NEGATIVE, sites=["middle"], fitted=lambda site: vector)
+    with pytest.raises(TypeError, match=r"fitted\('middle'\): expected a SteeringVector, or an edit.*got VectorBank"):
+        one_by_one(model, NEGATIVE, sites=["middle"], fitted=lambda site: VectorBank({"a": vector}))
     with pytest.raises(ValueError, match="data gone"):
         one_by_one(model, NEGATIVE, sites=SITES, fitted=failing(vector))
     assert not model.first._forward_hooks and type(model.first) is nn.Sequential
