@@ -172,7 +172,7 @@ MORE = VectorBank({"a": V, "b": V})
         (Steering(V, gate=CosineAbove(SteeringVector({"1": torch.ones(D)}), 0.1)), {}, "goes into gate="),
         (Steering(V, gate=soft()), {"gate": soft()}, "the Steering that is trained has them"),
         (Steering(V, gate=soft()), {"positions": "last"}, "the Steering that is trained has them"),
-        (Steering(LowRank(rank=1), positions={"vector": "all"}), {"concept": "new"}, "the Steering that is trained has"),
+        (Steering(LowRank(rank=1), positions={"vector": "all"}), {"concept": "new"}, "positions and concept"),
         (Steering(V, c={"two": 1.0}, gate=soft()), {}, "give c="),
     ],
 )  # fmt: skip
