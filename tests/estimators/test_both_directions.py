@@ -155,6 +155,14 @@ def test_a_vector_makes_the_activations_of_later_sites_those_that_were_recorded(
     torch.testing.assert_close(found["1"], truth["1"], atol=0.02, rtol=0)
 
 
+def test_what_is_asked_for_by_name_is_no_target_wherever_it_stands():
+    def loss(output, c, plain):
+        torch.testing.assert_close(output - plain, (output - plain)[:1].expand_as(output))  # c · v in every row
+        return (output * c).mean()
+
+    train(identity(), loss=loss, c=[-1, 1], steps=2)
+
+
 def test_plain_and_target_are_of_the_same_rows_and_sites():
     model = network()
     recorded = record(model, X, sites="3", keep_shape=True, progress=False)

@@ -134,6 +134,35 @@ def test_what_is_given_stays_as_it_is_and_so_does_the_model():
     assert gate.at("1").gate.direction.equal(weights) and not found.gate.at("1").gate.direction.equal(weights)
 
 
+def test_it_is_adam_on_the_vector_the_weights_and_the_offset_of_every_site():
+    """Beside a loop written by hand, of σ((h · w + b - t) / width) at both sites."""
+    steps, lr, w = 30, 0.05, {site: soft().at(site).gate for site in SITES}
+    wide = {
+        s: Soft(ProbeAbove(SteeringVector({s: p.direction}), offset=p.offset, threshold=0.5), width=2.0)
+        for s, p in w.items()
+    }
+    found = trained(Steering(V, gate=AtSites(wide)), steps=steps, lr=lr)
+    parts = {s: [V[s], p.direction / 2, torch.tensor((p.offset - 0.5) / 2)] for s, p in w.items()}
+    leaves = [leaf.requires_grad_() for own in parts.values() for leaf in own]
+    adam = torch.optim.Adam(leaves, lr=lr)
+    for step in range(steps):
+        h = TO_MOVE
+        for name, layer in network().named_children():
+            h = layer(h)
+            if name in SITES:
+                v, weights, offset = parts[name]
+                h = h + torch.sigmoid(h @ weights + offset)[:, None] * v
+        adam.param_groups[0]["lr"] = lr * (1 - step / steps)
+        adam.zero_grad()
+        cross_entropy(h, TWO).backward()
+        adam.step()
+    for site, (v, weights, offset) in parts.items():
+        probe = found.gate.at(site).gate
+        torch.testing.assert_close(found.vectors["two"][site], v.detach(), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(probe.direction, weights.detach(), rtol=1e-3, atol=1e-4)
+        assert probe.offset == pytest.approx(float(offset), rel=1e-3, abs=1e-4)
+
+
 def test_a_steering_without_a_gate_is_its_vector_trained():
     found = trained(Steering(V, c=1.0), steps=5)
     assert found.gate is None and found.vectors["two"].equal(trained(V, steps=5))
