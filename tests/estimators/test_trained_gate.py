@@ -160,7 +160,7 @@ def test_it_is_adam_on_the_vector_the_weights_and_the_offset_of_every_site():
         probe = found.gate.at(site).gate
         torch.testing.assert_close(found.vectors["two"][site], v.detach(), rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(probe.direction, weights.detach(), rtol=1e-3, atol=1e-4)
-        assert probe.offset == pytest.approx(float(offset), rel=1e-3, abs=1e-4)
+        assert probe.offset == pytest.approx(float(offset.detach()), rel=1e-3, abs=1e-4)
 
 
 def test_a_steering_without_a_gate_is_its_vector_trained():
