@@ -82,6 +82,12 @@ def check_estimator(estimator: Any) -> None:
         )
 
 
+def check_found(found: Any, *, by: str) -> None:
+    """TypeError unless it is what an estimator makes."""
+    if not isinstance(found, SteeringVector | Edit):
+        raise TypeError(f"{by}: expected a SteeringVector, or an edit such as LowRank, got {type(found).__name__}")
+
+
 def name_of(estimator: Estimator[Any]) -> str:
     """The class's name, for the metadata; of a class that is not ours `module:Class`, as the command line takes it."""
     kind = type(estimator)

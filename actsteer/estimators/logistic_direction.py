@@ -13,7 +13,7 @@ from torch import Tensor
 
 from actsteer.collecting.moments import exact
 from actsteer.errors import BatchError, ShapeError, SiteNotFoundError, StatisticsError
-from actsteer.estimators.estimator import Reads, name_of, shown
+from actsteer.estimators.estimator import Reads, name_of, shown, warn_of_zeros
 from actsteer.estimators.newton import Recorded, blocks, newton, no_convergence
 from actsteer.estimators.rows import Rows
 from actsteer.vectors.vector import SteeringVector
@@ -44,6 +44,9 @@ class LogisticDirection:
     Raises:
         StatisticsError: a side without rows, activations that are not finite, or no convergence.
         BatchError: `paired`, and the sides do not pair up.
+
+    Warns:
+        UserWarning: the vector is zero at a site.
 
     Source: probes, Alain & Bengio 2016; iteratively reweighted least squares, Green 1984; of pairs, the conditional
     likelihood, Breslow & Day 1980.
@@ -108,7 +111,9 @@ class LogisticDirection:
     def _vector(self, weights: Mapping[str, Tensor], offsets: Mapping[str, str]) -> SteeringVector:
         kind = torch.get_default_dtype()
         directions = {site: own.to(kind) for site, own in weights.items()}
-        return SteeringVector(directions, metadata={"estimator": name_of(self), **offsets})
+        found = SteeringVector(directions, metadata={"estimator": name_of(self), **offsets})
+        warn_of_zeros(found, stacklevel=4)
+        return found
 
     def _by_sklearn(self, site: str, positive: Tensor, negative: Tensor) -> Tensor:
         try:

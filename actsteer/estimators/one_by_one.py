@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from actsteer.collecting.observe import Observation, Step
 from actsteer.collecting.processes import announced, in_step
 from actsteer.errors import ShapeError
-from actsteer.estimators.estimator import Result, with_metadata
+from actsteer.estimators.estimator import Result, check_found, with_metadata
 from actsteer.sites.axes import Axes, said_at
 from actsteer.sites.resolve import Sites, find_sites
 from actsteer.steering.interventions.intervention import Edit
@@ -76,7 +76,9 @@ def one_by_one(
                 here = {name: said_at(said, _sites(found[-1])) for name, said in where.items()}
                 steered.enter_context(Steerer(model, found[-1], **here))
             found.append(fitted(site))
-            _check_found(site, found[-1])
+            check_found(found[-1], by=(call := f"fitted({site!r})"))
+            if (given := _sites(found[-1])) != (site,):
+                raise ShapeError(f"{call}: expected a vector or an edit of this site alone, got {given}")
     whole = found[0]
     metadata: dict[str, str] = {}
     for part in found[1:]:
@@ -96,15 +98,6 @@ def _as_they_run(model: nn.Module, batch: Any, sites: Sites, where: dict[str, An
 
 def _nothing(site: str, rows: Tensor, owners: Tensor) -> None:
     """What is seen is not kept."""
-
-
-def _check_found(site: str, found: Any) -> None:
-    if not isinstance(found, SteeringVector | Edit):
-        raise TypeError(
-            f"fitted({site!r}): expected a SteeringVector, or an edit such as LowRank, got {type(found).__name__}"
-        )
-    if (given := _sites(found)) != (site,):
-        raise ShapeError(f"fitted({site!r}): expected a vector or an edit of this site alone, got {given}")
 
 
 def _sites(found: SteeringVector | Edit) -> tuple[str, ...]:
