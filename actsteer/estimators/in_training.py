@@ -22,6 +22,7 @@ from actsteer.steering.steerer import Steerer
 from actsteer.steering.steering import Steering
 from actsteer.tokens.positions import Positions
 from actsteer.vectors.bank import VectorBank
+from actsteer.vectors.described import with_offsets
 from actsteer.vectors.vector import SteeringVector
 
 
@@ -245,6 +246,6 @@ class _SoftInTraining:
     @torch.no_grad()
     def result(self, metadata: Mapping[str, str]) -> Soft:
         """The gate as it is now."""
-        known = self.metadata | dict(metadata) | {f"offset {self.site}": repr(float(self.leaves[1]))}
+        known = with_offsets(self.metadata | dict(metadata), {self.site: float(self.leaves[1])})
         vector = SteeringVector({self.site: self.leaves[0]}, metadata=known)
         return Soft(ProbeAbove(vector, per=self.per))

@@ -16,6 +16,7 @@ from actsteer.errors import BatchError, ShapeError, SiteNotFoundError, Statistic
 from actsteer.estimators.estimator import Reads, name_of, shown, warn_of_zeros
 from actsteer.estimators.newton import Recorded, blocks, newton, no_convergence
 from actsteer.estimators.rows import Rows
+from actsteer.vectors.described import with_offsets
 from actsteer.vectors.vector import SteeringVector
 
 RowsOrBlocks: TypeAlias = Recorded | Iterable[Recorded]
@@ -92,7 +93,7 @@ class LogisticDirection:
             found = {site: self._by_sklearn(site, positive[site], negative[site]) for site in positive}
         else:
             found = self._newton(positive, negative)
-        offsets = {f"offset {site}": repr(float(weights[-1])) for site, weights in found.items()}
+        offsets = {site: float(weights[-1]) for site, weights in found.items()}
         return self._vector({site: weights[:-1] for site, weights in found.items()}, offsets)
 
     def _newton(self, positive: Iterable[Any], negative: Iterable[Any] | None) -> dict[str, Tensor]:
@@ -108,10 +109,10 @@ class LogisticDirection:
             return _Differences([toward], [{site: away[site] for site in toward}])
         return _Differences(positive, negative)
 
-    def _vector(self, weights: Mapping[str, Tensor], offsets: Mapping[str, str]) -> SteeringVector:
+    def _vector(self, weights: Mapping[str, Tensor], offsets: Mapping[str, float]) -> SteeringVector:
         kind = torch.get_default_dtype()
         directions = {site: own.to(kind) for site, own in weights.items()}
-        found = SteeringVector(directions, metadata={"estimator": name_of(self), **offsets})
+        found = SteeringVector(directions, metadata=with_offsets({"estimator": name_of(self)}, offsets))
         warn_of_zeros(found, stacklevel=4)
         return found
 

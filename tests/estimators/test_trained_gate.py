@@ -137,10 +137,8 @@ def test_what_is_given_stays_as_it_is_and_so_does_the_model():
 def test_it_is_adam_on_the_vector_the_weights_and_the_offset_of_every_site():
     """Beside a loop written by hand, of σ((h · w + b - t) / width) at both sites."""
     steps, lr, w = 30, 0.05, {site: soft().at(site).gate for site in SITES}
-    wide = {
-        s: Soft(ProbeAbove(SteeringVector({s: p.direction}), offset=p.offset, threshold=0.5), width=2.0)
-        for s, p in w.items()
-    }
+    higher = {s: ProbeAbove(SteeringVector({s: p.direction}, metadata=p.metadata), threshold=0.5) for s, p in w.items()}
+    wide = {site: Soft(own, width=2.0) for site, own in higher.items()}
     found = trained(Steering(V, gate=AtSites(wide)), steps=steps, lr=lr)
     parts = {s: [V[s], p.direction / 2, torch.tensor((p.offset - 0.5) / 2)] for s, p in w.items()}
     leaves = [leaf.requires_grad_() for own in parts.values() for leaf in own]
@@ -160,6 +158,7 @@ def test_it_is_adam_on_the_vector_the_weights_and_the_offset_of_every_site():
         probe = found.gate.at(site).gate
         torch.testing.assert_close(found.vectors["two"][site], v.detach(), rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(probe.direction, weights.detach(), rtol=1e-3, atol=1e-4)
+        assert [key for key in probe.metadata if key.startswith("offset")] == [f"offset {site}"]
         assert probe.offset == pytest.approx(float(offset.detach()), rel=1e-3, abs=1e-4)
 
 
