@@ -48,8 +48,16 @@ def axes_in(
 
 
 def offsets_in(sites: Iterable[str], metadata: Mapping[str, str]) -> dict[str, float]:
-    """Site -> b of what is read there, h · v + b: "offset SITE", which scales and adds up as the direction does."""
-    return {site: float(metadata[key]) for site in sites if (key := f"{_OFFSET}{site}") in metadata}
+    """Site -> b of what is read there, h · v + b: "offset SITE", which scales and adds up as the direction does.
+
+    Raises:
+        ValueError: it is no number.
+    """
+    told = {site: metadata[key] for site in sites if (key := f"{_OFFSET}{site}") in metadata}
+    try:
+        return {site: float(text) for site, text in told.items()}
+    except ValueError as error:
+        raise ValueError(f"metadata: expected a number as 'offset SITE', got {told}; leave it out") from error
 
 
 def with_offsets(metadata: Mapping[str, str], offsets: Mapping[str, float]) -> dict[str, str]:

@@ -466,3 +466,9 @@ def test_a_sum_with_what_has_no_offset_and_another_direction_have_none():
     assert "offset 2" not in orthogonal["b"].metadata
     assert "offset 2" not in VectorBank({"a": same}).combine({"a": 2.0}).metadata
     assert "offset 2" not in same.transport(SiteMap({"2": ("2", torch.eye(2))})).metadata
+
+
+def test_an_offset_that_is_no_number_is_named():
+    told = SteeringVector({"2": torch.ones(2)}, metadata={"offset 2": "much", "offset of another site": "any text"})
+    with pytest.raises(ValueError, match=r"expected a number as 'offset SITE', got \{'2': 'much'\}"):
+        2 * told
