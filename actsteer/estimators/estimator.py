@@ -205,6 +205,8 @@ def ridged(
     Raises:
         StatisticsError: that is singular to rounding.
     """
+    if not bool(matrix.diagonal().any()):
+        raise StatisticsError(f"site {site!r}: the {rows} rows are all the same; collect others")
     penalised = matrix + ridge * matrix.trace() / len(matrix) * torch.eye(len(matrix)).to(matrix)
     try:
         return solved(penalised, right, rows=rows)

@@ -147,6 +147,8 @@ def test_few_rows_need_a_ridge():
     with pytest.raises(StatisticsError, match=r"site '0': the covariance of 5 features from 4 rows is singular.*ridge"):
         fitted(Y[:4], X[:4], ridge=0.0)
     assert moved(fitted(Y[:4], X[:4]), X[:4]).isfinite().all()
+    with pytest.raises(StatisticsError, match="site '0': the 4 rows are all the same"):
+        fitted(Y[:4], X[:1].expand(4, D))
 
 
 def test_what_is_not_paired_is_refused():
