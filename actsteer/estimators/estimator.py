@@ -82,6 +82,12 @@ def check_estimator(estimator: Any) -> None:
         )
 
 
+def check_found(found: Any, *, by: str) -> None:
+    """TypeError unless it is what an estimator makes."""
+    if not isinstance(found, SteeringVector | Edit):
+        raise TypeError(f"{by}: expected a SteeringVector, or an edit such as LowRank, got {type(found).__name__}")
+
+
 def name_of(estimator: Estimator[Any]) -> str:
     """The class's name, for the metadata; of a class that is not ours `module:Class`, as the command line takes it."""
     kind = type(estimator)
@@ -199,6 +205,8 @@ def ridged(
     Raises:
         StatisticsError: that is singular to rounding.
     """
+    if not bool(matrix.diagonal().any()):
+        raise StatisticsError(f"site {site!r}: the {rows} rows are all the same; collect others")
     penalised = matrix + ridge * matrix.trace() / len(matrix) * torch.eye(len(matrix)).to(matrix)
     try:
         return solved(penalised, right, rows=rows)

@@ -16,6 +16,7 @@ from actsteer.estimators.estimator import (
     Estimator,
     Result,
     check_estimator,
+    check_found,
     described,
     name_of,
     warn_of_zeros,
@@ -26,7 +27,6 @@ from actsteer.estimators.one_by_one import one_by_one as fit_one_by_one
 from actsteer.estimators.rows import Rows
 from actsteer.sites.axes import Axes, said_at
 from actsteer.sites.resolve import Sites
-from actsteer.steering.interventions.intervention import Edit
 from actsteer.tokens.positions import Positions
 from actsteer.tokens.whose import Masks
 from actsteer.vectors.vector import SteeringVector
@@ -138,11 +138,7 @@ def estimated(
 
 
 def _checked(estimator: Estimator[Result], found: Any) -> Result:
-    if not isinstance(found, SteeringVector | Edit):
-        raise TypeError(
-            f"{type(estimator).__name__}: expected a SteeringVector, or an edit such as LowRank, got "
-            f"{type(found).__name__}"
-        )
+    check_found(found, by=type(estimator).__name__)
     if isinstance(found, SteeringVector) and ":" in name_of(estimator):  # ours have said it themselves
         warn_of_zeros(found, stacklevel=4)
     return cast("Result", found)

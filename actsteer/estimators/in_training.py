@@ -22,6 +22,7 @@ from actsteer.steering.steerer import Steerer
 from actsteer.steering.steering import Steering
 from actsteer.tokens.positions import Positions
 from actsteer.vectors.bank import VectorBank
+from actsteer.vectors.described import with_offsets
 from actsteer.vectors.vector import SteeringVector
 
 
@@ -174,14 +175,16 @@ class SteeringInTraining:
         self._softs = {id(own): _SoftInTraining(own) for own in each if own is not None}
         self._inner: InTraining
 
-    def options(self, *, gate: AnyGate | None, positions: Positions | None) -> tuple[AnyGate | None, Positions | None]:
+    def options(
+        self, *, gate: AnyGate | None, positions: Positions | None, concept: str | None
+    ) -> tuple[AnyGate | None, Positions | None]:
         """The gate and the positions to steer with.
 
         Raises:
             TypeError: they are given here too.
         """
-        if gate is not None or positions is not None:
-            raise TypeError("gate and positions: the Steering that is trained has them; leave them out")
+        if any(given is not None for given in (gate, positions, concept)):
+            raise TypeError("gate, positions and concept: the Steering that is trained has them; leave them out")
         chosen = self._steering.positions
         return self._gate(self._softs), chosen.get(self._concept) if isinstance(chosen, Mapping) else chosen
 
@@ -243,6 +246,6 @@ class _SoftInTraining:
     @torch.no_grad()
     def result(self, metadata: Mapping[str, str]) -> Soft:
         """The gate as it is now."""
-        known = self.metadata | dict(metadata) | {f"offset {self.site}": repr(float(self.leaves[1]))}
+        known = with_offsets(self.metadata | dict(metadata), {self.site: float(self.leaves[1])})
         vector = SteeringVector({self.site: self.leaves[0]}, metadata=known)
         return Soft(ProbeAbove(vector, per=self.per))

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from actsteer.collecting.moments import exact
 from actsteer.errors import BatchError, ShapeError, SiteNotFoundError, StatisticsError
-from actsteer.estimators.estimator import Reads, name_of, shown
+from actsteer.estimators.estimator import Reads, name_of, shown, warn_of_zeros
 from actsteer.estimators.newton import Recorded, blocks, newton, no_convergence
 from actsteer.estimators.rows import Rows
+from actsteer.vectors.described import with_offsets
 from actsteer.vectors.vector import SteeringVector
 
 RowsOrBlocks: TypeAlias = Recorded | Iterable[Recorded]
@@ -44,6 +45,9 @@ class LogisticDirection:
     Raises:
         StatisticsError: a side without rows, activations that are not finite, or no convergence.
         BatchError: `paired`, and the sides do not pair up.
+
+    Warns:
+        UserWarning: the vector is zero at a site.
 
     Source: probes, Alain & Bengio 2016; iteratively reweighted least squares, Green 1984; of pairs, the conditional
     likelihood, Breslow & Day 1980.
@@ -89,7 +93,7 @@ class LogisticDirection:
             found = {site: self._by_sklearn(site, positive[site], negative[site]) for site in positive}
         else:
             found = self._newton(positive, negative)
-        offsets = {f"offset {site}": repr(float(weights[-1])) for site, weights in found.items()}
+        offsets = {site: float(weights[-1]) for site, weights in found.items()}
         return self._vector({site: weights[:-1] for site, weights in found.items()}, offsets)
 
     def _newton(self, positive: Iterable[Any], negative: Iterable[Any] | None) -> dict[str, Tensor]:
@@ -105,10 +109,12 @@ class LogisticDirection:
             return _Differences([toward], [{site: away[site] for site in toward}])
         return _Differences(positive, negative)
 
-    def _vector(self, weights: Mapping[str, Tensor], offsets: Mapping[str, str]) -> SteeringVector:
+    def _vector(self, weights: Mapping[str, Tensor], offsets: Mapping[str, float]) -> SteeringVector:
         kind = torch.get_default_dtype()
         directions = {site: own.to(kind) for site, own in weights.items()}
-        return SteeringVector(directions, metadata={"estimator": name_of(self), **offsets})
+        found = SteeringVector(directions, metadata=with_offsets({"estimator": name_of(self)}, offsets))
+        warn_of_zeros(found, stacklevel=4)
+        return found
 
     def _by_sklearn(self, site: str, positive: Tensor, negative: Tensor) -> Tensor:
         try:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from actsteer.collecting.observe import Observation, Step
 from actsteer.collecting.processes import announced, in_step
 from actsteer.errors import ShapeError
-from actsteer.estimators.estimator import Result, with_metadata
+from actsteer.estimators.estimator import Result, check_found, with_metadata
 from actsteer.sites.axes import Axes, said_at
 from actsteer.sites.resolve import Sites, find_sites
 from actsteer.steering.interventions.intervention import Edit
@@ -50,7 +50,7 @@ def one_by_one(
         SiteNotFoundError: the model lacks a site.
         StatisticsError: a site does not run.
         ShapeError: `fitted` gives other sites than it was called with.
-        TypeError: it gives edits that `|` does not join, with more than one site.
+        TypeError: it gives neither, or edits that `|` does not join, with more than one site.
 
     Source: concept scrubbing, Belrose et al. 2023 (arXiv 2306.03819); the same order is used for transport by
     Rodriguez et al. 2024 (arXiv 2410.23054).
@@ -76,8 +76,9 @@ def one_by_one(
                 here = {name: said_at(said, _sites(found[-1])) for name, said in where.items()}
                 steered.enter_context(Steerer(model, found[-1], **here))
             found.append(fitted(site))
+            check_found(found[-1], by=(call := f"fitted({site!r})"))
             if (given := _sites(found[-1])) != (site,):
-                raise ShapeError(f"fitted({site!r}): expected a vector or an edit of this site alone, got {given}")
+                raise ShapeError(f"{call}: expected a vector or an edit of this site alone, got {given}")
     whole = found[0]
     metadata: dict[str, str] = {}
     for part in found[1:]:

@@ -100,7 +100,7 @@ def optimize(
             patience=...)` says with which targets and when.
         gate, positions: train with the steering where it will be used, as for `Steerer`.
         axis, row_axis, token_axis, mask: as for `collect`; the result remembers the feature axis.
-        concept: what the result stands for; that of `train` unless given.
+        concept: what the result stands for; that of `train` unless given, and of a Steering always.
         generator: makes the shuffling and an edit's first directions, and so the result, reproducible.
 
     Raises:
@@ -125,7 +125,7 @@ def optimize(
     given: Any = SteeringVector({}) if train is None else train
     whole = SteeringInTraining(train) if isinstance(train, Steering) else None
     if whole is not None:
-        given, (gate, positions) = whole.starts, whole.options(gate=gate, positions=positions)
+        given, (gate, positions) = whole.starts, whole.options(gate=gate, positions=positions, concept=concept)
     _check(given, steps=steps, lr=lr, max_norm=max_norm, l2=l2)
     strengths = _checked_strengths(c if c is not None else 1.0 if whole is None else whole.c)
     kept = retain if isinstance(retain, Retain | None) else Retain(retain)

@@ -65,8 +65,11 @@ class PairedMap:
     def __call__(self, *, positive: Statistics, negative: Statistics) -> Affine | LowRank:
         """The map at every site; both sides are the same joint statistics."""
         check_alike(positive, negative)
-        if not all(side.metadata.items() >= JOINT.items() for side in (positive, negative)):
-            raise StatisticsError("expected the statistics of pairs, side by side, for both sides; see collect_joint")
+        is_joint = all(side.metadata.items() >= JOINT.items() for side in (positive, negative))
+        if not (is_joint and all(torch.equal(positive[site].mean, negative[site].mean) for site in positive)):
+            raise StatisticsError(
+                "expected the statistics of pairs, side by side, and the same as both sides; see collect_joint"
+            )
         metadata = described(self, positive=positive, negative=negative)
         if self.rank is None:
             return Affine({site: self._whole(site, positive[site]) for site in positive}, metadata=metadata)

@@ -68,9 +68,12 @@ def preference_shift(
 
     Raises:
         LossError: logits and labels do not fit.
+        ValueError: a β that is not above 0.
 
     Source: bi-directional preference optimization (BiPO), Cao et al. 2024 (arXiv 2406.00045).
     """
+    if not beta > 0:
+        raise ValueError(f"beta: expected a number above 0, got {beta}")
     (first, _), (second, _) = _preferred(output, target, c)
     (likely, _), (unlikely, _) = _preferred(plain, target, c)
     return -logsigmoid(beta * ((first - likely) - (second - unlikely))).mean()

@@ -11,6 +11,7 @@ from actsteer.collecting.statistics import Statistics
 from actsteer.errors import StatisticsError
 from actsteer.estimators.estimator import Reads, estimate, shown, solved
 from actsteer.estimators.shrinkage import check_shrinkage, shrunk
+from actsteer.vectors.described import with_offsets
 from actsteer.vectors.vector import SteeringVector
 
 
@@ -51,8 +52,8 @@ class WhitenedMeanDifference:
         """The discriminant direction at every site."""
         found = estimate(self, self._direction, positive=positive, negative=negative)
         middles = {site: (positive[site].mean + negative[site].mean) / 2 for site in found}
-        offsets = {f"offset {site}": repr(float(-middle @ found[site].to(middle))) for site, middle in middles.items()}
-        return SteeringVector({site: found[site] for site in found}, metadata=found.metadata | offsets)
+        offsets = {site: float(-middle @ found[site].to(middle)) for site, middle in middles.items()}
+        return SteeringVector({site: found[site] for site in found}, metadata=with_offsets(found.metadata, offsets))
 
     def _direction(self, positive: Moments, negative: Moments) -> Tensor:
         degrees = positive.count + negative.count - 2

@@ -35,6 +35,7 @@ from actsteer.steering.strength import PerConcept, strength_at
 from actsteer.tokens.passes import Passes, groups
 from actsteer.tokens.whose import Masks, said_of
 from actsteer.vectors.bank import VectorBank, axes_of_bank, metadata_in, stack_of
+from actsteer.vectors.described import with_offsets
 from actsteer.vectors.vector import SteeringVector
 
 
@@ -162,7 +163,10 @@ class Plan:
         for site, edit in self.edits.items():
             for index, direction in zip(edit.concepts, edit.directions, strict=True):
                 rows[self.bank.concepts[index]][site] = direction
-        return VectorBank({name: SteeringVector(own, metadata=self.bank[name].metadata) for name, own in rows.items()})
+        said = {name: self.bank[name].metadata for name in rows}
+        if any(edit.is_trained for edit in self.edits.values()):  # which other directions do not share
+            said = {name: with_offsets(metadata, {}) for name, metadata in said.items()}
+        return VectorBank({name: SteeringVector(own, metadata=said[name]) for name, own in rows.items()})
 
 
 def is_alike(one: tuple[Any, VectorBank, Mapping[str, Any]], other: tuple[Any, VectorBank, Mapping[str, Any]]) -> bool:

@@ -22,8 +22,9 @@ from actsteer.files.formats import Format
 from actsteer.files.lazy import Stored
 from actsteer.sites import fingerprint
 from actsteer.vectors import on_disk
+from actsteer.vectors.described import axes_in, with_offsets
 from actsteer.vectors.stack import Stack, Vectors, read
-from actsteer.vectors.vector import SteeringVector, as_float, axes_in, site_norms
+from actsteer.vectors.vector import SteeringVector, as_float, site_norms
 
 
 @final
@@ -212,7 +213,8 @@ class VectorBank:
         return VectorBank(
             {
                 concept: SteeringVector(
-                    dict(zip(sizes, residual.split(list(sizes.values())), strict=True)), metadata=vector.metadata
+                    dict(zip(sizes, residual.split(list(sizes.values())), strict=True)),
+                    metadata=with_offsets(vector.metadata, {}),
                 )
                 for residual, (concept, vector) in zip(residuals, self.items(), strict=True)
             }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterator, Mapping
 from numbers import Real
 from os import PathLike
 from typing import Any, final
@@ -19,6 +20,7 @@ from actsteer.files.lazy import Stored
 from actsteer.files.untrusted import not_dense
 from actsteer.sites import fingerprint
 from actsteer.vectors import on_disk
+from actsteer.vectors.described import axes_in, named, offsets_in, with_offsets
 from actsteer.vectors.site_map import SiteMap
 
 
@@ -33,7 +35,8 @@ class SteeringVector:
     Args:
         directions: site -> tensor of shape (d,).
         concept: the name of what the vector stands for; kept as `metadata["concept"]`.
-        metadata: str -> str, kept by scaling, `select`, `to`, and by saving; a sum keeps what both sides share.
+        metadata: str -> str, kept by scaling, `select`, `to`, and by saving; a sum keeps what both sides share. What is
+            added to h · v where v is read, "offset SITE", scales and adds up as v does; another direction has none.
 
     Raises:
         ShapeError: a direction that is not 1-D, floating and finite.
@@ -124,19 +127,19 @@ class SteeringVector:
         """The sum, site by site; a site that one side lacks counts as zero."""
         if not isinstance(other, SteeringVector):
             return NotImplemented
-        return self._zip(other, torch.add)
+        return self._zip(other, operator.add)
 
     def __sub__(self, other: object) -> SteeringVector:
         """The difference, site by site; a site that one side lacks counts as zero."""
         if not isinstance(other, SteeringVector):
             return NotImplemented
-        return self._zip(other, torch.sub)
+        return self._zip(other, operator.sub)
 
     def __mul__(self, scalar: object) -> SteeringVector:
         """Every direction times a number."""
         if (factor := _number(scalar)) is None:
             return NotImplemented
-        return self._map(lambda direction: direction * factor)
+        return self._scaled(lambda number: number * factor)
 
     __rmul__ = __mul__
 
@@ -146,11 +149,11 @@ class SteeringVector:
             return NotImplemented
         if divisor == 0.0:
             raise ZeroDivisionError(f"{self!r} divided by zero")
-        return self._map(lambda direction: direction / divisor)
+        return self._scaled(lambda number: number / divisor)
 
     def __neg__(self) -> SteeringVector:
         """Every direction the other way round."""
-        return self._map(torch.neg)
+        return self._scaled(operator.neg)
 
     def __matmul__(self, other: object) -> Float[Tensor, ""]:
         """The inner product over all sites, a 0-dim tensor."""
@@ -174,7 +177,9 @@ class SteeringVector:
         Raises:
             ZeroDirectionError: a site's direction is zero.
         """
-        return self._like({site: _unit(direction, f"site {site!r}") for site, direction in self._directions.items()})
+        norms = site_norms(self)
+        units = {site: _unit(direction, f"site {site!r}") for site, direction in self._directions.items()}
+        return self._like(units, {site: offset / norms[site] for site, offset in self._offsets.items()})
 
     def cosine(self, other: SteeringVector) -> Float[Tensor, ""]:
         """The cosine of the angle over all sites, in [-1, 1]; ZeroDirectionError if either vector is zero."""
@@ -186,20 +191,21 @@ class SteeringVector:
         unit = onto._normalized()
         along = unit * (self.to(dtype=torch.float64) @ unit)
         dtype = _common_dtype([*self._directions.values(), *onto._directions.values()])
-        return self._like(along.to(dtype=dtype)._directions)
+        return self._like(along.to(dtype=dtype)._directions, {})
 
     def reject(self, onto: SteeringVector) -> SteeringVector:
         """What `project` leaves, v - v.project(onto)."""
-        return self._like((self - self.project(onto))._directions)
+        return self._like((self - self.project(onto))._directions, {})
 
     # --- choosing and comparing ----------------------------------------------------------------------------------
     def select(self, *sites: str) -> SteeringVector:
         """The same vector at these sites alone."""
-        return self._like({site: self._direction(site) for site in sites})
+        return SteeringVector({site: self._direction(site) for site in sites}, metadata=self._metadata)
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> SteeringVector:
         """The same vector in another dtype or on another device."""
-        return self._map(lambda direction: direction.to(dtype=dtype, device=device))
+        moved = {site: direction.to(dtype=dtype, device=device) for site, direction in self._directions.items()}
+        return SteeringVector(moved, metadata=self._metadata)
 
     def equal(self, other: SteeringVector) -> bool:
         """The same dtypes and numbers at every site; a site that one side lacks counts as zero."""
@@ -217,7 +223,8 @@ class SteeringVector:
         """
         carried = dict(along.carry(site, direction) for site, direction in self._directions.items())
         own = fingerprint.KEYS
-        kept = {key: value for key, value in self._metadata.items() if not key.startswith("axis ") and key not in own}
+        told = with_offsets(self._metadata, {})
+        kept = {key: value for key, value in told.items() if not key.startswith("axis ") and key not in own}
         return SteeringVector(carried, metadata=kept | along.metadata)
 
     # --- files ---------------------------------------------------------------------------------------------------
@@ -249,18 +256,27 @@ class SteeringVector:
         return from_file(next(iter(bank.values())))
 
     # --- inside --------------------------------------------------------------------------------------------------
-    def _map(self, function: Callable[[Tensor], Tensor]) -> SteeringVector:
-        return self._like({s: function(d) for s, d in self._directions.items()})
+    def _scaled(self, function: Callable[[Any], Any]) -> SteeringVector:
+        """The function, which is linear, of every direction, and of what is added to what it reads."""
+        offsets = {site: function(offset) for site, offset in self._offsets.items()}
+        return self._like({s: function(d) for s, d in self._directions.items()}, offsets)
 
-    def _like(self, directions: Mapping[str, Tensor]) -> SteeringVector:
-        """Other directions of the same concept and origin."""
-        return SteeringVector(directions, metadata=self._metadata)
+    def _like(self, directions: Mapping[str, Tensor], offsets: Mapping[str, float]) -> SteeringVector:
+        """Other directions of the same concept and origin, with their offsets."""
+        return SteeringVector(directions, metadata=with_offsets(self._metadata, offsets))
 
-    def _zip(self, other: SteeringVector, function: Callable[[Tensor, Tensor], Tensor]) -> SteeringVector:
+    @property
+    def _offsets(self) -> dict[str, float]:
+        return offsets_in(self._directions, self._metadata)
+
+    def _zip(self, other: SteeringVector, function: Callable[[Any, Any], Any]) -> SteeringVector:
         shared = dict(self._metadata.items() & other._metadata.items())
         described = shared | axes_in((vector._directions, vector._metadata) for vector in (self, other))
         directions = {s: function(a, b) for s, a, b in self._pairs(other)}
-        return SteeringVector(directions, metadata=described)
+        both = [(vector._directions, vector._offsets) for vector in (self, other)]
+        known = [site for site in directions if all(site in offsets or site not in own for own, offsets in both)]
+        offsets = {site: function(*(own.get(site, 0.0) for _, own in both)) for site in known}
+        return SteeringVector(directions, metadata=with_offsets(described, offsets))
 
     def _compare(self, other: SteeringVector, same: Callable[[Tensor, Tensor], bool]) -> bool:
         sizes = all(len(d) == len(other._directions.get(s, d)) for s, d in self._directions.items())
@@ -299,19 +315,6 @@ def _rebuild(directions: Mapping[str, Tensor], metadata: Mapping[str, str]) -> S
     return SteeringVector(directions, metadata=metadata)
 
 
-def named(concept: str | None, metadata: Mapping[str, str] | None) -> dict[str, str]:
-    """A copy of the metadata, with the concept's name in it.
-
-    Raises:
-        TypeError: something in it is no string.
-    """
-    told = dict(metadata or {}) | ({} if concept is None else {"concept": concept})
-    for key, value in told.items():
-        if not (isinstance(key, str) and isinstance(value, str)):
-            raise TypeError(f"metadata maps str to str, got {key!r}: {value!r}; convert the value with str()")
-    return told
-
-
 def site_norms(vector: SteeringVector) -> dict[str, float]:
     """Site -> the norm of the direction there."""
     return {site: float(direction.double().norm()) for site, direction in vector._directions.items()}
@@ -320,31 +323,6 @@ def site_norms(vector: SteeringVector) -> dict[str, float]:
 def from_file(stored: Stored) -> SteeringVector:
     """The vector that a file holds."""
     return SteeringVector(stored.read(), metadata=stored.metadata)
-
-
-def axes_in(
-    described: Iterable[tuple[Container[str], Mapping[str, str]]], asked: Container[str] | None = None
-) -> dict[str, str]:
-    """The metadata "axis SITE" of several vectors: the feature axis at a site, where it was collected or given.
-
-    Args:
-        described: the sites and the metadata of each vector.
-        asked: these keys alone, where they are given.
-
-    Raises:
-        ShapeError: two of them have different axes at one site.
-    """
-    axes: dict[str, str] = {}
-    for sites, metadata in described:
-        for key, axis in metadata.items():
-            if not key.startswith("axis ") or (asked is not None and key not in asked):
-                continue
-            if (site := key[5:]) in sites and axes.setdefault(key, axis) != axis:
-                raise ShapeError(
-                    f"site {site!r}: the vectors were collected along different axes, {axes[key]} and {axis}; collect "
-                    "them along one"
-                )
-    return axes
 
 
 def _owned(site: str, direction: Tensor) -> Tensor:

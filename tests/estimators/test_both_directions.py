@@ -155,6 +155,14 @@ def test_a_vector_makes_the_activations_of_later_sites_those_that_were_recorded(
     torch.testing.assert_close(found["1"], truth["1"], atol=0.02, rtol=0)
 
 
+def test_what_is_asked_for_by_name_is_no_target_wherever_it_stands():
+    def loss(output, c, plain):
+        torch.testing.assert_close(output - plain, (output - plain)[:1].expand_as(output))  # c · v in every row
+        return (output * c).mean()
+
+    train(identity(), loss=loss, c=[-1, 1], steps=2)
+
+
 def test_plain_and_target_are_of_the_same_rows_and_sites():
     model = network()
     recorded = record(model, X, sites="3", keep_shape=True, progress=False)
@@ -300,6 +308,12 @@ def test_where_nothing_is_shifted_the_loss_is_that_of_a_coin():
 def test_labels_that_do_not_fit_are_refused(loss, beta, output, target, message):
     with pytest.raises(LossError, match=message):
         loss(output, target, c=1.0, plain=output)
+
+
+def test_a_beta_that_would_train_the_contrary_is_refused():
+    output, target = torch.zeros(4, 3), (torch.tensor([0, 1]), torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="beta: expected a number above 0, got -1"):
+        preference_shift(output, target, c=1.0, plain=output, beta=-1)
 
 
 def test_pairs_cannot_be_given_in_one_tensor_whose_rows_are_shuffled():

@@ -44,6 +44,12 @@ def fitted(positive, negative, *, streamed=False, **options):
 
 
 @both
+def test_pairs_of_the_same_row_twice_warn_that_nothing_is_steered(streamed):
+    with pytest.warns(UserWarning, match="the vector is zero"):
+        fitted(pairs()[0], pairs()[0], streamed=streamed)
+
+
+@both
 def test_it_is_scikit_learns_on_the_differences_both_ways_without_an_offset(streamed):
     positive, negative = pairs()
     rows = (positive - negative).numpy()

@@ -21,6 +21,7 @@ from actsteer import (
     SiteNotFoundError,
     Steerer,
     SteeringVector,
+    VectorBank,
     collect,
     fit,
     one_by_one,
@@ -303,10 +304,33 @@ def test_an_edit_of_ones_own_that_has_one_is_joined(model):
     assert tuple(joined.sizes) == IN_ORDER and joined.metadata == {"by": "hand"}
 
 
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Identity(), nn.Identity()
+
+    def forward(self, x, keep):
+        return self.second(self.first(x))
+
+
+def test_the_sites_before_are_steered_where_the_mask_says():
+    batch = {"x": torch.zeros(2, 3, 1), "keep": torch.tensor([[1, 1, 0], [0, 1, 1]])}
+    model, seen = Masked(), []
+
+    def fitted(site):
+        seen.append(model(**batch)[..., 0])
+        return SteeringVector({site: torch.ones(1)})
+
+    one_by_one(model, batch, sites=["first", "second"], mask="keep", fitted=fitted)
+    assert torch.equal(seen[0], torch.zeros(2, 3)) and torch.equal(seen[1], batch["keep"].float())
+
+
 def test_what_is_fitted_is_of_the_site_that_was_asked_for(model):
     vector = SteeringVector({"first": torch.ones(D)})
     with pytest.raises(ShapeError, match=r"fitted\('middle'\).*got \('first',\)"):
         one_by_one(model, NEGATIVE, sites=["middle"], fitted=lambda site: vector)
+    with pytest.raises(TypeError, match=r"fitted\('middle'\): expected a SteeringVector, or an edit.*got VectorBank"):
+        one_by_one(model, NEGATIVE, sites=["middle"], fitted=lambda site: VectorBank({"a": vector}))
     with pytest.raises(ValueError, match="data gone"):
         one_by_one(model, NEGATIVE, sites=SITES, fitted=failing(vector))
     assert not model.first._forward_hooks and type(model.first) is nn.Sequential

@@ -147,12 +147,16 @@ def test_few_rows_need_a_ridge():
     with pytest.raises(StatisticsError, match=r"site '0': the covariance of 5 features from 4 rows is singular.*ridge"):
         fitted(Y[:4], X[:4], ridge=0.0)
     assert moved(fitted(Y[:4], X[:4]), X[:4]).isfinite().all()
+    with pytest.raises(StatisticsError, match="site '0': the 4 rows are all the same"):
+        fitted(Y[:4], X[:1].expand(4, D))
 
 
 def test_what_is_not_paired_is_refused():
     apart = [collect(MODEL, rows[:, :4], covariance=True, **LONG) for rows in (Y, X)]
-    with pytest.raises(StatisticsError, match="side by side, for both sides; see collect_joint"):
-        PairedMap()(positive=apart[0], negative=apart[1])
+    joint = [collect_joint(MODEL, *sides, **LONG) for sides in ((Y, X), (X, Y))]
+    for positive, negative in (apart, joint):
+        with pytest.raises(StatisticsError, match="side by side, and the same as both sides; see collect_joint"):
+            PairedMap()(positive=positive, negative=negative)
     with pytest.raises(BatchError, match="not the same number from each row"):
         fitted(Y[:3], X[:4])
     with pytest.raises(BatchError, match="one side has more batches"):

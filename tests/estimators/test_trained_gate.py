@@ -134,6 +134,34 @@ def test_what_is_given_stays_as_it_is_and_so_does_the_model():
     assert gate.at("1").gate.direction.equal(weights) and not found.gate.at("1").gate.direction.equal(weights)
 
 
+def test_it_is_adam_on_the_vector_the_weights_and_the_offset_of_every_site():
+    """Beside a loop written by hand, of σ((h · w + b - t) / width) at both sites."""
+    steps, lr, w = 30, 0.05, {site: soft().at(site).gate for site in SITES}
+    higher = {s: ProbeAbove(SteeringVector({s: p.direction}, metadata=p.metadata), threshold=0.5) for s, p in w.items()}
+    wide = {site: Soft(own, width=2.0) for site, own in higher.items()}
+    found = trained(Steering(V, gate=AtSites(wide)), steps=steps, lr=lr)
+    parts = {s: [V[s], p.direction / 2, torch.tensor((p.offset - 0.5) / 2)] for s, p in w.items()}
+    leaves = [leaf.requires_grad_() for own in parts.values() for leaf in own]
+    adam = torch.optim.Adam(leaves, lr=lr)
+    for step in range(steps):
+        h = TO_MOVE
+        for name, layer in network().named_children():
+            h = layer(h)
+            if name in SITES:
+                v, weights, offset = parts[name]
+                h = h + torch.sigmoid(h @ weights + offset)[:, None] * v
+        adam.param_groups[0]["lr"] = lr * (1 - step / steps)
+        adam.zero_grad()
+        cross_entropy(h, TWO).backward()
+        adam.step()
+    for site, (v, weights, offset) in parts.items():
+        probe = found.gate.at(site).gate
+        torch.testing.assert_close(found.vectors["two"][site], v.detach(), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(probe.direction, weights.detach(), rtol=1e-3, atol=1e-4)
+        assert [key for key in probe.metadata if key.startswith("offset")] == [f"offset {site}"]
+        assert probe.offset == pytest.approx(float(offset.detach()), rel=1e-3, abs=1e-4)
+
+
 def test_a_steering_without_a_gate_is_its_vector_trained():
     found = trained(Steering(V, c=1.0), steps=5)
     assert found.gate is None and found.vectors["two"].equal(trained(V, steps=5))
@@ -172,6 +200,7 @@ MORE = VectorBank({"a": V, "b": V})
         (Steering(V, gate=CosineAbove(SteeringVector({"1": torch.ones(D)}), 0.1)), {}, "goes into gate="),
         (Steering(V, gate=soft()), {"gate": soft()}, "the Steering that is trained has them"),
         (Steering(V, gate=soft()), {"positions": "last"}, "the Steering that is trained has them"),
+        (Steering(LowRank(rank=1), positions={"vector": "all"}), {"concept": "new"}, "positions and concept"),
         (Steering(V, c={"two": 1.0}, gate=soft()), {}, "give c="),
     ],
 )  # fmt: skip

@@ -228,3 +228,21 @@ def test_from_merged_statistics_it_is_the_same_gate():
 def test_a_vector_without_offsets_is_refused():
     with pytest.raises(ValueError, match="metadata has no 'offset 1'"):
         AtSites.soft(V)
+
+
+def test_the_negative_of_the_weights_is_the_gate_of_the_other_side():
+    model, toward, away = clusters()
+    w = fit(model, positive=toward, negative=away, sites=SITES, estimator=WhitenedMeanDifference(), progress=False)
+    gate, contrary, rows = AtSites.soft(w), AtSites.soft(-w), record(model, toward, sites=SITES, progress=False)
+    for site in SITES:
+        torch.testing.assert_close(contrary.at(site)(rows[site]), 1 - gate.at(site)(rows[site]))
+
+
+def test_directions_that_were_trained_in_place_have_no_offset():
+    model = nn.Sequential(nn.Identity())
+    w = SteeringVector({"0": torch.ones(2)}, concept="w", metadata={"offset 0": "1.0"})
+    with Steerer(model, w) as steerer:
+        model(torch.ones(1, 2))
+        assert steerer.vectors["w"].metadata["offset 0"] == "1.0"
+        steerer.requires_grad_()
+        assert "offset 0" not in steerer.vectors["w"].metadata

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
 from actsteer import ShapeError, SiteNotFoundError, SteeringVector, VectorBank, ZeroDirectionError
+from actsteer.vectors.site_map import SiteMap
 from tests.oracles import flat
 from tests.strategies import FLOATS, SIZES, nonzero_scalars, nonzero_vectors, powers_of_two, scalars, vectors
 
@@ -429,3 +430,45 @@ def test_an_integer_beyond_the_range_of_a_float_is_refused(number):
     for make in (lambda: v * number, lambda: number * v, lambda: VectorBank({"a": v}).combine({"a": number})):
         with pytest.raises(ShapeError, match="the direction is not finite"):
             make()
+
+
+# --- offsets: h · v + b ------------------------------------------------------------------------------------------
+PROBE = SteeringVector(
+    {"2": torch.tensor([3.0, 4.0]), "5": torch.tensor([2.0])}, metadata={"offset 2": "-1.5", "offset 5": "0.25"}
+)
+OTHER = SteeringVector({"2": torch.tensor([1.0, -2.0])}, metadata={"offset 2": "0.5"})
+
+
+def read(vector, site, row):
+    return float(row @ vector[site]) + float(vector.metadata[f"offset {site}"])
+
+
+def test_an_offset_scales_and_adds_up_as_its_direction_does():
+    row = torch.tensor([0.5, -2.0])
+    one, two = (read(vector, "2", row) for vector in (PROBE, OTHER))
+    assert read(-PROBE, "2", row) == -one
+    assert read(PROBE * 4, "2", row) == 4 * one
+    assert read(PROBE / 4, "2", row) == one / 4
+    assert math.isclose(read(PROBE.unit(), "2", row), one / 5, rel_tol=1e-6)
+    assert read(PROBE + OTHER, "2", row) == one + two
+    assert read(OTHER - PROBE, "2", row) == two - one
+    assert read(PROBE - OTHER, "5", torch.tensor([1.0])) == 2.25  # where the other has no site
+    assert read(PROBE.select("5").to(dtype=torch.float64), "5", torch.tensor([1.0]).double()) == 2.25
+
+
+def test_a_sum_with_what_has_no_offset_and_another_direction_have_none():
+    plain = SteeringVector({"2": torch.tensor([1.0, 0.0])})
+    assert set((PROBE + plain).metadata) == set((plain - PROBE).metadata) == {"offset 5"}
+    same = PROBE.select("2")
+    assert not same.project(plain).metadata.keys() & {"offset 2"}
+    assert not same.reject(plain).metadata.keys() & {"offset 2"}
+    orthogonal = VectorBank({"a": OTHER, "b": same}).orthogonalize()
+    assert "offset 2" not in orthogonal["b"].metadata
+    assert "offset 2" not in VectorBank({"a": same}).combine({"a": 2.0}).metadata
+    assert "offset 2" not in same.transport(SiteMap({"2": ("2", torch.eye(2))})).metadata
+
+
+def test_an_offset_that_is_no_number_is_named():
+    told = SteeringVector({"2": torch.ones(2)}, metadata={"offset 2": "much", "offset of another site": "any text"})
+    with pytest.raises(ValueError, match=r"expected a number as 'offset SITE', got \{'2': 'much'\}"):
+        2 * told

@@ -49,7 +49,8 @@ class AtSites:
 
         `LogisticDirection` fits w and b of all sites in one call, from rows that are to be steered (positive) and rows
         that are to stay (negative), also in a stream; `WhitenedMeanDifference` from statistics, which merge. Where the
-        paper takes principal components, these take ‖w‖² / 2 in the loss, and a shrunk covariance.
+        paper takes principal components, these take ‖w‖² / 2 in the loss, and a shrunk covariance. `-w` gives one minus
+        the weight.
 
         Args:
             vector: the weights w, with "offset SITE" in the metadata for the b of each site.

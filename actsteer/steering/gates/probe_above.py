@@ -14,6 +14,7 @@ from actsteer.steering.alone import load_gate, save_gate
 from actsteer.steering.gates.gate import Per, wide
 from actsteer.steering.gates.gate_direction import GateDirection, shown
 from actsteer.steering.numbers import bound, finite
+from actsteer.vectors.described import offsets_in
 from actsteer.vectors.vector import SteeringVector
 
 
@@ -61,10 +62,10 @@ class ProbeAbove:
         if not 0 < p < 1:
             raise ValueError(f"probability: expected a number between 0 and 1, got {p}")
         self._direction = GateDirection(vector, unit=False)
-        found = offset if offset is not None else vector.metadata.get(f"offset {self.site}")
+        found = offset if offset is not None else offsets_in(vector, vector.metadata).get(self.site)
         if found is None:
             raise ValueError(f"offset: the vector's metadata has no 'offset {self.site}', as LogisticDirection's has")
-        self.offset = finite(float(found) if isinstance(found, str) else found, "offset")
+        self.offset = finite(found, "offset")
         self.threshold = math.log(p / (1 - p)) if threshold is None else bound(threshold, "threshold")
         self.per: Per = self._direction.per(per)
 

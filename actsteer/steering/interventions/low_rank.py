@@ -15,7 +15,8 @@ from torch.nn.functional import linear
 from actsteer.errors import ShapeError, SiteNotFoundError, close_names
 from actsteer.sites.device import brought
 from actsteer.steering.alone import load_edit, save_edit
-from actsteer.vectors.vector import SteeringVector, named
+from actsteer.vectors.described import named
+from actsteer.vectors.vector import SteeringVector
 
 
 @final

@@ -14,7 +14,8 @@ from actsteer.collecting.moments import exact
 from actsteer.errors import ShapeError, SiteNotFoundError, close_names
 from actsteer.steering.alone import load_edit, save_edit
 from actsteer.steering.interventions.affine import AffineAt
-from actsteer.vectors.vector import SteeringVector, named
+from actsteer.vectors.described import named
+from actsteer.vectors.vector import SteeringVector
 
 _SLACK = 8  # times d eps: what rounding makes of an eigenvalue of 0
 
