@@ -58,7 +58,7 @@ def _toward(values: Tensor, activation: Tensor, direction: Tensor, c: Tensor) ->
             f"{tuple(values.shape)} for it; record them on a batch of this shape, or give one row (d,)"
         )
     goal = brought(values, activation.device, activation.dtype).expand_as(activation)
-    return torch.lerp(activation, goal, c.to(activation))
+    return torch.lerp(activation, goal, brought(c, activation.device, activation.dtype))
 
 
 @final
