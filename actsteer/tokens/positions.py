@@ -80,6 +80,12 @@ def are_indices(positions: Any) -> TypeGuard[Sequence[int]]:
     return bool(positions) and all(isinstance(own, int) and not isinstance(own, bool) for own in positions)
 
 
+def are_of_rows(positions: Positions | None) -> bool:
+    """Whether they may be other ones for each row of a batch, as a mask, or a list for each row."""
+    is_list = isinstance(positions, Sequence) and not isinstance(positions, str)
+    return isinstance(positions, Tensor) or (is_list and not are_indices(positions))
+
+
 def _is_mask(given: Tensor) -> bool:
     """Whether it can be nothing but a mask: one row of integers may be meant as indices."""
     if given.dtype is torch.bool:
