@@ -172,6 +172,10 @@ def test_a_real_model_carries_the_subject_and_then_the_answer_and_equals_plain_h
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
+def is_late(batch):
+    return batch["input_ids"] > 9
+
+
 def test_bad_inputs_are_refused_and_the_model_stays(model):
     clean, before = {"input_ids": IDS}, state(model)
     mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
@@ -183,6 +187,7 @@ def test_bad_inputs_are_refused_and_the_model_stays(model):
         ({"input_ids": OTHER}, {"positions": "last"}, TypeError, "a column or more"),
         ({"input_ids": OTHER}, {"positions": []}, TypeError, "a column or more"),
         ({"input_ids": OTHER}, {"positions": ["first"]}, ValueError, "expected one of"),
+        ({"input_ids": OTHER}, {"positions": [is_late, is_late]}, ValueError, "two columns have one name"),
         ({"input_ids": OTHER}, {"positions": [7]}, BatchError, "has 5 tokens, and 8 are needed"),
         ({"input_ids": OTHER}, {"positions": [slice(7, 9)]}, BatchError, "no token of the inputs is meant"),
         ({"input_ids": OTHER}, {"sites": "model.layer.0"}, SiteNotFoundError, "model.layers.0"),
