@@ -124,6 +124,17 @@ def test_compiled_it_is_the_same():
     torch.compiler.reset()
 
 
+def test_compiled_another_number_of_values_is_in_no_wrong_place():
+    torch.compiler.reset()
+    x = normal(1, 4, 3)
+    with Steerer(LINE, Replace({"0": normal(3, 3)}), positions=[0, 1]):
+        found = torch.compile(LINE, backend="eager", fullgraph=True)(x)
+        with pytest.raises(ShapeError, match="3 values for 2 rows"):
+            LINE(x)
+    assert bool(found[:, :2].isnan().all()) and torch.equal(found[:, 2:], x[:, 2:])
+    torch.compiler.reset()
+
+
 def test_texts_that_are_packed_into_a_row_have_indices_of_their_own(model):
     packed = {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
     other, ids = (packed | {"input_ids": own[2:]} for own in (OTHER, IDS))
