@@ -122,6 +122,19 @@ def test_pads_are_left_out_and_each_row_is_what_it_is_alone(model, side):
         torch.testing.assert_close(found.patched[:, :, row], single.patched[:, :, 0], rtol=0, atol=1e-5)
 
 
+def test_a_cache_that_comes_with_the_call_is_left_as_it_is(model):
+    with torch.no_grad():
+        caches = [model(own[:, :2]).past_key_values for own in (IDS, OTHER)]
+    clean, corrupted = (
+        {"input_ids": own[:, 2:], "past_key_values": cache} for own, cache in zip((IDS, OTHER), caches, strict=True)
+    )
+    found = patching(model, clean, corrupted, metric=difference, sites=LAYERS[-1], positions=["all"])
+    assert [cache.get_seq_length() for cache in caches] == [2, 2]
+    whole = [difference(model(own)).detach().double() for own in (IDS, OTHER)]
+    torch.testing.assert_close(torch.stack([found.clean, found.corrupted]), torch.stack(whole), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.patched[0, 0], found.clean)
+
+
 @pytest.mark.parametrize("build", [mlp, cnn])
 def test_a_network_without_tokens_has_one_column(build):
     net = build().eval()
