@@ -148,6 +148,21 @@ def test_a_network_without_tokens_has_one_column(build):
         assert torch.equal(found.patched[row, 0], found.clean)  # nothing goes past a layer of a chain
 
 
+def test_what_a_pass_counts_is_as_before():
+    class Counted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.site = nn.Identity()
+            self.register_buffer("passes", torch.zeros(()))
+
+        def forward(self, x):
+            self.passes += 1
+            return self.site(x)
+
+    patching(net := Counted(), torch.ones(2, 1), torch.zeros(2, 1), metric=lambda y: y[:, 0], sites="site")
+    assert not net.passes.any()
+
+
 def test_what_a_branch_carries_is_its_share():
     class Branches(nn.Module):
         def __init__(self):
