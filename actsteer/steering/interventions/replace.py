@@ -80,7 +80,8 @@ class Replace:
 
     Raises:
         ShapeError: no sites, or tensors that are not finite; when the model runs, another shape than the activation's,
-            another number of values than of tokens that are steered, or positions that go on into what is generated.
+            another number of values than of tokens that are steered (compiled code cannot look: they are nan then), or
+            positions that go on into what is generated.
 
     Source: activation patching, Vig et al. 2020 and Meng et al. 2022 (arXiv 2202.05262); mean ablation with a = the
     mean.
