@@ -6,6 +6,7 @@ import inspect
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import suppress
+from copy import deepcopy
 from itertools import islice
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -17,6 +18,7 @@ from tqdm.auto import tqdm
 from actsteer.errors import ActsteerError, BatchError, InputError
 from actsteer.sites.resolve import runs_torch_code
 from actsteer.sites.wrappers import class_name, named_modules
+from actsteer.tokens.inputs import cache_in
 
 Batches: TypeAlias = Tensor | Mapping[str, Any] | Iterable[Any]
 """What a model is fed, everywhere: a tensor, which is split by `batch_size`; a mapping of keyword arguments such as a
@@ -174,11 +176,19 @@ def arguments(batch: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
 def call(model: nn.Module, batch: Any) -> Any:
     """The model's output on one batch: a tensor, positional arguments in a tuple, or keyword arguments in a mapping.
 
+    A cache among these stays as it is: the model writes into a copy.
+
     Raises:
-        BatchError: the batch is none of these, or does not fit what the model's forward takes.
+        BatchError: the batch is none of these, or does not fit what the model's forward takes; a cache with gradients.
         InputError: a module of the model refuses what comes to it, for its width or dtype.
     """
     positional, keywords = arguments(batch)
+    name, cache = cache_in(keywords)
+    if not isinstance(cache, Tensor | tuple | list | None):
+        try:
+            keywords = {**keywords, name: deepcopy(cache)}
+        except RuntimeError as error:
+            raise BatchError(f"{name}: expected a cache without gradients; make it under torch.no_grad()") from error
     try:
         return model(*positional, **keywords)
     except TypeError:

@@ -65,7 +65,7 @@ def choose_sites(
     >>> choose_sites(model, v, positive=x[:2] + 0.5, negative=x[2:] + 0.5, count=1).sites
     ('0[0:1]',)
     """
-    if not 1 <= count <= len(v):
+    if not isinstance(count, int) or not 1 <= count <= len(v):
         raise ValueError(f"count: expected from 1 to the number of sites, {len(v)}, got {count}")
     fingerprint.check(model, v.metadata, what="the vector")
     known = {site: int(v.metadata[f"axis {site}"]) for site in v if f"axis {site}" in v.metadata}

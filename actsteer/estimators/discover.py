@@ -21,7 +21,7 @@ from actsteer.estimators.target import Target
 from actsteer.sites import fingerprint
 from actsteer.sites.axes import Axes
 from actsteer.sites.listen import listen
-from actsteer.sites.resolve import Sites, find_sites
+from actsteer.sites.resolve import Sites, find_sites, resolve
 from actsteer.steering.steerer import Steerer
 from actsteer.tokens.positions import Positions, check
 from actsteer.vectors.bank import VectorBank
@@ -92,7 +92,9 @@ def discover(
         check(where, steers=True)
         check(where, steers=False)
     name, looked_at = _one(model, site, "site"), _one(model, target, "target")
-    if name == looked_at:
+    places = resolve(model, (name, looked_at))
+    here, there = ((own.module, own.side, own.path) for own in (places[name], places[looked_at]))
+    if here == there:  # whatever part of it each of them names
         raise StatisticsError(f"target {looked_at!r} is the site itself; choose one after it")
     data = list(iterate(batches, batch_size=batch_size, progress=False, label=""))
     zero = zeros_at(model, data[0], (name,), axis)

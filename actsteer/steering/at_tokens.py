@@ -29,7 +29,8 @@ def at_tokens(
         now: the pass; where the tokens are not known, all of the activation counts.
 
     Raises:
-        ShapeError: another number of values, or another shape; tokens that were generated are steered.
+        ShapeError: another number of values (in compiled code they are nan then), or another shape; tokens that were
+            generated are steered.
         PositionsError: it is not known where the prompt ends.
     """
     tokens = None if now is None else now.tokens
@@ -49,7 +50,9 @@ def at_tokens(
     if values.ndim == 2:
         table = numbered(positions, tokens)
         meant = (table >= 0).sum() * others
-        if not torch.compiler.is_compiling() and int(meant) != len(values):
+        if torch.compiler.is_compiling():  # where none can look, nan is better than rows in wrong places
+            values = torch.where(meant == len(values), brought(values, table.device), torch.nan)
+        elif int(meant) != len(values):
             raise ShapeError(
                 f"site {frame.site!r}: {len(values)} values for {int(meant)} rows of the activation at positions="
                 f"{positions!r}; give one for each token that is steered, in the order of record(positions=...)"

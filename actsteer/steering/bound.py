@@ -127,7 +127,7 @@ def summed(view: View, constant: Tensor | None, amounts: Sequence[Amount], direc
     """
     frame, dtype, device, is_nested = view.frame, view.part.dtype, view.part.device, view.raw.is_nested
     unusual = None if view.is_whole else view  # for what is kept must not hold an activation
-    constant = None if constant is None else constant.to(device)
+    constant = None if constant is None else brought(constant, device)
     fixed = None if constant is None or constant.ndim == 2 else frame.vectors(constant)
     terms = [_term(amount, directions[i], frame) for i, amount in enumerate(amounts) if directions is not None]
     rounded = None if fixed is None or terms else view.share(fixed.to(dtype))
@@ -180,7 +180,7 @@ def _term(amount: Amount, direction: Float[Tensor, " d"], frame: Frame) -> Run:
 
 def _full(amount: Amount, direction: Float[Tensor, " d"], frame: Frame) -> Tensor:
     """c · v on the axis of the features."""
-    return frame.vectors(weighted(amount.c.to(direction)[None], direction[None]))
+    return frame.vectors(weighted(brought(amount.c, direction.device, direction.dtype)[None], direction[None]))
 
 
 def _gated(run: Run, amount: Amount, full: Tensor, frame: Frame) -> Run:
@@ -228,7 +228,7 @@ def applied(
     frame, dtype, is_nested = view.frame, view.part.dtype, view.raw.is_nested
     unusual = None if view.is_whole else view  # for what is kept must not hold an activation
     wide, kind = torch.promote_types(dtype, torch.float32), view.part.device.type
-    directions = directions.to(view.part.device, wide)
+    directions = brought(directions, view.part.device, wide)
     known = [_known(*each, site=frame.site) for each in zip(interventions, directions, amounts, strict=True)]
     casts = kind != "meta" and (_is_compiling() or torch.amp.is_autocast_available(kind))
     turned = not (unusual is None and frame.is_last)
@@ -248,7 +248,7 @@ def applied(
                     last = found
                     continue
             c = amount.of(h, frame, now)
-            c = c if real is None else torch.where(real, c.to(last.device), 0.0)
+            c = c if real is None else torch.where(real, brought(c, last.device), 0.0)
             if c.ndim:  # a number for all stays on the CPU: reading it waits for no other device
                 c = brought(c, last.device, last.dtype).movedim(frame.axis, -1)
             if isinstance(intervention, Placed):

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from actsteer.sites.device import brought
 from actsteer.steering.strength import Terms
 from actsteer.vectors.stack import Stack
 
@@ -87,4 +88,4 @@ class Directions:
         rows = self._others if self.leaf is None else self.leaf[list(self.others)]
         assert rows is not None
         picked = rows if which is None else rows[which]
-        return picked.to(device, torch.promote_types(rows.dtype, torch.float32) if dtype is None else dtype)
+        return brought(picked, device, torch.promote_types(rows.dtype, torch.float32) if dtype is None else dtype)

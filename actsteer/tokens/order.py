@@ -27,13 +27,13 @@ def numbered(positions: Positions, tokens: Tokens) -> Int[Tensor, "rows prompt"]
         PositionsError: it is not known where the prompt ends.
     """
     whole, several = tokens.whole(), one_by_one(positions)
-    assert whole.prompt is not None
-    found = torch.full((whole.rows // whole.copies, whole.prompt), -1, device=whole.device)
-    for place, own in enumerate(several):
-        meant = chosen(own, whole).expand(whole.rows, whole.length)[:: whole.copies, : whole.prompt]
-        rank = meant.flatten().cumsum(dim=0).view(meant.shape) - 1
-        found = torch.where(meant, rank * len(several) + place, found)
-    return found
+    if whole.texts is not None and len(several) > 1:  # each text of a packed row has its own
+        return whole.spread(numbered(positions, whole.unpacked()) + 1) - 1
+    each = [chosen(own, whole).expand(whole.rows, whole.length)[:: whole.copies, : whole.prompt] for own in several]
+    meant = torch.stack(each, dim=1)
+    meant = meant & (meant.cumsum(dim=1) == 1)  # a token once, and a text may have none at one of the indices
+    rank = meant.flatten().cumsum(dim=0).view(meant.shape) - 1
+    return torch.where(meant, rank, -1).amax(dim=1)
 
 
 def in_this_pass(table: Int[Tensor, "rows prompt"], tokens: Tokens) -> Int[Tensor, "B S"]:

@@ -80,6 +80,12 @@ def are_indices(positions: Any) -> TypeGuard[Sequence[int]]:
     return bool(positions) and all(isinstance(own, int) and not isinstance(own, bool) for own in positions)
 
 
+def are_of_rows(positions: Positions | None) -> bool:
+    """Whether they may be other ones for each row of a batch, as a mask, or a list for each row."""
+    is_list = isinstance(positions, Sequence) and not isinstance(positions, str)
+    return isinstance(positions, Tensor) or (is_list and not are_indices(positions))
+
+
 def _is_mask(given: Tensor) -> bool:
     """Whether it can be nothing but a mask: one row of integers may be meant as indices."""
     if given.dtype is torch.bool:
@@ -212,7 +218,7 @@ def _nth(indices: Sequence[int], tokens: Tokens, positions: Positions) -> Tensor
 
 def _of_rows(positions: Sequence[Any], tokens: Tokens) -> Tensor:
     """The tokens at the indices of each row."""
-    indices = torch.tensor([list(own) for own in positions], device=tokens.device)
+    indices = torch.tensor([list(own) for own in positions])
     if len(indices) * tokens.copies != tokens.rows:
         raise ShapeError(
             f"positions: indices for {len(indices)} rows against {tokens.rows} rows; give a list for each row, or one "
@@ -222,6 +228,7 @@ def _of_rows(positions: Sequence[Any], tokens: Tokens) -> Tensor:
     back = indices < 0
     needed = torch.where(back, -indices, 0 if tokens.may_go_on else indices + 1).amax(dim=1)
     _check_long_enough(needed, tokens, positions)
+    indices, back = (brought(own, tokens.device) for own in (indices, back))
     wanted = torch.where(back, tokens.prompt_lengths + indices, indices)
     found = tokens.numbers[:, :, None] == wanted[:, None]
     return (found & (tokens.in_prompt[:, None] | ~back[:, None])).any(dim=2)
@@ -229,7 +236,7 @@ def _of_rows(positions: Sequence[Any], tokens: Tokens) -> Tensor:
 
 def _check_long_enough(needed: int | Int[Tensor, " B"], tokens: Tokens, positions: Positions) -> None:
     """The prompt must have as many tokens as are needed, in each row."""
-    if torch.compiler.is_compiling() or not tokens.has_whole_prompt or (isinstance(needed, int) and not needed):
+    if torch.compiler.is_compiling() or not tokens.has_whole_prompt or not bool(torch.as_tensor(needed).any()):
         return
     lengths = torch.as_tensor(tokens.prompt_lengths).flatten()
     lengths, least = torch.broadcast_tensors(lengths, torch.as_tensor(needed, device=lengths.device))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, final
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from actsteer.errors import PositionsError
@@ -81,11 +81,11 @@ class Tokens:
         _, mask = self.grid
         return Tokens(*mask.shape, mask=mask, prompt=mask.shape[1], may_go_on=self.may_go_on, device=self.device)
 
-    def spread(self, found: Bool[Tensor, "T L"]) -> Bool[Tensor, "B S"]:
+    def spread(self, found: Shaped[Tensor, "T L"]) -> Shaped[Tensor, "B S"]:
         """What was found of `unpacked` tokens, where they lie in the packed rows."""
-        index, _ = self.grid
-        flat = torch.zeros(self.rows * self.length, dtype=torch.bool, device=found.device)
-        flat[index[found]] = True
+        index, real = self.grid
+        flat = torch.zeros(self.rows * self.length, dtype=found.dtype, device=found.device)
+        flat[index[real]] = found.expand(real.shape)[real]
         return flat.view(self.rows, self.length)
 
     @property

@@ -7,16 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
 
-from torch import Tensor, nn
+from torch import nn
 
 from actsteer.errors import ZeroDirectionError
 from actsteer.steering.interventions.add import Add
-from actsteer.steering.interventions.intervention import Intervention, PerSite
+from actsteer.steering.interventions.intervention import Intervention, PerSite, Placed
 from actsteer.steering.interventions.keep_norm import KeepNorm
 from actsteer.steering.plan import interventions_of
 from actsteer.steering.steerer import Steerer
 from actsteer.steering.steering import AllPositions, Steering
-from actsteer.tokens.positions import Positions
+from actsteer.tokens.positions import Positions, are_of_rows
 from actsteer.vectors.bank import VectorBank
 
 DOSES = tuple(0.05 * 2.0**power for power in range(7))
@@ -50,12 +50,18 @@ class Candidate:
         return f"{self.number} {' '.join(self.sites)}"
 
     @property
-    def has_mask(self) -> bool:
-        """Whether positions are a mask, which is of the rows of one batch."""
-        positions = self.steering.positions
-        return any(
-            isinstance(own, Tensor) for own in (positions.values() if isinstance(positions, Mapping) else [positions])
+    def is_of_a_batch(self) -> bool:
+        """Whether it has something for each row of one batch: masks, indices, or values of single tokens."""
+        given, bank = self.steering.positions, self.steering.vectors
+        every = interventions_of(bank, self.steering.intervention)
+        found = (
+            own.at(site) if isinstance(own, PerSite) else own
+            for own, (_, vector) in zip(every, bank.items(), strict=True)
+            for site in self.sites
+            if site in vector
         )
+        at = given.values() if isinstance(given, Mapping) else [given]
+        return any(map(are_of_rows, at)) or any(isinstance(own, Placed) for own in found)
 
     @property
     def steers_alike_on_texts(self) -> bool:

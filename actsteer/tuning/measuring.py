@@ -101,7 +101,7 @@ class Measuring:
 
     def _doses(self, candidate: Candidate, steerer: Steerer, batch_size: int) -> Doses:
         axis = self._where["row_axis"]
-        together = self._together and axis is None and not candidate.has_mask
+        together = self._together and axis is None and not candidate.is_of_a_batch
         return Doses(
             self._model,
             steerer,

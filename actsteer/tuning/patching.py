@@ -63,7 +63,8 @@ def patching(
     Raises:
         BatchError: clean and corrupted differ in shape or in pads, or are no single call; texts of several lengths in a
             batch, without positions; positions that are not in the texts.
-        ValueError: the metric is the same on both, so that there is nothing to recover, or it is not finite.
+        ValueError: the metric is the same on both, so that there is nothing to recover, or it is not finite; two
+            columns of one name.
         TypeError: the metric gives something else than a number for every row.
         UnsupportedModelError: no sites are given, and the model has no list of blocks.
 
@@ -167,6 +168,8 @@ def _columns(positions: Sequence[Positions] | Mapping[str, Positions] | None, se
         named = dict(positions)
     elif isinstance(positions, Sequence) and not isinstance(positions, str):
         named = {described(own).get("positions", str(own)): own for own in positions}
+        if len(named) < len(positions):
+            raise ValueError(f"positions: two columns have one name, of {list(named)}; give name -> positions")
     else:
         named = {}
     if not named:

@@ -110,7 +110,7 @@ def test_accuracies_rank_the_sites(positive, negative, direction):
 def test_bad_input_is_refused():
     network, x = nn.Sequential(nn.Identity()), torch.ones(2, 3)
     v = fit(network, positive=x, negative=-x, sites="0")
-    for count in (0, 2):
+    for count in (0, 2, 1.0):
         with pytest.raises(ValueError, match=f"count: expected from 1 to the number of sites, 1, got {count}"):
             choose_sites(network, v, positive=x, negative=-x, count=count)
     with pytest.raises(StatisticsError, match=r"site '0': expected rows of finite activations on the negative side"):

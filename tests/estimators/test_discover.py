@@ -67,6 +67,9 @@ def test_what_cannot_be_is_refused():
         found(site="*")
     with pytest.raises(StatisticsError, match="does not react"):
         found(site="3", target="1")
+    for site, target in (("1", "1"), ("1[0:2]", "1"), ("1", "1:out"), ("1", "1[2:4]")):
+        with pytest.raises(StatisticsError, match="is the site itself"):
+            found(site=site, target=target)
     for bad in ({"norm": 0.0}, {"lr": -1.0}, {"count": 0}, {"steps": 0}):
         with pytest.raises(ValueError, match="expected"):
             found(**bad)

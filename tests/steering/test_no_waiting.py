@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from actsteer import (
     Ablate,
     Add,
+    Affine,
     And,
     Clamp,
     CosineAbove,
@@ -15,6 +16,7 @@ from actsteer import (
     Not,
     ProbeAbove,
     ProjectionAbove,
+    Replace,
     Rotate,
     Soft,
     Steerer,
@@ -45,6 +47,9 @@ WAYS = {
     "ablate": {"intervention": Ablate(), "gate": ProjectionAbove(V, 0.0), "positions": slice(1, None)},
     "clamp": {"intervention": Clamp(1.0), "positions": "generated"},
     "rotate": {"intervention": Rotate(0.5)},
+    "rows of indices": {"positions": [[0], [1], [2]]},
+    "integers": {"positions": torch.ones(3, 5, dtype=torch.long)},
+    "clamp rows": {"intervention": Clamp(1.0), "c": torch.ones(3)},
     "rotate in a plane": {"intervention": Rotate(0.5, plane=FIRST[FIRST.sites[0]])},
 }
 
@@ -101,6 +106,36 @@ def test_what_lies_on_the_cpu_is_brought_to_the_device_once_or_without_waiting(w
         model(**inputs)
         with Sent() as sent:
             model(**inputs)
+    assert sent.waited_for == []
+
+
+EDITS = {
+    "vector": V,
+    "part": SteeringVector({f"{SITE}[2:6]": normal(4)}),
+    "replace": Replace({SITE: normal(8)}),
+    "replace all": Replace({SITE: normal(3, 5, 8)}),
+    "replace a part": Replace({f"{SITE}[2:6]": normal(4)}),
+    "affine": Affine({SITE: (normal(8, 8), normal(8))}),
+    "low rank": LowRank({SITE: (normal(2, 8), normal(2, 8), normal(2))}),
+}
+AMOUNTS = {
+    "number": {"c": 0.5},
+    "rows": {"c": torch.rand(3)},
+    "positions": {"c": 0.5, "positions": "prompt"},
+    "gate": {"gate": Soft(ProjectionAbove(FIRST, 0.0), width=1.0)},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("amount", AMOUNTS.values(), ids=AMOUNTS)
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_no_edit_waits_for_what_it_sends(edit, amount, masked):
+    model = Model().double().to("meta")
+    inputs = {"input_ids": IDS} | ({"attention_mask": torch.ones_like(IDS)} if masked else {})
+    with Steerer(model, edit, **amount), Sent() as sent:
+        model(**inputs)  # which binds all anew, as each new shape does
+        model(**inputs)
     assert sent.waited_for == []
 
 

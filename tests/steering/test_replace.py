@@ -124,6 +124,17 @@ def test_compiled_it_is_the_same():
     torch.compiler.reset()
 
 
+def test_compiled_another_number_of_values_is_in_no_wrong_place():
+    torch.compiler.reset()
+    x = normal(1, 4, 3)
+    with Steerer(LINE, Replace({"0": normal(3, 3)}), positions=[0, 1]):
+        found = torch.compile(LINE, backend="eager", fullgraph=True)(x)
+        with pytest.raises(ShapeError, match="3 values for 2 rows"):
+            LINE(x)
+    assert bool(found[:, :2].isnan().all()) and torch.equal(found[:, 2:], x[:, 2:])
+    torch.compiler.reset()
+
+
 def test_texts_that_are_packed_into_a_row_have_indices_of_their_own(model):
     packed = {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
     other, ids = (packed | {"input_ids": own[2:]} for own in (OTHER, IDS))
@@ -134,6 +145,39 @@ def test_texts_that_are_packed_into_a_row_have_indices_of_their_own(model):
     expected = plain.clone()
     expected[[2, 0, 3, 4]] = kept
     assert torch.equal(seen, expected)
+
+
+@pytest.mark.parametrize("positions", [[1, 4], [4, 1], [[1, 4], [4, 1], [4, 1]]], ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_text_that_is_too_short_for_an_index_has_no_value_of_it(model, positions, packed):
+    lengths, values = [3, 5, 6], normal(5, D)
+    mask = torch.arange(6) < torch.tensor(lengths)[:, None]
+    ids, batch = OTHER.flip(1), {"input_ids": OTHER.flip(1), "attention_mask": mask.long()}
+    if packed:
+        batch = {"input_ids": ids[mask][None], "position_ids": torch.cat([torch.arange(n) for n in lengths])[None]}
+    plain = record(model, [batch], sites=SITE)[SITE]
+    with Steerer(model, Replace({SITE: values}), positions=positions):
+        found = record(model, [batch], sites=SITE)[SITE]
+    expected, begins, several = plain.clone(), [0, 3, 8], isinstance(positions[0], list)
+    wanted = [
+        begins[row] + index
+        for row in range(3)
+        for index in (positions[row] if several else positions)
+        if index < lengths[row]
+    ]
+    expected[wanted] = values
+    assert torch.equal(found, expected)
+
+
+def test_a_token_that_is_meant_twice_has_one_value():
+    x, values = normal(1, 3, 3), normal(1, 3, seed=2)
+    with Steerer(LINE, Replace({"0": values}), positions=[1, -2]):
+        assert torch.equal(LINE(x)[:, 1], values)
+    with (
+        Steerer(LINE, Replace({"0": normal(2, 3)}), positions=[1, -2]),
+        pytest.raises(ShapeError, match="2 values for 1"),
+    ):
+        LINE(x)
 
 
 def test_heads_beside_the_tokens_are_rows_of_their_token():

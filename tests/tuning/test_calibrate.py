@@ -15,6 +15,7 @@ from actsteer import (
     LowRank,
     OutputMetric,
     ProjectionAbove,
+    Replace,
     SiteNotFoundError,
     StatisticsError,
     Steerer,
@@ -447,17 +448,28 @@ def test_positions_of_every_kind_are_searched_printed_and_shown(positions):
     assert "sites" in found._repr_html_()
 
 
-def test_a_mask_of_positions_is_of_one_batch_and_runs_one_strength_at_a_time():
+MASK = torch.zeros(4, 6, dtype=torch.bool)
+MASK[:, 2:] = True
+
+
+@pytest.mark.parametrize(
+    ("vectors", "positions", "alike", "same"),
+    [
+        (SteeringVector, MASK, SteeringVector, slice(2, None)),
+        (SteeringVector, MASK.long(), SteeringVector, slice(2, None)),
+        (SteeringVector, [[1, 3]] * 4, SteeringVector, [1, 3]),
+        (lambda at: Replace({s: v.expand(4, -1) for s, v in at.items()}), "last", Replace, "last"),
+        (lambda at: Replace({s: v.expand(4, 6, -1) for s, v in at.items()}), "all", Replace, "all"),
+    ],
+    ids=["mask", "integers", "indices", "values of tokens", "values of all"],
+)
+def test_what_is_of_the_rows_of_one_batch_runs_one_strength_at_a_time(vectors, positions, alike, same):
     lm = llama()
-    v = SteeringVector(
-        {"model.layers.0": torch.randn(lm.config.hidden_size, generator=torch.Generator().manual_seed(0))}
-    )
+    at = {"model.layers.0": torch.randn(lm.config.hidden_size, generator=torch.Generator().manual_seed(0))}
     ids = torch.randint(1, lm.config.vocab_size, (4, 6), generator=torch.Generator().manual_seed(0))
-    mask = torch.zeros(4, 6, dtype=torch.bool)
-    mask[:, 2:] = True
     how = {"evaluate": lambda own: own(input_ids=ids).logits[:, -1, 3].detach(), "retain": {"input_ids": ids}}
-    one = calibrate(lm, v, positions=[mask], budget=50.0, **how, **QUICK)
-    other = calibrate(lm, v, positions=[slice(2, None)], budget=50.0, **how, **QUICK)
+    one = calibrate(lm, vectors(at), positions=[positions], budget=50.0, **how, **QUICK)
+    other = calibrate(lm, alike(at), positions=[same], budget=50.0, **how, **QUICK)
     assert [row["cost"] for row in one.table] == pytest.approx([row["cost"] for row in other.table], rel=1e-4, abs=1e-7)
 
 

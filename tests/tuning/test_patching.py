@@ -122,6 +122,19 @@ def test_pads_are_left_out_and_each_row_is_what_it_is_alone(model, side):
         torch.testing.assert_close(found.patched[:, :, row], single.patched[:, :, 0], rtol=0, atol=1e-5)
 
 
+def test_a_cache_that_comes_with_the_call_is_left_as_it_is(model):
+    with torch.no_grad():
+        caches = [model(own[:, :2]).past_key_values for own in (IDS, OTHER)]
+    clean, corrupted = (
+        {"input_ids": own[:, 2:], "past_key_values": cache} for own, cache in zip((IDS, OTHER), caches, strict=True)
+    )
+    found = patching(model, clean, corrupted, metric=difference, sites=LAYERS[-1], positions=["all"])
+    assert [cache.get_seq_length() for cache in caches] == [2, 2]
+    whole = [difference(model(own)).detach().double() for own in (IDS, OTHER)]
+    torch.testing.assert_close(torch.stack([found.clean, found.corrupted]), torch.stack(whole), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.patched[0, 0], found.clean)
+
+
 @pytest.mark.parametrize("build", [mlp, cnn])
 def test_a_network_without_tokens_has_one_column(build):
     net = build().eval()
@@ -133,6 +146,21 @@ def test_a_network_without_tokens_has_one_column(build):
         expected = by_hooks(net, x, x.flip(0) * 0.5 + 1, metric, site, lambda own, clean: own.copy_(clean))
         assert torch.equal(found.patched[row, 0], expected)
         assert torch.equal(found.patched[row, 0], found.clean)  # nothing goes past a layer of a chain
+
+
+def test_what_a_pass_counts_is_as_before():
+    class Counted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.site = nn.Identity()
+            self.register_buffer("passes", torch.zeros(()))
+
+        def forward(self, x):
+            self.passes += 1
+            return self.site(x)
+
+    patching(net := Counted(), torch.ones(2, 1), torch.zeros(2, 1), metric=lambda y: y[:, 0], sites="site")
+    assert not net.passes.any()
 
 
 def test_what_a_branch_carries_is_its_share():
@@ -172,6 +200,10 @@ def test_a_real_model_carries_the_subject_and_then_the_answer_and_equals_plain_h
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
+def is_late(batch):
+    return batch["input_ids"] > 9
+
+
 def test_bad_inputs_are_refused_and_the_model_stays(model):
     clean, before = {"input_ids": IDS}, state(model)
     mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
@@ -183,6 +215,7 @@ def test_bad_inputs_are_refused_and_the_model_stays(model):
         ({"input_ids": OTHER}, {"positions": "last"}, TypeError, "a column or more"),
         ({"input_ids": OTHER}, {"positions": []}, TypeError, "a column or more"),
         ({"input_ids": OTHER}, {"positions": ["first"]}, ValueError, "expected one of"),
+        ({"input_ids": OTHER}, {"positions": [is_late, is_late]}, ValueError, "two columns have one name"),
         ({"input_ids": OTHER}, {"positions": [7]}, BatchError, "has 5 tokens, and 8 are needed"),
         ({"input_ids": OTHER}, {"positions": [slice(7, 9)]}, BatchError, "no token of the inputs is meant"),
         ({"input_ids": OTHER}, {"sites": "model.layer.0"}, SiteNotFoundError, "model.layers.0"),

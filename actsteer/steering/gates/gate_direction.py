@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from actsteer.errors import ShapeError
+from actsteer.sites.device import brought
 from actsteer.steering.gates.gate import Per, check_per
 from actsteer.vectors.vector import SteeringVector
 
@@ -63,7 +64,7 @@ class GateDirection:
                 f"gate at site {self.site!r}: the activation has {rows.shape[-1]} features, the gate's direction "
                 f"{len(self.exact)}; was it fitted on another model?"
             )
-        return self.exact.to(rows)
+        return brought(self.exact, rows.device, rows.dtype)
 
     def per(self, given: Per | None) -> Per:
         """What the gate is to read: as given, else what the direction was fitted at.

@@ -34,13 +34,14 @@ class AffineAt:
         goal = linear(
             activation, *(brought(part, activation.device, activation.dtype) for part in (self.weight, self.bias))
         )
-        return torch.lerp(activation, goal, c.to(activation))
+        return torch.lerp(activation, goal, brought(c, activation.device, activation.dtype))
 
     def prepare(
         self, direction: Float[Tensor, " d"], c: Float[Tensor, ""]
     ) -> Callable[[Float[Tensor, "*batch d"]], Float[Tensor, "*batch d"]]:
         """W and b in the dtype and on the device of the direction, and c as a number."""
-        weight, bias, share = self.weight.to(direction), self.bias.to(direction), float(c)
+        weight, bias = (brought(part, direction.device, direction.dtype) for part in (self.weight, self.bias))
+        share = float(c)
         if share == 1:
             return lambda activation: linear(activation, weight, bias)
         return lambda activation: torch.lerp(activation, linear(activation, weight, bias), share)

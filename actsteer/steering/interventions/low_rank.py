@@ -40,7 +40,8 @@ class LowRankAt:
         self, direction: Float[Tensor, " d"], c: Float[Tensor, ""]
     ) -> Callable[[Float[Tensor, "*batch d"]], Float[Tensor, "*batch d"]]:
         """h + (c Uᵀ)(A h + b), with A, b and c Uᵀ in the dtype and on the device of the direction."""
-        reads, adds, offsets = (part.to(direction) for part in (self.reads, self.adds, self.offsets))
+        parts = (self.reads, self.adds, self.offsets)
+        reads, adds, offsets = (brought(part, direction.device, direction.dtype) for part in parts)
         change = c * adds.T
         return lambda activation: activation + linear(linear(activation, reads, offsets), change)
 

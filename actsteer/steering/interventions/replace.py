@@ -59,7 +59,7 @@ def _toward(values: Tensor, activation: Tensor, direction: Tensor, c: Tensor) ->
             f"{tuple(values.shape)} for it; record them on a batch of this shape, or give one row (d,)"
         )
     goal = brought(values, activation.device, activation.dtype).expand_as(activation)
-    return torch.lerp(activation, goal, c.to(activation))
+    return torch.lerp(activation, goal, brought(c, activation.device, activation.dtype))
 
 
 @final
@@ -81,7 +81,8 @@ class Replace:
 
     Raises:
         ShapeError: no sites, or tensors that are not finite; when the model runs, another shape than the activation's,
-            another number of values than of tokens that are steered, or positions that go on into what is generated.
+            another number of values than of tokens that are steered (compiled code cannot look: they are nan then), or
+            positions that go on into what is generated.
 
     Source: activation patching, Vig et al. 2020 and Meng et al. 2022 (arXiv 2202.05262); mean ablation with a = the
     mean.
