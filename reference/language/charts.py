@@ -24,7 +24,7 @@ def sentiment(document: Mapping[str, Any]) -> Figure:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     panels = figure.subplots(1, 3)
     for axes, (measure, title) in zip(panels, MEASURES.items(), strict=True):
-        rows = document["curve"]
+        rows = sorted([{"c": 0, **document["unsteered"]}, *document["curve"]], key=lambda row: row["c"])
         axes.plot([row["c"] for row in rows], [row[measure] for row in rows], "o-", color=STEERED, label="steered")
         for marker, (kind, curves) in zip("x+.", document["controls"].items(), strict=True):
             points = [(row["c"], row[measure]) for own in curves for row in own]

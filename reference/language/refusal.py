@@ -17,7 +17,7 @@ from reference.language.data import (
     APOLOGY,
     IMPOSSIBLE,
     IMPOSSIBLE_HELD_OUT,
-    NEUTRAL,
+    KEPT,
     POSSIBLE,
     POSSIBLE_HELD_OUT,
 )
@@ -36,7 +36,7 @@ def run(study: Study) -> dict[str, Any]:
     v = fit(study.model, **asked, sites=sites, positions="last", concept="sorry", progress=False)
     tried = {site: _apology(study, v.select(site)) for site in sites}
     site = min(tried, key=lambda own: tried[own])
-    rows = record(study.model, study.batches(study.some(NEUTRAL)), sites=site, progress=False)[site]
+    rows = record(study.model, study.batches(study.some(KEPT)), sites=site, progress=False)[site]
     generator = torch.Generator().manual_seed(0)
     others = [drawn_like(rows, v.select(site), generator) for _ in range(min(study.budget.controls, 3))]
     with Steerer(study.model, v.select(site)):

@@ -60,7 +60,7 @@ def write_report(results: Results, out: Path) -> Path:
 
 def _sentiment(document: Mapping[str, Any]) -> tuple[Row, list[Row]]:
     plain = document["unsteered"]
-    at = {f"c = {row['c']:g}": row for row in document["curve"] if row["c"]}
+    at = {f"c = {row['c']:g}": row for row in document["curve"]}
     rows = {"unsteered": plain, **at}
     if "c" in document["calibrated"]:
         rows["calibrated"] = document["calibrated"]

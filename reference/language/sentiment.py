@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from actsteer import Calibration, Steerer, SteeringVector, calibrate, record, sweep
-from reference.language.data import CHOOSE, ENDINGS, NEUTRAL, PAIRS, PROMPTS, REPORT
+from reference.language.data import CHOOSE, ENDINGS, KEPT, PAIRS, PROMPTS, REPORT
 from reference.language.study import DEPTH, Study, as_long_as, drawn_like
 
 DEPTHS = (0.5, DEPTH, 0.8)
@@ -30,12 +30,11 @@ def run(study: Study) -> dict[str, Any]:
     if result.chosen is not None:
         with Steerer(study.model, result.best, c=result.chosen["c"]):
             chosen = {"site": result.chosen["sites"][0], "c": result.chosen["c"], **mood()}
-    controls = {
-        kind: [curve(study, other, mood, [-1, 1]) for other in own]
-        for kind, own in directions_that_mean_nothing(study, v).items()
-    }
+    nothing = directions_that_mean_nothing(study, v)
+    controls = {kind: [curve(study, other, mood, [-1, 1]) for other in own] for kind, own in nothing.items()}
     return {
         "site": v.sites[0],
+        "cosines": {kind: [float(other.cosine(v)) for other in own] for kind, own in nothing.items()},
         "unsteered": mood(),
         "curve": curve(study, v, mood, strengths),
         "controls": controls,
@@ -77,14 +76,14 @@ def calibrated(study: Study) -> Calibration:
         study.model,
         study.mean_difference(sites),
         evaluate=study.log_odds(study.some(CHOOSE)),
-        retain=study.batches(study.some(NEUTRAL)),
+        retain=study.batches(study.some(KEPT)),
         budget=BUDGET,
         rows=_sides(study, sites),
         controls=study.budget.controls,
         groups=[[site] for site in sites],
-        doses=(0.05, 0.1, 0.2),
+        doses=(0.1, 0.2),
         refine=1,
-        steps=3,
+        steps=2,
         progress=False,
     )
 
@@ -93,7 +92,7 @@ def directions_that_mean_nothing(study: Study, v: SteeringVector) -> dict[str, l
     """Controls: random ones as long as the vector, shuffled ones as they are fitted, and these as long as it too."""
     (site,) = v.sites
     generator = torch.Generator().manual_seed(0)
-    rows = record(study.model, study.batches(study.some(NEUTRAL)), sites=site, progress=False)[site]
+    rows = record(study.model, study.batches(study.some(KEPT)), sites=site, progress=False)[site]
     happy, unhappy = (side[site] for side in _sides(study, [site]))
     half = torch.arange(len(happy)) < len(happy) // 2
     count = range(study.budget.controls)

@@ -39,8 +39,8 @@ class Budget:
     tokens: int
 
 
-FULL = Budget(texts=60, controls=5, strengths=(-2, -1, -0.5, 0, 0.5, 1, 2), steps=40, tokens=32)
-QUICK = Budget(texts=8, controls=1, strengths=(-1, 0, 1), steps=3, tokens=4)
+FULL = Budget(texts=60, controls=5, strengths=(-2, -1, -0.5, 0.5, 1, 2), steps=40, tokens=32)
+QUICK = Budget(texts=8, controls=1, strengths=(-1, 1), steps=3, tokens=4)
 
 
 class Study:
@@ -58,9 +58,9 @@ class Study:
         """As many of the texts as the budget allows, from all over the set."""
         return list(texts)[:: -(-len(texts) // self.budget.texts)]
 
-    def batches(self, texts: Sequence[Text], *, chat: bool = False) -> TextBatches:
+    def batches(self, texts: Sequence[Text], *, chat: bool = False, batch_size: int = 16) -> TextBatches:
         """The texts as batches; `chat` as questions to which the answer is to come."""
-        return text_batches(self.tokenizer, texts, chat=chat, batch_size=16)
+        return text_batches(self.tokenizer, texts, chat=chat, batch_size=batch_size)
 
     def site(self, depth: float) -> str:
         """The residual stream behind the block that lies so deep, from 0 to 1."""
