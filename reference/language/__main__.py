@@ -14,9 +14,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from reference.language.model import ModelMissingError, folder, load
+from reference.language.model import folder, load
 from reference.language.report import TABLES, Results, sections, write_report
 from reference.language.study import FULL, QUICK, Study
+from reference.stored import ModelMissingError
 
 Experiment = Literal["sentiment", "topic", "refusal", "low_rank", "prompt", "generations", "all"]
 console = Console()

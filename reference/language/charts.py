@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from reference.mnist.style import STEERED, UNSTEERED, ink
+from reference.style import STEERED, UNSTEERED, ink
 
 CONTROL = "C4"
 KINDS = {"cooking": "C2", "other": "C3"}

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from reference.language.model import ModelMissingError
+from reference.stored import ModelMissingError
 from reference.zoo.finding import Finding, write
 
 Network = Literal["pitch", "voice", "vision", "sentences", "diffusion", "maze", "lens"]

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from torch import Tensor, nn
 
 from actsteer import Edit, VectorBank, sweep
-from reference.mnist.style import STEERED, UNSTEERED, ink
+from reference.style import STEERED, UNSTEERED, ink
 from reference.zoo.finding import Row
 
 STYLES = {"random": ":", "shuffled": "-."}

