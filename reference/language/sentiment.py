@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from actsteer import Calibration, Steerer, SteeringVector, calibrate, record, sweep
+from reference.controls import as_long_as
 from reference.language.data import CHOOSE, ENDINGS, KEPT, PAIRS, PROMPTS, REPORT
-from reference.language.study import DEPTH, Study, as_long_as, drawn_like
+from reference.language.study import DEPTH, Study, drawn_like
 
 DEPTHS = (0.5, DEPTH, 0.8)
 BUDGET = 0.1
@@ -99,11 +100,8 @@ def directions_that_mean_nothing(study: Study, v: SteeringVector) -> dict[str, l
     random = [drawn_like(rows, v, generator) for _ in count]
     turned = [half[torch.randperm(len(half), generator=generator)] for _ in count]
     means = [(torch.where(own[:, None], -1, 1) * (happy - unhappy)).mean(dim=0) for own in turned]
-    return {
-        "random": random,
-        "shuffled": [SteeringVector({site: own}) for own in means],
-        "stretched": [as_long_as(v, own) for own in means],
-    }
+    shuffled = [SteeringVector({site: own}) for own in means]
+    return {"random": random, "shuffled": shuffled, "stretched": [as_long_as(own, v) for own in shuffled]}
 
 
 def _sides(study: Study, sites: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from actsteer import OutputMetric, SteeringVector, residual_sites
 from actsteer.integrations.transformers import Text, TextBatches, fit_pairs, text_batches
+from reference.controls import as_long_as
 from reference.language.data import BAD, GOOD, NEUTRAL, PAIRS
 
 T = TypeVar("T")
@@ -133,10 +134,5 @@ def drawn_like(rows: Float[Tensor, "n d"], vector: SteeringVector, generator: to
     """A random direction with the covariance of the rows, each at norm 1, as long as the vector at its one site."""
     unit = rows.double() / rows.double().norm(dim=1, keepdim=True)
     direction = torch.randn(len(rows), generator=generator, dtype=torch.float64) @ (unit - unit.mean(dim=0))
-    return as_long_as(vector, direction)
-
-
-def as_long_as(vector: SteeringVector, direction: Float[Tensor, " d"]) -> SteeringVector:
-    """The direction at the vector's one site, as long as the vector."""
     (site,) = vector.sites
-    return SteeringVector({site: (direction / direction.norm() * vector.norm()).to(vector[site])})
+    return as_long_as(SteeringVector({site: direction.to(vector[site])}), vector)

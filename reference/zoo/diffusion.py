@@ -16,11 +16,11 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from actsteer import Centroids, Steerer, VectorBank, collect
+from reference.controls import beside
 from reference.mnist.data import Split, load
 from reference.mnist.model import train_classifier
 from reference.stored import cached, made_whole
 from reference.style import shades
-from reference.zoo.controls import beside
 from reference.zoo.doses import doses, draw_doses
 from reference.zoo.finding import Finding, Row
 
@@ -170,5 +170,5 @@ def _draw(rows: Sequence[Row], pictures: Mapping[str, Tensor]) -> Figure:
     right.set_xticks([EDGE * (place + 0.5) for place in range(10)], [f"to {digit}" for digit in range(10)])
     right.set_yticks([EDGE * (place + 0.5) for place in range(len(strips))], list(pictures))
     right.tick_params(length=0)
-    right.set_title("the same noise in every column")
+    right.set_title("each column from the same noise")
     return figure

@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from actsteer import Centroids, VectorBank, collect
+from reference.controls import beside
 from reference.stored import packaged
-from reference.zoo.controls import beside
 from reference.zoo.doses import doses, draw_doses
 from reference.zoo.finding import Finding, Row
 from reference.zoo.topics import ASK, FIT, FOUND, sentences

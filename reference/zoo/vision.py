@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from actsteer import VectorBank, fit
+from reference.controls import beside, dealt
 from reference.stored import packaged
-from reference.zoo.controls import beside, dealt
 from reference.zoo.doses import doses, draw_doses
 from reference.zoo.finding import Finding, Row
 

@@ -18,11 +18,11 @@ from typer.testing import CliRunner
 
 import reference.zoo
 from actsteer import SteeringVector, VectorBank
+from reference.controls import beside, dealt
 from reference.mnist.data import load
 from reference.stored import ModelMissingError, packaged
 from reference.zoo import __main__ as command
 from reference.zoo import diffusion, maze, pitch, speech, vision, voice
-from reference.zoo.controls import beside, dealt
 from reference.zoo.doses import doses, draw_doses
 from reference.zoo.finding import Finding
 from reference.zoo.topics import ASK, FIT, FOUND, sentences
