@@ -95,6 +95,23 @@ def text_of(html):
     return unescape(html)
 
 
+def test_a_reading_says_something_else_where_the_numbers_do(results):
+    out, _ = results
+    own = json.loads((out / "refusal.json").read_text())
+    own["unsteered"]["sorry impossible"] = 0.8
+    for share, expected in ((0.3, "proves little"), (0.5, "none of them less than half")):
+        for one in own["random"]:
+            one["sorry impossible"] = share
+        assert expected in readings({"refusal": own})["refusal"]
+    moods = json.loads((out / "sentiment.json").read_text())
+    for c, log_odds in ((1, 9.0), (-1, -9.0)):
+        (row,) = (row for row in moods["curve"] if row["c"] == c)
+        row["log_odds"], row["perplexity"] = log_odds, moods["unsteered"]["perplexity"]
+    assert ", is reached." in " ".join(readings({"sentiment": moods})["sentiment"].split())
+    row["perplexity"] *= 1.3
+    assert ", is not reached." in " ".join(readings({"sentiment": moods})["sentiment"].split())
+
+
 # --- the measures ----------------------------------------------------------------------------------------------------
 def test_the_log_odds_are_those_of_the_next_word_of_each_text_alone(study):
     prompts = ["The hotel by the lake was", "This", "We baked the potatoes for dinner, and it was"]
@@ -223,7 +240,7 @@ def test_what_is_left_of_a_prompt_is_nothing_where_it_is_there_and_the_answers_a
 
 # --- what is written -------------------------------------------------------------------------------------------------
 def test_no_text_that_reports_was_seen_before():
-    before = ["PAIRS", "CHOOSE", "COOKING", "OTHER", "OTHER_KEPT", "IMPOSSIBLE", "POSSIBLE", "TAUGHT"]
+    before = ["PAIRS", "CHOOSE", "COOKING", "OTHER", "OTHER_KEPT", "KEPT", "IMPOSSIBLE", "POSSIBLE", "TAUGHT"]
     after = ["REPORT", "ENDINGS", "NEUTRAL", "COOKING_HELD_OUT", "OTHER_HELD_OUT"]
     after += ["IMPOSSIBLE_HELD_OUT", "POSSIBLE_HELD_OUT", "ASKED", "QUESTIONS"]
     seen, held_out = ([text for name in names for text in strings(getattr(data, name))] for names in (before, after))
