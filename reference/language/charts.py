@@ -20,14 +20,14 @@ MEASURES = {
 
 
 def sentiment(document: Mapping[str, Any]) -> Figure:
-    """A panel for each measure, against c, with the controls at c = ±1 and the prompts as lines."""
+    """A panel for each measure, against c, with the controls at c = 1 and the prompts as lines."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     panels = figure.subplots(1, 3)
     for axes, (measure, title) in zip(panels, MEASURES.items(), strict=True):
         rows = sorted([{"c": 0, **document["unsteered"]}, *document["curve"]], key=lambda row: row["c"])
         axes.plot([row["c"] for row in rows], [row[measure] for row in rows], "o-", color=STEERED, label="steered")
-        for shift, (kind, curves) in zip((-0.15, 0, 0.15), document["controls"].items(), strict=True):
-            points = [(row["c"] + shift, row[measure]) for own in curves for row in own]  # beside each other
+        for shift, (kind, moods) in zip((-0.15, 0, 0.15), document["controls"].items(), strict=True):
+            points = [(row["c"] + shift, row[measure]) for row in moods]  # beside each other
             axes.plot(*zip(*points, strict=True), MARKERS[kind], color=CONTROL, label=f"{kind} directions")
         if measure != "perplexity":  # which a text in front changes by itself
             for style, (name, own) in zip(("--", ":", "-."), document["prompts"].items(), strict=True):

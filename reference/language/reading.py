@@ -27,10 +27,10 @@ GLOSSARY = {
         prompts it is that of the same text behind them, to be compared with “here is a text”, which asks for
         nothing.""",
         "calibrated": "the block and the strength that calibrate chooses on other prompts.",
-        "worst random, shuffled, stretched": """of directions that mean nothing, at c = 1 or -1, the one that moves
-        the log-odds most. Random ones are drawn like activations of neutral text, and as long as the vector; shuffled
-        ones are mean differences of the same pairs, of which one half is turned round; stretched ones are these, made
-        as long as the vector.""",
+        "worst random, shuffled, stretched": """of directions that mean nothing, at c = 1, the one that moves the
+        log-odds most, up or down. Random ones are drawn like activations of neutral text, and as long as the vector;
+        shuffled ones are mean differences of the same pairs, of which one half is turned round; stretched ones are
+        these, made as long as the vector.""",
         "“answer cheerfully”, ...": "the unsteered model with these words in front of every text.",
     },
     "topic": {
@@ -67,7 +67,7 @@ GLOSSARY = {
 
 CAPTIONS = {
     "sentiment": """The three measures against c on held-out texts. Steering works where the orange line moves and the
-    grey marks, directions that mean nothing at c = 1 and -1, stay; what it costs is on the right.""",
+    grey marks, directions that mean nothing, stay; what it costs is on the right.""",
     "topic": """What each gate compares with its threshold, for every held-out prompt: it fires right of the dashed
     line.""",
     "refusal": """How likely an answer begins with an apology, on held-out requests. The further left, the less
@@ -94,7 +94,7 @@ def moved(document: Mapping[str, Any], c: float) -> float:
 def worst_control(document: Mapping[str, Any], kind: str) -> float:
     """The largest move of the log-odds by a control of experiment 1."""
     plain = document["unsteered"]["log_odds"]
-    return float(max(abs(row["log_odds"] - plain) for own in document["controls"][kind] for row in own))
+    return float(max(abs(row["log_odds"] - plain) for row in document["controls"][kind]))
 
 
 def cost(document: Mapping[str, Any], c: float) -> float:

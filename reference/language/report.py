@@ -64,10 +64,8 @@ def _sentiment(document: Mapping[str, Any]) -> tuple[Row, list[Row]]:
     rows = {"unsteered": plain, **at}
     if "c" in document["calibrated"]:
         rows["calibrated"] = document["calibrated"]
-    for kind, curves in document["controls"].items():
-        rows[f"worst {kind}"] = max(
-            (row for own in curves for row in own), key=lambda row: abs(row["log_odds"] - plain["log_odds"])
-        )
+    for kind, moods in document["controls"].items():
+        rows[f"worst {kind}"] = max(moods, key=lambda row: abs(row["log_odds"] - plain["log_odds"]))
     rows |= {f"“{name}”": own for name, own in document["prompts"].items()}
     return ["steering", "log-odds", "moved by", "happy endings", "of which preferred", "perplexity", "ratio"], [
         [

@@ -32,7 +32,7 @@ def run(study: Study) -> dict[str, Any]:
         with Steerer(study.model, result.best, c=result.chosen["c"]):
             chosen = {"site": result.chosen["sites"][0], "c": result.chosen["c"], **mood()}
     nothing = directions_that_mean_nothing(study, v)
-    controls = {kind: [curve(study, other, mood, [-1, 1]) for other in own] for kind, own in nothing.items()}
+    controls = {kind: [curve(study, other, mood, [1])[0] for other in own] for kind, own in nothing.items()}
     return {
         "site": v.sites[0],
         "cosines": {kind: [float(other.cosine(v)) for other in own] for kind, own in nothing.items()},
@@ -92,15 +92,15 @@ def calibrated(study: Study) -> Calibration:
 def directions_that_mean_nothing(study: Study, v: SteeringVector) -> dict[str, list[SteeringVector]]:
     """Controls: random ones as long as the vector, shuffled ones as they are fitted, and these as long as it too."""
     (site,) = v.sites
-    generator = torch.Generator().manual_seed(0)
     rows = record(study.model, study.batches(study.some(KEPT)), sites=site, progress=False)[site]
     happy, unhappy = (side[site] for side in _sides(study, [site]))
     half = torch.arange(len(happy)) < len(happy) // 2
-    count = range(study.budget.controls)
-    random = [drawn_like(rows, v, generator) for _ in count]
-    turned = [half[torch.randperm(len(half), generator=generator)] for _ in count]
-    means = [(torch.where(own[:, None], -1, 1) * (happy - unhappy)).mean(dim=0) for own in turned]
-    shuffled = [SteeringVector({site: own}) for own in means]
+    random, shuffled = [], []
+    for seed in range(2 * study.budget.controls):  # its negative is as likely as each of them: c = 1 is enough
+        generator = torch.Generator().manual_seed(seed)
+        turned = half[torch.randperm(len(half), generator=generator)]
+        shuffled.append(SteeringVector({site: (torch.where(turned[:, None], -1, 1) * (happy - unhappy)).mean(dim=0)}))
+        random.append(drawn_like(rows, v, generator))
     return {"random": random, "shuffled": shuffled, "stretched": [as_long_as(own, v) for own in shuffled]}
 
 

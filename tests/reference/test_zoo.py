@@ -68,7 +68,8 @@ def test_a_finding_is_printed_and_written(monkeypatch, tmp_path):
     assert ran.exit_code == 0 and "what was found" in ran.output and "0.25" in ran.output and "1e-06" in ran.output
     document = json.loads((tmp_path / "new/maze.json").read_text())
     assert document["rows"] == rows and {"actsteer", "torch"} <= document["versions"].keys()
-    assert (tmp_path / "new/maze.png").read_bytes()[1:4] == b"PNG"
+    light, dark = ((tmp_path / "new" / name).read_bytes() for name in ("maze.png", "maze-dark.png"))
+    assert light[1:4] == dark[1:4] == b"PNG" and light != dark
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
