@@ -15,7 +15,7 @@ import torch
 from actsteer import Calibration, Steerer, SteeringVector, calibrate, record, sweep
 from reference.controls import as_long_as
 from reference.language.data import CHOOSE, ENDINGS, KEPT, PAIRS, PROMPTS, REPORT
-from reference.language.study import DEPTH, Study, drawn_like
+from reference.language.study import DEPTH, Study
 
 DEPTHS = (0.5, DEPTH, 0.8)
 BUDGET = 0.1
@@ -92,7 +92,6 @@ def calibrated(study: Study) -> Calibration:
 def directions_that_mean_nothing(study: Study, v: SteeringVector) -> dict[str, list[SteeringVector]]:
     """Controls: random ones as long as the vector, shuffled ones as they are fitted, and these as long as it too."""
     (site,) = v.sites
-    rows = record(study.model, study.batches(study.some(KEPT)), sites=site, progress=False)[site]
     happy, unhappy = (side[site] for side in _sides(study, [site]))
     half = torch.arange(len(happy)) < len(happy) // 2
     random, shuffled = [], []
@@ -100,7 +99,7 @@ def directions_that_mean_nothing(study: Study, v: SteeringVector) -> dict[str, l
         generator = torch.Generator().manual_seed(seed)
         turned = half[torch.randperm(len(half), generator=generator)]
         shuffled.append(SteeringVector({site: (torch.where(turned[:, None], -1, 1) * (happy - unhappy)).mean(dim=0)}))
-        random.append(drawn_like(rows, v, generator))
+        random.append(study.random_direction(v, generator))
     return {"random": random, "shuffled": shuffled, "stretched": [as_long_as(own, v) for own in shuffled]}
 
 

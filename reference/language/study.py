@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from actsteer import OutputMetric, SteeringVector, residual_sites
+from actsteer import OutputMetric, SteeringVector, record, residual_sites
 from actsteer.integrations.transformers import Text, TextBatches, fit_pairs, text_batches
 from reference.controls import as_long_as
-from reference.language.data import BAD, GOOD, NEUTRAL, PAIRS
+from reference.language.data import BAD, GOOD, KEPT, NEUTRAL, PAIRS
 
 T = TypeVar("T")
 DEPTH = 0.65
@@ -77,6 +77,16 @@ class Study:
         """The same at any sites."""
         pairs = self.some(PAIRS)
         return fit_pairs(self.model, self.tokenizer, pairs, sites=list(sites), concept="happy", progress=False)
+
+    def random_direction(self, vector: SteeringVector, generator: torch.Generator) -> SteeringVector:
+        """A direction drawn like activations of neutral texts, as long as the vector at its one site.
+
+        Without the first tokens: theirs are huge and alike, and what is drawn like them ruins the model.
+        """
+        (site,) = vector.sites
+        batches = self.batches(self.some(KEPT))
+        rows = record(self.model, batches, sites=site, positions=slice(1, None), progress=False)[site]
+        return drawn_like(rows, vector, generator)
 
     # --- measures ------------------------------------------------------------------------------------------------
     def log_odds(self, prompts: Sequence[str]) -> OutputMetric:

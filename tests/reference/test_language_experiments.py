@@ -175,6 +175,24 @@ def test_controls_are_as_long_as_the_vector_or_as_they_are_fitted_and_point_else
     assert shares[0] > 1.5 * shares[1] > 0 and shares[2] == 0
 
 
+def test_a_random_direction_is_drawn_like_all_tokens_but_the_first(study):
+    one = Study(study.model, study.tokenizer, QUICK)
+    one.some = lambda texts: [data.KEPT[0]]
+    (site,) = study.sentiment.sites
+    ids = torch.tensor([study.tokenizer(data.KEPT[0])["input_ids"]])
+    seen = []
+    handle = study.model.get_submodule(site).register_forward_hook(lambda m, a, out: seen.append(out))
+    with torch.no_grad():
+        study.model(ids)
+    handle.remove()
+    h = (seen[0][0] if isinstance(seen[0], tuple) else seen[0])[0].double()
+    unit = (h / h.norm(dim=1, keepdim=True))[1:]
+    drawn = one.random_direction(study.sentiment, torch.Generator().manual_seed(0))[site].double()
+    basis = torch.linalg.svd(unit - unit.mean(dim=0)).Vh[: len(unit) - 1]
+    assert len(basis) < len(drawn) - 1
+    assert float((drawn - basis.T @ (basis @ drawn)).norm()) < 1e-4 * float(drawn.norm())
+
+
 def test_behind_a_gate_that_never_fires_nothing_moves_and_behind_one_that_always_does_all_do(study):
     class Fires:
         per = "last"
