@@ -121,7 +121,8 @@ def _sentiment(document: Mapping[str, Any]) -> str:
     of these, is {"reached" if reached else "not reached"}. Stretched to the length of the vector a shuffled fit, whose
     cosine with the vector is up to {along:.2f} either way, moves them by up to {worst["stretched"]:.2f}: the vector
     does {least / worst["stretched"]:.1f} times as much as that, in its weaker direction. Writing
-    “answer cheerfully” in front moves them by {said["answer cheerfully"]:+.2f}, “answer gloomily” by {said["answer gloomily"]:+.2f}, and words that ask for
+    “answer cheerfully” in front moves them by {said["answer cheerfully"]:+.2f}, “answer gloomily” by
+    {said["answer gloomily"]:+.2f}, and words that ask for
     nothing by {said["here is a text"]:+.2f}: so
     {"the vector does more than" if up > best else "the vector does no more than"} a prompt here. calibrate says:
     {found["verdict"]}; on the prompts of this table the log-odds are {found.get("log_odds", plain):.2f}."""
