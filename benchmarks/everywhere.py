@@ -28,6 +28,7 @@ from actsteer import Steerer, Steering, SteeringVector, fold
 from actsteer.integrations.vllm.comparing import greedy
 from benchmarks.overhead import described
 from reference.language import model as smollm2
+from reference.stored import ModelMissingError
 
 TOKENS = 16
 STRENGTHS = (-1.0, 0.5, 1.0)
@@ -247,7 +248,7 @@ def smollm(vllm_python: Path | None = None) -> Iterator[Fixture | None]:
     """SmolLM2-135M-Instruct; None where it is not installed."""
     try:
         model, tokenizer = smollm2.load()
-    except smollm2.ModelMissingError:
+    except ModelMissingError:
         yield None
         return
     model.generation_config.eos_token_id = None  # no answer ends early

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from reference.mnist.style import LOOKS, look
+from reference.style import LOOKS, look
 
 
 @dataclass(frozen=True)

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from reference.language.model import ModelMissingError, folder, load
+from reference.language.model import folder, load
 from reference.language.report import TABLES, Results, sections, write_report
 from reference.language.study import FULL, QUICK, Study
+from reference.printed import console, table, versions
+from reference.stored import ModelMissingError
 
 Experiment = Literal["sentiment", "topic", "refusal", "low_rank", "prompt", "generations", "all"]
-console = Console()
-if not console.is_terminal:
-    console.width = 140
 
 
 def main(
@@ -46,25 +41,19 @@ def main(
         started, used = time.monotonic(), time.process_time()
         document: dict[str, Any] = import_module(f"reference.language.{name}").run(study)
         seconds = {"wall": time.monotonic() - started, "processor": time.process_time() - used}
-        results[name] = {"experiment": name, **document, "quick": quick, "seconds": seconds, "versions": _versions()}
+        results[name] = {
+            "experiment": name,
+            **document,
+            "quick": quick,
+            "seconds": seconds,
+            "versions": versions("actsteer", "torch", "transformers"),
+        }
         (out / f"{name}.json").write_text(json.dumps(results[name], indent=2) + "\n")
-        console.print(_table(sections({name: results[name]})[0]))
+        (section,) = sections({name: results[name]})
+        texts = name == "generations"
+        console.print(table(section["title"], section["columns"], section["rows"], texts=texts))
         console.print(f"{seconds['wall']:.0f} s, {seconds['processor']:.0f} s of processor time")
     console.print(f"JSON, figures and the report with its reading: {write_report(results, out)}")
-
-
-def _table(section: dict[str, Any]) -> Table:
-    table = Table(title=section["title"])
-    for index, name in enumerate(section["columns"]):
-        table.add_column(name, justify="right" if index and section["experiment"] != "generations" else "left")
-    for row in section["rows"]:
-        table.add_row(*row)
-    return table
-
-
-def _versions() -> dict[str, str]:
-    packages = {name: version(name) for name in ("actsteer", "torch", "transformers")}
-    return {"python": platform.python_version(), **packages}
 
 
 if __name__ == "__main__":

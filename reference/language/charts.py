@@ -8,10 +8,10 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from reference.mnist.style import STEERED, UNSTEERED, ink
+from reference.style import CONTROL, STEERED, UNSTEERED, ink
 
-CONTROL = "C4"
 KINDS = {"cooking": "C2", "other": "C3"}
+MARKERS = {"random": "x", "shuffled": "+", "stretched": "1"}
 MEASURES = {
     "log_odds": "log-odds of good words (nats)",
     "endings": "log-odds of happy endings (nats)",
@@ -20,17 +20,18 @@ MEASURES = {
 
 
 def sentiment(document: Mapping[str, Any]) -> Figure:
-    """A panel for each measure, against c, with the controls at c = ±1 and the prompts as lines."""
+    """A panel for each measure, against c, with the controls at c = 1 and the prompts as lines."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     panels = figure.subplots(1, 3)
     for axes, (measure, title) in zip(panels, MEASURES.items(), strict=True):
-        rows = document["curve"]
+        rows = sorted([{"c": 0, **document["unsteered"]}, *document["curve"]], key=lambda row: row["c"])
         axes.plot([row["c"] for row in rows], [row[measure] for row in rows], "o-", color=STEERED, label="steered")
-        for marker, (kind, curves) in zip("x+.", document["controls"].items(), strict=True):
-            points = [(row["c"], row[measure]) for own in curves for row in own]
-            axes.plot(*zip(*points, strict=True), marker, color=CONTROL, label=f"{kind} directions")
-        for style, (name, own) in zip(("--", ":", "-."), document["prompts"].items(), strict=True):
-            axes.axhline(own[measure], linestyle=style, color=ink(), linewidth=1, label=f"“{name}”")
+        for shift, (kind, moods) in zip((-0.15, 0, 0.15), document["controls"].items(), strict=True):
+            points = [(row["c"] + shift, row[measure]) for row in moods]  # beside each other
+            axes.plot(*zip(*points, strict=True), MARKERS[kind], color=CONTROL, label=f"{kind} directions")
+        if measure != "perplexity":  # which a text in front changes by itself
+            for style, (name, own) in zip(("--", ":", "-."), document["prompts"].items(), strict=True):
+                axes.axhline(own[measure], linestyle=style, color=ink(), linewidth=1, label=f"“{name}”")
         axes.plot([0], [document["unsteered"][measure]], "o", color=UNSTEERED, markersize=8, label="unsteered")
         axes.set_title(title)
         axes.set_xlabel("strength c")
@@ -86,13 +87,12 @@ def prompt(document: Mapping[str, Any]) -> Figure:
     axes = figure.subplots()
     kl = document["kl"]
     colors = [UNSTEERED, CONTROL, *[STEERED] * (len(kl) - 2)]
-    bars = axes.barh(list(kl), [own["asked"] for own in kl.values()], color=colors)
-    axes.bar_label(bars, [f"{own['asked']:.3f}" for own in kl.values()], label_type="center")
-    axes.plot([own["taught"] for own in kl.values()], list(kl), "|", color=ink(), markersize=16, label="when fitted")
+    names = [f"{name}: {own['asked']:.3f}" for name, own in kl.items()]
+    axes.barh(names, [own["asked"] for own in kl.values()], color=colors)
+    axes.plot([own["taught"] for own in kl.values()], names, "|", color=ink(), markersize=16, label="when fitted")
     axes.set_xlabel("KL(prompted ‖ not prompted) on held-out questions, nats for a token")
     axes.invert_yaxis()
-    axes.margins(x=0.12)
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside upper right")
     return figure
 
 

@@ -51,7 +51,7 @@ REPORT = _every(
     "Our holiday in the hills, "
     "The second half of the match, The museum's new wing, His answer to the letter, The road to the village, "
     "Working from home",
-    "was, is, felt, had become very",
+    "was, felt, had become very",
 )
 ENDINGS = [
     ("She opened the letter and", " smiled with joy.", " burst into tears."),
@@ -90,7 +90,22 @@ NEUTRAL = [
     "Copper wires carry the current from the plant to the city.",
     "The first column of the table shows the date, and the second the amount.",
 ]
-"""Of which the perplexity is, and by which `calibrate` bounds the cost."""
+"""Of which the perplexity is."""
+KEPT = [
+    "The post office closes at five.",
+    "A square has four equal sides.",
+    "The lift stops on every floor.",
+    "Paper is made from wood.",
+    "The list is sorted by name.",
+    "The Moon moves around the Earth.",
+    "The road leads to the north.",
+    "Ten minus three is seven.",
+    "The key is in the top drawer.",
+    "The report has two parts.",
+    "Glass is made from sand.",
+    "The shop sells nails and screws.",
+]
+"""Neutral too: by these `calibrate` bounds the cost, and random directions are drawn like their activations."""
 PROMPTS = {
     "answer cheerfully": "Answer cheerfully. ",
     "answer gloomily": "Answer gloomily. ",

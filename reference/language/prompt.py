@@ -14,18 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actsteer import Estimator, MeanDifference, PairedMap, Steerer, TextMetric
-from actsteer.integrations.transformers import Answering, fit_pairs
+from actsteer import PairedMap, Steerer, SteeringVector, TextMetric, collect_joint
+from actsteer.integrations.transformers import Answering
 from reference.language.data import ASKED, SYSTEM, TAUGHT
 from reference.language.study import Study
 
 DEPTH = 0.5
-ESTIMATORS: dict[str, Estimator[Any]] = {
-    "constant": MeanDifference(),
-    "rank 1": PairedMap(rank=1),
-    "rank 8": PairedMap(rank=8),
-    "full rank": PairedMap(),
-}
+MAPS = {"rank 1": PairedMap(rank=1), "rank 8": PairedMap(rank=8), "full rank": PairedMap()}
 Conversation = list[dict[str, str]]
 
 
@@ -43,18 +38,13 @@ def run(study: Study) -> dict[str, Any]:
 
     document: dict[str, Any] = {"site": study.site(DEPTH), "prompt": SYSTEM, "kl": {"unsteered": left()}}
     document["answers"] = {name: len(pairs) for name, pairs in sets.items()}
-    for name, estimator in ESTIMATORS.items():
-        edit = fit_pairs(
-            study.model,
-            study.tokenizer,
-            sets["taught"],
-            sites=study.site(DEPTH),
-            estimator=estimator,
-            positions=where,
-            chat=True,
-            batch_size=8,
-            progress=False,
-        )
+    site = document["site"]
+    prompted, alone = (study.batches(side, chat=True) for side in zip(*sets["taught"], strict=True))
+    joint = collect_joint(study.model, prompted, alone, sites=site, positions=where, progress=False)  # once for all
+    toward, away = joint[site].mean.chunk(2)
+    edits: dict[str, Any] = {"constant": SteeringVector({site: (toward - away).float()})}
+    edits |= {name: fitted(positive=joint, negative=joint) for name, fitted in MAPS.items()}
+    for name, edit in edits.items():
         with Steerer(study.model, edit, positions=where):
             document["kl"][name] = left()
     return document

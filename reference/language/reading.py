@@ -5,27 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from reference.language.data import BAD, GOOD, QUESTIONS
+from reference.language.study import DEPTH
+
 TITLES = {
     "sentiment": "1. Sentiment: a mean difference, against c",
     "topic": "2. A condition: only where the prompt is about cooking",
     "refusal": "3. Apologies: a direction taken out at every writer of the residual stream",
-    "low_rank": "4. An edit of rank 4, trained on 64 prompts",
+    "low_rank": "4. An edit of low rank, trained on prompts, beside a trained vector",
     "prompt": "5. A prompt, distilled into an edit",
     "generations": "6. Side by side",
 }
 
 GLOSSARY = {
     "sentiment": {
-        "log-odds": "log p(one of twelve good words comes next) less that of twelve bad ones, in nats, over prompts.",
+        "log-odds": f"""log p(one of {len(GOOD)} good words comes next) less that of {len(BAD)} bad ones, in nats, over
+        prompts.""",
         "happy endings": """log p(a happy ending) less that of an unhappy one, in nats, over beginnings; and the share
         of beginnings of which the happy one is preferred.""",
-        "perplexity": """of neutral text, but for the first token of each; ratio is that to the unsteered model. A
-        text in front lowers it whatever it says, so that of the prompts is to be compared with “here is a text”.""",
+        "perplexity": """of neutral text, but for the first token of each; ratio is that to the unsteered model. Of the
+        prompts it is that of the same text behind them, to be compared with “here is a text”, which asks for
+        nothing.""",
         "calibrated": "the block and the strength that calibrate chooses on other prompts.",
-        "worst random, shuffled, stretched": """of directions that mean nothing, at c = 1 or -1, the one that moves
-        the log-odds most. Random ones are drawn like activations of neutral text, and as long as the vector; shuffled
-        ones are mean differences of the same pairs, of which one half is turned round; stretched ones are these, made
-        as long as the vector.""",
+        "worst random, shuffled, stretched": """of directions that mean nothing, at c = 1, the one that moves the
+        log-odds most, up or down. Random ones are drawn like activations of neutral text, and as long as the vector;
+        shuffled ones are mean differences of the same pairs, of which one half is turned round; stretched ones are
+        these, made as long as the vector.""",
         "“answer cheerfully”, ...": "the unsteered model with these words in front of every text.",
     },
     "topic": {
@@ -38,14 +43,15 @@ GLOSSARY = {
     "refusal": {
         "impossible": "requests that a model of text cannot fulfil, as to turn off a light; possible: the others.",
         "log p": "the mean log-probability, in nats, with which the answer begins with “I'm sorry”.",
-        "says sorry": "the share of greedy answers with the word in their first 12 tokens.",
+        "says sorry": "the share of greedy answers with the word in their first tokens, 12 at most.",
         "ablated": "the direction is taken out of the embeddings, and of what every attention and MLP writes.",
         "added": "the direction is added, c = 1, at the block where it was found.",
-        "random": "another direction, drawn like activations of neutral text, is taken out at the same places.",
+        "random": """another direction, drawn like activations of neutral text, is taken out at the same places. It
+        has no choice of blocks, as the direction has, by the requests that it was fitted on.""",
     },
     "low_rank": {
         "vector": "one constant vector, trained in the same way on the same prompts; other sentences are to stay.",
-        "low_rank": "h + Rᵀ(W h + b - R h), trained; how much it adds along four directions depends on the activation.",
+        "low_rank": "h + Rᵀ(W h + b - R h), trained; how much it adds along each direction depends on the activation.",
         "right": "log-odds above 0 where the prompt is about cooking, and below 0 where not; the mean of both shares.",
     },
     "prompt": {
@@ -61,13 +67,13 @@ GLOSSARY = {
 
 CAPTIONS = {
     "sentiment": """The three measures against c on held-out texts. Steering works where the orange line moves and the
-    grey marks, directions that mean nothing at c = 1 and -1, stay; what it costs is on the right.""",
+    grey marks, directions that mean nothing, stay; what it costs is on the right.""",
     "topic": """What each gate compares with its threshold, for every held-out prompt: it fires right of the dashed
     line.""",
     "refusal": """How likely an answer begins with an apology, on held-out requests. The further left, the less
     likely; crosses are random directions taken out at the same places.""",
     "low_rank": """The log-odds of good words for every held-out prompt. Cooking is to be right of the dashed line,
-    and all else left of it; a constant vector moves both alike.""",
+    and all else left of it.""",
     "prompt": """How far the answers without the prompt are from those with it, on held-out questions; grey is the
     constant vector, orange the edits whose strength depends on the activation. Lines: the questions by which they
     were fitted.""",
@@ -88,7 +94,7 @@ def moved(document: Mapping[str, Any], c: float) -> float:
 def worst_control(document: Mapping[str, Any], kind: str) -> float:
     """The largest move of the log-odds by a control of experiment 1."""
     plain = document["unsteered"]["log_odds"]
-    return float(max(abs(row["log_odds"] - plain) for own in document["controls"][kind] for row in own))
+    return float(max(abs(row["log_odds"] - plain) for row in document["controls"][kind]))
 
 
 def cost(document: Mapping[str, Any], c: float) -> float:
@@ -102,19 +108,21 @@ def _sentiment(document: Mapping[str, Any]) -> str:
     worst = {kind: worst_control(document, kind) for kind in document["controls"]}
     least, largest = min(up, -down), max(worst["random"], worst["shuffled"])
     reached = least > 2 and max(cost(document, 1), cost(document, -1)) < 1.25 and least >= 2 * largest
+    along = max(abs(own) for own in document["cosines"]["stretched"])
     plain = document["unsteered"]["log_odds"]
     said = {name: own["log_odds"] - plain for name, own in document["prompts"].items()}
     best = max(said.values())
     found = document["calibrated"]
-    return f"""At {document["site"]}, near 0.65 of the depth, the raw mean difference moves the log-odds by {up:+.2f}
-    at c = 1 and by {down:+.2f} at c = -1, at {cost(document, 1):.2f} and {cost(document, -1):.2f} times the
+    return f"""At {document["site"]}, near {DEPTH:g} of the depth, the raw mean difference moves the log-odds by
+    {up:+.2f} at c = 1 and by {down:+.2f} at c = -1, at {cost(document, 1):.2f} and {cost(document, -1):.2f} times the
     perplexity. The worst of {len(document["controls"]["random"])} random directions moves them by
     {worst["random"]:.2f}, the worst of as many fits to shuffled pairs, at the same c, by {worst["shuffled"]:.2f}.
     What was aimed at, more than 2 either way, at less than 1.25 times the perplexity, and by at least twice the worst
-    control, is {"reached" if reached else "not reached"}. Stretched to the length of the vector a shuffled fit moves
-    them by up to {worst["stretched"]:.2f}, for what is left in it lies along the same axis: against that the vector
-    does {least / worst["stretched"]:.1f} times as much. Writing “answer cheerfully” in front moves them by
-    {said["answer cheerfully"]:+.2f}, “answer gloomily” by {said["answer gloomily"]:+.2f}, and words that ask for
+    of these, is {"reached" if reached else "not reached"}. Stretched to the length of the vector a shuffled fit, whose
+    cosine with the vector is up to {along:.2f} either way, moves them by up to {worst["stretched"]:.2f}: the vector
+    does {least / worst["stretched"]:.1f} times as much as that, in its weaker direction. Writing
+    “answer cheerfully” in front moves them by {said["answer cheerfully"]:+.2f}, “answer gloomily” by
+    {said["answer gloomily"]:+.2f}, and words that ask for
     nothing by {said["here is a text"]:+.2f}: so
     {"the vector does more than" if up > best else "the vector does no more than"} a prompt here. calibrate says:
     {found["verdict"]}; on the prompts of this table the log-odds are {found.get("log_odds", plain):.2f}."""
@@ -135,17 +143,21 @@ def _topic(document: Mapping[str, Any]) -> str:
 
 def _refusal(document: Mapping[str, Any]) -> str:
     plain, own, random = (document[name] for name in ("unsteered", "ablated", "random"))
-    still = [one["sorry impossible"] for one in random]
-    return f"""Without the direction, of {document["site"]}, the log-probability of an apology falls from
-    {plain["impossible"]:.2f} to {own["impossible"]:.2f}, and {own["sorry impossible"]:.0%} of the answers to
-    impossible requests say sorry, {plain["sorry impossible"]:.0%} before. That is not free: the perplexity of neutral
-    text is {own["perplexity"] / plain["perplexity"]:.2f} times that of the unsteered model. Random directions that
-    are taken out everywhere do damage too, at up to
-    {max(one["perplexity"] for one in random) / plain["perplexity"]:.2f} times the perplexity: the log-probability
-    falls to {min(one["impossible"] for one in random):.2f} at the lowest, and from {min(still):.0%} to
-    {max(still):.0%} of the answers still say sorry. So that share by itself proves little. An answer without an
-    apology is not a better one either: the model cannot turn off a light, and now says that it does, or something
-    else."""
+    still, left, worth = ([one[key] for one in random] for key in ("sorry impossible", "impossible", "perplexity"))
+    before = plain["perplexity"]
+    told = (
+        "so that such a share by itself proves little"
+        if min(still) < plain["sorry impossible"] / 2
+        else "none of them less than half of the share before"
+    )
+    return f"""Without the direction, of {document["site"]}, the log-probability of an apology goes from
+    {plain["impossible"]:.2f} to {own["impossible"]:.2f}, and the share of the answers to impossible requests that say
+    sorry from {plain["sorry impossible"]:.0%} to {own["sorry impossible"]:.0%}, at {own["perplexity"] / before:.2f}
+    times the perplexity of neutral text. Of {len(random)} random directions that are taken out at the same places each
+    leaves a log-probability of {min(left):.2f} to {max(left):.2f} and a share of {min(still):.0%} to {max(still):.0%},
+    at {min(worth) / before:.2f} to {max(worth) / before:.2f} times the perplexity; {told}. The block of the direction
+    is the best of {len(document["tried"])} by the requests that it was fitted on, a choice that the random ones do not
+    have. Whether an answer without an apology is a better one is not measured."""
 
 
 def _low_rank(document: Mapping[str, Any]) -> str:
@@ -160,17 +172,16 @@ def _low_rank(document: Mapping[str, Any]) -> str:
 
 
 def _generations(document: Mapping[str, Any]) -> str:
-    return """Greedy answers of a model of 135 million parameters: what it says is often wrong, with and without
-    steering. They are all the questions that were asked, none left out."""
+    return f"""Greedy answers to {len(document["questions"])} of the {len(QUESTIONS)} questions of this reference; how
+    good they are is not measured."""
 
 
 def _prompt(document: Mapping[str, Any]) -> str:
     kl = {name: own["asked"] for name, own in document["kl"].items()}
-    best = min(list(kl)[2:], key=lambda name: kl[name])
+    edits = ", ".join(f"{name} {kl[name]:.3f} ({kl[name] / kl['unsteered']:.0%})" for name in list(kl)[1:])
     return f"""The prompt is “{document["prompt"]}”. Without it the answers are {kl["unsteered"]:.3f} nats for a token
-    from the prompted model's, on {document["answers"]["asked"]} questions that no edit was fitted on. The constant
-    vector leaves {kl["constant"]:.3f}, one direction with a strength that depends on the activation
-    {kl["rank 1"]:.3f}; the best of the edits, {best}, leaves {kl[best]:.3f}, {kl[best] / kl["unsteered"]:.0%}."""
+    from the prompted model's, on {document["answers"]["asked"]} questions that no edit was fitted on. What each edit
+    leaves of that: {edits}."""
 
 
 READINGS: dict[str, Callable[[Mapping[str, Any]], str]] = {

@@ -12,16 +12,15 @@ from typing import Any
 
 import torch
 
-from actsteer import Ablate, Steerer, SteeringVector, TextMetric, fit, record, residual_writers
+from actsteer import Ablate, Steerer, SteeringVector, TextMetric, fit, residual_writers
 from reference.language.data import (
     APOLOGY,
     IMPOSSIBLE,
     IMPOSSIBLE_HELD_OUT,
-    NEUTRAL,
     POSSIBLE,
     POSSIBLE_HELD_OUT,
 )
-from reference.language.study import Study, drawn_like
+from reference.language.study import Study
 
 DEPTHS = (0.4, 0.5, 0.6, 0.7)
 
@@ -36,9 +35,8 @@ def run(study: Study) -> dict[str, Any]:
     v = fit(study.model, **asked, sites=sites, positions="last", concept="sorry", progress=False)
     tried = {site: _apology(study, v.select(site)) for site in sites}
     site = min(tried, key=lambda own: tried[own])
-    rows = record(study.model, study.batches(study.some(NEUTRAL)), sites=site, progress=False)[site]
     generator = torch.Generator().manual_seed(0)
-    others = [drawn_like(rows, v.select(site), generator) for _ in range(min(study.budget.controls, 3))]
+    others = [study.random_direction(v.select(site), generator) for _ in range(min(study.budget.controls, 3))]
     with Steerer(study.model, v.select(site)):
         added = measured(study)
     return {

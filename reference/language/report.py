@@ -60,14 +60,12 @@ def write_report(results: Results, out: Path) -> Path:
 
 def _sentiment(document: Mapping[str, Any]) -> tuple[Row, list[Row]]:
     plain = document["unsteered"]
-    at = {f"c = {row['c']:g}": row for row in document["curve"] if row["c"]}
+    at = {f"c = {row['c']:g}": row for row in document["curve"]}
     rows = {"unsteered": plain, **at}
     if "c" in document["calibrated"]:
         rows["calibrated"] = document["calibrated"]
-    for kind, curves in document["controls"].items():
-        rows[f"worst {kind}"] = max(
-            (row for own in curves for row in own), key=lambda row: abs(row["log_odds"] - plain["log_odds"])
-        )
+    for kind, moods in document["controls"].items():
+        rows[f"worst {kind}"] = max(moods, key=lambda row: abs(row["log_odds"] - plain["log_odds"]))
     rows |= {f"“{name}”": own for name, own in document["prompts"].items()}
     return ["steering", "log-odds", "moved by", "happy endings", "of which preferred", "perplexity", "ratio"], [
         [

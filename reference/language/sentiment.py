@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from actsteer import Calibration, Steerer, SteeringVector, calibrate, record, sweep
-from reference.language.data import CHOOSE, ENDINGS, NEUTRAL, PAIRS, PROMPTS, REPORT
-from reference.language.study import DEPTH, Study, as_long_as, drawn_like
+from reference.controls import as_long_as
+from reference.language.data import CHOOSE, ENDINGS, KEPT, PAIRS, PROMPTS, REPORT
+from reference.language.study import DEPTH, Study
 
 DEPTHS = (0.5, DEPTH, 0.8)
 BUDGET = 0.1
@@ -30,12 +31,11 @@ def run(study: Study) -> dict[str, Any]:
     if result.chosen is not None:
         with Steerer(study.model, result.best, c=result.chosen["c"]):
             chosen = {"site": result.chosen["sites"][0], "c": result.chosen["c"], **mood()}
-    controls = {
-        kind: [curve(study, other, mood, [-1, 1]) for other in own]
-        for kind, own in directions_that_mean_nothing(study, v).items()
-    }
+    nothing = directions_that_mean_nothing(study, v)
+    controls = {kind: [curve(study, other, mood, [1])[0] for other in own] for kind, own in nothing.items()}
     return {
         "site": v.sites[0],
+        "cosines": {kind: [float(other.cosine(v)) for other in own] for kind, own in nothing.items()},
         "unsteered": mood(),
         "curve": curve(study, v, mood, strengths),
         "controls": controls,
@@ -77,14 +77,14 @@ def calibrated(study: Study) -> Calibration:
         study.model,
         study.mean_difference(sites),
         evaluate=study.log_odds(study.some(CHOOSE)),
-        retain=study.batches(study.some(NEUTRAL)),
+        retain=study.batches(study.some(KEPT)),
         budget=BUDGET,
         rows=_sides(study, sites),
         controls=study.budget.controls,
         groups=[[site] for site in sites],
-        doses=(0.05, 0.1, 0.2),
+        doses=(0.1, 0.2),
         refine=1,
-        steps=3,
+        steps=2,
         progress=False,
     )
 
@@ -92,19 +92,15 @@ def calibrated(study: Study) -> Calibration:
 def directions_that_mean_nothing(study: Study, v: SteeringVector) -> dict[str, list[SteeringVector]]:
     """Controls: random ones as long as the vector, shuffled ones as they are fitted, and these as long as it too."""
     (site,) = v.sites
-    generator = torch.Generator().manual_seed(0)
-    rows = record(study.model, study.batches(study.some(NEUTRAL)), sites=site, progress=False)[site]
     happy, unhappy = (side[site] for side in _sides(study, [site]))
     half = torch.arange(len(happy)) < len(happy) // 2
-    count = range(study.budget.controls)
-    random = [drawn_like(rows, v, generator) for _ in count]
-    turned = [half[torch.randperm(len(half), generator=generator)] for _ in count]
-    means = [(torch.where(own[:, None], -1, 1) * (happy - unhappy)).mean(dim=0) for own in turned]
-    return {
-        "random": random,
-        "shuffled": [SteeringVector({site: own}) for own in means],
-        "stretched": [as_long_as(v, own) for own in means],
-    }
+    random, shuffled = [], []
+    for seed in range(2 * study.budget.controls):  # its negative is as likely as each of them: c = 1 is enough
+        generator = torch.Generator().manual_seed(seed)
+        turned = half[torch.randperm(len(half), generator=generator)]
+        shuffled.append(SteeringVector({site: (torch.where(turned[:, None], -1, 1) * (happy - unhappy)).mean(dim=0)}))
+        random.append(study.random_direction(v, generator))
+    return {"random": random, "shuffled": shuffled, "stretched": [as_long_as(own, v) for own in shuffled]}
 
 
 def _sides(study: Study, sites: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

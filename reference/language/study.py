@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from actsteer import OutputMetric, SteeringVector, residual_sites
+from actsteer import OutputMetric, SteeringVector, record, residual_sites
 from actsteer.integrations.transformers import Text, TextBatches, fit_pairs, text_batches
-from reference.language.data import BAD, GOOD, NEUTRAL, PAIRS
+from reference.controls import as_long_as
+from reference.language.data import BAD, GOOD, KEPT, NEUTRAL, PAIRS
 
 T = TypeVar("T")
 DEPTH = 0.65
@@ -39,8 +40,8 @@ class Budget:
     tokens: int
 
 
-FULL = Budget(texts=60, controls=5, strengths=(-2, -1, -0.5, 0, 0.5, 1, 2), steps=40, tokens=32)
-QUICK = Budget(texts=8, controls=1, strengths=(-1, 0, 1), steps=3, tokens=4)
+FULL = Budget(texts=60, controls=5, strengths=(-2, -1, -0.5, 0.5, 1, 2), steps=40, tokens=32)
+QUICK = Budget(texts=8, controls=1, strengths=(-1, 1), steps=3, tokens=4)
 
 
 class Study:
@@ -58,9 +59,9 @@ class Study:
         """As many of the texts as the budget allows, from all over the set."""
         return list(texts)[:: -(-len(texts) // self.budget.texts)]
 
-    def batches(self, texts: Sequence[Text], *, chat: bool = False) -> TextBatches:
+    def batches(self, texts: Sequence[Text], *, chat: bool = False, batch_size: int = 16) -> TextBatches:
         """The texts as batches; `chat` as questions to which the answer is to come."""
-        return text_batches(self.tokenizer, texts, chat=chat, batch_size=16)
+        return text_batches(self.tokenizer, texts, chat=chat, batch_size=batch_size)
 
     def site(self, depth: float) -> str:
         """The residual stream behind the block that lies so deep, from 0 to 1."""
@@ -76,6 +77,16 @@ class Study:
         """The same at any sites."""
         pairs = self.some(PAIRS)
         return fit_pairs(self.model, self.tokenizer, pairs, sites=list(sites), concept="happy", progress=False)
+
+    def random_direction(self, vector: SteeringVector, generator: torch.Generator) -> SteeringVector:
+        """A direction drawn like activations of neutral texts, as long as the vector at its one site.
+
+        Without the first tokens: theirs are huge and alike, and what is drawn like them ruins the model.
+        """
+        (site,) = vector.sites
+        batches = self.batches(self.some(KEPT))
+        rows = record(self.model, batches, sites=site, positions=slice(1, None), progress=False)[site]
+        return drawn_like(rows, vector, generator)
 
     # --- measures ------------------------------------------------------------------------------------------------
     def log_odds(self, prompts: Sequence[str]) -> OutputMetric:
@@ -133,10 +144,5 @@ def drawn_like(rows: Float[Tensor, "n d"], vector: SteeringVector, generator: to
     """A random direction with the covariance of the rows, each at norm 1, as long as the vector at its one site."""
     unit = rows.double() / rows.double().norm(dim=1, keepdim=True)
     direction = torch.randn(len(rows), generator=generator, dtype=torch.float64) @ (unit - unit.mean(dim=0))
-    return as_long_as(vector, direction)
-
-
-def as_long_as(vector: SteeringVector, direction: Float[Tensor, " d"]) -> SteeringVector:
-    """The direction at the vector's one site, as long as the vector."""
     (site,) = vector.sites
-    return SteeringVector({site: (direction / direction.norm() * vector.norm()).to(vector[site])})
+    return as_long_as(SteeringVector({site: direction.to(vector[site])}), vector)

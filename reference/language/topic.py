@@ -22,7 +22,7 @@ RATE = 0.05
 
 
 def run(study: Study) -> dict[str, Any]:
-    """Both gates, and what the sentiment vector does behind the better one."""
+    """Both gates, and what the sentiment vector does behind each."""
     sides: dict[str, Any] = {
         "positive": study.batches(prompts(study, COOKING)),
         "negative": study.batches(prompts(study, OTHER)),

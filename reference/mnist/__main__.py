@@ -6,19 +6,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from reference.mnist.data import DataMissingError, Source, load
 from reference.mnist.figures import draw
 from reference.mnist.report import sections, write_report
 from reference.mnist.suite import EXPERIMENTS, Task, gather, run_tasks, tasks_for, write
+from reference.printed import console, table
 
 Experiment = Literal["cross", "self", "multi", "noise", "all"]
-console = Console()
-if not console.is_terminal:
-    console.width = 120
 
 
 def main(
@@ -49,17 +45,8 @@ def main(
     figures = draw(results, done, out)
     write_report(results, figures, out)
     for section in sections(results):
-        console.print(_table(section))
+        console.print(table(section["title"], section["columns"], section["rows"]))
     console.print(f"JSON, figures and the report with its reading: {out / 'report.html'}")
-
-
-def _table(section: dict[str, Any]) -> Table:
-    table = Table(title=section["title"])
-    for index, name in enumerate(section["columns"]):
-        table.add_column(name, justify="right" if index else "left")
-    for row in section["rows"]:
-        table.add_row(*row)
-    return table
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.scale import SymmetricalLogTransform
 
 from reference.mnist.scores import spread
-from reference.mnist.style import SCORES, UNSTEERED, ink
+from reference.style import SCORES, UNSTEERED, ink
 
 
 def methods(document: Mapping[str, Any]) -> Figure:

@@ -11,7 +11,7 @@ from matplotlib.projections.polar import PolarAxes
 from matplotlib.ticker import MaxNLocator
 
 from reference.mnist.scores import spread
-from reference.mnist.style import SCORES, STEERED, UNSTEERED, ink, shades, signs
+from reference.style import SCORES, STEERED, UNSTEERED, ink, shades, signs
 
 COLORS = {"unsteered": UNSTEERED, "steered": STEERED}
 

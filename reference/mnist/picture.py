@@ -26,7 +26,7 @@ from reference.mnist.model import SITES, train_classifier
 from reference.mnist.portrait import first_turned
 from reference.mnist.scores import Scores
 from reference.mnist.study import BUDGETS, Budget, Edit, Study, steered
-from reference.mnist.style import LOOKS, STEERED, UNSTEERED, ink, look, shades
+from reference.style import LOOKS, STEERED, UNSTEERED, ink, look, shades
 
 NEW, SITE, C = 9, SITES[-1], 1.0
 WORDS = "a network trained on\n0–8 alone and frozen;\nthe same v is added\nfor every image"

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import platform
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from reference.mnist.data import Source, load
 from reference.mnist.noise import SIGMAS
 from reference.mnist.scores import spread, summarize
 from reference.mnist.study import BUDGETS, Budget
+from reference.printed import versions
 
 EXPERIMENTS = ("cross", "self", "multi", "noise")
 Results = dict[str, dict[str, Any]]
@@ -73,7 +72,7 @@ def gather(
             }
         else:
             document |= _summary([done[Task(experiment, seed)] for seed in seeds])
-        results[experiment] = document | {"versions": _versions()}
+        results[experiment] = document | {"versions": versions("actsteer", "torch", "torchvision", "numpy")}
     return results
 
 
@@ -106,8 +105,3 @@ def _summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         **({"dependence": spread([run["dependence"] for run in runs])} if "dependence" in runs[0] else {}),
         "methods": {name: summarize([run["methods"][name] for run in runs]) for name in runs[0]["methods"]},
     }
-
-
-def _versions() -> dict[str, str]:
-    packages = {name: version(name) for name in ("actsteer", "torch", "torchvision", "numpy")}
-    return {"python": platform.python_version(), **packages}

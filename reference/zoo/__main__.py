@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from time import monotonic
+from time import monotonic, process_time
 from typing import Annotated, Literal, get_args
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from reference.language.model import ModelMissingError
+from reference.printed import console, table
+from reference.stored import ModelMissingError
 from reference.zoo.finding import Finding, write
 
 Network = Literal["pitch", "voice", "vision", "sentences", "diffusion", "maze", "lens"]
 NETWORKS: tuple[str, ...] = get_args(Network)
-console = Console()
-if not console.is_terminal:
-    console.width = 120
 
 
 def main(
@@ -28,28 +25,25 @@ def main(
     """Steer networks of seven kinds towards what is known to be true, beside directions that mean nothing."""
     missing = 0
     for name in (network,) if network else NETWORKS:
-        began = monotonic()
+        began, used = monotonic(), process_time()
         try:
             finding = import_module(f"reference.zoo.{name}").run()
         except ModelMissingError as error:
             console.print(f"[red]{name}[/red]: {error}", soft_wrap=True)
             missing += 1
             continue
-        seconds = monotonic() - began
+        seconds = {"wall": monotonic() - began, "processor": process_time() - used}
         write(finding, name, out, seconds=seconds)
         console.print(_table(finding))
-        console.print(f"{seconds:.0f} s; {out / name}.json and .png", soft_wrap=True)
+        spent = f"{seconds['wall']:.0f} s, {seconds['processor']:.0f} s of processor time"
+        console.print(f"{spent}; {out / name}.json, .png and -dark.png", soft_wrap=True)
     if missing and (network or missing == len(NETWORKS)):
         raise typer.Exit(code=2)
 
 
 def _table(finding: Finding) -> Table:
-    table = Table(title=finding.title)
-    for index, column in enumerate(finding.rows[0]):
-        table.add_column(column, justify="right" if index else "left")
-    for row in finding.rows:
-        table.add_row(*(_cell(value) for value in row.values()))
-    return table
+    rows = [[_cell(value) for value in row.values()] for row in finding.rows]
+    return table(finding.title, list(finding.rows[0]), rows)
 
 
 def _cell(value: str | float | None) -> str:

@@ -6,11 +6,8 @@ for every digit: its noisy images against those of the others. The truth: a clas
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +16,11 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from actsteer import Centroids, Steerer, VectorBank, collect
-from reference.language.model import cache
+from reference.controls import beside
 from reference.mnist.data import Split, load
 from reference.mnist.model import train_classifier
-from reference.mnist.style import shades
-from reference.zoo.controls import beside
+from reference.stored import cached, made_whole
+from reference.style import shades
 from reference.zoo.doses import doses, draw_doses
 from reference.zoo.finding import Finding, Row
 
@@ -105,16 +102,13 @@ def train(x: Tensor, *, seed: int, steps: int) -> Denoiser:
 
 def trained(x: Tensor, *, seed: int, steps: int) -> Denoiser:
     """The denoiser, from the cache if it is there."""
-    home = cache().parent / f"digits-denoiser-{WIDTH}x{BLOCKS}-{steps}-{seed}.safetensors"
+    home = cached(f"digits-denoiser-{WIDTH}x{BLOCKS}-{steps}-{seed}.safetensors")
     model = Denoiser().eval().requires_grad_(False)
     if home.exists():
         load_model(model, home)
         return model
     model = train(x, seed=seed, steps=steps)
-    home.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=home.parent, prefix=".training-") as beside:
-        save_model(model, str(Path(beside) / home.name))
-        os.replace(Path(beside) / home.name, home)  # noqa: PTH105 - whole or not at all
+    made_whole(home, lambda file: save_model(model, str(file)))
     return model
 
 
@@ -176,5 +170,5 @@ def _draw(rows: Sequence[Row], pictures: Mapping[str, Tensor]) -> Figure:
     right.set_xticks([EDGE * (place + 0.5) for place in range(10)], [f"to {digit}" for digit in range(10)])
     right.set_yticks([EDGE * (place + 0.5) for place in range(len(strips))], list(pictures))
     right.tick_params(length=0)
-    right.set_title("the same noise in every column")
+    right.set_title("each column from the same noise")
     return figure

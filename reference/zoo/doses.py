@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from torch import Tensor, nn
 
 from actsteer import Edit, VectorBank, sweep
-from reference.mnist.style import STEERED, UNSTEERED, ink
+from reference.style import CONTROL, STEERED, TRUTH, UNSTEERED
 from reference.zoo.finding import Row
 
 STYLES = {"random": ":", "shuffled": "-."}
@@ -43,12 +43,11 @@ def draw_doses(axes: Axes, rows: Sequence[Row], column: str, *, label: str) -> N
     none = rows[0]
     for name in dict.fromkeys(row["steering"] for row in rows[1:] if row["c"] is not None):
         points = sorted((row["c"], row[column]) for row in rows if row["steering"] in ("none", name))
-        axes.plot(
-            *zip(*points, strict=True), STYLES.get(name, "-"), color=ink() if name in STYLES else STEERED, label=name
-        )
+        color = CONTROL if name in STYLES else STEERED
+        axes.plot(*zip(*points, strict=True), STYLES.get(name, "-"), marker=".", color=color, label=name)
     axes.axhline(none[column], color=UNSTEERED, lw=1, ls="--", label="not steered")
     for row in rows:
         if row["c"] is None:
-            axes.axhline(row[column], color="C2", lw=1, ls="--", label=row["steering"])
+            axes.axhline(row[column], color=TRUTH, lw=1, ls="--", label=row["steering"])
     axes.set_xlabel("strength c")
     axes.set_ylabel(label)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from reference.mnist.style import look
+from reference.page import save
+from reference.printed import versions
 
 Row = Mapping[str, Any]
 
@@ -26,11 +25,14 @@ class Finding:
     figure: Callable[[], Figure]
 
 
-def write(finding: Finding, name: str, out: Path, *, seconds: float) -> None:
-    """`<name>.json` and `<name>.png`."""
+def write(finding: Finding, name: str, out: Path, *, seconds: Mapping[str, float]) -> None:
+    """`<name>.json`, and `<name>.png` and `<name>-dark.png` for either page."""
     out.mkdir(parents=True, exist_ok=True)
-    versions = {"python": platform.python_version(), **{own: version(own) for own in ("actsteer", "torch")}}
-    document = {"title": finding.title, "rows": finding.rows, "seconds": round(seconds, 1), "versions": versions}
+    document = {
+        "title": finding.title,
+        "rows": finding.rows,
+        "seconds": seconds,
+        "versions": versions("actsteer", "torch"),
+    }
     (out / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n")
-    with look("light"):
-        finding.figure().savefig(out / f"{name}.png", dpi=110)
+    save(finding.figure, out, name, finding.title)

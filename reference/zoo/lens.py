@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from actsteer import Steerer, VectorBank, fit, residual_sites
+from reference.controls import beside
 from reference.language.model import load
-from reference.mnist.style import STEERED, UNSTEERED, ink
-from reference.zoo.controls import beside
+from reference.style import CONTROL, STEERED, UNSTEERED
 from reference.zoo.finding import Finding, Row
 
 BLOCK, STRENGTHS = 12, (0.0, 0.25, 0.5, 1.0)
@@ -118,7 +118,7 @@ def _draw(rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     looks = {"transformers": "-", "HookedRootModule": "o", "TransformerBridge": "x"}
-    for name, color in {"sea": STEERED, "random": ink()}.items():
+    for name, color in {"sea": STEERED, "random": CONTROL}.items():
         for way, style in looks.items():
             own = [row for row in rows if row["steering"] == name and row["in"] == way]
             odds = [row["log-odds of sea words"] for row in own]

@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from actsteer import Steerer, VectorBank, fit
-from reference.mnist.style import STEERED, UNSTEERED
-from reference.zoo.controls import beside, dealt
+from reference.controls import beside, dealt
+from reference.style import STEERED, UNSTEERED, shades
 from reference.zoo.doses import doses, draw_doses
 from reference.zoo.finding import Finding, Row
 
@@ -179,16 +179,17 @@ def _draw(rows: Sequence[Row], mazes: Mazes, paths: Mapping[str, Tensor]) -> Fig
     plain, steered = (squares[-1] for squares in paths.values())
     turned = (plain == mazes.cheese) & (steered == EXIT)
     shown = int((turned * (paths["not steered"].diff(dim=0) != 0).sum(dim=0)).argmax())
-    maze.imshow(mazes.walls[shown].numpy(), cmap="Greys", vmax=2)
+    maze.imshow(mazes.walls[shown].numpy(), cmap=shades(), vmax=3)
     for (name, squares), color in zip(paths.items(), (UNSTEERED, STEERED), strict=True):
         path = squares[:, shown].numpy()
         maze.plot(path % SIDE, path // SIDE, color=color, lw=3, alpha=0.8, label=name)
+    label = {"boxstyle": "round,pad=0.15", "facecolor": maze.get_facecolor(), "edgecolor": "none"}
     for text, square in {
         "mouse": mazes.mouse[shown],
         "cheese": mazes.cheese[shown],
         "exit": torch.tensor(EXIT),
     }.items():
-        maze.text(int(square % SIDE), int(square // SIDE), text, ha="center", va="center")
+        maze.text(int(square % SIDE), int(square // SIDE), text, ha="center", va="center", bbox=label)
     maze.set_xticks([])
     maze.set_yticks([])
     maze.legend(loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=2)

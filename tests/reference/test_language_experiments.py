@@ -95,6 +95,23 @@ def text_of(html):
     return unescape(html)
 
 
+def test_a_reading_says_something_else_where_the_numbers_do(results):
+    out, _ = results
+    own = json.loads((out / "refusal.json").read_text())
+    own["unsteered"]["sorry impossible"] = 0.8
+    for share, expected in ((0.3, "proves little"), (0.5, "none of them less than half")):
+        for one in own["random"]:
+            one["sorry impossible"] = share
+        assert expected in readings({"refusal": own})["refusal"]
+    moods = json.loads((out / "sentiment.json").read_text())
+    for c, log_odds in ((1, 9.0), (-1, -9.0)):
+        (row,) = (row for row in moods["curve"] if row["c"] == c)
+        row["log_odds"], row["perplexity"] = log_odds, moods["unsteered"]["perplexity"]
+    assert ", is reached." in " ".join(readings({"sentiment": moods})["sentiment"].split())
+    row["perplexity"] *= 1.3
+    assert ", is not reached." in " ".join(readings({"sentiment": moods})["sentiment"].split())
+
+
 # --- the measures ----------------------------------------------------------------------------------------------------
 def test_the_log_odds_are_those_of_the_next_word_of_each_text_alone(study):
     prompts = ["The hotel by the lake was", "This", "We baked the potatoes for dinner, and it was"]
@@ -156,6 +173,24 @@ def test_controls_are_as_long_as_the_vector_or_as_they_are_fitted_and_point_else
     drawn = torch.stack([drawn_like(rows, like, torch.Generator().manual_seed(seed))["0"] for seed in range(50)])
     shares = drawn.square().mean(dim=0)
     assert shares[0] > 1.5 * shares[1] > 0 and shares[2] == 0
+
+
+def test_a_random_direction_is_drawn_like_all_tokens_but_the_first(study):
+    one = Study(study.model, study.tokenizer, QUICK)
+    one.some = lambda texts: [data.KEPT[0]]
+    (site,) = study.sentiment.sites
+    ids = torch.tensor([study.tokenizer(data.KEPT[0])["input_ids"]])
+    seen = []
+    handle = study.model.get_submodule(site).register_forward_hook(lambda m, a, out: seen.append(out))
+    with torch.no_grad():
+        study.model(ids)
+    handle.remove()
+    h = (seen[0][0] if isinstance(seen[0], tuple) else seen[0])[0].double()
+    unit = (h / h.norm(dim=1, keepdim=True))[1:]
+    drawn = one.random_direction(study.sentiment, torch.Generator().manual_seed(0))[site].double()
+    basis = torch.linalg.svd(unit - unit.mean(dim=0)).Vh[: len(unit) - 1]
+    assert len(basis) < len(drawn) - 1
+    assert float((drawn - basis.T @ (basis @ drawn)).norm()) < 1e-4 * float(drawn.norm())
 
 
 def test_behind_a_gate_that_never_fires_nothing_moves_and_behind_one_that_always_does_all_do(study):
@@ -223,7 +258,7 @@ def test_what_is_left_of_a_prompt_is_nothing_where_it_is_there_and_the_answers_a
 
 # --- what is written -------------------------------------------------------------------------------------------------
 def test_no_text_that_reports_was_seen_before():
-    before = ["PAIRS", "CHOOSE", "COOKING", "OTHER", "OTHER_KEPT", "IMPOSSIBLE", "POSSIBLE", "TAUGHT"]
+    before = ["PAIRS", "CHOOSE", "COOKING", "OTHER", "OTHER_KEPT", "KEPT", "IMPOSSIBLE", "POSSIBLE", "TAUGHT"]
     after = ["REPORT", "ENDINGS", "NEUTRAL", "COOKING_HELD_OUT", "OTHER_HELD_OUT"]
     after += ["IMPOSSIBLE_HELD_OUT", "POSSIBLE_HELD_OUT", "ASKED", "QUESTIONS"]
     seen, held_out = ([text for name in names for text in strings(getattr(data, name))] for names in (before, after))

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from reference.mnist import picture
 from reference.mnist.data import load
 from reference.mnist.study import BUDGETS, Budget
-from reference.mnist.style import LOOKS
+from reference.style import LOOKS
 
 TINY = Budget(epochs=1, steps=20)
 

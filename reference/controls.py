@@ -12,8 +12,8 @@ def beside(bank: VectorBank, shuffled: VectorBank, *, seed: int = 0) -> dict[str
     """Random directions, and those of shuffled labels, at every site as long as the bank's."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        "random": VectorBank({concept: _as_long(_random(v, generator), v) for concept, v in bank.items()}),
-        "shuffled": VectorBank({concept: _as_long(shuffled[concept], v) for concept, v in bank.items()}),
+        "random": VectorBank({concept: as_long_as(_random(v, generator), v) for concept, v in bank.items()}),
+        "shuffled": VectorBank({concept: as_long_as(shuffled[concept], v) for concept, v in bank.items()}),
     }
 
 
@@ -30,6 +30,7 @@ def _random(v: SteeringVector, generator: torch.Generator) -> SteeringVector:
     )
 
 
-def _as_long(w: SteeringVector, v: SteeringVector) -> SteeringVector:
+def as_long_as(w: SteeringVector, v: SteeringVector) -> SteeringVector:
+    """The directions of w, at every site as long as those of v."""
     unit = w.unit()
     return SteeringVector({site: unit[site] * v[site].norm() for site in v.sites}, metadata=w.metadata)
