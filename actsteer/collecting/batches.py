@@ -173,10 +173,10 @@ def arguments(batch: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
     return positional, batch if isinstance(batch, Mapping) else {}
 
 
-def call(model: nn.Module, batch: Any) -> Any:
+def call(model: nn.Module, batch: Any, *, fills_cache: bool = False) -> Any:
     """The model's output on one batch: a tensor, positional arguments in a tuple, or keyword arguments in a mapping.
 
-    A cache among these stays as it is: the model writes into a copy.
+    A cache among these stays as it is: the model writes into a copy, unless it `fills_cache`.
 
     Raises:
         BatchError: the batch is none of these, or does not fit what the model's forward takes; a cache with gradients.
@@ -184,7 +184,7 @@ def call(model: nn.Module, batch: Any) -> Any:
     """
     positional, keywords = arguments(batch)
     name, cache = cache_in(keywords)
-    if not isinstance(cache, Tensor | tuple | list | None):
+    if not fills_cache and not isinstance(cache, Tensor | tuple | list | None):
         try:
             keywords = {**keywords, name: deepcopy(cache)}
         except RuntimeError as error:

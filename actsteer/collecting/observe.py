@@ -46,6 +46,8 @@ class Step(NamedTuple):
     """How many rows the batch has, for a caller to whom it matters from which each activation is."""
     take: Callable[[Any], None] | None = None
     """Who is given what the model returns, of a pass that does not end early."""
+    fills_cache: bool = False
+    """Whether the model writes into the cache that the batch has, and not into a copy."""
 
 
 @final
@@ -98,14 +100,14 @@ class Observation:
         with eval_mode(self.model), ExitStack() as handles:
             for listener in self._listeners:
                 handles.callback(listen(listener.place, listener))
-            for batch, keep, rows, take in steps:
+            for batch, keep, rows, take, fills_cache in steps:
                 args, kwargs = arguments(batch)
                 begun = {own: own.begun(args, kwargs, self._signature) for own in self._passes if own.modules}
                 self.stopper.begin()
                 self.asked = _Asked(keep, self._positions, begun, first_shape(batch)[:2], rows, {})
                 try:
                     with suppress(Stop), torch.no_grad():
-                        output = call(self.model, batch)
+                        output = call(self.model, batch, fills_cache=fills_cache)
                         if take is not None:
                             take(output)
                 finally:

@@ -70,10 +70,11 @@ def collect_pairs_by_prefix(
                 heads, owners = torch.stack([text[:shared] for text in texts]).unique(dim=0, return_inverse=True)
                 cache = DynamicCache(config=config)
                 inputs = {"input_ids": heads.to(device), "attention_mask": torch.ones_like(heads).to(device)}
-                yield Step(inputs | {key: cache, "use_cache": True}, lambda site, rows, owners: None)
+                inputs |= {key: cache, "use_cache": True}
+                yield Step(inputs, lambda site, rows, owners: None, fills_cache=True)
                 cache.batch_select_indices(owners.to(device))
             inputs = rest | {"attention_mask": mask, key: cache, "use_cache": cache is not None}
-            yield Step(inputs, keep)
+            yield Step(inputs, keep, fills_cache=True)
 
     observation = Observation(model, names, **where, positions="last", stop=stop)
     observation.run(steps())

@@ -38,8 +38,11 @@ def same(one, other, tolerance=1e-7):
     torch.testing.assert_close(one["0"], other["0"], rtol=tolerance, atol=tolerance)
 
 
-conceptors = st.sampled_from([1, 2, 3, 6]).flatmap(lambda n: eighths(n, D)).map(of)
-"""Of every rank."""
+SKEW = torch.tensor([[2.0, 0, 0, 0], [1, 2, 0, 0], [0, -1, 2, 0], [1, 0, 1, 2]]).double()
+conceptors = st.dictionaries(st.integers(0, D - 1), st.integers(1, 16), min_size=1).map(
+    lambda own: of(torch.stack([SKEW[row] * share / 8 for row, share in own.items()]))
+)
+"""Of every rank, in subspaces that are far from nearly the same, where & and | jump."""
 invertible = eighths(D, D).map(lambda rows: of(rows / 8 + 5 * torch.eye(D).double()))
 
 

@@ -32,7 +32,7 @@ class SoftProjection:
 
     De Morgan's laws and double negation hold, `&` and `|` commute and associate, and 1, which keeps all, is neutral for
     `&`, 0 for `|`. On projections they are those of the subspaces; A & A is less than A where a share is between 0
-    and 1. A value: it copies what comes in and goes out.
+    and 1. Of subspaces that are nearly the same, rounding decides. A value: it copies what comes in and goes out.
 
     Args:
         sites: site -> C, of shape (d, d).
