@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from time import monotonic
 from typing import Any, cast
@@ -20,7 +21,7 @@ from actsteer.errors import LossError, SiteNotFoundError
 from actsteer.estimators.in_training import Ball, InTraining, LowRankInTraining, SteeringInTraining, VectorInTraining
 from actsteer.estimators.measured import Measured
 from actsteer.estimators.retention import Retain, divergence
-from actsteer.estimators.stream import Loss, Targets, check_loss, endless, takes_target
+from actsteer.estimators.stream import Loss, Targets, asked_for, check_loss, endless, takes_target
 from actsteer.estimators.validation import Best, Validation
 from actsteer.sites import fingerprint
 from actsteer.sites.axes import Axes
@@ -110,6 +111,9 @@ def optimize(
         ValueError: a strength of 0.
         TypeError: what cannot be trained.
 
+    Warns:
+        UserWarning: strengths of both signs, and a loss that is not told c, so that both are to do the same.
+
     Source: steering vectors by gradient, Subramani et al. 2022; bias-only tuning, BitFit, Ben Zaken et al. 2022;
     low-rank edits, ReFT, Wu et al. 2024; both directions, BiPO, Cao et al. 2024, and RePS, Wu et al. 2025; a gate
     trained with the vector, DSAS, Ferrando et al. 2025.
@@ -128,6 +132,9 @@ def optimize(
         given, (gate, positions) = whole.starts, whole.options(gate=gate, positions=positions, concept=concept)
     _check(given, steps=steps, lr=lr, max_norm=max_norm, l2=l2)
     strengths = _checked_strengths(c if c is not None else 1.0 if whole is None else whole.c)
+    if min(strengths) < 0 < max(strengths) and "c" not in asked_for(loss):
+        said = f"c={list(strengths)}: the loss has no parameter c, so that c and -c are trained to do the same"
+        warnings.warn(f"{said}; write it as loss(output, target, *, c), or train at one sign", stacklevel=3)
     kept = retain if isinstance(retain, Retain | None) else Retain(retain)
     checked = validation if isinstance(validation, Validation | None) else Validation(validation)
     names = find_sites(model, sites)

@@ -56,7 +56,7 @@ class PairedMap:
     __repr__ = shown
 
     def __init__(self, *, rank: int | None = None, ridge: float = 1e-2) -> None:
-        if rank is not None and rank < 1:
+        if rank is not None and not (isinstance(rank, int) and rank >= 1):
             raise ValueError(f"rank: expected None or 1 or more, got {rank}")
         if not (math.isfinite(ridge) and ridge >= 0):
             raise ValueError(f"ridge: expected a share >= 0, got {ridge}")

@@ -13,7 +13,7 @@ from actsteer.collecting.batches import arguments, first_shape
 from actsteer.collecting.eval_mode import buffers_kept
 from actsteer.collecting.record import record
 from actsteer.errors import BatchError
-from actsteer.sites.axes import Axes
+from actsteer.sites.axes import Axes, said_at
 from actsteer.sites.blocks import residual_sites
 from actsteer.sites.resolve import Sites
 from actsteer.steering.interventions.replace import Replace
@@ -109,7 +109,7 @@ def patching(
         with tqdm(total=len(kept) * len(columns), desc="patching", disable=not progress, delay=2.0) as bar:
             for site, values in kept.items():
                 edit = Replace({site: values})
-                axes = {name: _at(site, own) for name, own in where.items()}
+                axes = {name: said_at(own, (site,)) for name, own in where.items()}
                 for name, own in columns.items():
                     with Steerer(model, edit, positions=own, **axes):
                         found[site].append(measured(f"site {site!r}, positions {name}"))
@@ -121,11 +121,6 @@ def patching(
         corrupted=worst,
         patched=torch.stack([torch.stack(cells) for cells in found.values()]),
     )
-
-
-def _at(site: str, given: Any) -> Any:
-    """Of what is given for each site, what is of this one."""
-    return {name: own for name, own in given.items() if name == site} if isinstance(given, Mapping) else given
 
 
 def _alike(model: nn.Module, clean: Any, corrupted: Any, mask: Mask | None) -> Pass:

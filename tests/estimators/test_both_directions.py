@@ -101,7 +101,7 @@ def test_plain_is_what_the_unsteered_model_gives_on_the_batch_without_gradients(
         assert not plain.requires_grad and output.requires_grad
         return (output - 1).square().mean()
 
-    train(model, loss=loss, c=[-1, 1], train=kind, batch_size=5)
+    train(model, loss=loss, c=[1, 2], train=kind, batch_size=5)
     model.eval()
     assert len(seen) == 12 and all(torch.equal(plain, model(batch)) for plain, batch in seen)
 
@@ -111,7 +111,8 @@ def test_a_loss_is_told_nothing_that_has_a_default_or_that_it_does_not_ask_for()
         assert c is plain is None
         return output.square().mean()
 
-    train(identity(), loss=loss, c=[-1, 1])
+    with pytest.warns(UserWarning, match="the loss has no parameter c, so that c and -c are trained to do the same"):
+        train(identity(), loss=loss, c=[-1, 1])
     train(identity(), loss=partial(lambda output, target, c: (output - target - c).square().mean(), c=3.0))
 
 
