@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import expit
 from scipy.stats import multivariate_normal
 from sklearn.covariance import ledoit_wolf_shrinkage
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
@@ -45,7 +46,7 @@ def posterior(positive: Tensor, negative: Tensor, shrinkage: float, rows: Tensor
     sides = [
         multivariate_normal(moments(side)[0], shrunk).logpdf(rows.double().numpy()) for side in (positive, negative)
     ]
-    return np.asarray(1 / (1 + np.exp(sides[1] - sides[0])))
+    return np.asarray(expit(sides[0] - sides[1]))
 
 
 def ledoit_wolf_of_classes(positive: Tensor, negative: Tensor) -> float:

@@ -71,14 +71,14 @@ class Lens:
             return None
         return axis if place.features is None else None
 
-    def narrowed(self, whole: Float[Tensor, "*shape"], *, axis: int) -> Float[Tensor, "*shape"]:
+    def narrowed(self, whole: Float[Tensor, "*whole"], *, axis: int) -> Float[Tensor, "*part"]:
         """A view of the features that are meant, which lie on this axis."""
         if self.place.features is None:
             return whole
         start, stop = self.place.features
         return whole.narrow(axis, start, stop - start)
 
-    def widened(self, part: Float[Tensor, "*shape"], *, whole: Float[Tensor, "*shape"], axis: int) -> Tensor:
+    def widened(self, part: Float[Tensor, "*part"], *, whole: Float[Tensor, "*whole"], axis: int) -> Tensor:
         """The inverse of `narrowed`: a copy of the whole with other numbers in the place of the part."""
         if self.place.features is None:
             return part

@@ -35,7 +35,7 @@ def norms_by_largest(rows: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch 1
     return found
 
 
-def typical(sizes: Sequence[Float[Tensor, " n"]]) -> float:
+def typical(sizes: Sequence[Float[Tensor, " _"]]) -> float:
     """The median of ‖h‖ over all rows; 0 if there are none.
 
     Not its root mean square: in a language model a few tokens have activations a hundred times as large as the rest
