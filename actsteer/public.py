@@ -50,6 +50,7 @@ from actsteer.estimators.paired_map import PairedMap as PairedMap
 from actsteer.estimators.preference import preference as preference
 from actsteer.estimators.preference import preference_shift as preference_shift
 from actsteer.estimators.principal_direction import PrincipalDirection as PrincipalDirection
+from actsteer.estimators.quadratic_erasure import QuadraticErasure as QuadraticErasure
 from actsteer.estimators.retention import Retain as Retain
 from actsteer.estimators.ridge_direction import RidgeDirection as RidgeDirection
 from actsteer.estimators.rows import Rows as Rows

@@ -65,10 +65,10 @@ class GaussianMap:
         if self.diagonal:
             source, target = negative.variance, positive.variance
             return torch.where(source > 0, target / source, 1).sqrt().diag()
-        return _transport(negative.covariance, positive.covariance)
+        return transport(negative.covariance, positive.covariance)
 
 
-def _transport(source: Float[Tensor, "d d"], target: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+def transport(source: Float[Tensor, "d d"], target: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     """The symmetric map from one covariance to another; 1 where the source does not vary."""
     values, vectors = torch.linalg.eigh(source)
     varies = values > values.max().clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
