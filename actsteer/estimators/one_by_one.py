@@ -57,6 +57,7 @@ def one_by_one(
 
     >>> import torch
     >>> from actsteer import ConceptErasure, collect
+    >>> _ = torch.manual_seed(0)
     >>> model, x = nn.Sequential(nn.Linear(2, 3), nn.ReLU()), torch.randn(30, 2)
     >>> labels = torch.arange(30) % 3
     >>> def erased(site):
