@@ -24,10 +24,10 @@ class QuadraticErasure:
         μ = Σ_k w_k μ_k,   Σ = Σ_k w_k (Σ^½ Σ_k Σ^½)^½        with w_k the share of the rows of class k
         A_k = Σ_k^-½ (Σ_k^½ Σ Σ_k^½)^½ Σ_k^-½                 as in `GaussianMap`
 
-    Σ is the barycenter of the classes' covariances, found by iteration. Which edit a row gets is its label's affair: it
-    is for data whose labels are known, such as when a probe is trained on what is left; steer with each edit at a
-    strength by row, 1 for the rows of its class and 0 for the others. `ConceptErasure` needs no labels then, and hides
-    the classes from linear probes alone.
+    Σ is the barycenter of the classes' covariances, found by iteration. A row's label decides which edit it gets, so
+    that the labels must be known, as where a probe is trained on what is left. Steer with each edit at a strength by
+    row: 1 for the rows of its class, 0 for the others. `ConceptErasure` steers without labels, and hides the classes
+    from linear probes alone.
 
     Args:
         tolerance: the iteration ends where Σ changes by less than this share of its norm.

@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def brought(tensor: Tensor, device: torch.device | None, dtype: torch.dtype | None = None) -> Tensor:
-    """The tensor on this device; one from the CPU is sent after what is computed there, and nobody waits for it.
+    """The tensor on this device. A copy from the CPU is queued behind the device's work, and the caller does not wait.
 
-    But for mps, where torch may read the memory of a tensor that is gone by then:
+    On mps the caller waits, because torch may read memory there that is freed already:
     https://github.com/pytorch/pytorch/issues/189690
     """
     dtype = tensor.dtype if dtype is None else dtype

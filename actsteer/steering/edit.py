@@ -225,18 +225,18 @@ class SiteEdit:
         return twin
 
     def expect_on(self, device: torch.device | None) -> None:
-        """The activations are likely to be on this device: there compiled code finds what it adds."""
+        """Keep what compiled code adds on this device, where the activations probably are."""
         if device != self._device:
             self._device = device
             self._bring()
 
     def hold(self) -> None:
-        """From now on write new strengths into the tensors that compiled code and CUDA graphs read, on the device."""
+        """From now on write new strengths into the tensors on the device that compiled code and CUDA graphs read."""
         self.in_place = True
         self._bring()
 
     def _bring(self) -> None:
-        """To the device, what passes read; but a number, at which an edit looks, stays on the CPU until `hold`."""
+        """Move what a pass reads to the device; until `hold`, a strength for all rows stays on the CPU, for a look."""
         device, constant = self._device, self.constant
         if constant is not None and device not in (None, constant.device):
             self.constant = constant.to(device)
@@ -329,7 +329,7 @@ class SiteEdit:
         return applied(view, [self.interventions[own] for own in others], amounts, rows)
 
     def _is_captured(self, output: object) -> bool:
-        """Whether a CUDA graph is made of this pass, which is to read the strengths that come later."""
+        """Whether a CUDA graph records this pass; it must read strengths from `in_place` tensors, which may change."""
         return self.in_place and getattr(output, "is_cuda", False) and torch.cuda.is_current_stream_capturing()
 
     def _decide(self, own: int, view: View) -> Decide | None:

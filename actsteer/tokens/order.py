@@ -7,15 +7,14 @@ from jaxtyping import Int
 from torch import Tensor
 
 from actsteer.errors import ShapeError
-from actsteer.tokens.positions import Positions, chosen, one_by_one
+from actsteer.tokens.positions import Positions, chosen, each_of
 from actsteer.tokens.tokens import Tokens
 
 
 def places(positions: Positions, tokens: Tokens) -> Int[Tensor, " n"]:
     """Which of all tokens in a line are meant; of several indices, row by row, in their order."""
     found = [
-        chosen(own, tokens).expand(tokens.rows, tokens.length).flatten().nonzero()[:, 0]
-        for own in one_by_one(positions)
+        chosen(own, tokens).expand(tokens.rows, tokens.length).flatten().nonzero()[:, 0] for own in each_of(positions)
     ]
     return torch.stack(found, dim=1).flatten()
 
@@ -26,7 +25,7 @@ def numbered(positions: Positions, tokens: Tokens) -> Int[Tensor, "rows prompt"]
     Raises:
         PositionsError: it is not known where the prompt ends.
     """
-    whole, several = tokens.whole(), one_by_one(positions)
+    whole, several = tokens.whole(), each_of(positions)
     if whole.texts is not None and len(several) > 1:  # each text of a packed row has its own
         return whole.spread(numbered(positions, whole.unpacked()) + 1) - 1
     each = [chosen(own, whole).expand(whole.rows, whole.length)[:: whole.copies, : whole.prompt] for own in several]

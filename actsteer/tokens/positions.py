@@ -104,7 +104,7 @@ def _numbers(positions: int | slice | Sequence[Any]) -> Sequence[Any]:
     return [index for own in positions for index in (own if isinstance(own, list | tuple) else [own])]
 
 
-def one_by_one(positions: Positions) -> list[Positions]:
+def each_of(positions: Positions) -> list[Positions]:
     """Positions each of which means one token of a row, of several indices; any others are one."""
     if isinstance(positions, str) or not isinstance(positions, Sequence):
         return [positions]

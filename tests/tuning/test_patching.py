@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from actsteer import BatchError, ShapeError, SiteNotFoundError, UnsupportedModelError, patching, residual_sites
+from actsteer import (
+    BatchError,
+    ShapeError,
+    SiteNotFoundError,
+    UnsupportedModelError,
+    find_sites,
+    patching,
+    residual_sites,
+)
 from actsteer.collecting.eval_mode import eval_mode
 from reference.language.model import cache, load, packaged
 from tests.oracles import state
@@ -120,6 +128,29 @@ def test_pads_are_left_out_and_each_row_is_what_it_is_alone(model, side):
         alone = [{"input_ids": own["input_ids"][row : row + 1, real]} for own in (clean, corrupted)]
         single = patching(model, *alone, metric=lambda out: out.logits[:, -1, 7], sites=LAYERS, positions=[0, 1, -1])
         torch.testing.assert_close(found.patched[:, :, row], single.patched[:, :, 0], rtol=0, atol=1e-5)
+
+
+def test_heads_are_patched_as_by_plain_hooks(model):
+    clean, corrupted = {"input_ids": IDS}, {"input_ids": OTHER}
+    heads = find_sites(model, "model.layers.1.self_attn.o_proj:in[head=*]")
+    found = patching(model, clean, corrupted, metric=difference, sites=heads)
+    projection, size, seen = model.model.layers[1].self_attn.o_proj, int(heads[0].split(":")[-1][:-1]), []
+    assert len(heads) == model.config.num_attention_heads > 1 and found.sites == heads
+    with torch.no_grad():
+        handle = projection.register_forward_pre_hook(lambda m, args: seen.append(args[0].clone()))
+        model(**clean)
+        handle.remove()
+        for head in range(len(heads)):
+            for token in range(IDS.shape[1]):
+
+                def patch(m, args, part=slice(head * size, (head + 1) * size), token=token):
+                    own = args[0].clone()
+                    own[:, token, part] = seen[0][:, token, part]
+                    return (own,)
+
+                handle = projection.register_forward_pre_hook(patch)
+                assert torch.equal(found.patched[head, token], difference(model(**corrupted)).double())
+                handle.remove()
 
 
 def test_a_cache_that_comes_with_the_call_is_left_as_it_is(model):
