@@ -75,7 +75,7 @@ def signs() -> LinearSegmentedColormap:
 
 
 def inline(figure: Figure) -> str:
-    """The figure as SVG for a page of HTML: what is drawn in black takes the colour of the page's text, light or dark."""
+    """The figure as SVG for a page of HTML: what is drawn in black takes the colour of the text around it."""
     drawn = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         figure.savefig(drawn, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
