@@ -1,12 +1,15 @@
-"""pages: the parts of the site that the code says, written anew in each build (mkdocs-gen-files): the reference."""
+"""pages: what the code says, as pages that are written anew in each build (mkdocs-gen-files): reference and errors."""
 
 from __future__ import annotations
 
 import ast
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import mkdocs_gen_files
+
+from actsteer.errors import ActsteerError
 
 ROOT = Path(__file__).parent.parent
 TITLES = {
@@ -45,3 +48,22 @@ def integrations() -> list[str]:
 for folder, title in TITLES.items():
     with mkdocs_gen_files.open(f"reference/{folder}.md", "w") as page:
         page.write(f"# {title}\n\n" + "\n\n".join(f"::: {name}" for name in public()[folder]) + "\n")
+
+
+def tree(kind: type[ActsteerError], depth: int = 0) -> Iterator[tuple[int, type[ActsteerError]]]:
+    """A class and those below it, and how deep each lies."""
+    yield depth, kind
+    for own in kind.__subclasses__():
+        yield from tree(own, depth + 1)
+
+
+with mkdocs_gen_files.open("errors/index.md", "w") as index:
+    index.write(
+        "# Errors\n\nCatch `ActsteerError`, or the built-in kind that an error resembles. Each class has a page: what "
+        "happened, three common causes and their cures. `actsteer explain NAME` prints it without a browser.\n\n"
+    )
+    for depth, kind in tree(ActsteerError):
+        name, like, what = kind.__name__, kind.__bases__[-1].__name__, (kind.__doc__ or "").partition("\n")[0]
+        index.write(f"{'    ' * depth}- [`{name}`]({name}.md) (`{like}`): {what}\n")
+        with mkdocs_gen_files.open(f"errors/{name}.md", "w") as page:
+            page.write(f"::: actsteer.errors.{name}\n    options: {{heading_level: 1}}\n")
