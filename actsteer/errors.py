@@ -365,7 +365,7 @@ def explained(name: str | None = None) -> str:
         LookupError: no error has this name.
     """
     if name is None:
-        return f"{inspect.cleandoc(__doc__ or '')}\n\n{PAGES}"
+        return f"{inspect.cleandoc(__doc__ or '')}\n\n`actsteer explain NAME` tells more of one, as does {PAGES}"
     kinds = {own: kind for own, kind in globals().items() if inspect.isclass(kind) and issubclass(kind, ActsteerError)}
     if name not in kinds:
         raise LookupError(f"no error is called {name!r}. {close_names(name, kinds)}")
