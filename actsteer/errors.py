@@ -99,16 +99,18 @@ class ShapeError(ActsteerError, ValueError):
        Cure: a direction is 1-D: take `hidden[0]`, or `hidden.mean(dim=0)`, and `.float()`.
 
     >>> import torch
-    >>> from actsteer import SteeringVector
-    >>> hidden = torch.ones(1, 4)
+    >>> from actsteer import Steerer, SteeringVector
+    >>> model, x = torch.nn.Sequential(torch.nn.Identity()), torch.zeros(2, 3, 5)  # 3 channels at 5 places
+    >>> v = SteeringVector({"0": torch.ones(3)})
     >>> try:
-    ...     SteeringVector({"2": hidden})
+    ...     with Steerer(model, v):
+    ...         model(x)
     ... except ShapeError as error:
     ...     print(error)
-    site '2': expected a 1-D floating tensor of shape (d,), got torch.float32 of shape (1, 4);
-    a direction has one number per feature
-    >>> SteeringVector({"2": hidden[0]})
-    SteeringVector({'2': 4}, concept=None, norm=2)
+    site '0': the activation has 5 features (axis -1 of shape (2, 3, 5)), the vector 3; was it fitted on another model?
+    If the features lie on axis 1, pass axis={'0': 1}
+    >>> with Steerer(model, v, axis=1):
+    ...     steered = model(x)
     """
 
 
