@@ -35,9 +35,8 @@ PAGES = "https://actsteer.github.io/actsteer/errors/"
 class ActsteerError(Exception):
     """The root of all errors in this library; it is never raised itself.
 
-    What happened: whatever is refused here is refused before anything has changed, and the message says what was
-    expected, what came, where, and what to do next. A note below it, which `str(error)` leaves out, names the page of
-    the class and the command that shows the same without a browser.
+    The message says what was expected, what came, where, and what to do next. A note below it, which is no part of
+    `str(error)`, names the command that explains the class, and its page.
     """
 
     def __init__(self, *args: object) -> None:
@@ -99,16 +98,18 @@ class ShapeError(ActsteerError, ValueError):
        Cure: a direction is 1-D: take `hidden[0]`, or `hidden.mean(dim=0)`, and `.float()`.
 
     >>> import torch
-    >>> from actsteer import SteeringVector
-    >>> hidden = torch.ones(1, 4)
+    >>> from actsteer import Steerer, SteeringVector
+    >>> model, x = torch.nn.Sequential(torch.nn.Identity()), torch.zeros(2, 3, 5)  # 3 channels at 5 places
+    >>> v = SteeringVector({"0": torch.ones(3)})
     >>> try:
-    ...     SteeringVector({"2": hidden})
+    ...     with Steerer(model, v):
+    ...         model(x)
     ... except ShapeError as error:
     ...     print(error)
-    site '2': expected a 1-D floating tensor of shape (d,), got torch.float32 of shape (1, 4);
-    a direction has one number per feature
-    >>> SteeringVector({"2": hidden[0]})
-    SteeringVector({'2': 4}, concept=None, norm=2)
+    site '0': the activation has 5 features (axis -1 of shape (2, 3, 5)), the vector 3; was it fitted on another model?
+    If the features lie on axis 1, pass axis={'0': 1}
+    >>> with Steerer(model, v, axis=1):
+    ...     steered = model(x)
     """
 
 
@@ -203,7 +204,7 @@ class StatisticsError(ActsteerError, ValueError):
     1. A covariance is needed, and none was kept.
        Cure: `collect(..., covariance=True)`; or call `fit`, which keeps what its estimator reads.
     2. The site never ran on these batches.
-       Cure: choose another site; `Steerer(model, v).check(batch)` shows which ones run.
+       Cure: the message names it, and why that may be; choose another one, such as the module around it.
     3. There are too few rows, rows that are all the same, or numbers that are not finite.
        Cure: collect more; `record(model, batches, sites=site)[site].isfinite().all()` tells the last.
     """
@@ -257,7 +258,7 @@ class NotFoldable(ActsteerError, ValueError):  # noqa: N818  (the contract's nam
 class OutputError(ActsteerError, TypeError):
     """A module's output in which no activation can be found.
 
-    What happened: what the module takes or gives is no floating tensor, nor a container with one that must be meant.
+    What happened: what the module takes or gives is no floating tensor, and holds none that alone can be meant.
 
     1. It is made of integers, such as the ids that an embedding takes.
        Cure: steer what the module gives, without `:in`, or a later module.
@@ -288,10 +289,10 @@ class AttachedError(ActsteerError, RuntimeError):
     What happened: this needs the plain model, or a Steerer that is not in use.
 
     1. `attach` was called, or a block entered, on a Steerer that is attached.
-       Cure: `steerer.detach()` first; change `steerer.c` as it is; or make a second Steerer, for they add up.
+       Cure: `steerer.detach()` first; change `steerer.c` as it is; or make a second Steerer, and both are applied.
     2. `fold`, `calibrate`, `look` or `check` was called inside of a steered block.
        Cure: call it after the block.
-    3. A Steerer that a notebook has lost the name of is still attached.
+    3. A Steerer whose name was lost, as in a notebook, is still attached.
        Cure: `steerers(model)` lists them, and `detach_all(model)` takes them off.
     """
 
@@ -365,7 +366,7 @@ def explained(name: str | None = None) -> str:
         LookupError: no error has this name.
     """
     if name is None:
-        return f"{inspect.cleandoc(__doc__ or '')}\n\n{PAGES}"
+        return f"{inspect.cleandoc(__doc__ or '')}\n\n`actsteer explain NAME` tells more of one, as does {PAGES}"
     kinds = {own: kind for own, kind in globals().items() if inspect.isclass(kind) and issubclass(kind, ActsteerError)}
     if name not in kinds:
         raise LookupError(f"no error is called {name!r}. {close_names(name, kinds)}")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -469,3 +470,31 @@ def test_a_cause_raises_the_class_and_its_cure_raises_nothing(kind, number, tmp_
     assert type(caught.value) is kind
     assert len(caught.value.__notes__) == 1 and "actsteer explain" not in str(caught.value)
     cure(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("kind", "number", "said"),
+    [
+        (SiteNotFoundError, 2, r"`\*\*` does not: \['a\.0\.1'\]"),
+        (ShapeError, 2, r"If the features lie on axis 1, pass axis=\{'0': 1\}"),
+        (ZeroDirectionError, 1, "leave the site out, with select"),
+        (InputError, 2, r"a float32 Linear\(.*\), was given float64 of shape \(6, 2\)"),
+        (OutputError, 1, r"got the input \(0: int64 Tensor\); choose a module inside .*, or a later one"),
+        (UnsupportedModelError, 2, "the one in it, as pipeline.model is"),
+    ],
+)
+def test_a_message_that_a_beginner_meets_says_what_next(kind, number, said, tmp_path):
+    with pytest.raises(kind, match=said):
+        CAUSES[kind, number][0](tmp_path)
+
+
+def test_where_the_vectors_size_is_that_of_no_other_axis_none_is_named():
+    with pytest.raises(ShapeError, match=r"was it fitted on another model\?\n"):
+        run(nn.Sequential(nn.Identity()), FLAT, torch.ones(3, 5))
+
+
+def test_a_safetensors_file_of_others_says_how_its_directions_are_read(tmp_path):
+    save_file({"w": torch.ones(3)}, tmp_path / "w.safetensors")
+    with pytest.raises(FileFormatError, match=r"read them with safetensors, and give SteeringVector\(\{site: dir"):
+        SteeringVector.load(tmp_path / "w.safetensors")
