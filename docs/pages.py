@@ -1,14 +1,18 @@
-"""pages: the parts of the site that the code says, written anew in each build (mkdocs-gen-files): the reference."""
+"""pages: what the site takes from the repository, written anew in each build (mkdocs-gen-files)."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
+from urllib.parse import urljoin
 
 import griffe
 import mkdocs_gen_files
 
 ROOT = Path(__file__).parent.parent
+FILES = {"tests/CASES.md": "explanation/cases.md", "benchmarks/README.md": "explanation/benchmarks.md"}
 PAGES = {  # in the order of the index: the title, and what comes first
     "vectors": ("Vectors and banks", "SteeringVector"),
     "sites": ("Sites", "find_sites"),
@@ -39,19 +43,19 @@ def page_of(thing: griffe.Object) -> str:
     return {"files": "vectors"}.get(folder, folder)
 
 
-def integrations(package: griffe.Object) -> list[griffe.Object]:
+def integrations(package: griffe.Object) -> list[griffe.Object | griffe.Alias]:
     """What the modules of integrations say in `__all__`, or else define."""
     found = []
     for module in package["integrations"].modules.values():
         names = module.exports or [name for name, own in module.members.items() if not own.is_alias and name[0] != "_"]
-        found += [target(module[str(name)]) for name in names]
+        found += [module[str(name)] for name in names]
     return [thing for thing in found if thing.is_function or thing.is_class]
 
 
-def types(things: list[griffe.Object]) -> dict[str, griffe.Object]:
+def types(things: Iterable[griffe.Object | griffe.Alias]) -> dict[str, griffe.Object]:
     """The names of types in the signatures of these, and in what they stand for."""
     found: dict[str, griffe.Object] = {}
-    for thing in things:
+    for thing in map(target, things):
         each = [own for own in (thing, *thing.members.values()) if isinstance(own, griffe.Function)]
         said = [parameter.annotation for own in each for parameter in own.parameters]
         said += [thing.value] if isinstance(thing, griffe.Attribute) else []
@@ -70,7 +74,7 @@ def types(things: list[griffe.Object]) -> dict[str, griffe.Object]:
             for own in aliases
             if str(getattr(own, "annotation", None)) == "TypeAlias" and own.path not in found
         }
-        found |= new | types(list(new.values()))
+        found |= new | types(new.values())
     return found
 
 
@@ -78,7 +82,7 @@ def target(thing: griffe.Object | griffe.Alias) -> griffe.Object:
     return thing.final_target if isinstance(thing, griffe.Alias) else thing
 
 
-def row(thing: griffe.Object, page: str) -> str:
+def row(thing: griffe.Object | griffe.Alias, page: str) -> str:
     """A line of the index."""
     said = thing.docstring.value if thing.docstring else f"`{thing.value}`"
     said = said.split("\n\n")[0].replace("\n", " ").replace("|", "\\|")
@@ -87,20 +91,29 @@ def row(thing: griffe.Object, page: str) -> str:
 
 package = griffe.load("actsteer", search_paths=[ROOT])
 public = [target(thing) for thing in package["public"].members.values() if thing.is_alias]
-pages: dict[str, list[griffe.Object]] = {page: [] for page in PAGES}
+pages: dict[str, list[griffe.Object | griffe.Alias]] = {page: [] for page in PAGES}
 for thing in public:
     if not thing.is_module and thing.module.name != "errors":  # each of which has a page
         pages[page_of(thing)].append(thing)
 pages["integrations"] = integrations(package)
-pages["types"] = sorted(types([*chain(*pages.values())]).values(), key=lambda thing: thing.name)
+pages["types"] = sorted(types(chain(*pages.values())).values(), key=lambda thing: thing.name)
 
 with mkdocs_gen_files.open("reference/index.md", "w") as index:
     index.write(
         "# Reference\n\nThe public names: `from actsteer import NAME`; the integrations have modules of their own.\n"
     )
     for page, (title, first) in PAGES.items():
+        in_full = "\n    options: {show_root_full_path: true}" if page == "integrations" else ""
         things = sorted(pages[page], key=lambda thing: thing.name != first)
         rows = "".join(row(thing, page) for thing in things)
         index.write(f"\n## [{title}]({page}.md)\n\n| name | what it is |\n|---|---|\n{rows}")
         with mkdocs_gen_files.open(f"reference/{page}.md", "w") as file:
-            file.write(f"# {title}\n\n" + "\n\n".join(f"::: {thing.path}" for thing in things) + "\n")
+            file.write(f"# {title}\n\n" + "\n\n".join(f"::: {thing.path}{in_full}" for thing in things) + "\n")
+
+for source, page in FILES.items():
+    text = (ROOT / source).read_text()
+    if "\n# " in text:  # several pages in one
+        text = "# Benchmarks\n\n" + re.sub(r"^#", "##", text, flags=re.M)
+    with mkdocs_gen_files.open(page, "w") as file:
+        base = f"https://github.com/actsteer/actsteer/blob/main/{source}"
+        file.write(re.sub(r"\]\(([^)#]+)\)", lambda link, base=base: f"]({urljoin(base, link[1])})", text))
