@@ -1,7 +1,7 @@
 """`python -m reference.language.methods`: estimators and interventions side by side on one language model.
 
-All are fitted on the same pairs of happy and unhappy texts, at one block of SmolLM2, and act on all tokens of a text but
-the first. Directions are made as long as the mean difference, so that what is compared is where they point. Measured on
+All are fitted on the same pairs of happy and unhappy texts, at one block of SmolLM2, and act on all tokens of a text
+but the first. Directions are made as long as the mean difference, so that where they point is compared. Measured on
 texts that nothing was fitted on: how far the log-odds of good against bad words move after neutral beginnings; the gap,
 how much higher they are after happy texts than after unhappy ones, which erasing is to close; and the perplexity.
 """
@@ -43,7 +43,7 @@ from reference.language.model import load
 from reference.language.study import DEPTH, Study
 from reference.printed import console, table
 
-FITTED, HELD_OUT = PAIRS[:72], PAIRS[72:]  # six openings, and the two others
+FITTED, HELD_OUT = PAIRS[:72:2], PAIRS[72::2]  # of six openings, and of the two others
 DIRECTIONS = {
     "MeanDifference": MeanDifference(),
     "WhitenedMeanDifference": WhitenedMeanDifference(),
@@ -107,7 +107,8 @@ def steerings(study: Study) -> dict[str, Callable[[], Any]]:
 def main() -> None:
     """Print one row for each."""
     study = Study(*load())
-    neutral, happy, unhappy = (study.log_odds(texts) for texts in (REPORT, *map(list, zip(*HELD_OUT, strict=True))))
+    texts = [REPORT[::3], *map(list, zip(*HELD_OUT, strict=True))]
+    neutral, happy, unhappy = map(study.log_odds, texts)
 
     def measured() -> tuple[float, float, float]:
         gap = float((happy(study.model) - unhappy(study.model)).mean())
