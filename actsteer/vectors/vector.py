@@ -202,8 +202,25 @@ class SteeringVector:
         """The same vector at these sites alone."""
         return SteeringVector({site: self._direction(site) for site in sites}, metadata=self._metadata)
 
-    def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> SteeringVector:
-        """The same vector in another dtype or on another device."""
+    def to(
+        self,
+        other: torch.dtype | torch.device | str | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> SteeringVector:
+        """The same vector in another dtype or on another device.
+
+        Args:
+            other: a dtype or a device, as a tensor's `to` takes it; the keywords say which.
+
+        >>> SteeringVector({"2": torch.tensor([1.0, 2.0])}).to(torch.float16)["2"].dtype
+        torch.float16
+        """
+        if isinstance(other, torch.dtype):
+            dtype = other
+        elif other is not None:
+            device = other
         moved = {site: direction.to(dtype=dtype, device=device) for site, direction in self._directions.items()}
         return SteeringVector(moved, metadata=self._metadata)
 
