@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import actsteer
 from actsteer import BatchError
 
 COMMANDS = ("sites", "fit", "show", "generate", "look", "play", "convert", "fold", "verify")
@@ -64,7 +65,7 @@ def test_help_has_examples(run, command):
 def test_help_and_version(run):
     done = run("--help")
     assert all(command in done.out for command in COMMANDS)
-    assert run("--version").out == "0.1.0\n"
+    assert run("--version").out == f"{actsteer.__version__}\n"
     assert "Usage" in run().out + run().err
 
 
