@@ -45,7 +45,9 @@ def adding(model: nn.Module, directions: Mapping[str, Tensor], c: float = 1.0, a
     """Plain hooks that add c times a direction to what the modules of these names give."""
 
     def hook(direction: Tensor) -> Callable[..., Tensor]:
-        return lambda module, args, h: h + c * direction.to(h).view([-1 if i == axis % h.ndim else 1 for i in range(h.ndim)])
+        return lambda module, args, h: (
+            h + c * direction.to(h).view([-1 if i == axis % h.ndim else 1 for i in range(h.ndim)])
+        )
 
     handles = [model.get_submodule(name).register_forward_hook(hook(v)) for name, v in directions.items()]
     try:
@@ -76,13 +78,17 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 def expect_weights(model: nn.Module, before: Mapping[str, Tensor], when: str) -> None:
     """Missing if a weight has changed."""
-    same = model.state_dict().keys() == before.keys() and all(torch.equal(model.state_dict()[n], before[n]) for n in before)
+    same = model.state_dict().keys() == before.keys() and all(
+        torch.equal(model.state_dict()[n], before[n]) for n in before
+    )
     expect(same, f"the weights of the network are not what they were {when}")
 
 
 def entered(result: Any) -> Any:
     """What is to be used in a `with` block."""
-    expect(hasattr(result, "__enter__") and hasattr(result, "__exit__"), "solve gives nothing that a `with` block takes")
+    expect(
+        hasattr(result, "__enter__") and hasattr(result, "__exit__"), "solve gives nothing that a `with` block takes"
+    )
     return result
 
 
@@ -102,7 +108,10 @@ def check_01(solve: Callable[..., Any]) -> None:
         expect_weights(model, before, "inside the block")
         raise InterruptedError
     expect(share >= 0.9, f"inside the block {share:.0%} of other points on the left are called right; 90% are to be")
-    expect(torch.equal(model(others), plain), "after the block, which an error ended, the network answers otherwise than before")
+    expect(
+        torch.equal(model(others), plain),
+        "after the block, which an error ended, the network answers otherwise than before",
+    )
     expect_weights(model, before, "after the block")
 
 
@@ -114,11 +123,15 @@ def check_02(solve: Callable[..., Any]) -> None:
     expect(isinstance(result, tuple) and len(result) == 2, "solve does not give (places, answers)")
     places, answers = result
     truth = [name for name, module in model.named_modules() if isinstance(module, nn.ReLU)]
-    expect(sorted(places) == sorted(truth), f"the places are {sorted(places)}; every ReLU is to be there, and nothing else")
+    expect(
+        sorted(places) == sorted(truth), f"the places are {sorted(places)}; every ReLU is to be there, and nothing else"
+    )
     with adding(model, {"stages.1.act1": 2 * torch.eye(8)[5]}, axis=1):
         goal = model(pictures)
     expect(not torch.allclose(answers, plain, atol=1e-4), "the answers are the unchanged network's")
-    expect(torch.allclose(answers, goal, atol=1e-4), "the answers are not those with channel 5 two higher in every pixel")
+    expect(
+        torch.allclose(answers, goal, atol=1e-4), "the answers are not those with channel 5 two higher in every pixel"
+    )
     expect(torch.equal(model(pictures), plain), "the network answers otherwise than before")
     expect_weights(model, before, "afterwards")
 
@@ -156,7 +169,9 @@ def check_03(solve: Callable[..., Any]) -> None:
     truth = between(model, *sets, "3")
     expect(files >= 10, f"{files} of the 10 files were read by torch.load")
     expect(most <= 3, f"{most} files were in memory at once; no more than 3 may be")
-    expect(torch.allclose(v.double(), truth, atol=1e-4), "it is not the difference of the means, over rows, of both sets")
+    expect(
+        torch.allclose(v.double(), truth, atol=1e-4), "it is not the difference of the means, over rows, of both sets"
+    )
 
 
 def check_04(make: Callable[..., Any], use: Callable[..., Any]) -> None:
@@ -177,7 +192,10 @@ def check_04(make: Callable[..., Any], use: Callable[..., Any]) -> None:
         result = use(again, path, others)
         expect(isinstance(result, tuple) and len(result) == 2, "use does not give (likeness, answers)")
         likeness, answers = result
-        expect(abs(float(likeness) - float(v @ w / v.norm() / w.norm())) < 1e-3, f"the two are not alike by {float(likeness):.3f}")
+        expect(
+            abs(float(likeness) - float(v @ w / v.norm() / w.norm())) < 1e-3,
+            f"the two are not alike by {float(likeness):.3f}",
+        )
         expect(not torch.allclose(answers, plain, atol=1e-4), "the answers are the unchanged network's")
         expect(torch.allclose(answers, goal, atol=1e-3), "the answers are not those with 1.5 of four and -0.5 of nine")
         expect(torch.equal(again(others), plain), "the network answers otherwise than before")
@@ -202,7 +220,10 @@ def check_05(solve: Callable[..., Any]) -> None:
     for directions, is_real in ((real, True), (chance, False)):
         result = solve(model, {**directions}, zeros, kept)
         name = "the mean difference" if is_real else "a random direction"
-        expect(isinstance(result, tuple) and len(result) == 3, "solve does not give (places, strength, is_more_than_chance)")
+        expect(
+            isinstance(result, tuple) and len(result) == 3,
+            "solve does not give (places, strength, is_more_than_chance)",
+        )
         places, c, verdict = result
         expect(bool(verdict) == is_real, f"of {name} it says that it is {'' if verdict else 'not '}more than chance")
         if is_real:
@@ -237,10 +258,16 @@ def check_06(solve: Callable[..., Any]) -> None:
     prompts = [row[mask.bool()] for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
     plain, goal, everywhere = ([written(row, start) for row in prompts] for start in (None, 0, -99))
     result = solve(model, v, {**batch})
-    expect(isinstance(result, Tensor) and result.shape == (3, 8), "solve does not give the 8 new tokens of each of the 3 texts")
+    expect(
+        isinstance(result, Tensor) and result.shape == (3, 8),
+        "solve does not give the 8 new tokens of each of the 3 texts",
+    )
     expect(result.tolist() != plain, "the tokens are the unchanged model's")
     expect(result.tolist() != everywhere, "the prompt's tokens are changed too")
-    expect(result.tolist() == goal, "the tokens are not those of each prompt alone, unpadded, with the generated tokens changed")
+    expect(
+        result.tolist() == goal,
+        "the tokens are not those of each prompt alone, unpadded, with the generated tokens changed",
+    )
     expect([written(row, None) for row in prompts] == plain, "the model is not what it was")
 
 
@@ -255,7 +282,10 @@ def check_07(solve: Callable[..., Any]) -> None:
     share = float((steered[wanted].argmax(dim=1) == 5).double().mean())
     alone = float((steered == plain).all(dim=1)[~wanted].double().mean())
     expect(share >= 0.9, f"{share:.0%} of the threes are called fives; 90% are to be")
-    expect(alone >= 0.95, f"{alone:.0%} of the other rows of the batch have exactly the answers that they had; 95% are to have")
+    expect(
+        alone >= 0.95,
+        f"{alone:.0%} of the other rows of the batch have exactly the answers that they had; 95% are to have",
+    )
     expect(torch.equal(model(more), plain), "after the block the network answers otherwise than before")
 
 
@@ -291,7 +321,10 @@ def check_09(solve: Callable[..., Any]) -> None:
     for direction in (v, 3 * nn.functional.normalize(slope.grad, dim=0)):  # the second: straight up the first slope
         with adding(model, {"1": direction.detach()}):
             gains.append(float(score(model(more)) - plain))
-    expect(gains[0] >= 1.02 * gains[1], f"the score rises by {gains[0]:.2f}; along its first slope alone it would by {gains[1]:.2f}")
+    expect(
+        gains[0] >= 1.02 * gains[1],
+        f"the score rises by {gains[0]:.2f}; along its first slope alone it would by {gains[1]:.2f}",
+    )
 
 
 def check_10(solve: Callable[..., Any]) -> None:
@@ -356,7 +389,9 @@ def check_12(script: Path) -> None:
         expect((folder / "bank.safetensors").is_file(), "there is no bank.safetensors")
         from actsteer import VectorBank
 
-        bank = {concept: {s: v[s] for s in v.sites} for concept, v in VectorBank.load(folder / "bank.safetensors").items()}
+        bank = {
+            concept: {s: v[s] for s in v.sites} for concept, v in VectorBank.load(folder / "bank.safetensors").items()
+        }
     expect(set(bank) == {"right", "up"}, f"the bank has {sorted(bank)}; it is to have right and up")
     for concept, sides in {"right": (right, left), "up": (up, down)}.items():
         expect(list(bank[concept]) == ["1"], f"{concept} is at {list(bank[concept])}, not behind the ReLU")

@@ -78,7 +78,9 @@ def language(seed: int = 0) -> tuple[nn.Module, dict[str, Tensor], Tensor]:
 
     torch.manual_seed(seed)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=60, pad_token_id=0, bos_token_id=1, eos_token_id=None, initializer_range=0.3, **sizes)
+    config = LlamaConfig(
+        vocab_size=60, pad_token_id=0, bos_token_id=1, eos_token_id=None, initializer_range=0.3, **sizes
+    )
     model = LlamaForCausalLM(config).double().eval().requires_grad_(False)
     ids, mask = torch.randint(2, 60, (3, 7)), torch.ones(3, 7, dtype=torch.long)
     for row, pads in enumerate((3, 0, 1)):

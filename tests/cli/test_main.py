@@ -4,11 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
-import actsteer
 from actsteer import BatchError
 
 COMMANDS = ("sites", "fit", "show", "generate", "look", "play", "convert", "fold", "verify")
@@ -65,7 +65,7 @@ def test_help_has_examples(run, command):
 def test_help_and_version(run):
     done = run("--help")
     assert all(command in done.out for command in COMMANDS)
-    assert run("--version").out == f"{actsteer.__version__}\n"
+    assert run("--version").out == f"{version('actsteer')}\n"
     assert "Usage" in run().out + run().err
 
 

@@ -1,4 +1,4 @@
-"""The exam can be passed, and not by an empty, a lazy or a wrong answer. The model answers lie here, out of a solver's sight."""
+"""The exam can be passed, but not by an empty, a lazy or a wrong answer. The model answers are not in the docs."""
 
 import runpy
 from pathlib import Path
@@ -8,6 +8,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent.parent
 EXAM = runpy.run_path(str(ROOT / "docs/exam/check.py"))
+BROKEN = (ROOT / "docs/exam/broken.sh").read_text()
 HERE = Path(__file__).parent
 SLOW = {5, 12}
 STEERED = """
@@ -31,7 +32,7 @@ def use(model, path, others):
     7: "solve = lambda *given: nullcontext()",
     8: "solve = lambda *given: nullcontext()",
     9: "solve = lambda *given: torch.zeros(64)",
-    10: "solve = lambda model, v, x, strengths, compiler: [torch.compile(model, backend=compiler)(x) for c in strengths]",
+    10: "solve = lambda model, v, x, cs, compiler: [torch.compile(model, backend=compiler)(x) for _ in cs]",
     11: "import copy; solve = lambda model, *given: copy.deepcopy(model)",
 }
 WRONG = {  # what comes to mind first
@@ -119,8 +120,8 @@ def solve(model, v, batch):  # the pads are read
     7: ["solve = lambda model, x, y, rest: Steerer(model, fit(model, positive=y, negative=x, sites='1'), c=2.0)"],
     8: ["solve = lambda model, x, y, labels: Steerer(model, fit(model, positive=x, negative=y, sites='3'), c=3.0)"],
     9: [
-        "solve = lambda model, x, score: optimize(model, x, sites='1', loss=score, max_norm=3.0, steps=50, lr=0.05)['1']",
-        "solve = lambda model, x, score: optimize(model, x, sites='1', loss=lambda y: -score(y), steps=300, lr=0.05)['1']",
+        "solve = lambda model, x, score: optimize(model, x, sites='1', loss=score, max_norm=3.0, steps=50)['1']",
+        "solve = lambda model, x, score: optimize(model, x, sites='1', loss=lambda y: -score(y), steps=300)['1']",
         "solve = lambda *given: 3 * nn.functional.normalize(torch.ones(64), dim=0)",
     ],
     10: [
@@ -190,7 +191,7 @@ def test_a_wrong_answer_does_not(number, text, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("text", ["", "touch bank.safetensors; echo right up", (ROOT / "docs/exam/broken.sh").read_text()])
+@pytest.mark.parametrize("text", ["", "touch bank.safetensors; echo right up", BROKEN])
 def test_neither_do_scripts(text, tmp_path):
     with pytest.raises((EXAM["Missing"], ValueError)):
         checked(12, text, tmp_path)
