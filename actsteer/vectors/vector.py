@@ -123,19 +123,19 @@ class SteeringVector:
         )
 
     # --- the vector space ----------------------------------------------------------------------------------------
-    def __add__(self, other: object) -> SteeringVector:
+    def __add__(self, other: SteeringVector) -> SteeringVector:
         """The sum, site by site; a site that one side lacks counts as zero."""
         if not isinstance(other, SteeringVector):
             return NotImplemented
         return self._zip(other, operator.add)
 
-    def __sub__(self, other: object) -> SteeringVector:
+    def __sub__(self, other: SteeringVector) -> SteeringVector:
         """The difference, site by site; a site that one side lacks counts as zero."""
         if not isinstance(other, SteeringVector):
             return NotImplemented
         return self._zip(other, operator.sub)
 
-    def __mul__(self, scalar: object) -> SteeringVector:
+    def __mul__(self, scalar: float | Tensor) -> SteeringVector:
         """Every direction times a number."""
         if (factor := _number(scalar)) is None:
             return NotImplemented
@@ -143,7 +143,7 @@ class SteeringVector:
 
     __rmul__ = __mul__
 
-    def __truediv__(self, scalar: object) -> SteeringVector:
+    def __truediv__(self, scalar: float | Tensor) -> SteeringVector:
         """Every direction divided by a number; ZeroDivisionError by zero."""
         if (divisor := _number(scalar)) is None:
             return NotImplemented
@@ -155,7 +155,7 @@ class SteeringVector:
         """Every direction the other way round."""
         return self._scaled(operator.neg)
 
-    def __matmul__(self, other: object) -> Float[Tensor, ""]:
+    def __matmul__(self, other: SteeringVector) -> Float[Tensor, ""]:
         """The inner product over all sites, a 0-dim tensor."""
         if not isinstance(other, SteeringVector):
             return NotImplemented
