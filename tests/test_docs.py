@@ -81,3 +81,32 @@ def test_every_estimator_intervention_and_gate_has_its_row_among_the_methods(wri
 def test_links_into_the_repository_lead_somewhere(page):
     links = re.findall(r"\(https://github.com/actsteer/actsteer/blob/main/([^)#]+)", page.read_text())
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+DOCSTRING = """Does it. See `Steerer` and `shown`.
+
+Raises:
+    ShapeError, SiteNotFoundError: it cannot.
+
+>>> print("a\\n  b")
+a
+  b
+
+>>> 1
+1
+"""
+
+
+def test_a_docstring_has_its_examples_whole_its_errors_listed_and_its_public_names_linked():
+    griffe = pytest.importorskip("griffe")
+    extension = runpy.run_path(str(DOCS / "doctests.py"))["Doctests"]()
+    own = griffe.Function("shown", docstring=griffe.Docstring(DOCSTRING))
+    extension.on_instance(obj=own)
+    first, *rest = own.docstring.value.split("\n\n", 1)
+    assert first == (
+        'Does it. See <autoref identifier="actsteer.steering.steerer.Steerer" optional><code>Steerer</code></autoref> '
+        "and `shown`."
+    )
+    raises, code = rest[0].split("\n\n", 1)
+    assert raises == "Raises:\n    ShapeError | SiteNotFoundError: it cannot."
+    assert code == '```pycon\n>>> print("a\\n  b")\na\n  b\n\n>>> 1\n1\n```'
