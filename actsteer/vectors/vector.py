@@ -303,7 +303,7 @@ class SteeringVector:
         """The whole vector at norm 1 in float64, by way of its largest entry so that nothing overflows."""
         largest = max((float(d.abs().max()) for d in self._directions.values() if len(d)), default=0.0)
         if largest == 0.0:
-            raise ZeroDirectionError(f"{self!r} is zero, and a zero vector has no direction")
+            raise ZeroDirectionError(f"{self!r} is zero, and a zero vector has no direction; were both sides alike?")
         scaled = self.to(dtype=torch.float64) / largest
         return scaled / scaled.norm()
 
@@ -364,7 +364,9 @@ def as_float(number: float) -> float:
 def _unit(direction: Tensor, where: str) -> Tensor:
     largest = direction.abs().max() if len(direction) else torch.zeros(())
     if float(largest) == 0.0:
-        raise ZeroDirectionError(f"{where}: the direction is zero, and zero cannot be scaled to norm 1")
+        raise ZeroDirectionError(
+            f"{where}: the direction is zero, and zero cannot be scaled to norm 1; leave the site out, with select"
+        )
     scaled = (direction / largest).double()
     unit: Tensor = (scaled / scaled.norm()).to(direction.dtype)
     return unit

@@ -10,7 +10,7 @@ import pytest
 
 from actsteer import BatchError
 
-COMMANDS = ("sites", "fit", "show", "generate", "look", "play", "convert", "fold", "verify")
+COMMANDS = ("sites", "fit", "show", "generate", "look", "play", "convert", "fold", "verify", "explain")
 
 
 def shell(*arguments, cwd, **environment):
