@@ -19,7 +19,7 @@ PAGES = sorted(DOCS.rglob("*.md"))
 
 @pytest.fixture
 def written(monkeypatch):
-    """Page -> text, of those that docs/pages.py makes of the code."""
+    """Page -> text, of those that are made of the code."""
     if importlib.util.find_spec("griffe") is None:
         pytest.skip("pip install 'actsteer[docs]'")
     pages = {}
@@ -35,7 +35,8 @@ def written(monkeypatch):
         return page
 
     monkeypatch.setitem(sys.modules, "mkdocs_gen_files", types.SimpleNamespace(open=opened))
-    runpy.run_path(str(DOCS / "pages.py"))
+    for script in ("reference.py", "errors.py"):
+        runpy.run_path(str(DOCS / script))
     return pages
 
 
@@ -82,6 +83,8 @@ def test_links_into_the_repository_lead_somewhere(page):
 
 DOCSTRING = """Does it. See `Steerer` and `shown`.
 
+    drawn   `Steerer`
+
 Raises:
     ShapeError, SiteNotFoundError: it cannot.
 
@@ -104,6 +107,7 @@ def test_a_docstring_has_its_examples_whole_its_errors_listed_and_its_public_nam
         'Does it. See <autoref identifier="actsteer.steering.steerer.Steerer" optional><code>Steerer</code></autoref> '
         "and `shown`."
     )
-    raises, code = rest[0].split("\n\n", 1)
+    drawn, raises, code = rest[0].split("\n\n", 2)
+    assert drawn == "    drawn   `Steerer`"
     assert raises == "Raises:\n    ShapeError | SiteNotFoundError: it cannot."
     assert code == '```pycon\n>>> print("a\\n  b")\na\n  b\n\n>>> 1\n1\n```'

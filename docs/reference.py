@@ -1,20 +1,15 @@
-"""pages: what the site takes from the repository, written anew in each build (mkdocs-gen-files)."""
+"""reference: a page for each group of public names, and an index, written anew in each build (mkdocs-gen-files)."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
-from urllib.parse import urljoin
 
 import griffe
 import mkdocs_gen_files
 
-from actsteer.errors import ActsteerError
-
 ROOT = Path(__file__).parent.parent
-FILES = {"tests/CASES.md": "explanation/cases.md", "benchmarks/README.md": "explanation/benchmarks.md"}
 PAGES = {  # in the order of the index: the title, and what comes first
     "vectors": ("Vectors and banks", "SteeringVector"),
     "sites": ("Sites", "find_sites"),
@@ -91,18 +86,11 @@ def row(thing: griffe.Object | griffe.Alias, page: str) -> str:
     return f"| [`{thing.name}`]({page}.md#{thing.path}) | {said} |\n"
 
 
-def tree(kind: type[ActsteerError], depth: int = 0) -> Iterator[tuple[int, type[ActsteerError]]]:
-    """A class and those below it, and how deep each lies."""
-    yield depth, kind
-    for own in kind.__subclasses__():
-        yield from tree(own, depth + 1)
-
-
 package = griffe.load("actsteer", search_paths=[ROOT])
 public = [target(thing) for thing in package["public"].members.values() if thing.is_alias]
 pages: dict[str, list[griffe.Object | griffe.Alias]] = {page: [] for page in PAGES}
 for thing in public:
-    if not thing.is_module and thing.module.name != "errors":  # they have pages of their own, below
+    if not thing.is_module and thing.module.name != "errors":  # each of which has a page
         pages[page_of(thing)].append(thing)
 pages["integrations"] = integrations(package)
 pages["types"] = sorted(types(chain(*pages.values())).values(), key=lambda thing: thing.name)
@@ -118,22 +106,3 @@ with mkdocs_gen_files.open("reference/index.md", "w") as index:
         index.write(f"\n## [{title}]({page}.md)\n\n| name | what it is |\n|---|---|\n{rows}")
         with mkdocs_gen_files.open(f"reference/{page}.md", "w") as file:
             file.write(f"# {title}\n\n" + "\n\n".join(f"::: {thing.path}{in_full}" for thing in things) + "\n")
-
-with mkdocs_gen_files.open("errors/index.md", "w") as index:
-    index.write(
-        "# Errors\n\nCatch `ActsteerError`, or the built-in kind that an error resembles. Each class has a page: what "
-        "happened, three common causes and their cures. `actsteer explain NAME` prints it without a browser.\n\n"
-    )
-    for depth, kind in tree(ActsteerError):
-        name, like, what = kind.__name__, kind.__bases__[-1].__name__, (kind.__doc__ or "").partition("\n")[0]
-        index.write(f"{'    ' * depth}- [`{name}`]({name}.md) (`{like}`): {what}\n")
-        with mkdocs_gen_files.open(f"errors/{name}.md", "w") as page:
-            page.write(f"::: actsteer.errors.{name}\n    options: {{heading_level: 1}}\n")
-
-for source, page in FILES.items():
-    text = (ROOT / source).read_text()
-    if "\n# " in text:  # several pages in one
-        text = "# Benchmarks\n\n" + re.sub(r"^#", "##", text, flags=re.M)
-    with mkdocs_gen_files.open(page, "w") as file:
-        base = f"https://github.com/actsteer/actsteer/blob/main/{source}"
-        file.write(re.sub(r"\]\(([^)#]+)\)", lambda link, base=base: f"]({urljoin(base, link[1])})", text))
