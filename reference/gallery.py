@@ -32,7 +32,7 @@ def main(
         home = Path(empty) if drawn is None else drawn
         for (reference, experiment), figures in DRAWN.items():
             if drawn is None:
-                command = [sys.executable, "-m", f"reference.{reference}", experiment, "--out", home / reference]
+                command = [sys.executable, "-m", f"reference.{reference}", experiment, "--out", str(home / reference)]
                 subprocess.run(command, check=True)
             for name in (f"{figure}{page}.png" for figure in figures for page in ("", "-dark")):
                 with Image.open(home / reference / name) as figure:
