@@ -25,7 +25,7 @@ def batches(paths):
 paths = sorted(folder.glob("part-*.safetensors"))[rank::world]
 share = collect(model, batches(paths), sites=SITES, by=1, covariance=True, progress=rank == 0)
 whole = share.all_reduce()
-print(f"process {rank} of {world}: {share.total()['2'].count:,} images, then {whole.total()['2'].count:,}")
 if rank == 0:
+    print(f"{share.total()['2'].count:,} images here, {whole.total()['2'].count:,} on {world} processes")
     whole.save(folder / "whole.safetensors")
 dist.destroy_process_group()
