@@ -215,7 +215,7 @@ def check_05(solve: Callable[..., Any]) -> None:
     zeros, kept = x[kinds == 0], x[(kinds != 0) & (kinds != 4)][::10]
     new, others = more[more_kinds == 0], more[(more_kinds != 0) & (more_kinds != 4)]
     real = {site: between(model, x[kinds == 4], x[kinds != 4], site).float() for site in ("1", "3")}
-    draws = torch.Generator().manual_seed(5)
+    draws = torch.Generator().manual_seed(17)
     chance = {site: torch.randn(64, generator=draws) * v.norm() / 8 for site, v in real.items()}
     for directions, is_real in ((real, True), (chance, False)):
         result = solve(model, {**directions}, zeros, kept)
