@@ -13,13 +13,14 @@ from torch import Tensor, nn
 @contextmanager
 def steer(model: nn.Module, directions: dict[str, Tensor], c: float) -> Iterator[Any]:
     """A trace for each call; for `generate`, in which the loop over its steps must be bounded, one per answer."""
-    yield _Traced(NNsight(model), {site: c * direction for site, direction in directions.items()})
+    yield _Traced(model, {site: c * direction for site, direction in directions.items()})
 
 
 class _Traced:
     def __init__(self, model: Any, deltas: dict[str, Tensor]) -> None:
-        self.model = model
-        self.places = [(model.get(site), delta) for site, delta in deltas.items()]
+        self.model: Any = NNsight(model)
+        self.generated = getattr(model, "generate", None)  # as `TransformersModel` runs it, which wants a tokenizer
+        self.places = [(self.model.get(site), delta) for site, delta in deltas.items()]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.model.trace(*args, **kwargs):
@@ -30,7 +31,7 @@ class _Traced:
 
     def generate(self, ids: Tensor, *, max_new_tokens: int, **options: Any) -> Any:
         options |= {"max_new_tokens": max_new_tokens, "min_new_tokens": max_new_tokens}
-        with self.model.generate(ids, **options) as tracer:
+        with self.model.trace(ids, fn=self.generated, **options) as tracer:
             for _ in tracer.iter[:max_new_tokens]:
                 for place, delta in self.places:
                     place.output[:] += delta

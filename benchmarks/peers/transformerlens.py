@@ -17,7 +17,7 @@ def steer(model: nn.Module, directions: dict[str, Tensor], c: float) -> Iterator
     """`hook_resid_post` is the output of a block."""
     if hasattr(model, "generate"):
         config: Any = model.config
-        lens: Any = build_bridge_from_module(model, config.architectures[0], hf_config=config)
+        lens: Any = build_bridge_from_module(model, type(model).__name__, hf_config=config)
         names = {site: f"blocks.{site.rpartition('.')[2]}.hook_resid_post" for site in directions}
         made: Any = _Bridge(lens)
     else:
