@@ -89,7 +89,7 @@ REFUSED = {
     "in a Steerer": (lambda: run(sites=1), TypeError, "sites: expected names"),
     "c as a list": (lambda: run(c=[1, 2]), StrengthError, r"got \[1, 2\]; torch.tensor of it is one .* sweep\("),
     "c as an array": (lambda: run(c=ARRAY), StrengthError, "torch.tensor of it is one strength per row"),
-    "c as a string": (lambda: run(c="2"), StrengthError, "got '2'$"),
+    "c as a string": (lambda: run(c="2"), StrengthError, "got '2'\n"),
     "several c as one": (lambda: sweep(MODEL, V, c=2, evaluate=len), StrengthError, r"as in c=\[0, 1, 2\], got 2"),
     "a direction as an array": (lambda: SteeringVector({"1": ARRAY}), TypeError, "got ndarray; torch.as_tensor makes"),
     "a direction without a site": (lambda: SteeringVector(torch.ones(4)), TypeError, "mapping site -> direction"),

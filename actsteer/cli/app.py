@@ -53,6 +53,7 @@ _EXAMPLES: dict[str, list[str]] = {  # command, a function in the file of its na
         "actsteer verify calm.safetensors -m ./llama --on prompts.txt -c 2 --folded ./calm-llama",
         "actsteer verify calm.safetensors -m ./llama --on prompts.txt -c 2 --engine vllm",
     ],
+    "explain": ["actsteer explain ShapeError", "actsteer explain"],
 }
 
 

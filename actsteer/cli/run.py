@@ -9,7 +9,7 @@ import warnings
 from typing import Any
 
 from actsteer.cli.interrupts import CODE, Interrupts
-from actsteer.errors import ActsteerError
+from actsteer.errors import ActsteerError, documented, explained
 
 _TRACEBACK = "ACTSTEER_TRACEBACK"
 
@@ -27,6 +27,8 @@ def run(interrupts: Interrupts) -> None:
     except ImportError as error:
         if (error.name or "").partition(".")[0] not in ("typer", "rich"):
             raise
+        if sys.argv[1:2] == ["explain"]:  # to which the errors point, of those too who have no use for the rest
+            return _explain_plainly(*sys.argv[2:3])
         sys.exit("the command line needs typer and rich; pip install 'actsteer[cli]'")
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -47,9 +49,18 @@ def run(interrupts: Interrupts) -> None:
 
 
 def _described(error: Exception) -> str:
-    """The message; of what is not one of this library's errors also its kind, and where it was raised."""
-    if isinstance(error, ActsteerError | OSError) or "actsteer[" in str(error):
+    """The message; also what explains it, or of what is not one of this library's errors its kind and its place."""
+    if isinstance(error, ActsteerError):
+        return f"{error} [actsteer explain {documented(type(error)).__name__}]"
+    if isinstance(error, OSError) or "actsteer[" in str(error):
         return str(error)
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {error}{where}; with {_TRACEBACK}=1 in the environment, all of the traceback"
+
+
+def _explain_plainly(name: str | None = None) -> None:
+    try:
+        print(explained(name))
+    except LookupError as error:
+        sys.exit(f"error: {error}")

@@ -143,7 +143,7 @@ def collect_differences(
 ) -> Statistics:
     """The statistics of x₊ - x₋ over pairs of rows: the first of `positive` with the first of `negative`, and so on.
 
-    Args: as for `collect`; both sides have the same number of batches, and each two of them as many rows.
+    The arguments are those of `collect`; both sides have the same number of batches, and each two of them as many rows.
 
     Raises:
         BatchError: the sides do not pair up; else as `collect`.
@@ -180,8 +180,8 @@ def collect_joint(
     Their covariance has that of each side and, off the diagonal, the one across. They merge, travel and are saved as
     any others.
 
-    Args: as for `collect_differences`. The positions are those of each side's own texts, which may differ in length,
-        as with a prompt and without one, as long as they choose as many tokens of both.
+    The arguments are those of `collect_differences`. The positions are those of each side's own texts, which may differ
+    in length, as with a prompt and without one, as long as they choose as many tokens of both.
 
     Raises:
         BatchError: the sides do not pair up; else as `collect`.

@@ -80,7 +80,10 @@ def document_of(file: Opened, *kinds: str) -> dict[str, Any]:
         FileFormatError: the file is corrupt, foreign, or of a newer version.
     """
     if not is_ours(file):
-        raise FileFormatError(f"{file.path}: a safetensors file that actsteer did not write; it has no actsteer header")
+        raise FileFormatError(
+            f"{file.path}: a safetensors file that actsteer did not write; it has no actsteer header. If it holds "
+            "directions, read them with safetensors, and give SteeringVector({site: direction})"
+        )
     document = _document(file.path, file.metadata["actsteer"])
     found = document.get("kind")
     if found not in kinds or document.get("format") != VERSION:

@@ -83,7 +83,7 @@ def fold(
     Raises:
         NotFoldable: no layer can carry it, with the name of what stands between; the model is as it was.
         AttachedError: a Steerer is attached to the model: inside its block, say.
-        And what `Steerer` raises.
+        ActsteerError: and what `Steerer` raises.
 
     Warns:
         UserWarning: some layers did not run on `verify_on`; give inputs that reach them.
@@ -143,7 +143,7 @@ def affine_steering(
         NotFoldable: it depends on the row or the token, or otherwise than affinely on the activation; or the model is
             sharded.
         AttachedError: a Steerer is attached to the model.
-        And what `Steerer` raises.
+        ActsteerError: and what `Steerer` raises.
     """
     steering = steering_of(vectors, {"c": c, "intervention": intervention, "sites": sites})
     for part, own in {"gate": steering.gate, "positions": steering.positions}.items():

@@ -102,7 +102,7 @@ def to_peft(
         NotFoldable: a LoRA cannot be that: what adds a constant, as `Add` does, for LoRA has no bias; an edit that is
             not affine; a gate, positions or strengths per row or step; another layer.
         AttachedError: a Steerer is attached to the model.
-        And what `Steerer` raises.
+        ActsteerError: and what `Steerer` raises.
 
     Source: LoRA, Hu et al. 2021; directional ablation, Arditi et al. 2024.
 

@@ -97,7 +97,7 @@ def look(
         AttachedError: the model is steered already.
         BatchError: inputs that are none of these, or texts without a tokenizer.
         ShapeError, UnsupportedModelError: a site that has not one activation for each token or row.
-        And what Steerer raises.
+        ActsteerError: and what `Steerer` raises.
 
     >>> import torch
     >>> from actsteer import SteeringVector

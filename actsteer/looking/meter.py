@@ -51,7 +51,7 @@ def measured(
 
     Raises:
         ShapeError, UnsupportedModelError: an activation that has no such rows.
-        And what the Steerer raises.
+        ActsteerError: and what the Steerer raises.
     """
     meters = {site: Meter(edit, by_token=by_token) for site, edit in steerer.edits.items()}
     choices = steerer.choices()

@@ -87,9 +87,11 @@ class Layout:
         if not -len(shape) <= axis < len(shape):
             raise ShapeError(f"site {site!r}: expected an activation with a feature axis {axis}, got shape {shape}")
         if size not in (None, shape[axis]):
+            other = next((own for own in range(1, len(shape)) if shape[own] == size), None)
             raise ShapeError(
                 f"site {site!r}: the activation has {shape[axis]} features (axis {axis} of shape {shape}), the vector "
                 f"{size}; was it fitted on another model?"
+                + ("" if other is None else f" If the features lie on axis {other}, pass axis={{{site!r}: {other}}}")
             )
         return axis % len(shape)
 

@@ -54,7 +54,9 @@ def locate(place: Place, value: Any) -> Keys:
         keys.append(key)
         value = get(value, (key,))
     if not value.is_floating_point():
-        raise OutputError(f"site {place.site!r}: expected floating activations, got {value.dtype}")
+        raise OutputError(
+            f"site {place.site!r}: expected floating activations, got {value.dtype}; choose a later module"
+        )
     return tuple(keys)
 
 
@@ -244,7 +246,7 @@ def _only_key(place: Place, value: Any, before: list[Any]) -> Any:
 
 def _what_next(value: Any) -> str:
     if isinstance(value, Tensor | str | int | float | None) or _parts(value):
-        return f"name the part, one of {_names(value)}"
+        return f"name the part, one of {names}" if (names := _names(value)) else "a later one"
     return f"{_register(type(value))}, if it holds the activation"
 
 
@@ -254,11 +256,21 @@ def _register(kind: type) -> str:
 
 def _names(value: Any) -> list[str]:
     """The parts that a site's name could lead to."""
-    return [str(key) for key, part in _parts(value).items() if isinstance(part, Tensor | tuple | list | Mapping)]
+    parts = _parts(value).items()
+    return [
+        str(key)
+        for key, part in parts
+        if isinstance(part, tuple | list | Mapping) or (isinstance(part, Tensor) and part.is_floating_point())
+    ]
 
 
 def _described(value: Any) -> str:
     """What kind of value it is and what its parts are."""
-    parts = ", ".join(f"{key}: {type(part).__name__}" for key, part in _parts(value).items())
+    parts = ", ".join(f"{key}: {_kind(part)}" for key, part in _parts(value).items())
     name = "the input" if isinstance(value, Arguments) else f"a {type(value).__name__}"
     return f"{name} ({parts})" if parts else name
+
+
+def _kind(part: Any) -> str:
+    numbers = f"{str(part.dtype)[6:]} " if isinstance(part, Tensor) and not part.is_floating_point() else ""
+    return numbers + type(part).__name__

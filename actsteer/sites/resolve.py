@@ -199,7 +199,8 @@ def named_sites(model: nn.Module) -> Modules:
     """Every name by which a module of the model can be a site, a TransformerLens model's hook names among them."""
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
-            f"expected a torch.nn.Module, got {type(model).__name__}; steer the module that it was made from"
+            f"expected a torch.nn.Module, got {type(model).__name__}; steer the module that it was made from, the one "
+            "in it, as pipeline.model is, or what is loaded under this name"
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise UnsupportedModelError(f"{class_name(model)} is scripted and ignores hooks; steer the eager model")

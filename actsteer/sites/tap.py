@@ -65,15 +65,12 @@ class Tap:
         """Have these called, in this order; wherever an interrupt comes, what is called is listed."""
         if len(entries) > len(self.entries):
             self.entries = entries
-        tapped = [entry for entry in entries if entry.by == "tap"]
-        self.before = tuple(entry.callback for entry in tapped if entry.when == "before")
-        self.after = tuple(entry.callback for entry in tapped if entry.when == "after")
-        self.around = tuple(entry.callback for entry in tapped if entry.when == "around")
-        self.methods = {
-            name: tuple(entry.callback for entry in tapped if entry.when == name)
-            for name in METHODS
-            if any(entry.when == name for entry in tapped)
-        }
+        called: dict[str, tuple[Callable[..., Any], ...]] = {}
+        for entry in entries:
+            if entry.by == "tap":
+                called[entry.when] = (*called.get(entry.when, ()), entry.callback)
+        self.before, self.after, self.around = (called.pop(when, ()) for when in ("before", "after", "around"))
+        self.methods = called
         single = len(self.after) == 1 and not (self.before or self.around or self.on_instance)
         self.only = self.after[0] if single else None  # the callback on the output, where there is no other at all
         self.entries = entries
@@ -158,7 +155,7 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
 def _settle(module: nn.Module, entries: tuple[Entry, ...]) -> None:
     """Bring the module to what its callbacks ask for, from whatever an interrupt has left."""
     values = module.__dict__
-    tap = values.setdefault(_MARK, Tap())
+    tap = values.get(_MARK) or values.setdefault(_MARK, Tap())
     hooks, wanted = tap.hooks, {id(entry): entry for entry in entries if entry.by == "hook"}
     for key in [key for key in hooks if key not in wanted]:  # what still does something is still listed
         hooks[key].remove()

@@ -166,10 +166,10 @@ def check_applied(plan: Plan) -> None:
 
 def owners_at(module: nn.Module) -> list[Steers]:
     """The Steerers that have something at a module, in the order entered."""
-    entries = [entry for entry in tap.entries_of(module) if entry.callback is not tap.idle]  # which all share
-    if not entries and not in_bias.is_folded(module):
+    if not (entries := tap.entries_of(module)) and not in_bias.is_folded(module):
         return []
-    owners = [entry.owner for entry in entries] + in_bias.owners_at(module)
+    owners = [entry.owner for entry in entries if entry.callback is not tap.idle]  # which all share
+    owners += in_bias.owners_at(module)
     return [owner for owner in dict.fromkeys(owners) if isinstance(owner, Steers)]
 
 

@@ -181,7 +181,7 @@ class Steering:
 
         Raises:
             FileFormatError: as `VectorBank.load`; or a class that is neither ours nor among `kinds`.
-            And what `VectorBank.load` raises.
+            ActsteerError: and what `VectorBank.load` raises.
         """
         names = list(saving.known(kinds).values())
         if format is not None or not Path(path).is_file() or formats.of(path) is not native:

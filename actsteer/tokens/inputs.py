@@ -86,10 +86,11 @@ def signature_of(module: nn.Module) -> Signature:
     """What the module's forward takes; of a wrapper that hands all on to one module, what that takes."""
     inner = unwrapped(module)
     found = _signature(type(inner).forward)
-    children = [child for child in inner._modules.values() if child is not None]
-    if found.star is None or found.names or len(children) != 1:
-        return found._replace(has_decoder=_has_decoder(inner))
-    return signature_of(children[0])._replace(star=found.star)
+    if found.star is not None and not found.names:
+        children = [child for child in inner._modules.values() if child is not None]
+        if len(children) == 1:
+            return signature_of(children[0])._replace(star=found.star)
+    return found._replace(has_decoder=True) if _has_decoder(inner) else found
 
 
 def _has_decoder(module: nn.Module) -> bool:

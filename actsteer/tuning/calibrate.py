@@ -125,7 +125,7 @@ def calibrate(
         TypeError, ValueError: `evaluate` gives no finite numbers, or others in number than for the unsteered model; or
             the budget names what it does not give.
         OutputError: the model returns no logits, and the budget bounds the KL.
-        And what `Steerer` and `collect` raise.
+        ActsteerError: and what `Steerer` and `collect` raise.
 
     Source: for the halves, sample splitting (Cox 1975); for the controls, a Monte Carlo test (Barnard 1963).
 

@@ -48,7 +48,8 @@ def sweep(
             which is then called "value".
 
     Raises:
-        as `Steerer`; ValueError if `evaluate` returns a metric called "c", TypeError if it returns no metrics.
+        ValueError, TypeError: `evaluate` returns a metric called "c", or no metrics.
+        ActsteerError: and what `Steerer` raises.
 
     >>> import torch
     >>> from actsteer import SteeringVector

@@ -123,19 +123,19 @@ class SteeringVector:
         )
 
     # --- the vector space ----------------------------------------------------------------------------------------
-    def __add__(self, other: object) -> SteeringVector:
+    def __add__(self, other: SteeringVector) -> SteeringVector:
         """The sum, site by site; a site that one side lacks counts as zero."""
         if not isinstance(other, SteeringVector):
             return NotImplemented
         return self._zip(other, operator.add)
 
-    def __sub__(self, other: object) -> SteeringVector:
+    def __sub__(self, other: SteeringVector) -> SteeringVector:
         """The difference, site by site; a site that one side lacks counts as zero."""
         if not isinstance(other, SteeringVector):
             return NotImplemented
         return self._zip(other, operator.sub)
 
-    def __mul__(self, scalar: object) -> SteeringVector:
+    def __mul__(self, scalar: float | Tensor) -> SteeringVector:
         """Every direction times a number."""
         if (factor := _number(scalar)) is None:
             return NotImplemented
@@ -143,7 +143,7 @@ class SteeringVector:
 
     __rmul__ = __mul__
 
-    def __truediv__(self, scalar: object) -> SteeringVector:
+    def __truediv__(self, scalar: float | Tensor) -> SteeringVector:
         """Every direction divided by a number; ZeroDivisionError by zero."""
         if (divisor := _number(scalar)) is None:
             return NotImplemented
@@ -155,7 +155,7 @@ class SteeringVector:
         """Every direction the other way round."""
         return self._scaled(operator.neg)
 
-    def __matmul__(self, other: object) -> Float[Tensor, ""]:
+    def __matmul__(self, other: SteeringVector) -> Float[Tensor, ""]:
         """The inner product over all sites, a 0-dim tensor."""
         if not isinstance(other, SteeringVector):
             return NotImplemented
@@ -202,8 +202,25 @@ class SteeringVector:
         """The same vector at these sites alone."""
         return SteeringVector({site: self._direction(site) for site in sites}, metadata=self._metadata)
 
-    def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> SteeringVector:
-        """The same vector in another dtype or on another device."""
+    def to(
+        self,
+        other: torch.dtype | torch.device | str | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> SteeringVector:
+        """The same vector in another dtype or on another device.
+
+        Args:
+            other: a dtype or a device, as a tensor's `to` takes it; the keywords say which.
+
+        >>> SteeringVector({"2": torch.tensor([1.0, 2.0])}).to(torch.float16)["2"].dtype
+        torch.float16
+        """
+        if isinstance(other, torch.dtype):
+            dtype = other
+        elif other is not None:
+            device = other
         moved = {site: direction.to(dtype=dtype, device=device) for site, direction in self._directions.items()}
         return SteeringVector(moved, metadata=self._metadata)
 
@@ -303,7 +320,7 @@ class SteeringVector:
         """The whole vector at norm 1 in float64, by way of its largest entry so that nothing overflows."""
         largest = max((float(d.abs().max()) for d in self._directions.values() if len(d)), default=0.0)
         if largest == 0.0:
-            raise ZeroDirectionError(f"{self!r} is zero, and a zero vector has no direction")
+            raise ZeroDirectionError(f"{self!r} is zero, and a zero vector has no direction; were both sides alike?")
         scaled = self.to(dtype=torch.float64) / largest
         return scaled / scaled.norm()
 
@@ -364,7 +381,9 @@ def as_float(number: float) -> float:
 def _unit(direction: Tensor, where: str) -> Tensor:
     largest = direction.abs().max() if len(direction) else torch.zeros(())
     if float(largest) == 0.0:
-        raise ZeroDirectionError(f"{where}: the direction is zero, and zero cannot be scaled to norm 1")
+        raise ZeroDirectionError(
+            f"{where}: the direction is zero, and zero cannot be scaled to norm 1; leave the site out, with select"
+        )
     scaled = (direction / largest).double()
     unit: Tensor = (scaled / scaled.norm()).to(direction.dtype)
     return unit

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import reference.language
 from actsteer import Steerer, SteeringVector
 from reference.language import __main__ as command
-from reference.language import data, low_rank, prompt, refusal, sentiment, topic
+from reference.language import data, low_rank, methods, prompt, refusal, sentiment, topic
 from reference.language.model import cache, load, packaged
 from reference.language.reading import GLOSSARY, readings
 from reference.language.report import TABLES
@@ -293,3 +293,13 @@ def test_the_raw_mean_difference_moves_the_log_odds_of_smollm2_both_ways_at_litt
     for other in sentiment.directions_that_mean_nothing(study, study.sentiment)["shuffled"]:
         with Steerer(study.model, other):
             assert abs(float(study.shift(prompts, before).mean())) < 1
+
+
+# --- the methods side by side ----------------------------------------------------------------------------------------
+def test_methods_are_fitted_on_some_openings_measured_on_others_and_compared_at_one_length(study):
+    assert not set(methods.FITTED) & set(methods.HELD_OUT)
+    makes = methods.steerings(study)
+    length = makes["MeanDifference"]().norm()
+    for name in ("random", *methods.DIRECTIONS):
+        assert torch.isclose(makes[name]().norm(), length), name
+    assert makes["optimize"]().norm() <= length * 1.001

@@ -55,7 +55,7 @@ def load(bank: str | Sequence[str]) -> Served:
 
     Raises:
         FileFormatError: two files have the same concept.
-        And what `Steering.load` and `served` raise.
+        ActsteerError: and what `Steering.load` and `served` raise.
     """
     named = [bank] if isinstance(bank, str) else bank
     each = [Steering.load(path) for own in named for path in _files(own)]

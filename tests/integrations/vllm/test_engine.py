@@ -245,7 +245,7 @@ def test_smollm2(way: str, tmp_path: Path) -> None:
 @pytest.mark.real
 def test_the_page_about_serving_runs_as_it_stands(tmp_path: Path) -> None:
     own = group("smollm2")
-    page = (Path(__file__).parents[3] / "docs" / "serving.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "howto" / "compile-sweep-serve.md").read_text()
     (block,) = re.findall(r"^```py\n(.*?)^```", page, flags=re.M | re.S)
     (tmp_path / "tone.safetensors").write_bytes(Path(own["bank"]).read_bytes())
     (tmp_path / "page.py").write_text(f"MODEL = {own['model']!r}\n{block}")
