@@ -10,8 +10,8 @@ import copy
 import gc
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers import language
+from benchmarks.peers import by_hand, language
 from benchmarks.peers.peer import Cell, Peer, tried
 
 Steer = Callable[..., Any]
@@ -118,7 +118,7 @@ def after_an_exception(steer: Steer) -> Answer:
     before, plain = _state(model), _logits(model)
     said = []
     for name, raising in (("in the block", _nothing), ("in the forward pass", _raise)):
-        with suppress(Boom, Exception), steer(model, _directions(1), 2.0) as run:
+        with suppress(Exception), steer(model, _directions(1), 2.0) as run:
             _logits(run)
             handle = model.get_submodule("model.norm").register_forward_pre_hook(raising)
             try:
@@ -159,7 +159,7 @@ def in_a_replica(steer: Steer) -> Answer:
     known = {}
     for whose, reference in (("its weights", halves), ("the original's weights", language.tiny())):
         known[f"plain, {whose}"] = _logits(reference)
-        with _hooked(reference, directions, 2.0):
+        with by_hand.steer(reference, directions, 2.0):
             known[f"steered, {whose}"] = _logits(reference)
     with steer(model, directions, 2.0) as run:
         _logits(run)
@@ -229,7 +229,7 @@ def _beams_off(steer: Steer, **options: Any) -> tuple[float, float]:
     with steer(model, directions, 2.0) as run:
         found = run.generate(IDS, **options)
     unsteered, plain = model.generate(IDS, **options), expected(found.sequences)
-    with _hooked(reference, directions, 2.0):
+    with by_hand.steer(reference, directions, 2.0):
         steered = expected(found.sequences)
     changed = _furthest(steered - plain)
     apart = _furthest(scores(unsteered) - expected(unsteered.sequences))
@@ -268,27 +268,6 @@ def _logits(run: Any, ids: Tensor = IDS, **options: Any) -> Tensor:
     return logits.detach().clone()
 
 
-@contextmanager
-def _hooked(model: nn.Module, directions: dict[str, Tensor], c: float) -> Iterator[None]:
-    with ExitStack() as handles:
-        for site, direction in directions.items():
-
-            def add(module: nn.Module, args: Any, output: Tensor, delta: Tensor = c * direction) -> Tensor:
-                return output + delta
-
-            handles.callback(model.get_submodule(site).register_forward_hook(_on_the_first(add)).remove)
-        yield
-
-
-def _on_the_first(add: Callable[..., Tensor]) -> Callable[..., Any]:
-    """Blocks give a tuple in transformers 4."""
-
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        return (add(module, args, output[0]), *output[1:]) if isinstance(output, tuple) else add(module, args, output)
-
-    return hook
-
-
 def _furthest(difference: Tensor) -> float:
     return difference.abs().max().item()
 
@@ -304,7 +283,7 @@ def _off(
 ) -> float:
     """How far this is from what plain hooks give, as a share of what they change."""
     plain = _logits(reference, ids=ids)
-    with _hooked(reference, directions, c):
+    with by_hand.steer(reference, directions, c):
         steered = _logits(reference, ids=ids)
     return _furthest(got - (steered if wanted is None else wanted)) / _furthest(steered - plain)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +57,7 @@ def bridge_of(model: nn.Module) -> Any:
     return _BRIDGES[model]
 
 
-_BRIDGES: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+_BRIDGES: dict[nn.Module, Any] = {}
 
 
 class _Bridge:
