@@ -145,7 +145,7 @@ def test_the_command_prints_a_table_with_its_evidence_and_writes_both(tmp_path):
     result = CliRunner().invoke(app, options, catch_exceptions=False)
     assert result.exit_code == 0
     written = json.loads(out.read_text())
-    assert written["command"] == "python -m benchmarks.peers --rows a --repeats 2 --quick"
+    assert written["command"] == "python -m benchmarks.peers --rows a --repeats 2 --quick --here"
     assert list(written["rows"]["a"]) == ["by hand", "actsteer"]
     for name, each in written["rows"]["a"].items():
         assert each["versions"]["torch"] == torch.__version__
