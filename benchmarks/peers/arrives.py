@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import copy
 import gc
-import sys
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.peers import by_hand, language
+from benchmarks.peers.left_behind import Interrupt, differences, state_of
 from benchmarks.peers.peer import Cell, Peer, tried
 
 Steer = Callable[..., Any]
@@ -62,6 +61,7 @@ def after_compile(steer: Steer) -> Answer:
     model.compile(backend="eager")
     for _ in range(2):
         _logits(model)
+        model(input_ids=IDS)  # a call of another form is compiled anew, and some peers make it
     parts = []
     for name, directions in (("steered", _directions(1)), ("other vectors", _directions(2))):
         with steer(model, directions, 2.0) as run:
@@ -115,7 +115,7 @@ def on_a_conv_map(steer: Steer) -> Answer:
 def after_an_exception(steer: Steer) -> Answer:
     """Raised in the block, and in the forward pass behind the sites: outputs, weights, hooks, modules are as before."""
     model = _used(steer)
-    before, plain = _state(model), _logits(model)
+    before, plain = state_of(model), _logits(model)
     said = []
     for name, raising in (("in the block", _nothing), ("in the forward pass", _raise)):
         with suppress(Exception), steer(model, _directions(1), 2.0) as run:
@@ -137,15 +137,15 @@ def beside_another(steer: Steer) -> Answer:
     reference, parts = language.tiny(), []
     for name, gone in (("without the first", 0), ("without the second", 1)):
         model = _used(steer)
-        before, plain = _state(model), _logits(model)
+        before, plain = state_of(model), _logits(model)
         blocks = [steer(model, first, 2.0), steer(model, second, 2.0)]
         runs = [block.__enter__() for block in blocks]
         parts.append(("both", _off(_logits(runs[1]), reference, both, 2.0)))
         blocks[gone].__exit__(None, None, None)
         parts.append((name, _off(_logits(runs[1 - gone]), reference, (second, first)[gone], 2.0)))
         blocks[1 - gone].__exit__(None, None, None)
-        if differences := _differences(before, plain, model):
-            return False, f"{_all_close(parts)[1]}; left behind: {'; '.join(differences)}"
+        if found := _differences(before, plain, model):
+            return False, f"{_all_close(parts)[1]}; left behind: {'; '.join(found)}"
     return _all_close(parts[:2] + parts[3:])
 
 
@@ -178,24 +178,24 @@ def after_an_interrupt(steer: Steer, *, points: int = POINTS) -> Answer:
     It comes where a function is entered or left, for there Python looks for one; in each of as many blocks at another.
     """
     model = _used(steer)
-    before, plain = _state(model), _logits(model)
+    before, plain = state_of(model), _logits(model)
 
     def block() -> None:
         with steer(model, _directions(1), 2.0) as run:
             _logits(run)
 
     block()
-    total = _Interrupt(0).during(block)
+    total = Interrupt(0).during(block)
     where = sorted({1 + index * (total - 1) // max(1, points - 1) for index in range(min(points, total))})
     left: list[str] = []
     for point in where:
-        _Interrupt(point).during(block)
+        Interrupt(point).during(block)
         if _differences(before, plain, model):
             gc.collect()  # what hangs on a generator that nobody can end any more
-        if differences := _differences(before, plain, model):
-            left.append("; ".join(differences))
+        if found := _differences(before, plain, model):
+            left.append("; ".join(found))
             model = _used(steer)
-            before, plain = _state(model), _logits(model)
+            before, plain = state_of(model), _logits(model)
     said = f"{len(where)} of {total} places: {len(left)} leave something behind"
     return not left, said + (f", first: {left[0]}" if left else "")
 
@@ -297,50 +297,9 @@ def _all_close(parts: Any) -> Answer:
     return max(found.values()) <= CLOSE, ", ".join(f"{name}: {_share(off)}" for name, off in found.items())
 
 
-# --- what is left behind ---------------------------------------------------------------------------------------------
-def _state(model: nn.Module) -> dict[str, tuple[Any, ...]]:
-    """Module by module: its class, its hooks, its tensors, its mode and the names of its attributes."""
-    return {
-        name: (
-            type(module),
-            {key: [*map(id, hooks.values())] for key, hooks in vars(module).items() if key.endswith("hooks") and hooks},
-            {key: (tensor.clone(), tensor.requires_grad) for key, tensor in _tensors(module).items()},
-            module.training,
-        )
-        for name, module in model.named_modules()
-    }
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {
-        key: tensor
-        for part in (module._parameters, module._buffers)
-        for key, tensor in part.items()
-        if tensor is not None
-    }
-
-
 def _differences(before: dict[str, tuple[Any, ...]], plain: Tensor, model: nn.Module) -> list[str]:
-    """What is not as it was, in words."""
-    now = _state(model)
-    said = [f"other modules: {sorted(before.keys() ^ now.keys())[:3]}"] if before.keys() != now.keys() else []
-    for name in before.keys() & now.keys():
-        (kind, hooks, tensors, others), (kind_now, hooks_now, tensors_now, others_now) = before[name], now[name]
-        if kind is not kind_now:
-            said.append(f"{name} is a {kind_now.__name__}")
-        if hooks != hooks_now:
-            said.append(f"hooks on {name}")
-        if others != others_now:
-            said.append(f"attributes of {name}")
-        same = tensors.keys() == tensors_now.keys() and all(
-            torch.equal(tensor, tensors_now[key][0]) and grad == tensors_now[key][1]
-            for key, (tensor, grad) in tensors.items()
-        )
-        if not same:
-            said.append(f"tensors of {name}")
-    said = sorted(said)[:2] + ([f"{len(said) - 2} more"] if len(said) > 2 else [])
     off = _furthest(_logits(model) - plain)
-    return said + ([f"outputs differ by {off:.1e}"] if off else [])
+    return differences(before, model) + ([f"outputs differ by {off:.1e}"] if off else [])
 
 
 def _nothing(module: nn.Module, args: Any) -> None:
@@ -376,32 +335,3 @@ def _which(model: nn.Module, known: dict[str, Tensor]) -> str:
     got, changed = _logits(model), _furthest(known["steered, its weights"] - known["plain, its weights"])
     name, off = min(((name, _furthest(got - one) / changed) for name, one in known.items()), key=lambda found: found[1])
     return name if off <= CLOSE else f"neither ({_share(off)} from {name})"
-
-
-# --- interrupts ------------------------------------------------------------------------------------------------------
-class _Interrupt:
-    """Raises KeyboardInterrupt where the n-th Python function is entered or left; for n = 0 it counts these places."""
-
-    def __init__(self, n: int) -> None:
-        self.n, self.count = n, 0
-
-    def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
-        frame.f_trace_lines = False
-        if event in ("call", "return"):
-            self.count += 1
-            if self.count == self.n:
-                sys.settrace(None)
-                raise KeyboardInterrupt
-        return self
-
-    def during(self, block: Callable[[], None]) -> int:
-        before = sys.gettrace()
-        sys.settrace(self)
-        try:
-            block()
-        except BaseException:
-            if not self.n:
-                raise
-        finally:
-            sys.settrace(before)
-        return self.count
