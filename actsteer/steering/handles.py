@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import final
 
 
@@ -33,8 +34,18 @@ class Handles:
     def close(self) -> None:
         """Undo everything. A step that raises is kept, for another try, and does not keep the others from running.
 
-        But one that raises a warning has done its work: the user has made errors of warnings.
+        But one that raises a warning has done its work: the user has made errors of warnings. After an interrupt the
+        steps that are left run once more, before it goes on.
         """
+        try:
+            self._undo()
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                with suppress(Exception):
+                    self._undo()
+            raise
+
+    def _undo(self) -> None:
         failed: Exception | None = None
         for step in reversed(tuple(self._steps)):
             try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Any, final
 
 from torch import Tensor, nn
@@ -223,8 +223,7 @@ class Steerer:
             AttachedError: it is attached; check it before the block.
 
         Warns:
-            UserWarning: a site on which nothing depends that the model returns; an `Ablate` that moves all activations
-                far, for they do not lie about 0 along the direction.
+            UserWarning: a site on which nothing depends that the model returns; an `Ablate` of what lies far from 0.
 
         >>> from actsteer import SteeringVector
         >>> steerer = Steerer(nn.Sequential(nn.Identity()), SteeringVector({"0": Tensor([3.0, 4.0])}), c=2)
@@ -329,17 +328,22 @@ class Steerer:
                 self._installed.close()
 
     def __enter__(self) -> Steerer:
-        return self.attach()
+        was_attached = self.attached
+        try:
+            return self.attach()
+        except BaseException:
+            if not was_attached:  # an interrupt may come when all is attached, too
+                self._remove()
+            raise
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if kind is not None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            was_attached, by = self.attached, self._chosen
+            if kind is None:
+                self.detach()
+        finally:  # whatever interrupts it
             self._remove()
-            return
-        was_attached, by = self.attached, self._chosen
-        self.detach()
-        if self._given["strict"] and was_attached and self._given["backend"] != "buffer":
+        if kind is None and self._given["strict"] and was_attached and self._given["backend"] != "buffer":
             for message in unused(self._plan, by, ran=self._watch.ran):
                 warnings.warn(message, UserWarning, stacklevel=2)
 

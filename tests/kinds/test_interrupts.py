@@ -166,6 +166,45 @@ def test_the_model_is_plain_or_detach_makes_it_plain_at_every_line(options, phas
     check(options, phase, step=1)
 
 
+class AtCalls(Interrupt):
+    """The same where the n-th function is entered, for there Python looks for interrupts, or one of ours is left."""
+
+    where = None
+
+    def __call__(self, frame, event, argument):
+        frame.f_trace_lines = False
+        if event == "call" or (event == "return" and "/actsteer/" in frame.f_code.co_filename):
+            self.left -= 1
+            if not self.left:
+                self.raised, self.where = True, (frame.f_code.co_name, event)
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self
+
+
+def ends_of_blocks_that_stay_steered(options, step):
+    found, n = set(), 1
+    while True:
+        model = fresh()
+        before, plain = state(model), model(X)
+        steerer, interrupt = Steerer(model, V, **({"c": 2.0} | options)), AtCalls(n)
+        if not interrupt.during(lambda s=steerer, m=model: block(s, m)):
+            return found
+        if state(model) != before or not torch.equal(model(X), plain):
+            found.add(interrupt.where)
+            steerer.detach()
+        n += step
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"backend": backend} for backend in BACKENDS], ids=BACKENDS)
+def test_a_block_that_is_interrupted_ends_plain_but_at_two_places(options):
+    """As soon as `__enter__` has returned, or before `__exit__` has begun, no code of a context manager runs."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert ends_of_blocks_that_stay_steered(options, 1) == {("__enter__", "return"), ("__exit__", "call")}
+
+
 def without_its_name(options, step):
     prepare, run = PHASES["with"]
     with torch.no_grad(), warnings.catch_warnings():

@@ -43,14 +43,15 @@ def test_every_step_runs_at_last_and_once(failures):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
-def test_an_interrupt_ends_the_attempt_and_loses_no_step(error):
+@pytest.mark.parametrize("times", [1, 2])
+def test_after_an_interrupt_the_rest_is_undone_and_after_two_no_step_is_lost(times, error):
     done, handles = [], Handles()
     handles.add(Step("first", 0, done))
-    handles.add(Step("second", 1, done, error))
+    handles.add(Step("second", times, done, error))
     handles.add(Step("third", 0, done))
     with pytest.raises(error):
         handles.close()
-    assert done == ["third"]
+    assert done == (["third", "second", "first"] if times == 1 else ["third"])
     handles.close()
     assert done == ["third", "second", "first"]
     assert not handles
