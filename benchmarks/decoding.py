@@ -42,16 +42,19 @@ def setting(*, quick: bool, device: str = "cpu", compiler: str | None = None) ->
     d, length, new_tokens = (16, 4, 4) if quick else (256, 16, 32)
     sizes: dict[str, Any] = {"n_layer": BLOCKS, "n_embd": d, "n_head": 8, "n_positions": 64, "vocab_size": 1000}
     model: nn.Module = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=None, pad_token_id=0))
-    options: dict[str, Any] = {}
-    if compiler is not None:
-        config: Any = CompileConfig(backend=compiler)
-        if device == "cpu":
-            config.mode, config._compile_all_devices = None, True
-        options = {"cache_implementation": "static", "compile_config": config}
+    options = {} if compiler is None else static_cache(compiler, device=device)
     name = f"greedy decoding, {BLOCKS} blocks" + ("" if compiler is None else ", static cache, compiled")
     sites = tuple(f"transformer.h.{block}" for block in range(BLOCKS))
     x = torch.randint(0, 1000, (1, length))
     return Decoding(name, model.eval(), x, sites, d, new_tokens, options).to(device)
+
+
+def static_cache(compiler: str, *, device: str = "cpu") -> dict[str, Any]:
+    """What `generate` is told to decode with a static cache, compiled, on a processor too."""
+    config: Any = CompileConfig(backend=compiler)
+    if device == "cpu":
+        config.mode, config._compile_all_devices = None, True
+    return {"cache_implementation": "static", "compile_config": config}
 
 
 def ways(own: Decoding) -> dict[str, Variant]:

@@ -90,7 +90,7 @@ def variants(setting: Setting) -> dict[str, Variant]:
 
 def compiled(setting: Setting, **options: Any) -> Setting:
     """The same setting, compiled; beside this the variants of `compiled_variants` are timed."""
-    model: nn.Module = torch.compile(_twin(setting.model), **options)  # type: ignore[assignment]
+    model: nn.Module = torch.compile(twin(setting.model), **options)  # type: ignore[assignment]
     return dataclasses.replace(setting, name=f"{setting.name}, compiled", model=model)
 
 
@@ -98,7 +98,7 @@ def compiled_variants(setting: Setting, eager: nn.Module, **options: Any) -> dic
     """Name -> a block, as for `variants`; each model is compiled by itself and shares the weights of the eager one."""
     bank, strengths = _bank(setting)
     v = bank.combine(strengths)
-    again, inline, tapped, buffered, folded = (_twin(eager) for _ in range(5))  # compiled code ignores hooks
+    again, inline, tapped, buffered, folded = (twin(eager) for _ in range(5))  # compiled code ignores hooks
     for site in v:
         parent, _, name = site.rpartition(".")
         setattr(inline.get_submodule(parent), name, nn.Sequential(inline.get_submodule(site), _Plus(v[site])))
@@ -145,7 +145,7 @@ def _bank(setting: Setting) -> tuple[VectorBank, dict[str, float]]:
     return VectorBank(vectors), strengths
 
 
-def _twin(model: nn.Module) -> nn.Module:
+def twin(model: nn.Module) -> nn.Module:
     """A copy that shares the weights."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 

@@ -1,0 +1,1 @@
+"""actsteer beside its peers: `python -m benchmarks.peers`; method and results are in the README above."""

@@ -1,0 +1,20 @@
+"""steering-vectors: `SteeringVector.apply`, with the layers named by a matcher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from steering_vectors import SteeringVector
+from torch import Tensor, nn
+
+
+@contextmanager
+def steer(model: nn.Module, directions: dict[str, Tensor], c: float) -> Iterator[Any]:
+    """It adds to (batch, tokens, features); where the model has no tokens, each row is given as a text of one."""
+    sites = list(directions)
+    vector = SteeringVector(dict(enumerate(directions.values())))
+    layers: Any = {"decoder_block": lambda model, n: sites[n] if n < len(sites) else ""}
+    with vector.apply(model, layer_config=layers, multiplier=c):
+        yield model if hasattr(model, "generate") else lambda x: model(x[:, None])[:, 0]

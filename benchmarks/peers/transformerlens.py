@@ -1,0 +1,62 @@
+"""TransformerLens: temporary hooks on a bridge; on a model of another kind, with hook points written into it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformer_lens import HookedRootModule
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+
+@contextmanager
+def steer(model: nn.Module, directions: dict[str, Tensor], c: float) -> Iterator[Any]:
+    """`hook_resid_post` is the output of a block."""
+    if hasattr(model, "generate"):
+        config: Any = model.config
+        lens: Any = build_bridge_from_module(model, type(model).__name__, hf_config=config)
+        names = {site: f"blocks.{site.rpartition('.')[2]}.hook_resid_post" for site in directions}
+        made: Any = _Bridge(lens)
+    else:
+        lens = made = _WithHookPoints(model, list(directions))
+        names = {site: f"model.{site}.1" for site in directions}
+    with lens.hooks(fwd_hooks=[(names[site], _adding(c * v)) for site, v in directions.items()]):
+        yield made
+
+
+class _Bridge:
+    """What a bridge calls `generate` is a loop of its own, without transformers' options; those go to its model."""
+
+    def __init__(self, bridge: Any) -> None:
+        self.bridge = bridge
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.bridge(*args, **kwargs)
+
+    def generate(self, ids: Tensor, **options: Any) -> Any:
+        if {"cache_implementation", "num_beams"} & options.keys():
+            return self.bridge.original_model.generate(ids, **options)
+        return self.bridge.generate(ids, stop_at_eos=False, verbose=False, **options)
+
+
+class _WithHookPoints(HookedRootModule):
+    def __init__(self, model: nn.Module, sites: list[str]) -> None:
+        super().__init__()
+        self.model = model
+        for site in sites:
+            parent, _, name = site.rpartition(".")
+            setattr(model.get_submodule(parent), name, nn.Sequential(model.get_submodule(site), HookPoint()))
+        self.setup()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.model(x)
+
+
+def _adding(delta: Tensor) -> Any:
+    def hook(activation: Tensor, hook: Any) -> Tensor:
+        return activation + delta
+
+    return hook
