@@ -35,8 +35,13 @@ ENVIRONMENTS = {
         "tdhook==0.3.0",
         "transformer-lens==4.3.0",
     ),
+    "cast": (
+        *(need for need in OURS if not need.startswith(("rich", "typer"))),
+        "transformers==4.57.6",
+        "activation-steering @ git+https://github.com/IBM/activation-steering@52be60235ee309b46c49d6d5877f36e20c52e6ab",
+    ),
 }
-"""Name -> requirements. steering-vectors wants transformers before 5, repeng numpy before 2."""
+"""Name -> requirements. steering-vectors wants transformers before 5, repeng numpy before 2, CAST rich before 14."""
 
 OLDER = ("steering-vectors", "repeng")
 """The peers that run in the first; all others run in the second."""
@@ -44,6 +49,8 @@ OLDER = ("steering-vectors", "repeng")
 
 def environment_of(peer: str) -> str:
     """The name of the environment in which a peer runs."""
+    if peer in ENVIRONMENTS:
+        return peer
     return "transformers-4" if peer in OLDER else "transformers-5"
 
 
