@@ -1,4 +1,4 @@
-"""`python -m benchmarks.peers [--rows a,b] [--peers actsteer,nnsight] [--repeats N] [--quick] [--out FILE.json]`."""
+"""`python -m benchmarks.peers [--rows a,b] [--peers actsteer] [--repeats N] [--quick] [--here] [--out FILE.json]`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def main(
         console.print(table(row, found[row]))
         console.print(*notes(found[row]), sep="\n", markup=False)
     if out is not None:
-        command = f"python -m benchmarks.peers --rows {rows} --repeats {repeats}" + " --quick" * quick
+        command = (
+            f"python -m benchmarks.peers --rows {rows} --repeats {repeats}" + " --quick" * quick + " --here" * here
+        )
         date = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
         out.write_text(json.dumps(described(command) | {"date": date, "rows": found}, indent=2) + "\n")
 

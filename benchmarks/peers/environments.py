@@ -33,25 +33,29 @@ ENVIRONMENTS = {
         "nnsight==0.8.1",
         "pyvene==0.1.8",
         "tdhook==0.3.0",
-        "transformer-lens==4.3.0",
     ),
+    "transformer-lens": (*OURS, "transformers==5.9.0", "numpy==2.4.6", "transformer-lens==4.3.0"),
     "cast": (
         *(need for need in OURS if not need.startswith(("rich", "typer"))),
         "transformers==4.57.6",
         "activation-steering @ git+https://github.com/IBM/activation-steering@52be60235ee309b46c49d6d5877f36e20c52e6ab",
     ),
 }
-"""Name -> requirements. steering-vectors wants transformers before 5, repeng numpy before 2, CAST rich before 14."""
+"""Name -> requirements. steering-vectors wants transformers before 5, repeng numpy before 2, CAST rich before 14; the
+decoding of TransformerLens 4.3.0 with a cache is another one than the model's with transformers 5.24, and the same with
+5.9."""
 
-OLDER = ("steering-vectors", "repeng")
-"""The peers that run in the first; all others run in the second."""
+PLACES = {
+    "steering-vectors": "transformers-4",
+    "repeng": "transformers-4",
+    "TransformerLens": "transformer-lens",
+}
+"""Peer -> its environment; all others run in transformers-5."""
 
 
 def environment_of(peer: str) -> str:
     """The name of the environment in which a peer runs."""
-    if peer in ENVIRONMENTS:
-        return peer
-    return "transformers-4" if peer in OLDER else "transformers-5"
+    return PLACES.get(peer, "transformers-5")
 
 
 def python_of(name: str) -> Path:

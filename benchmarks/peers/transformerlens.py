@@ -49,7 +49,7 @@ class _WithHookPoints(HookedRootModule):
         for site in sites:
             parent, _, name = site.rpartition(".")
             setattr(model.get_submodule(parent), name, nn.Sequential(model.get_submodule(site), HookPoint()))
-        self.setup()
+        self.setup()  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor) -> Any:
         return self.model(x)
