@@ -24,8 +24,11 @@ class Doctests(griffe.Extension):
     def on_instance(self, *, obj: griffe.Object | griffe.Alias, **kwargs: Any) -> None:
         if isinstance(obj, griffe.Object) and obj.docstring:
             text = SEVERAL.sub(lambda found: found[1].replace(", ", " | ") + ": ", obj.docstring.value)
-            text = NAME.sub(lambda found: linked(found[1], obj.name), text)
-            obj.docstring.value = EXAMPLE.sub(fenced, text)
+            parts = text.split("\n\n")
+            for index, part in enumerate(parts):
+                if not part.startswith((">>>", " ")):  # an example or a drawing
+                    parts[index] = NAME.sub(lambda found: linked(found[1], obj.name), part)
+            obj.docstring.value = EXAMPLE.sub(fenced, "\n\n".join(parts))
 
 
 def fenced(example: re.Match[str]) -> str:

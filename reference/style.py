@@ -5,12 +5,14 @@ A colour is named by its place in the page's cycle ("C0"), so the same drawing t
 
 from __future__ import annotations
 
+import io
 from contextlib import AbstractContextManager
 from typing import Any
 
 import matplotlib
 from cycler import cycler
 from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
 
 UNSTEERED, STEERED, TRUTH, CONTROL = "C0", "C1", "C2", "C4"
 """Control is of directions that mean nothing; truth of what steering is to come near to."""
@@ -70,3 +72,12 @@ def shades() -> LinearSegmentedColormap:
 def signs() -> LinearSegmentedColormap:
     """From one hue through the page to another: zero is not seen."""
     return LinearSegmentedColormap.from_list("signs", ["C5", matplotlib.rcParams["figure.facecolor"], "C6"])
+
+
+def inline(figure: Figure) -> str:
+    """The figure as SVG for a page of HTML: what is drawn in black takes the colour of the text around it."""
+    drawn = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(drawn, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
+    svg = drawn.getvalue()
+    return svg[svg.index("<svg") :].replace("#000000", "currentColor").replace("<svg", '<svg fill="currentColor"', 1)

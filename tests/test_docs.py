@@ -19,7 +19,7 @@ PAGES = sorted(DOCS.rglob("*.md"))
 
 @pytest.fixture
 def written(monkeypatch):
-    """Page -> text, of those that docs/reference.py makes of the code."""
+    """Page -> text, of those that are made of the code."""
     if importlib.util.find_spec("griffe") is None:
         pytest.skip("pip install 'actsteer[docs]'")
     pages = {}
@@ -35,7 +35,8 @@ def written(monkeypatch):
         return page
 
     monkeypatch.setitem(sys.modules, "mkdocs_gen_files", types.SimpleNamespace(open=opened))
-    runpy.run_path(str(DOCS / "reference.py"))
+    for script in ("reference.py", "errors.py"):
+        runpy.run_path(str(DOCS / script))
     return pages
 
 
@@ -48,10 +49,7 @@ def test_every_public_name_is_described_on_one_page(written):
     del written["reference/types.md"]  # of which one has a public name, too
     paths = [path for page, text in written.items() for path in described(text)]
     names = [path.rpartition(".")[2] for path in paths if ".integrations." not in path]
-    errors = {
-        name for name in actsteer.__all__ if getattr(getattr(actsteer, name), "__module__", "") == "actsteer.errors"
-    }
-    assert [name for name in actsteer.__all__ if name not in errors and names.count(name) != 1] == []
+    assert [name for name in actsteer.__all__ if names.count(name) != 1] == []
 
 
 def test_the_index_of_the_reference_has_all_that_its_pages_describe(written):
@@ -81,3 +79,35 @@ def test_every_estimator_intervention_and_gate_has_its_row_among_the_methods(wri
 def test_links_into_the_repository_lead_somewhere(page):
     links = re.findall(r"\(https://github.com/actsteer/actsteer/blob/main/([^)#]+)", page.read_text())
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+DOCSTRING = """Does it. See `Steerer` and `shown`.
+
+    drawn   `Steerer`
+
+Raises:
+    ShapeError, SiteNotFoundError: it cannot.
+
+>>> print("a\\n  b")
+a
+  b
+
+>>> 1
+1
+"""
+
+
+def test_a_docstring_has_its_examples_whole_its_errors_listed_and_its_public_names_linked():
+    griffe = pytest.importorskip("griffe")
+    extension = runpy.run_path(str(DOCS / "doctests.py"))["Doctests"]()
+    own = griffe.Function("shown", docstring=griffe.Docstring(DOCSTRING))
+    extension.on_instance(obj=own)
+    first, *rest = own.docstring.value.split("\n\n", 1)
+    assert first == (
+        'Does it. See <autoref identifier="actsteer.steering.steerer.Steerer" optional><code>Steerer</code></autoref> '
+        "and `shown`."
+    )
+    drawn, raises, code = rest[0].split("\n\n", 2)
+    assert drawn == "    drawn   `Steerer`"
+    assert raises == "Raises:\n    ShapeError | SiteNotFoundError: it cannot."
+    assert code == '```pycon\n>>> print("a\\n  b")\na\n  b\n\n>>> 1\n1\n```'

@@ -35,7 +35,7 @@ class Estimator(Protocol[Result_co]):
 
     A class of your own that has these two members does all that ours do, in `fit`, in `fit_pairs` and as
     `actsteer fit --estimator package.module:Class`; `fit` writes its name, the counts, the feature axes and the model
-    into the metadata. `reads` says what both sides are:
+    into the metadata. `reads` says what both sides are; for a type checker, write `reads: Literal["rows"] = "rows"`:
 
         "means"        Statistics: the count and the mean at each site
         "variances"    and the variance of each feature, in O(d) memory

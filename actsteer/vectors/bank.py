@@ -133,7 +133,7 @@ class VectorBank:
             shown.append(html.matrix("cosines", present.concepts, present.cosines().tolist()))
         return html.beside(*shown)
 
-    def __or__(self, other: object) -> VectorBank:
+    def __or__(self, other: VectorBank) -> VectorBank:
         """Both banks in one; where both have a concept, the right one's vector stands, as in a dict."""
         if not isinstance(other, VectorBank):
             return NotImplemented

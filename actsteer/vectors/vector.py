@@ -123,19 +123,19 @@ class SteeringVector:
         )
 
     # --- the vector space ----------------------------------------------------------------------------------------
-    def __add__(self, other: object) -> SteeringVector:
+    def __add__(self, other: SteeringVector) -> SteeringVector:
         """The sum, site by site; a site that one side lacks counts as zero."""
         if not isinstance(other, SteeringVector):
             return NotImplemented
         return self._zip(other, operator.add)
 
-    def __sub__(self, other: object) -> SteeringVector:
+    def __sub__(self, other: SteeringVector) -> SteeringVector:
         """The difference, site by site; a site that one side lacks counts as zero."""
         if not isinstance(other, SteeringVector):
             return NotImplemented
         return self._zip(other, operator.sub)
 
-    def __mul__(self, scalar: object) -> SteeringVector:
+    def __mul__(self, scalar: float | Tensor) -> SteeringVector:
         """Every direction times a number."""
         if (factor := _number(scalar)) is None:
             return NotImplemented
@@ -143,7 +143,7 @@ class SteeringVector:
 
     __rmul__ = __mul__
 
-    def __truediv__(self, scalar: object) -> SteeringVector:
+    def __truediv__(self, scalar: float | Tensor) -> SteeringVector:
         """Every direction divided by a number; ZeroDivisionError by zero."""
         if (divisor := _number(scalar)) is None:
             return NotImplemented
@@ -155,7 +155,7 @@ class SteeringVector:
         """Every direction the other way round."""
         return self._scaled(operator.neg)
 
-    def __matmul__(self, other: object) -> Float[Tensor, ""]:
+    def __matmul__(self, other: SteeringVector) -> Float[Tensor, ""]:
         """The inner product over all sites, a 0-dim tensor."""
         if not isinstance(other, SteeringVector):
             return NotImplemented
@@ -202,8 +202,25 @@ class SteeringVector:
         """The same vector at these sites alone."""
         return SteeringVector({site: self._direction(site) for site in sites}, metadata=self._metadata)
 
-    def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> SteeringVector:
-        """The same vector in another dtype or on another device."""
+    def to(
+        self,
+        other: torch.dtype | torch.device | str | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> SteeringVector:
+        """The same vector in another dtype or on another device.
+
+        Args:
+            other: a dtype or a device, as a tensor's `to` takes it; the keywords say which.
+
+        >>> SteeringVector({"2": torch.tensor([1.0, 2.0])}).to(torch.float16)["2"].dtype
+        torch.float16
+        """
+        if isinstance(other, torch.dtype):
+            dtype = other
+        elif other is not None:
+            device = other
         moved = {site: direction.to(dtype=dtype, device=device) for site, direction in self._directions.items()}
         return SteeringVector(moved, metadata=self._metadata)
 

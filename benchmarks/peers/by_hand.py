@@ -8,6 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from benchmarks import extraction
+from benchmarks.peers.language import batches
+
 
 @contextmanager
 def steer(model: nn.Module, directions: dict[str, Tensor], c: float) -> Iterator[nn.Module]:
@@ -17,6 +20,14 @@ def steer(model: nn.Module, directions: dict[str, Tensor], c: float) -> Iterator
             hook = _adding(c * direction)
             handles.callback(model.get_submodule(site).register_forward_hook(hook).remove)
         yield model
+
+
+def extract(
+    model: nn.Module, tokenizer: Any, positive: list[str], negative: list[str], sites: list[str]
+) -> dict[str, Tensor]:
+    """Hooks that sum the last tokens in float64, the last of which ends the pass."""
+    toward, away = (extraction.by_hand(model, batches(tokenizer, texts), sites) for texts in (positive, negative))
+    return {site: toward[site] - away[site] for site in sites}
 
 
 def _adding(delta: Tensor) -> Any:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from reference.language import model as smollm2
@@ -34,3 +37,24 @@ def tiny() -> nn.Module:
         torch.manual_seed(0)
         model: nn.Module = LlamaForCausalLM(LlamaConfig(**sizes, **heads, **special, initializer_range=0.2))
     return model.eval()
+
+
+def tiny_tokenizer() -> Any:
+    """A token for every letter, for the tiny model."""
+    letters = {letter: ord(letter) for letter in map(chr, range(1, 128))} | {"<pad>": 0}
+    made = Tokenizer(WordLevel(letters, unk_token=" "))
+    made.pre_tokenizer = Split("", "isolated")
+    kind: Any = PreTrainedTokenizerFast  # untyped
+    return kind(tokenizer_object=made, pad_token="<pad>")
+
+
+def batches(tokenizer: Any, texts: list[str], *, size: int = 32) -> list[dict[str, Tensor]]:
+    """The texts in this order, padded on the right."""
+    options: dict[str, Any] = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
+    options |= {"return_token_type_ids": False}
+    return [dict(tokenizer(texts[start : start + size], **options)) for start in range(0, len(texts), size)]
+
+
+def last_tokens(activation: Tensor, mask: Tensor) -> Tensor:
+    """The rows of each text's last token, where pads are on the right."""
+    return activation[torch.arange(len(mask)), mask.sum(dim=1) - 1]

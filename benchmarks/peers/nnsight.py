@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from nnsight import NNsight
+import torch
+from nnsight import LanguageModel, NNsight
 from torch import Tensor, nn
 
 
@@ -14,6 +15,25 @@ from torch import Tensor, nn
 def steer(model: nn.Module, directions: dict[str, Tensor], c: float) -> Iterator[Any]:
     """A trace for each call; for `generate`, in which the loop over its steps must be bounded, one per answer."""
     yield _Traced(model, {site: c * direction for site, direction in directions.items()})
+
+
+def extract(
+    model: nn.Module, tokenizer: Any, positive: list[str], negative: list[str], sites: list[str]
+) -> dict[str, Tensor]:
+    """The last position of each text, which are padded on the left, in batches of 32; it stops behind the last site."""
+    language: Any = LanguageModel(model, tokenizer=tokenizer)
+    means = []
+    for texts in (positive, negative):
+        total = dict.fromkeys(sites, torch.zeros((), dtype=torch.float64))
+        for start in range(0, len(texts), 32):
+            found: dict[str, Tensor] = {}
+            with language.trace(texts[start : start + 32]) as tracer:
+                for site in sites:
+                    found[site] = language.get(site).output[:, -1].save()
+                tracer.stop()
+            total = {site: total[site] + found[site].double().sum(dim=0) for site in sites}
+        means.append({site: total[site] / len(texts) for site in sites})
+    return {site: means[0][site] - means[1][site] for site in sites}
 
 
 class _Traced:

@@ -9,7 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pyvene
+import torch
 from torch import Tensor, nn
+
+from benchmarks.peers.language import batches
 
 
 @contextmanager
@@ -25,6 +28,23 @@ def steer(model: nn.Module, directions: dict[str, Tensor], c: float) -> Iterator
         for site, direction in directions.items()
     ]
     yield _Intervened(pyvene.IntervenableModel(places, model=model))
+
+
+def extract(
+    model: nn.Module, tokenizer: Any, positive: list[str], negative: list[str], sites: list[str]
+) -> dict[str, Tensor]:
+    """A `CollectIntervention` at each site, told each text's last position."""
+    places = [{"component": f"{site}.output", "intervention": pyvene.CollectIntervention()} for site in sites]
+    collecting: Any = pyvene.IntervenableModel(places, model=model)
+    means = []
+    for texts in (positive, negative):
+        total = torch.zeros((), dtype=torch.float64)
+        for batch in batches(tokenizer, texts):
+            last = [[int(length) - 1] for length in batch["attention_mask"].sum(dim=1)]
+            found = collecting(batch, unit_locations={"base": [last] * len(sites)})[0][-1]
+            total = total + torch.stack(found).flatten(2).double().sum(dim=1)
+        means.append(total / len(texts))
+    return dict(zip(sites, means[0] - means[1], strict=True))
 
 
 class _Intervened:

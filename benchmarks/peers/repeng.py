@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from repeng import ControlModel
+import torch
+from repeng import ControlModel, ControlVector, DatasetEntry
 from torch import Tensor, nn
 
 from benchmarks.peers.peer import Cannot
@@ -25,3 +26,13 @@ def steer(model: nn.Module, directions: dict[str, Tensor], c: float) -> Iterator
         yield control
     finally:
         control.unwrap()
+
+
+def extract(
+    model: nn.Module, tokenizer: Any, positive: list[str], negative: list[str], sites: list[str]
+) -> dict[str, Tensor]:
+    """Its default, for it has no mean: the first principal component of the pairs' differences, of length 1."""
+    blocks = {int(site.rpartition(".")[2]): site for site in sites}
+    pairs = [DatasetEntry(*pair) for pair in zip(positive, negative, strict=True)]
+    vector = ControlVector.train(model, tokenizer, pairs, hidden_layers=list(blocks))
+    return {blocks[n]: torch.from_numpy(direction) for n, direction in vector.directions.items()}

@@ -12,10 +12,10 @@ import torch
 import transformers
 import typer
 
-from benchmarks.peers import timed
+from benchmarks.peers import arrives, extracting, timed
 from benchmarks.peers.peer import Cell, Row, peer_of
 
-ROWS: dict[str, Row] = {"a": timed.forward, "b": timed.decoding}
+ROWS: dict[str, Row] = {"a": timed.forward, "b": timed.decoding, "c": extracting.row, "d": arrives.row}
 
 
 def main(

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ def test_help_has_examples(run, command):
 def test_help_and_version(run):
     done = run("--help")
     assert all(command in done.out for command in COMMANDS)
-    assert run("--version").out == "0.1.0\n"
+    assert run("--version").out == f"{version('actsteer')}\n"
     assert "Usage" in run().out + run().err
 
 

@@ -247,7 +247,8 @@ def test_to_changes_the_dtype_alone(v):
     assert not v.sites or not wide.equal(v)
     assert wide.allclose(v, rtol=0, atol=0)
     assert wide.to(dtype=torch.float32).equal(v)
-    assert v.to(device="cpu").equal(v)
+    assert v.to(torch.float64).equal(wide)
+    assert v.to(device="cpu").equal(v) and v.to("cpu").equal(v)
 
 
 @given(vectors(min_sites=1), st.data())

@@ -27,6 +27,7 @@ class Gate(Protocol):
     for each row of the batch, from the mean over the tokens of its prompt, pads left out, and that holds for what is
     generated after it; with `per = "last"` likewise from the prompt's last token, as for a direction that was fitted
     there; with `per = "token"` it is given every token as a row. Rows come in float32 at least, outside of autocast.
+    For a type checker, write `per: Literal["token"] = "token"`.
 
     >>> import torch
     >>> from torch import nn
@@ -53,7 +54,7 @@ class Gate(Protocol):
         """Whether it decides once per "sequence" or on its "last" token, or for each "token"."""
         ...
 
-    def __call__(self, rows: Float[Tensor, "rows d"]) -> Tensor:
+    def __call__(self, rows: Float[Tensor, "rows d"], /) -> Tensor:
         """A bool, or a finite weight that multiplies c, per row: shape (rows,)."""
         ...
 
@@ -69,7 +70,7 @@ class PreparedGate(Gate, Protocol):
     (True, tensor([ True, False]))
     """
 
-    def prepare(self, like: Float[Tensor, "rows d"]) -> Callable[[Float[Tensor, "rows d"]], Tensor]:
+    def prepare(self, like: Float[Tensor, "rows d"], /) -> Callable[[Float[Tensor, "rows d"]], Tensor]:
         """What `__call__` gives, as a function of rows of this dtype, device and number of features."""
         ...
 
@@ -93,7 +94,7 @@ class ScoredGate(Gate, Protocol):
         """The gate fires where the score exceeds it."""
         ...
 
-    def score(self, rows: Float[Tensor, "rows d"]) -> Float[Tensor, " rows"]:
+    def score(self, rows: Float[Tensor, "rows d"], /) -> Float[Tensor, " rows"]:
         """The number of each row."""
         ...
 
@@ -124,7 +125,7 @@ class Combination(Protocol):
         """The gates whose decisions are combined."""
         ...
 
-    def combine(self, weights: Sequence[Tensor]) -> Tensor:
+    def combine(self, weights: Sequence[Tensor], /) -> Tensor:
         """The decision, from one of each gate: bools or weights, all of one shape, (rows,) or (rows, tokens)."""
         ...
 
@@ -155,7 +156,7 @@ class GatePerSite(Protocol):
         """The steered sites for which it has a gate."""
         ...
 
-    def at(self, site: str) -> AnyGate:
+    def at(self, site: str, /) -> AnyGate:
         """The gate of one steered site, which may read there or at an earlier site.
 
         Raises:

@@ -105,7 +105,7 @@ class Affine:
         """The same edit with other metadata."""
         return Affine({site: self[site] for site in self._parts}, metadata=metadata)
 
-    def __or__(self, other: object) -> Affine:
+    def __or__(self, other: Affine) -> Affine:
         """The edits of both; where both have a site, the right one's stands, as in a dict."""
         if not isinstance(other, Affine):
             return NotImplemented

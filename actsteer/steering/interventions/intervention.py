@@ -31,7 +31,7 @@ class Intervention(Protocol):
     """
 
     def __call__(
-        self, activation: Float[Tensor, "*batch d"], direction: Float[Tensor, " d"], c: Float[Tensor, ...]
+        self, activation: Float[Tensor, "*batch d"], direction: Float[Tensor, " d"], c: Float[Tensor, ...], /
     ) -> Float[Tensor, "*batch d"]:
         """The edited activation; `c` is 0-dim, or has one value per row and broadcasts against the activation."""
         ...
@@ -63,7 +63,7 @@ class Prepared(Intervention, Protocol):
     """
 
     def prepare(
-        self, direction: Float[Tensor, " d"], c: Float[Tensor, ""]
+        self, direction: Float[Tensor, " d"], c: Float[Tensor, ""], /
     ) -> Callable[[Float[Tensor, "*batch d"]], Float[Tensor, "*batch d"]]:
         """The edit as a function of the activation alone.
 
@@ -102,7 +102,7 @@ class Placed(Intervention, Protocol):
     tensor([0., 7., 0.])
     """
 
-    def placed(self, place: Callable[[Float[Tensor, "*shape d"]], Float[Tensor, "*batch d"]]) -> Intervention:
+    def placed(self, place: Callable[[Float[Tensor, "*shape d"]], Float[Tensor, "*batch d"]], /) -> Intervention:
         """The intervention of one pass.
 
         Args:
@@ -116,7 +116,7 @@ class Placed(Intervention, Protocol):
 class PerSite(Protocol):
     """An intervention that is another one at each site; it goes wherever an `Intervention` does."""
 
-    def at(self, site: str) -> Intervention:
+    def at(self, site: str, /) -> Intervention:
         """The intervention of one site.
 
         Raises:
@@ -159,7 +159,7 @@ class Edit(PerSite, Protocol):
         """What it makes of an activation of zero at c = 1: a vector with the edit's sites, sizes and metadata."""
         ...
 
-    def described(self, metadata: Mapping[str, str]) -> Edit:
+    def described(self, metadata: Mapping[str, str], /) -> Edit:
         """The same edit with this metadata, the concept among it, in the place of what it has."""
         ...
 

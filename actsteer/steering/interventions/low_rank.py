@@ -112,7 +112,7 @@ class LowRank:
         """What is added whatever the activation, Uᵀ b: the part of the edit that is plain steering."""
         return SteeringVector({site: p.adds.T @ p.offsets for site, p in self._parts.items()}, metadata=self._metadata)
 
-    def __or__(self, other: object) -> LowRank:
+    def __or__(self, other: LowRank) -> LowRank:
         """The edits of both; where both have a site, the right one's stands, as in a dict."""
         if not isinstance(other, LowRank):
             return NotImplemented

@@ -72,7 +72,7 @@ class SoftProjection:
         described = {key: text for key, text in self._metadata.items() if key != "concept"}
         return SoftProjection({site: _rest(kept) for site, kept in self._kept.items()}, metadata=described)
 
-    def __and__(self, other: object) -> SoftProjection:
+    def __and__(self, other: SoftProjection) -> SoftProjection:
         """What both keep; of the same sites."""
         if not isinstance(other, SoftProjection):
             return NotImplemented
@@ -80,7 +80,7 @@ class SoftProjection:
             raise SiteNotFoundError(f"{self.sites} & {other.sites}: expected the same sites; fit both at the same ones")
         return self._joined(other, _both)
 
-    def __or__(self, other: object) -> SoftProjection:
+    def __or__(self, other: SoftProjection) -> SoftProjection:
         """What either keeps; at a site that one of them lacks, it is the other."""
         if not isinstance(other, SoftProjection):
             return NotImplemented
