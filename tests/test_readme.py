@@ -59,8 +59,14 @@ def test_the_first_example_ends_in_an_assert():
 
 @pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(DOCS)) for page in PAGES])
 def test_the_code_of_a_page_runs_block_after_block(page, tmp_path, monkeypatch):
+    """On a page of docs/migration the peer's blocks too, where it is installed; .ci/peers runs them all."""
     monkeypatch.chdir(tmp_path)
-    check_md_file(page, memory=True)
+    text = page.read_text()
+    if page.parent.name == "migration" and importlib.util.find_spec(page.stem.replace("-", "_")):
+        text = text.replace("{.python .peer}", "python")
+    copy = tmp_path / page.name
+    copy.write_text(text)
+    check_md_file(copy, memory=True)
 
 
 @pytest.mark.slow

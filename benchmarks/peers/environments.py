@@ -35,9 +35,15 @@ ENVIRONMENTS = {
         "tdhook==0.3.0",
     ),
     "transformer-lens": (*OURS, "transformers==5.9.0", "numpy==2.4.6", "transformer-lens==4.3.0"),
+    "cast": (
+        *(need for need in OURS if not need.startswith(("rich", "typer"))),
+        "transformers==4.57.6",
+        "activation-steering @ git+https://github.com/IBM/activation-steering@52be60235ee309b46c49d6d5877f36e20c52e6ab",
+    ),
 }
-"""Name -> requirements. steering-vectors wants transformers before 5, repeng numpy before 2; the decoding of
-TransformerLens 4.3.0 with a cache is another one than the model's with transformers 5.24, and the same with 5.9."""
+"""Name -> requirements. steering-vectors wants transformers before 5, repeng numpy before 2, CAST rich before 14; the
+decoding of TransformerLens 4.3.0 with a cache is another one than the model's with transformers 5.24, and the same with
+5.9."""
 
 PLACES = {
     "steering-vectors": "transformers-4",
