@@ -92,7 +92,7 @@ class ShapeError(ActsteerError, ValueError):
 
     1. The vector is of another model or of another site, whose activation has another number of features.
        Cure: fit it at this site of this model, or load the model that it was made for.
-    2. The features do not lie on the last axis.
+    2. The features do not lie on the last axis, or several axes have as many entries, as in a map of 8 x 8 x 8.
        Cure: say where they lie: `Steerer(model, v, axis=1)`, and the same in `collect` and `fit`.
     3. A direction has a row too many, as in `hidden[:1]`, or it is not floating.
        Cure: a direction is 1-D: take `hidden[0]`, or `hidden.mean(dim=0)`, and `.float()`.

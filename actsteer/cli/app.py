@@ -46,6 +46,7 @@ _EXAMPLES: dict[str, list[str]] = {  # command, a function in the file of its na
     "convert": [
         "actsteer convert calm.safetensors calm.gguf",
         "actsteer convert --model ./llama repeng.gguf calm.safetensors",
+        "actsteer convert 'tones/*.safetensors' bank.safetensors",
     ],
     "fold": ["actsteer fold -m ./llama -b calm.safetensors -c 2 --verify-on prompts.txt -o ./calm-llama"],
     "verify": [

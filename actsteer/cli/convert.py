@@ -12,7 +12,9 @@ from actsteer.cli.options import Concepts, MaybeModelName, TrustRemoteCode
 
 
 def convert(
-    source: Annotated[str, typer.Argument(metavar="A", help="Any file of vectors or of a steering, or a pattern.")],
+    source: Annotated[
+        str, typer.Argument(metavar="A", help="A file of vectors or of a steering, or a pattern of several, in quotes.")
+    ],
     target: Annotated[Path, typer.Argument(metavar="B", help="A .safetensors file, or a .gguf of one vector.")],
     concept: Concepts = None,
     model: MaybeModelName = None,

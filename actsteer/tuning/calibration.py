@@ -78,7 +78,8 @@ class Calibration:
         note += f"; on the half that reports the cost is over the budget: {', '.join(over)}" if over else ""
         if self.found:
             return f"{said}; {against}{note}"
-        why = "no more than unsteered" if self.chosen["effect"] <= self.unsteered else "no more than what means nothing"
+        as_much = sum(own >= self.chosen["effect"] for own in self.controls)
+        why = "no more than unsteered" if self.chosen["effect"] <= self.unsteered else f"{as_much} of them do as much"
         return f"c = 0: the best within the budget is {said}; {against}: {why}{note}"
 
     def plot(self, path: str | PathLike[str]) -> None:

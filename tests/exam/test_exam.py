@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent.parent
 EXAM = runpy.run_path(str(ROOT / "docs/exam/check.py"))
 BROKEN = (ROOT / "docs/exam/broken.sh").read_text()
 HERE = Path(__file__).parent
+MENDED = (HERE / "answer_12.sh").read_text()
 SLOW = {5, 12}
 STEERED = """
 import torch
@@ -141,6 +142,13 @@ def solve(model, v, x, strengths, compiler):  # compiled for each
     ],
     11: [
         """
+import copy
+def solve(model, v, c, x):
+    other = copy.deepcopy(model)
+    Steerer(other, SteeringVector({"1": v}), c=c).attach()
+    return other
+""",
+        """
 def solve(model, v, c, x):
     Steerer(model, SteeringVector({"1": v}), c=c).attach()
     return model
@@ -191,7 +199,9 @@ def test_a_wrong_answer_does_not(number, text, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("text", ["", "touch bank.safetensors; echo right up", BROKEN])
+@pytest.mark.parametrize(
+    "text", ["", "touch bank.safetensors; echo right up", BROKEN, MENDED.replace("actsteer show", ": actsteer show")]
+)
 def test_neither_do_scripts(text, tmp_path):
     with pytest.raises((EXAM["Missing"], ValueError)):
         checked(12, text, tmp_path)
