@@ -99,7 +99,7 @@ a
 
 def test_a_docstring_has_its_examples_whole_its_errors_listed_and_its_public_names_linked():
     griffe = pytest.importorskip("griffe")
-    extension = runpy.run_path(str(DOCS / "doctests.py"))["Doctests"]()
+    extension = runpy.run_path(str(DOCS / "docstrings.py"))["Docstrings"]()
     own = griffe.Function("shown", docstring=griffe.Docstring(DOCSTRING))
     extension.on_instance(obj=own)
     first, *rest = own.docstring.value.split("\n\n", 1)

@@ -35,7 +35,7 @@ class Handles:
         """Undo everything. A step that raises is kept, for another try, and does not keep the others from running.
 
         But one that raises a warning has done its work: the user has made errors of warnings. After an interrupt the
-        steps that are left run once more, before it goes on.
+        steps that are left are run once more, and then the interrupt is raised.
         """
         try:
             self._undo()

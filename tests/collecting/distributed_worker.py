@@ -318,7 +318,7 @@ def groups_side_by_side() -> None:
 
 # --- failures, each in a world of its own: they are final ------------------------------------------------------------
 def apart(function: Callable[[], None]) -> Callable[[], None]:
-    """A check in a new world; none of them waits until its patience ends but the one that shortens it."""
+    """A check in a new process group, whose ranks wait a minute for each other; a check may shorten that."""
 
     @functools.wraps(function)
     def run() -> None:

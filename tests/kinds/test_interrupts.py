@@ -167,7 +167,7 @@ def test_the_model_is_plain_or_detach_makes_it_plain_at_every_line(options, phas
 
 
 class AtCalls(Interrupt):
-    """The same where the n-th function is entered, for there Python looks for interrupts, or one of ours is left."""
+    """Raises KeyboardInterrupt at the n-th call of a Python function, or return of one of this library's."""
 
     where = None
 

@@ -165,7 +165,8 @@ def test_what_does_more_than_not_steering_but_not_more_than_what_means_nothing_i
         if found.chosen["effect"] > found.unsteered and found.chosen["effect"] <= max(found.controls):
             assert found.best.c == 0
             assert found.verdict.startswith("c = 0: ")
-            assert found.verdict.endswith(" of them do as much")
+            as_much = [effect for effect in found.controls if effect >= found.chosen["effect"]]
+            assert found.verdict.endswith(f": {len(as_much)} of them do as much")
             refused += 1
     assert refused >= 2
 

@@ -251,6 +251,11 @@ def test_to_changes_the_dtype_alone(v):
     assert v.to(device="cpu").equal(v) and v.to("cpu").equal(v)
 
 
+def test_to_takes_a_device_by_place_as_a_tensors_does():
+    with pytest.raises(RuntimeError, match="nowhere"):
+        ONE.to("nowhere")
+
+
 @given(vectors(min_sites=1), st.data())
 def test_equal_sees_one_changed_number(v, data):
     site = data.draw(st.sampled_from(v.sites))

@@ -1,4 +1,4 @@
-"""doctests: docstrings as the site shows them (a griffe extension): examples as code, public names as links."""
+"""docstrings: as the site shows them (a griffe extension): examples as code, public names as links."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SEVERAL = re.compile(r"^( +(?:[A-Z]\w+, )+[A-Z]\w+): ", re.M)  # errors that hav
 NAME = re.compile(r"(?<!\[)`(\w+)`")
 
 
-class Doctests(griffe.Extension):
+class Docstrings(griffe.Extension):
     def on_instance(self, *, obj: griffe.Object | griffe.Alias, **kwargs: Any) -> None:
         if isinstance(obj, griffe.Object) and obj.docstring:
             text = SEVERAL.sub(lambda found: found[1].replace(", ", " | ") + ": ", obj.docstring.value)
